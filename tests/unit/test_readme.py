@@ -1,0 +1,27 @@
+"""The README tells the truth about the tree and the subcommands."""
+
+import re
+from pathlib import Path
+
+from litgpt.__main__ import COMMANDS
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_table_lists_exactly_the_subcommands():
+    assert re.findall(r"^\| `(\w+)` \|", README, flags=re.M) == list(COMMANDS)
+
+
+def test_every_entry_of_the_annotated_tree_exists():
+    tree = README.split("```\nlitgpt/\n")[1].split("```")[0]
+    entries = re.findall(r"^( *)(\S+)", tree, flags=re.M)
+    missing = [name for indent, name in entries if not (ROOT / ("litgpt" if indent else "") / name).exists()]
+    assert not missing
+
+
+def test_every_module_is_in_the_annotated_tree():
+    names = {path.name for path in (ROOT / "litgpt").iterdir() if path.suffix == ".py" or path.is_dir()}
+    names -= {"__pycache__", "__init__.py"}
+    tree = README.split("```\nlitgpt/\n")[1].split("```")[0]
+    assert not [name for name in names if not re.search(rf"^  {re.escape(name)}/? ", tree, flags=re.M)]
