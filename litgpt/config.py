@@ -1,0 +1,511 @@
+"""What a model is: every figure and switch of the architecture, and the list of checkpoints known by name.
+
+Nothing here imports torch, so that names can be listed and checked before anything heavy is loaded.
+"""
+
+import difflib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
+
+import yaml
+
+MODEL_CONFIG_FILE = "model_config.yaml"
+MODELS_DIR = Path(__file__).parent / "models"
+
+NORM_CLASSES = ("LayerNorm", "RMSNorm")
+MLP_CLASSES = ("GptNeoxMLP", "LLaMAMLP", "GemmaMLP", "LLaMAMoE")
+LATENT_ATTENTION_KEYS = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+ROPE_ADJUSTMENTS = {
+    # kind: (keys it must have, keys it may have)
+    "linear": ({"factor"}, set()),
+    "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"}, set()),
+    "yarn": (
+        {"factor", "original_max_seq_len", "beta_fast", "beta_slow"},
+        {"mscale", "mscale_all_dim", "attention_factor", "truncate"},
+    ),
+}
+
+
+def _newer(default: Any) -> Any:
+    return field(default=default, metadata={"newer": True})
+
+
+@dataclass
+class Config:
+    """The architecture of a GPT. The fields, in this order, are what `model_config.yaml` holds.
+
+    Values left at `None` are derived where a rule exists (see each field). A wrong value raises `ValueError` with the
+    field, the value and the remedy.
+    """
+
+    name: str = ""
+    """Short name of the model."""
+    hf_config: dict = field(default_factory=dict)
+    """Where the weights live on the Hugging Face Hub: `org` and `name`."""
+
+    block_size: int = 4096
+    """Longest sequence, in tokens."""
+    n_layer: int = 16
+    """Number of transformer blocks."""
+    n_embd: int = 4096
+    """Width of the residual stream (C)."""
+    vocab_size: int = 50254
+    """Number of tokens the tokenizer knows."""
+    padding_multiple: int = 512
+    """Without `padded_vocab_size`, the embedding has `vocab_size` rows, rounded up to a multiple of this."""
+    padded_vocab_size: int | None = None
+    """Rows of the embedding and of the language-model head (V)."""
+
+    norm_class_name: str = "LayerNorm"
+    """Normalisation: LayerNorm or RMSNorm."""
+    norm_eps: float = 1e-5
+    """Epsilon of every normalisation."""
+    norm_qk: bool = False
+    """Normalise queries and keys before the rotary embedding."""
+    norm_qk_type: str = "default"
+    """`default`: each head on its own, D values; `olmo2`: all heads together, before they are split."""
+    post_attention_norm: bool = False
+    """Normalise the output of the attention before it is added to the residual stream."""
+    post_mlp_norm: bool = False
+    """Normalise the output of the MLP before it is added to the residual stream."""
+    parallel_residual: bool = True
+    """Attention and MLP both read the block's input and are added together; otherwise one after the other."""
+    shared_attention_norm: bool = False
+    """With `parallel_residual`: the MLP reads the attention's normalised input instead of a norm of its own."""
+
+    n_head: int = 32
+    """Query heads (H)."""
+    head_size: int | None = None
+    """Width of one head (D). Default: n_embd / n_head."""
+    n_query_groups: int | None = None
+    """Key/value heads (G): 1 is multi-query, between that and n_head grouped-query attention. Default: n_head."""
+    attn_bias: bool = False
+    """Bias on the query, key and value projection even where `bias` is false."""
+    attention_scores_scalar: int | float | None = None
+    """Attention scores are divided by the square root of this. Default: head_size."""
+    sliding_window_size: int | None = None
+    """A token of a sliding-window layer attends to itself and the `sliding_window_size - 1` tokens before it."""
+    sliding_window_indices: list[int] | None = None
+    """One entry per layer, 1 = sliding window, 0 = all tokens; a shorter pattern repeats. Default: every layer."""
+    attention_logit_softcapping: float | None = None
+    """Attention scores s become cap * tanh(s / cap)."""
+
+    rope_base: int | float = 10000
+    """Base of the rotary embedding's frequencies."""
+    rotary_percentage: float = 0.25
+    """Share of each head that is rotated."""
+    rope_condense_ratio: int | float = 1
+    """Positions are divided by this (linear scaling)."""
+    rope_adjustments: dict | None = None
+    """Stretching of the context, by its keys: {factor} is linear, with low_freq_factor, high_freq_factor and
+    original_max_seq_len Llama 3's by-parts rule, with beta_fast, beta_slow and original_max_seq_len YaRN (optional:
+    mscale, mscale_all_dim, attention_factor, truncate)."""
+    rope_interleave: bool = False
+    """Rotate neighbouring pairs (0, 1), (2, 3), ... instead of pairing the first half of a head with the second."""
+
+    intermediate_size: int | None = None
+    """Inner width of the MLP. Default for GptNeoxMLP: 4 * n_embd; the other MLPs need it."""
+    moe_intermediate_size: int | None = None
+    """Inner width of one expert. Default: intermediate_size."""
+    bias: bool = True
+    """Bias on the linear layers of attention and MLP."""
+    mlp_class_name: str = "GptNeoxMLP"
+    """GptNeoxMLP, LLaMAMLP, GemmaMLP or LLaMAMoE (a mixture of experts)."""
+    gelu_approximate: str = "none"
+    """GELU of GptNeoxMLP and GemmaMLP: none (exact) or tanh."""
+    n_expert: int = 0
+    """Number of routed experts (E)."""
+    n_shared_expert: int | None = None
+    """Experts that see every token, held as one MLP of n_shared_expert * moe_intermediate_size."""
+    n_expert_groups: int | None = None
+    """Set: sigmoid routing by groups of experts (DeepSeek V3) instead of softmax top-k."""
+    n_topk_groups: int | None = None
+    """Groups of experts a token may choose from."""
+    n_topk_scores_per_group: int | None = None
+    """A group's score is the sum of this many of its best experts' scores."""
+    n_expert_per_token: int = 0
+    """Routed experts each token goes through."""
+    first_k_dense_replace: int | None = None
+    """The first k layers have a dense LLaMAMLP instead of experts."""
+    routed_scaling_factor: float = 1.0
+    """The routed experts' output is multiplied by this (grouped routing)."""
+    norm_topk_prob: bool = False
+    """Grouped routing: divide the weights of a token's chosen experts by their sum (softmax top-k always does)."""
+
+    scale_embeddings: bool = False
+    """Multiply the token embeddings by sqrt(n_embd)."""
+    lm_head_bias: bool = False
+    """Bias on the language-model head."""
+    final_logit_softcapping: float | None = None
+    """Logits z become cap * tanh(z / cap)."""
+    norm_1: bool = True
+    """Normalise the input of the attention."""
+    norm_2: bool = True
+    """Normalise the input of the MLP."""
+    latent_attention: dict | None = None
+    """Multi-head latent attention (DeepSeek V2): q_lora_rank (may be null), kv_lora_rank, qk_rope_head_dim,
+    qk_nope_head_dim, v_head_dim."""
+    rope_local_base_freq: float | None = None
+    """Rotary base of the layers marked 1 in `rope_indices`; the others have rope_base and rope_adjustments."""
+    rope_indices: list[int] | None = None
+    """One entry per layer, 1 = rope_local_base_freq, 0 = rope_base; a shorter pattern repeats. Default: all 1."""
+
+    # Newer fields: in model_config.yaml only where they differ from what a reader that does not know them assumes.
+    norm_unit_offset: bool | None = _newer(None)
+    """RMSNorm multiplies by 1 + weight. Default: by the name, true for Gemma."""
+    norm_affine: bool | None = _newer(None)
+    """LayerNorm has a weight and a bias. Default: by the name, false for OLMo."""
+    softmax_after_topk: bool = _newer(True)
+    """Softmax routing: the weights of a token's chosen experts come from a softmax over these alone, so that they sum
+    to 1; otherwise from a softmax over all experts."""
+
+    # Never written: the weights file and config.json say it themselves.
+    tie_embeddings: bool = False
+    """The language-model head shares the storage of the token embedding."""
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            setattr(self, spec.name, _checked(spec.name, spec.type, getattr(self, spec.name)))
+        self._derive_vocabulary()
+        self._derive_attention()
+        self._derive_mlp()
+        self._derive_norms()
+
+    @property
+    def rope_n_elem(self) -> int:
+        """Rotated values of each head."""
+        if self.latent_attention is not None:
+            return self.latent_attention["qk_rope_head_dim"]
+        return int(self.rotary_percentage * self.head_size)
+
+    @property
+    def rope_kind(self) -> str | None:
+        """`linear`, `llama3`, `yarn`, or None where rope_adjustments is not set."""
+        return _rope_kind(self.rope_adjustments) if self.rope_adjustments else None
+
+    # --- reading and writing -------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_name(cls, name: str, **overrides: Any) -> "Config":
+        """The configuration of a known checkpoint, by `org/name` or short name, with some fields replaced.
+
+        Raises:
+            ValueError: nothing of that name is known, or an override is no field or has a wrong value.
+        """
+        known = find_known(name)
+        if known is None:
+            raise ValueError(unknown_name_message(name))
+        return cls(**_merged(known.config, overrides, f"model {known.name}"))
+
+    @classmethod
+    def from_file(cls, path: str | Path, **overrides: Any) -> "Config":
+        """The configuration in a `model_config.yaml`, with some fields replaced.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it does not hold a mapping of known fields, or a value is wrong.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no model configuration at {path}. Check the path.")
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not valid YAML: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} holds no model configuration: expected `field: value` lines.")
+        return cls(**_merged(values, overrides, str(path)))
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, **overrides: Any) -> "Config":
+        """The configuration of a checkpoint directory (its `model_config.yaml`), with some fields replaced."""
+        file = Path(path) / MODEL_CONFIG_FILE
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{path} has no {MODEL_CONFIG_FILE}. Is it a checkpoint directory? A Hugging Face directory is "
+                f"converted with `litgpt convert_to_litgpt {path}`."
+            )
+        return cls.from_file(file, **overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What goes into `model_config.yaml`: the classic fields always, newer ones only where they differ."""
+        values = asdict(self)
+        values.pop("tie_embeddings")
+        implied = _implied_by_name(values)
+        for spec in fields(self):
+            if spec.metadata.get("newer") and values[spec.name] == implied.get(spec.name, spec.default):
+                values.pop(spec.name)
+        return values
+
+    def save(self, directory: str | Path) -> None:
+        """Writes `model_config.yaml` into a directory."""
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False)
+        (Path(directory) / MODEL_CONFIG_FILE).write_text(text, encoding="utf-8")
+
+    # --- derived values, each with its checks --------------------------------------------------------------------
+
+    def _derive_vocabulary(self) -> None:
+        for name in ("block_size", "n_layer", "n_embd", "vocab_size", "padding_multiple"):
+            self._require(name, getattr(self, name) > 0, "a positive number")
+        if self.padded_vocab_size is None:
+            blocks = -(-self.vocab_size // self.padding_multiple)
+            self.padded_vocab_size = blocks * self.padding_multiple
+        self._require("padded_vocab_size", self.padded_vocab_size > 0, "a positive number")
+        # Some known checkpoints give only the number of rows; tokens without a row cannot be used.
+        self.vocab_size = min(self.vocab_size, self.padded_vocab_size)
+
+    def _derive_attention(self) -> None:
+        self._require("n_head", self.n_head > 0, "a positive number")
+        if self.head_size is None:
+            divides = self.n_embd % self.n_head == 0
+            self._require("n_head", divides, f"a divisor of n_embd={self.n_embd}; or set head_size")
+            self.head_size = self.n_embd // self.n_head
+        if self.n_query_groups is None:
+            self.n_query_groups = self.n_head
+        groups_fit = self.n_query_groups > 0 and self.n_head % self.n_query_groups == 0
+        self._require("n_query_groups", groups_fit, f"a divisor of n_head={self.n_head}")
+        self._require_one_of("norm_qk_type", ("default", "olmo2"))
+        for name in ("head_size", "attention_scores_scalar", "attention_logit_softcapping", "final_logit_softcapping"):
+            value = getattr(self, name)
+            self._require(name, value is None or value > 0, "a positive number")
+        self._derive_windows()
+        self._check_latent_attention()
+        self._derive_rope()
+
+    def _derive_windows(self) -> None:
+        size = self.sliding_window_size
+        self._require("sliding_window_size", size is None or size > 0, "a positive number of tokens, or null")
+        if size is not None and self.sliding_window_indices is None:
+            self.sliding_window_indices = [1]
+        self._fill_pattern("sliding_window_indices")
+        wants_window = self.sliding_window_indices is not None and any(self.sliding_window_indices)
+        self._require("sliding_window_size", size is not None or not wants_window, "set, as sliding_window_indices is")
+
+    def _check_latent_attention(self) -> None:
+        latent = self.latent_attention
+        if latent is None:
+            return
+        for key in latent:
+            if key not in LATENT_ATTENTION_KEYS:
+                raise ValueError(f"latent_attention has no key {key!r}.{did_you_mean(key, LATENT_ATTENTION_KEYS)}")
+        for key in LATENT_ATTENTION_KEYS:
+            optional = key == "q_lora_rank"
+            value = latent.get(key)
+            if not (optional and value is None) and not (isinstance(value, int) and value > 0):
+                raise ValueError(f"latent_attention.{key}={value!r}: must be a positive integer.")
+
+    def _derive_rope(self) -> None:
+        self._require("rotary_percentage", 0 <= self.rotary_percentage <= 1, "between 0 and 1")
+        remedy = f"such that the rotated part of a head is even (it is {self.rope_n_elem} of {self.head_size})"
+        self._require("rotary_percentage", self.rope_n_elem % 2 == 0, remedy)
+        for name in ("rope_base", "rope_condense_ratio", "rope_local_base_freq"):
+            value = getattr(self, name)
+            self._require(name, value is None or value > 0, "a positive number")
+        if self.rope_local_base_freq is not None and self.rope_indices is None:
+            self.rope_indices = [1]
+        self._fill_pattern("rope_indices")
+        wants_local = self.rope_indices is not None and any(self.rope_indices)
+        has_local = self.rope_local_base_freq is not None
+        self._require("rope_local_base_freq", has_local or not wants_local, "set, as rope_indices is")
+        if self.rope_adjustments is not None:
+            _rope_kind(self.rope_adjustments)
+
+    def _derive_mlp(self) -> None:
+        self._require_one_of("mlp_class_name", MLP_CLASSES)
+        self._require_one_of("gelu_approximate", ("none", "tanh"))
+        if self.intermediate_size is None:
+            remedy = f"set: {self.mlp_class_name} has no default for it"
+            self._require("intermediate_size", self.mlp_class_name == "GptNeoxMLP", remedy)
+            self.intermediate_size = 4 * self.n_embd
+        self._require("intermediate_size", self.intermediate_size > 0, "a positive number")
+        if self.mlp_class_name == "LLaMAMoE":
+            self._check_experts()
+
+    def _check_experts(self) -> None:
+        self._require("n_expert", self.n_expert > 0, "a positive number for LLaMAMoE")
+        in_range = 0 < self.n_expert_per_token <= self.n_expert
+        self._require("n_expert_per_token", in_range, f"1 to n_expert={self.n_expert}")
+        size, shared, dense = self.moe_intermediate_size, self.n_shared_expert, self.first_k_dense_replace
+        self._require("moe_intermediate_size", size is None or size > 0, "a positive number, or null")
+        self._require("n_shared_expert", shared is None or shared >= 0, "0 or more, or null")
+        self._require("first_k_dense_replace", dense is None or dense >= 0, "0 or more, or null")
+        groups = self.n_expert_groups
+        if groups is None:
+            return
+        divides = groups > 0 and self.n_expert % groups == 0
+        self._require("n_expert_groups", divides, f"a divisor of n_expert={self.n_expert}")
+        top, scores, group_size = self.n_topk_groups, self.n_topk_scores_per_group, self.n_expert // groups
+        self._require("n_topk_groups", top is not None and 0 < top <= groups, f"1 to n_expert_groups={groups}")
+        self._require("n_topk_scores_per_group", scores is not None and 0 < scores <= group_size, f"1 to {group_size}")
+        enough = self.n_expert_per_token <= top * group_size
+        self._require("n_expert_per_token", enough, f"at most the {top * group_size} experts of n_topk_groups={top}")
+
+    def _derive_norms(self) -> None:
+        self._require_one_of("norm_class_name", NORM_CLASSES)
+        for name, implied in _implied_by_name(vars(self)).items():
+            if getattr(self, name) is None:
+                setattr(self, name, implied)
+        only_rms = not self.norm_unit_offset or self.norm_class_name == "RMSNorm"
+        self._require("norm_unit_offset", only_rms, "false, as norm_class_name is LayerNorm")
+        lone_norm = not self.shared_attention_norm or self.parallel_residual
+        self._require("shared_attention_norm", lone_norm, "false, as parallel_residual is false")
+
+    def _fill_pattern(self, name: str) -> None:
+        """Repeats a per-layer pattern of 0 and 1 up to n_layer; a longer one is cut, so that n_layer can be lowered."""
+        pattern = getattr(self, name)
+        if pattern is None:
+            return
+        self._require(name, bool(pattern) and all(x in (0, 1) for x in pattern), "a list of 0 and 1")
+        repeated = list(pattern) * -(-self.n_layer // len(pattern))
+        setattr(self, name, [int(x) for x in repeated[: self.n_layer]])
+
+    def _require(self, name: str, holds: bool, remedy: str) -> None:
+        if not holds:
+            raise ValueError(f"Config field {name}={getattr(self, name)!r} is not possible: it must be {remedy}.")
+
+    def _require_one_of(self, name: str, allowed: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in allowed:
+            hint = did_you_mean(value, allowed)
+            raise ValueError(f"Config field {name}={value!r} is not possible: choose {', '.join(allowed)}.{hint}")
+
+
+def check_field_names(names: Iterable[str], where: str = "the model configuration") -> None:
+    """Raises `ValueError`, with near matches, for the first name that is no field of `Config`."""
+    known = Config.__dataclass_fields__
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{where}: there is no model field {name!r}.{did_you_mean(str(name), known)}")
+
+
+def _merged(values: dict[str, Any], overrides: dict[str, Any], where: str) -> dict[str, Any]:
+    check_field_names(values, where)
+    check_field_names(overrides, "overrides")
+    implied = _implied_by_name(values)  # by the name in the file: a new name must not change the mathematics
+    return {**implied, **values, **overrides}
+
+
+def _implied_by_name(values: dict[str, Any]) -> dict[str, bool]:
+    """What the name says about the norms; `model_config.yaml` has no classic field for these two switches."""
+    name, norm = values.get("name", ""), values.get("norm_class_name", "LayerNorm")
+    return {
+        "norm_unit_offset": norm == "RMSNorm" and "Gemma" in name,
+        "norm_affine": not (norm == "LayerNorm" and "OLMo" in name),
+    }
+
+
+def _rope_kind(adjustments: dict[str, Any]) -> str:
+    keys = set(adjustments)
+    for kind, (required, optional) in ROPE_ADJUSTMENTS.items():
+        if required <= keys <= required | optional:
+            return kind
+    forms = "; ".join(f"{kind}: {', '.join(sorted(required))}" for kind, (required, _) in ROPE_ADJUSTMENTS.items())
+    every = set().union(*(required | optional for required, optional in ROPE_ADJUSTMENTS.values()))
+    hints = "".join(did_you_mean(key, every) for key in sorted(keys - every))
+    raise ValueError(f"Config field rope_adjustments has the keys {', '.join(sorted(keys))}; expected {forms}.{hints}")
+
+
+def _checked(name: str, kind: Any, value: Any) -> Any:
+    """The value if it fits the field's type; numbers that YAML reads as text (`1e-5`) or as 2048.0 become numbers."""
+    original = value
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    number = value is not None and (int in kinds or float in kinds)
+    if number:
+        value = _number(value, float in kinds)
+    fits = value is not None if number else isinstance(value, tuple(get_origin(each) or each for each in kinds))
+    if not fits:
+        wanted = " or ".join("null" if each is NoneType else str(getattr(each, "__name__", each)) for each in kinds)
+        raise ValueError(f"Config field {name}={original!r} has the wrong type: expected {wanted}.")
+    return value
+
+
+def _number(value: Any, fractions: bool) -> int | float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        value = float(value) if isinstance(value, str) else value
+    except ValueError:
+        return None
+    if fractions:
+        return value
+    return int(value) if float(value).is_integer() else None
+
+
+# --- known checkpoints ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KnownCheckpoint:
+    """A published checkpoint, as data."""
+
+    repo_id: str
+    """`org/name` on the Hugging Face Hub."""
+    name: str
+    """Short name."""
+    family: str
+    """The file in `litgpt/models` it is listed in."""
+    parameters: int
+    """Number of parameters, with an untied head and the padded vocabulary."""
+    prompt_style: str
+    """Name of the prompt style to use where the checkpoint brings no chat template."""
+    config: dict[str, Any]
+    """The fields of `Config` that differ from the defaults."""
+
+
+@lru_cache(maxsize=1)
+def known_checkpoints() -> dict[str, KnownCheckpoint]:
+    """Every checkpoint of `litgpt/models/*.yaml`, by repo id."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    known = {}
+    for path in sorted(MODELS_DIR.glob("*.yaml")):
+        with path.open(encoding="utf-8") as file:
+            family = yaml.load(file, Loader=loader)
+        known.update((entry.repo_id, entry) for entry in _read_family(path.stem, family))
+    return known
+
+
+def _read_family(family: str, content: dict[str, Any]) -> Iterator[KnownCheckpoint]:
+    """A family file: `config` for all; `groups`, each with a `config`, `sizes` and the `checkpoints` of a size."""
+    for group in content["groups"]:
+        for repo_id, entry in group["checkpoints"].items():
+            entry = {"size": entry} if isinstance(entry, str) else entry
+            size = group["sizes"][entry["size"]]
+            org, repo = repo_id.split("/")
+            name = entry.get("name", repo)
+            levels = (content.get("config"), group.get("config"), size.get("config"), entry.get("config"))
+            config = {"name": name, "hf_config": {"org": org, "name": repo}}
+            for level in levels:
+                config.update(level or {})
+            style = entry.get("prompt_style", group.get("prompt_style", "Default"))
+            yield KnownCheckpoint(repo_id, name, family, size["parameters"], style, config)
+
+
+def find_known(name: str) -> KnownCheckpoint | None:
+    """The checkpoint of that repo id, short name or repository name, whatever the case; None where there is none."""
+    wanted = name.lower()
+    known = known_checkpoints().values()
+    for entry in known:
+        if wanted in (entry.repo_id.lower(), entry.name.lower()):
+            return entry
+    return next((entry for entry in known if wanted == entry.repo_id.split("/")[1].lower()), None)
+
+
+def unknown_name_message(name: str) -> str:
+    """What to say about a model name that is not known."""
+    known = known_checkpoints().values()
+    names = [entry.repo_id for entry in known] if "/" in name else [entry.name for entry in known]
+    return f"No model named {name!r} is known.{did_you_mean(name, names)} `litgpt download list` lists the known names."
+
+
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """`" Did you mean 'x' or 'y'?"` with the nearest candidates, or `""` where none is near."""
+    by_lower = {candidate.lower(): candidate for candidate in candidates}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=0.6)
+    if not close:
+        return ""
+    quoted = [repr(by_lower[match]) for match in close]
+    return f" Did you mean {', '.join(quoted[:-1])}{' or ' if quoted[1:] else ''}{quoted[-1]}?"
