@@ -1,0 +1,574 @@
+"""Text to token ids and back, as the checkpoint's own tokenizer files say.
+
+`tokenizer.json` is read by `tokenizers`, `tokenizer.model` by sentencepiece. Where a checkpoint has both, `tokenizer.json`
+is taken: it also holds the tokens added after training (chat markers), which `tokenizer.model` cannot.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from litgpt.prompts import find_chat_template
+
+if TYPE_CHECKING:
+    import torch
+
+PROTECTED = "\ufdd0"  # a Unicode noncharacter: put inside a control token's text, it keeps it text
+MODEL_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint directory.
+
+    A *control token* is one that the checkpoint marks as special: BOS, EOS, chat markers. In `encode` the text of one is
+    ordinary text unless `allow_special` is set, so that what a user types can never end a turn or open another;
+    prompts rendered by a chat template are encoded with `allow_special=True`, after `protect` made the user's part safe.
+
+    Attributes:
+        bos_id, eos_id: ids, or None where the checkpoint names no such token.
+        stop_ids: every id that ends a generation: EOS and the `eos_token_id` of generation_config.json and config.json.
+        vocab_size: number of tokens, added ones included (a model's embedding may be padded beyond it).
+        adds_bos, adds_eos: whether the checkpoint puts them around a text by itself.
+
+    Raises:
+        FileNotFoundError: the directory or the tokenizer's files are not there.
+        ValueError: a file is damaged.
+    """
+
+    def __init__(self, checkpoint_dir: str | Path) -> None:
+        self.dir = Path(checkpoint_dir)
+        self._file = _tokenizer_file(self.dir)
+        self._settings = _special_token_settings(self.dir)
+        self._backend = (
+            _JsonBackend(self._file, self._settings)
+            if self._file.name == "tokenizer.json"
+            else _SentencePieceBackend(self._file, self._settings)
+        )
+        self.vocab_size: int = self._backend.vocab_size
+        self._generation = [_read_json(self.dir / name) for name in ("generation_config.json", "config.json")]
+        self.bos_id = self._special_id("bos", self._backend.bos_id)
+        self.eos_id = self._special_id("eos", self._backend.eos_id)
+        self.stop_ids = self._stop_ids()
+        self._prefix, self._suffix = self._surroundings()
+        self.adds_bos, self.adds_eos = bool(self._prefix), bool(self._suffix)
+
+    # -- text to ids
+
+    def encode(
+        self,
+        text: str,
+        *,
+        device: torch.device | str | None = None,
+        bos: bool | None = None,
+        eos: bool | None = False,
+        max_length: int = -1,
+        allow_special: bool = False,
+    ) -> torch.Tensor:
+        """The ids of `text` as an int64 tensor of shape (T,); `max_length` > 0 keeps the first that many."""
+        import torch
+
+        ids = self.encode_ids(text, bos=bos, eos=eos, allow_special=allow_special)
+        return torch.tensor(ids[:max_length] if max_length > 0 else ids, dtype=torch.int64, device=device)
+
+    def encode_ids(
+        self, text: str, *, bos: bool | None = None, eos: bool | None = False, allow_special: bool = False
+    ) -> list[int]:
+        """The ids of `text`.
+
+        Args:
+            text: any text; with `allow_special` a rendered prompt.
+            bos: put BOS first; None does as the checkpoint says. Never doubled: a text that begins with it gets no other.
+            eos: put EOS last; None does as the checkpoint says.
+            allow_special: the text of a control token becomes that token, except where `protect` marked it.
+        """
+        return self._surround(self._encode_plain_or_special(text, allow_special), bos, eos)
+
+    def encode_batch_ids(
+        self, texts: Sequence[str], *, bos: bool | None = None, eos: bool | None = False, allow_special: bool = False
+    ) -> list[list[int]]:
+        """`encode_ids` of many texts; with `tokenizer.json` on all cores."""
+        if allow_special:
+            return [self.encode_ids(text, bos=bos, eos=eos, allow_special=True) for text in texts]
+        return [self._surround(ids, bos, eos) for ids in self._backend.encode_batch(texts)]
+
+    def protect(self, text: str) -> str:
+        """`text`, marked so that `encode(..., allow_special=True)` reads the control tokens spelled in it as text."""
+        text = text.replace(PROTECTED, "")
+        return self._control_pattern.sub(lambda match: match[0][0] + PROTECTED + match[0][1:], text)
+
+    def token_to_id(self, token: str) -> int:
+        """The id of one token; ValueError where the vocabulary has none of that name."""
+        token_id = self._backend.token_to_id(token)
+        if token_id is None:
+            raise ValueError(f"The tokenizer in {self.dir} has no token {token!r}.")
+        return token_id
+
+    # -- ids to text
+
+    def decode(self, ids: Iterable[int] | torch.Tensor, skip_special: bool = True) -> str:
+        """The text of `ids`; control tokens are left out unless `skip_special` is False."""
+        return "".join(self.decode_stream(_as_ints(ids), skip_special=skip_special))
+
+    def decode_stream(
+        self, ids: Iterable[int], *, skip_special: bool = True, after: Sequence[int] = ()
+    ) -> Iterator[str]:
+        """Text as the ids come, in pieces that never split a character; joined they equal `decode(ids)`.
+
+        The cost of a token does not grow with the text before it. `after` are ids that stand before these: the pieces then
+        continue their text, which keeps a leading space that `decode(ids)` alone would drop (sentencepiece).
+        """
+        return self._backend.decode_stream(ids, skip_special, after)
+
+    # -- what else a checkpoint's tokenizer says
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The checkpoint's own Jinja chat template, if it has one."""
+        return find_chat_template(self.dir)
+
+    @cached_property
+    def special_tokens(self) -> dict[str, str]:
+        """The named control tokens, e.g. {"bos_token": "<s>", "eos_token": "</s>"}: variables of a chat template."""
+        named = {name: token["content"] for name, token in self._settings.items() if isinstance(token, dict)}
+        for name, token_id in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
+            if name not in named and token_id is not None:
+                named[name] = self._backend.id_to_token(token_id)
+        return named
+
+    def fingerprint(self) -> str:
+        """A hash that is the same exactly where texts become the same ids; for caches of tokenised text."""
+        digest = hashlib.sha256(self._file.read_bytes())
+        facts = [self.bos_id, self.eos_id, self._prefix, self._suffix, sorted(self._backend.control.items())]
+        digest.update(json.dumps(facts).encode())
+        return digest.hexdigest()
+
+    # -- inside
+
+    def _encode_plain_or_special(self, text: str, allow_special: bool) -> list[int]:
+        if not allow_special:
+            return self._backend.encode_batch([text])[0]
+        segments: list[str | int] = []
+        end = 0
+        for match in self._control_pattern.finditer(text):
+            segments += [text[end : match.start()].replace(PROTECTED, ""), self._backend.control[match[0].strip()]]
+            end = match.end()
+        segments.append(text[end:].replace(PROTECTED, ""))
+        return self._backend.encode_segments([segment for segment in segments if segment != ""])
+
+    @cached_property
+    def _control_pattern(self) -> re.Pattern[str]:
+        """Matches the text of a control token, with the white space that the token is declared to swallow."""
+        backend, longest_first = self._backend, sorted(self._backend.control, key=len, reverse=True)
+        alternatives = [
+            (r"\s*" if token in backend.strips_left else "")
+            + re.escape(token)
+            + (r"\s*" if token in backend.strips_right else "")
+            for token in longest_first
+        ]
+        return re.compile("|".join(alternatives) or r"(?!)")
+
+    def _surround(self, ids: list[int], bos: bool | None, eos: bool | None) -> list[int]:
+        prefix, suffix = self._prefix if bos is None else [], self._suffix if eos is None else []
+        if bos:
+            prefix = self._prefix or [self._required("bos")]
+        if eos:
+            suffix = self._suffix or [self._required("eos")]
+        if ids[: len(prefix)] == prefix:
+            prefix = []
+        return prefix + ids + suffix
+
+    def _required(self, which: str) -> int:
+        token_id = self.bos_id if which == "bos" else self.eos_id
+        if token_id is None:
+            raise ValueError(f"The tokenizer in {self.dir} names no {which.upper()} token; pass `{which}=False`.")
+        return token_id
+
+    def _special_id(self, which: str, from_model: int | None) -> int | None:
+        """The tokenizer's own word first (an explicit null included), then generation_config.json, config.json."""
+        named = self._settings.get(f"{which}_token", "unsaid")
+        if named is None:
+            return None
+        if isinstance(named, dict) and (token_id := self._backend.token_to_id(named["content"])) is not None:
+            return token_id
+        candidates = [from_model]
+        for settings in self._generation:
+            candidates += _id_list(settings.get(f"{which}_token_id"))
+            candidates += _id_list((settings.get("text_config") or {}).get(f"{which}_token_id"))
+        return next((token_id for token_id in candidates if token_id is not None), None)
+
+    def _stop_ids(self) -> set[int]:
+        stops = {self.eos_id} if self.eos_id is not None else set()
+        for settings in self._generation:
+            stops.update(_id_list(settings.get("eos_token_id")))
+            stops.update(_id_list((settings.get("text_config") or {}).get("eos_token_id")))
+        return stops
+
+    def _surroundings(self) -> tuple[list[int], list[int]]:
+        """The ids that the checkpoint puts before and after a text.
+
+        `add_bos_token` / `add_eos_token` of tokenizer_config.json decide; where they say nothing, the backend's own rule
+        (tokenizer.json's post-processor, which may put other tokens than BOS; sentencepiece: BOS where the model has one).
+        """
+        prefix, suffix = self._backend.surroundings()
+        says_bos, says_eos = self._settings.get("add_bos_token"), self._settings.get("add_eos_token")
+        if says_bos is not None and self.bos_id is not None:
+            prefix = (prefix or [self.bos_id]) if says_bos else []
+        if says_eos is not None and self.eos_id is not None:
+            suffix = (suffix or [self.eos_id]) if says_eos else []
+        return prefix, suffix
+
+
+class _Backend:
+    """What both kinds of file offer; `control` maps the text of each control token to its id."""
+
+    vocab_size: int
+    control: dict[str, int]
+    strips_left: set[str]
+    strips_right: set[str]
+    bos_id: int | None = None
+    eos_id: int | None = None
+    leading_space = 0  # how many spaces at the very beginning of a text are no part of it
+
+    def token_to_id(self, token: str) -> int | None:
+        raise NotImplementedError
+
+    def id_to_token(self, token_id: int) -> str:
+        raise NotImplementedError
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, control tokens spelled in it read as text, nothing put around it."""
+        raise NotImplementedError
+
+    def encode_segments(self, segments: list[str | int]) -> list[int]:
+        """Ids of one text given as plain segments and the ids of the control tokens between them."""
+        raise NotImplementedError
+
+    def surroundings(self) -> tuple[list[int], list[int]]:
+        raise NotImplementedError
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes that a token stands for, possibly a part of a character."""
+        raise NotImplementedError
+
+    def decode_stream(self, ids: Iterable[int], skip_special: bool, after: Sequence[int]) -> Iterator[str]:
+        control_ids = set(self.control.values()) if skip_special else set()
+        spaces = self.leading_space
+        if any(token_id not in control_ids for token_id in after):
+            spaces = 0
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token_id in ids:
+            if token_id in control_ids:
+                continue
+            piece = decoder.decode(self.token_bytes(token_id))
+            while piece and spaces:
+                spaces -= 1
+                if not piece.startswith(" "):
+                    spaces = 0
+                    break
+                piece = piece[1:]
+            if piece:
+                yield piece
+        if rest := decoder.decode(b"", final=True):
+            yield rest
+
+
+class _JsonBackend(_Backend):
+    """`tokenizer.json`, by the `tokenizers` library."""
+
+    def __init__(self, file: Path, settings: dict[str, Any]) -> None:
+        import tokenizers
+
+        try:
+            text = file.read_text(encoding="utf-8")
+            self._layout = json.loads(text)
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            raise _damaged(file, error) from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self._declare_named_tokens(settings)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._added = {token_id: token.content for token_id, token in added.items()}
+        special = {token_id: token for token_id, token in added.items() if token.special}
+        self.control = {token.content: token_id for token_id, token in special.items()}
+        self.strips_left = {token.content for token in special.values() if token.lstrip}
+        self.strips_right = {token.content for token in special.values() if token.rstrip}
+        self._surroundings = self._probe_post_processor()
+        # From here on no control token is recognised in a text: `encode_segments` puts them in by id, each held by a slot
+        # whose name nobody can guess.
+        self._tokenizer.encode_special_tokens = True
+        self._slot = f"\ufdd1{secrets.token_hex(8)}"
+        self._tokenizer.add_tokens([tokenizers.AddedToken(self._slot, special=False, normalized=False)])
+        self._slot_id = self._tokenizer.token_to_id(self._slot)
+        self._steps, self.leading_space = _decoder_steps(self._layout.get("decoder"), file)
+        self._bytes: dict[int, bytes] = {}
+
+    def _declare_named_tokens(self, settings: dict[str, Any]) -> None:
+        """Tokens that tokenizer_config.json names as special are so, whatever tokenizer.json calls them."""
+        import tokenizers
+
+        known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
+        for token in settings.values():
+            if (
+                isinstance(token, dict)
+                and token["content"] not in known
+                and self.token_to_id(token["content"]) is not None
+            ):
+                flags = {key: token[key] for key in ("lstrip", "rstrip", "single_word") if key in token}
+                added = tokenizers.AddedToken(token["content"], special=True, normalized=False, **flags)
+                self._tokenizer.add_special_tokens([added])
+
+    def _probe_post_processor(self) -> tuple[list[int], list[int]]:
+        plain = self._tokenizer.encode("a", add_special_tokens=False).ids
+        whole = self._tokenizer.encode("a", add_special_tokens=True).ids
+        for start in range(len(whole) - len(plain) + 1):
+            if whole[start : start + len(plain)] == plain:
+                return whole[:start], whole[start + len(plain) :]
+        return [], []
+
+    def token_to_id(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    def id_to_token(self, token_id: int) -> str:
+        return self._tokenizer.id_to_token(token_id)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_segments(self, segments: list[str | int]) -> list[int]:
+        control_ids = iter([segment for segment in segments if isinstance(segment, int)])
+        text = "".join(self._slot if isinstance(segment, int) else segment for segment in segments)
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return [next(control_ids) if token_id == self._slot_id else token_id for token_id in ids]
+
+    def surroundings(self) -> tuple[list[int], list[int]]:
+        return self._surroundings
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if (known := self._bytes.get(token_id)) is not None:
+            return known
+        if token_id in self._added:
+            value = self._added[token_id].encode()
+        elif (token := self._tokenizer.id_to_token(token_id)) is None or token_id == self._slot_id:
+            value = b""  # an id of the padded part of the vocabulary
+        else:
+            value = _token_to_bytes(token, self._steps)
+        return self._bytes.setdefault(token_id, value)
+
+
+class _SentencePieceBackend(_Backend):
+    """`tokenizer.model`, by sentencepiece, with the tokens that added_tokens.json and tokenizer_config.json add to it."""
+
+    def __init__(self, file: Path, settings: dict[str, Any]) -> None:
+        self._model = _load_sentencepiece(file)
+        self._file = file
+        self._added = {**_read_json(file.parent / "added_tokens.json"), **settings.get("added_tokens", {})}
+        self._added_by_id = {token_id: token for token, token_id in self._added.items()}
+        size = self._model.get_piece_size()
+        self.vocab_size = max(size, 1 + max(self._added_by_id, default=0))
+        self._pieces = [self._model.id_to_piece(token_id) for token_id in range(size)]
+        self.control = {piece: i for i, piece in enumerate(self._pieces) if self._model.is_control(i)}
+        unknown = self._model.unk_id()
+        if unknown >= 0:
+            self.control[self._pieces[unknown]] = unknown
+        self.control.update(self._added)
+        self.strips_left = self.strips_right = set()
+        self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
+        self.eos_id = self._model.eos_id() if self._model.eos_id() >= 0 else None
+        self._has_dummy_prefix = self._model.encode("x", out_type=str)[0].startswith("▁")
+        self.leading_space = int(self._has_dummy_prefix)
+        # `legacy` (transformers' word, true by default) puts the dummy space before every segment, not only the first.
+        self._prefix_everywhere = settings.get("legacy", True) is not False
+
+    def token_to_id(self, token: str) -> int | None:
+        if token in self._added:
+            return self._added[token]
+        token_id = self._model.piece_to_id(token)
+        return None if self._pieces[token_id] != token else token_id
+
+    def id_to_token(self, token_id: int) -> str:
+        return self._added_by_id.get(token_id) or self._pieces[token_id]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._model.encode(list(texts))
+
+    def encode_segments(self, segments: list[str | int]) -> list[int]:
+        ids: list[int] = []
+        for index, segment in enumerate(segments):
+            if isinstance(segment, int):
+                ids.append(segment)
+            elif index == 0 or self._prefix_everywhere:
+                ids += self._model.encode(segment)
+            else:
+                ids += self._model_without_prefix.encode(segment)
+        return ids
+
+    @cached_property
+    def _model_without_prefix(self) -> Any:
+        model = _load_sentencepiece(self._file)
+        model.override_normalizer_spec(add_dummy_prefix=False)
+        return model
+
+    def surroundings(self) -> tuple[list[int], list[int]]:
+        return ([self.bos_id] if self.bos_id is not None else []), []
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if token_id in self._added_by_id:
+            return self._added_by_id[token_id].encode()
+        if token_id >= len(self._pieces):
+            return b""  # an id of the padded part of the vocabulary
+        piece = self._pieces[token_id]
+        if self._model.is_byte(token_id):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("▁", " ").encode()
+
+
+# -- how tokenizer.json turns tokens into text
+
+_Step = Callable[[str], "str | bytes"]
+
+
+def _decoder_steps(decoder: dict[str, Any] | None, file: Path) -> tuple[list[_Step], int]:
+    """The decoder of tokenizer.json as functions of one token, and how many leading spaces the whole text loses.
+
+    Bytes come out where a token may be part of a character; joining them and decoding once is what makes streaming exact.
+    """
+    steps: list[_Step] = []
+    leading = 0
+    for part in _flatten(decoder):
+        kind = part["type"]
+        if kind == "ByteLevel":
+            steps.append(_from_byte_level)
+        elif kind == "ByteFallback":
+            steps.append(_from_byte_fallback)
+        elif kind == "Replace" and "String" in part["pattern"]:
+            steps.append(lambda token, old=part["pattern"]["String"], new=part["content"]: token.replace(old, new))
+        elif kind == "Metaspace":
+            steps.append(lambda token, old=part["replacement"]: token.replace(old, " "))
+            leading = (
+                0 if part.get("prepend_scheme", "always") == "never" or part.get("add_prefix_space") is False else 1
+            )
+        elif kind == "Strip" and part["content"] == " " and not part["stop"]:
+            leading = part["start"]
+        elif kind == "BPEDecoder":
+            steps.append(lambda token, suffix=part["suffix"]: token.replace(suffix, " "))
+        elif kind != "Fuse":
+            raise ValueError(f"{file} has a decoder of type {kind!r}, which no causal language model is known to use.")
+    return steps, leading
+
+
+def _flatten(decoder: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    if decoder is None:
+        return
+    if decoder["type"] == "Sequence":
+        for part in decoder["decoders"]:
+            yield from _flatten(part)
+    else:
+        yield decoder
+
+
+def _token_to_bytes(token: str, steps: list[_Step]) -> bytes:
+    for step in steps:
+        token = step(token)
+        if isinstance(token, bytes):
+            return token
+    return token.encode()
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's letters for bytes: printable Latin-1 stands for itself, the others for U+0100 and following, in order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_LETTER = _byte_level_alphabet()
+
+
+def _from_byte_level(token: str) -> bytes:
+    try:
+        return bytes([_BYTE_OF_LETTER[letter] for letter in token])
+    except KeyError:
+        return token.encode()
+
+
+def _from_byte_fallback(token: str) -> str | bytes:
+    return bytes([int(token[3:5], 16)]) if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token) else token
+
+
+# -- reading the files
+
+
+def _tokenizer_file(directory: Path) -> Path:
+    if not directory.is_dir():
+        raise FileNotFoundError(f"There is no checkpoint directory {str(directory)!r} to read a tokenizer from.")
+    for name in MODEL_FILES:
+        if (directory / name).is_file():
+            return directory / name
+    raise FileNotFoundError(
+        f"{str(directory)!r} has no tokenizer: neither tokenizer.json nor tokenizer.model is there. Copy it from the model's "
+        "repository, or fetch it with `litgpt download <repo_id> --tokenizer_only true`."
+    )
+
+
+def _load_sentencepiece(file: Path) -> Any:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        return SentencePieceProcessor(model_file=str(file))
+    except Exception as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> ValueError:
+    return ValueError(f"{file} is damaged or not a tokenizer ({error}). Fetch it again from the model's repository.")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """A JSON object, {} where there is no such file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise _damaged(file, error) from error
+    if not isinstance(content, dict):
+        raise _damaged(file, ValueError("a JSON object is expected"))
+    return content
+
+
+def _special_token_settings(directory: Path) -> dict[str, Any]:
+    """What special_tokens_map.json and, with the last word, tokenizer_config.json say about special tokens.
+
+    Each `*_token` becomes {"content": ..., flags...} or None where the file says null; `added_tokens` maps the tokens of
+    `added_tokens_decoder` to their ids.
+    """
+    config = _read_json(directory / "tokenizer_config.json")
+    merged = {**_read_json(directory / "special_tokens_map.json"), **config}
+    settings: dict[str, Any] = {}
+    for name, value in merged.items():
+        if name.endswith("_token") and not name.startswith("add_"):
+            settings[name] = {"content": value} if isinstance(value, str) else value
+    for name in ("add_bos_token", "add_eos_token", "legacy"):
+        if name in config:
+            settings[name] = config[name]
+    decoder = config.get("added_tokens_decoder") or {}
+    settings["added_tokens"] = {token["content"]: int(token_id) for token_id, token in decoder.items()}
+    return {name: value for name, value in settings.items() if not isinstance(value, dict) or value}
+
+
+def _id_list(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else [value] if isinstance(value, int) else list(value)
+
+
+def _as_ints(ids: Iterable[int] | torch.Tensor) -> Iterable[int]:
+    return ids.tolist() if hasattr(ids, "tolist") else ids
