@@ -3,6 +3,7 @@
 Nothing here imports torch, so that names can be listed and checked before anything heavy is loaded.
 """
 
+import copy
 import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -199,7 +200,7 @@ class Config:
         known = find_known(name)
         if known is None:
             raise ValueError(unknown_name_message(name))
-        return cls(**_merged(known.config, overrides, f"model {known.name}"))
+        return cls(**_merged(copy.deepcopy(known.config), overrides, f"model {known.name}"))
 
     @classmethod
     def from_file(cls, path: str | Path, **overrides: Any) -> "Config":
@@ -469,19 +470,22 @@ def known_checkpoints() -> dict[str, KnownCheckpoint]:
 
 
 def _read_family(family: str, content: dict[str, Any]) -> Iterator[KnownCheckpoint]:
-    """A family file: `config` for all; `groups`, each with a `config`, `sizes` and the `checkpoints` of a size."""
+    """The checkpoints of a family file.
+
+    Fields of `Config` may stand at every level, the inner ones winning: `config` of the file, `config` of a group, the
+    sizes of that group, each with its `parameters`, and the checkpoints, each with its `size` or only that as text.
+    """
     for group in content["groups"]:
         for repo_id, entry in group["checkpoints"].items():
-            entry = {"size": entry} if isinstance(entry, str) else entry
-            size = group["sizes"][entry["size"]]
+            entry = {"size": entry} if isinstance(entry, str) else dict(entry)
+            size = dict(group["sizes"][entry.pop("size")])
+            parameters = size.pop("parameters")
             org, repo = repo_id.split("/")
-            name = entry.get("name", repo)
-            levels = (content.get("config"), group.get("config"), size.get("config"), entry.get("config"))
-            config = {"name": name, "hf_config": {"org": org, "name": repo}}
-            for level in levels:
-                config.update(level or {})
-            style = entry.get("prompt_style", group.get("prompt_style", "Default"))
-            yield KnownCheckpoint(repo_id, name, family, size["parameters"], style, config)
+            name = entry.pop("name", repo)
+            style = entry.pop("prompt_style", group.get("prompt_style", "Default"))
+            shared = {**content.get("config", {}), **group.get("config", {})}
+            config = {"name": name, "hf_config": {"org": org, "name": repo}, **shared, **size, **entry}
+            yield KnownCheckpoint(repo_id, name, family, parameters, style, config)
 
 
 def find_known(name: str) -> KnownCheckpoint | None:
