@@ -1,0 +1,118 @@
+"""What a data module is, and the batches' order that survives a restart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+if TYPE_CHECKING:
+    from litgpt.tokenizer import Tokenizer
+
+
+class DataModule:
+    """Where training and validation batches come from. Subclass it for data of your own.
+
+    A command calls, in this order: `connect` (in every process), `prepare_data` (in one process of each node: download,
+    tokenise), `setup` (in every process), `train_dataloader` and `val_dataloader`.
+
+    A batch is either an int64 tensor (B, T + 1) of tokens, or a dict of int64 tensors (B, T) with `input_ids` and
+    `labels` (-100: no loss), and `document_ids` where sequences are packed. Any torch `DataLoader` will do; one made by
+    `stream_loader` also resumes at once at any position, with any number of workers and ranks.
+    """
+
+    def connect(
+        self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None
+    ) -> None:
+        """Take what is known only once the model and the training settings are.
+
+        Args:
+            tokenizer: Tokenizer of the model; None where the run has none.
+            batch_size: Sequences per batch on one device.
+            max_seq_length: Longest sequence, in tokens, to train on.
+        """
+
+    def prepare_data(self) -> None:
+        """Download or convert what is needed; runs in one process per node."""
+
+    def setup(self, stage: str = "") -> None:
+        """Open the data; runs in every process."""
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches to train on."""
+        raise TypeError(f"{type(self).__name__} has no train_dataloader(): a data module must define it.")
+
+    def val_dataloader(self) -> DataLoader | list:
+        """Batches to validate on; an empty list where there are none."""
+        return []
+
+    def training_texts(self) -> Iterator[str] | None:
+        """The raw training text, piece by piece, for training a tokenizer on it; None where there is no text."""
+        return None
+
+    def settings(self) -> dict[str, Any]:
+        """The options that this module was made with, as plain values."""
+        public = {k: v for k, v in vars(self).items() if not k.startswith("_")}
+        return {k: str(v) if isinstance(v, Path) else v for k, v in public.items()}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items())})"
+
+
+class StreamSampler(Sampler[list[int]]):
+    """Endless batches of sample numbers: every epoch all samples once, in an order of its own, epochs back to back.
+
+    Everything follows from `position`, the number of samples that all ranks together have been given since the run
+    began. So a run resumes exactly, and which samples an optimizer step sees depends neither on the number of ranks
+    nor on the micro-batch size. A batch may straddle two epochs; no sample is left out.
+
+    Args:
+        num_samples: Samples in one epoch.
+        batch_size: Samples per batch on one rank.
+        shuffle: Whether each epoch has a new order; otherwise all have the natural one.
+        seed: Decides the orders.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, *, shuffle: bool = True, seed: int = 42) -> None:
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.rank, self.world_size, self.position = 0, 1, 0
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def set_position(self, position: int, rank: int = 0, world_size: int = 1) -> None:
+        """Start the next iteration at `position`, and give only `rank`'s share of each batch of all ranks."""
+        self.position, self.rank, self.world_size = position, rank, world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        position = self.position + self.rank * self.batch_size
+        while True:
+            yield [self._sample(position + i) for i in range(self.batch_size)]
+            position += self.batch_size * self.world_size
+
+    def _sample(self, position: int) -> int:
+        epoch, place = divmod(position, self.num_samples)
+        if not self.shuffle:
+            return place
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            self._epoch, self._order = epoch, torch.randperm(self.num_samples, generator=generator)
+        return int(self._order[place])
+
+
+def stream_loader(
+    dataset: Dataset, batch_size: int, *, seed: int, num_workers: int = 0, shuffle: bool = True, collate_fn: Any = None
+) -> DataLoader:
+    """An endless loader over `dataset` in the order of `StreamSampler`."""
+    sampler = StreamSampler(len(dataset), batch_size, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate_fn,
+        pin_memory=torch.cuda.is_available(),
+    )

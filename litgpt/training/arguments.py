@@ -1,0 +1,184 @@
+"""Settings of a training run. The text under each field is its help on the command line.
+
+Every interval counts optimizer steps, every learning rate is the optimizer's own, every time is in seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass
+class TrainArgs:
+    """How long to train, in which batches, and with which learning rate schedule."""
+
+    save_interval: int | None = 1000
+    """Optimizer steps between checkpoints; null saves only the final one"""
+    log_interval: int = 1
+    """Optimizer steps between log lines; between them the device is never waited for"""
+    global_batch_size: int = 64
+    """Sequences per optimizer step, over all devices"""
+    micro_batch_size: int = 4
+    """Sequences per forward pass on one device; smaller needs less memory, the result stays the same"""
+    lr_warmup_steps: int | None = 100
+    """Optimizer steps over which the learning rate rises to its peak"""
+    lr_warmup_fraction: float | None = None
+    """The same as a fraction of the whole run, instead of lr_warmup_steps"""
+    epochs: int | None = None
+    """Passes over the training data before training ends"""
+    max_tokens: int | None = None
+    """Training tokens, over all devices, before training ends"""
+    max_steps: int | None = None
+    """Optimizer steps before training ends"""
+    max_time: float | None = None
+    """Seconds of training before training ends, those before a resume included"""
+    max_seq_length: int | None = None
+    """Tokens per sequence; null takes the model's context length"""
+    tie_embeddings: bool | None = None
+    """Whether the output head shares the token embedding's weights"""
+    max_norm: float | None = None
+    """Gradients are scaled down to at most this norm; null does not clip"""
+    min_lr: float = 6e-5
+    """Learning rate at the end of the cosine decay"""
+    lr_decay_iters: int | None = None
+    """Optimizer steps over which the learning rate decays to min_lr; null takes the whole run"""
+    learning_rate: float | None = None
+    """Peak learning rate; another spelling of --optimizer.lr"""
+    weight_decay: float | None = None
+    """Weight decay; another spelling of --optimizer.weight_decay"""
+    beta1: float | None = None
+    """First of Adam's betas; another spelling of --optimizer.betas"""
+    beta2: float | None = None
+    """Second of Adam's betas; another spelling of --optimizer.betas"""
+    gradient_accumulation_iters: int | None = None
+    """Forward passes per optimizer step on one device; another way to say global_batch_size"""
+    logger_name: str | None = None
+    """Another spelling of --logger_name"""
+    keep_last: int | None = None
+    """Keep only this many of the newest step-* checkpoints; null keeps all"""
+
+    def __post_init__(self) -> None:
+        for name in ("log_interval", "global_batch_size", "micro_batch_size"):
+            _check_at_least(f"train.{name}", getattr(self, name), 1)
+        for name in (
+            *("save_interval", "epochs", "max_tokens", "max_steps", "max_seq_length"),
+            *("lr_decay_iters", "gradient_accumulation_iters", "keep_last"),
+        ):
+            _check_at_least(f"train.{name}", getattr(self, name), 1)
+        for name in ("lr_warmup_steps", "max_time", "max_norm", "min_lr", "learning_rate", "weight_decay"):
+            _check_at_least(f"train.{name}", getattr(self, name), 0)
+        if self.lr_warmup_fraction is not None and not 0 <= self.lr_warmup_fraction <= 1:
+            raise ValueError(f"train.lr_warmup_fraction {self.lr_warmup_fraction} is not between 0 and 1.")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"train.{name} {value} is not in [0, 1).")
+
+    def set_batch_by_accumulation(self, devices: int, default_global_batch_size: int) -> None:
+        """Let `gradient_accumulation_iters` set `global_batch_size`, unless that was given and says otherwise.
+
+        Args:
+            devices: Number of devices over all nodes.
+            default_global_batch_size: What `global_batch_size` is when nobody sets it.
+        """
+        if self.gradient_accumulation_iters is None:
+            return
+        implied = self.micro_batch_size * self.gradient_accumulation_iters * devices
+        if self.global_batch_size not in (implied, default_global_batch_size):
+            raise ValueError(
+                f"train.gradient_accumulation_iters {self.gradient_accumulation_iters} makes a global batch of "
+                f"{self.micro_batch_size} (micro_batch_size) x {self.gradient_accumulation_iters} x {devices} "
+                f"device(s) = {implied} sequences, but train.global_batch_size is {self.global_batch_size}. "
+                "Give only one of the two."
+            )
+        self.global_batch_size = implied
+
+    def accumulation(self, devices: int) -> int:
+        """Forward passes per optimizer step on each of `devices` devices (all nodes counted)."""
+        at_once = self.micro_batch_size * devices
+        if self.global_batch_size % at_once:
+            below, above = self.global_batch_size // at_once * at_once, math.ceil(self.global_batch_size / at_once)
+            choices = f"{below} or {above * at_once}" if below else f"{above * at_once}"
+            raise ValueError(
+                f"train.global_batch_size {self.global_batch_size} is not divisible by train.micro_batch_size "
+                f"{self.micro_batch_size} x {devices} device(s) = {at_once}. "
+                f"Set --train.global_batch_size to {choices}, or change --train.micro_batch_size or --devices."
+            )
+        return self.global_batch_size // at_once
+
+    def total_steps(self, tokens_per_step: int, samples_per_epoch: int | None) -> int | None:
+        """Optimizer steps until the first of max_steps, max_tokens and epochs ends the run; None if only time does.
+
+        Args:
+            tokens_per_step: Tokens in one optimizer step, over all devices.
+            samples_per_epoch: Sequences in the training data, where that is known.
+        """
+        ends = []
+        if self.max_steps is not None:
+            ends.append(self.max_steps)
+        if self.max_tokens is not None:
+            ends.append(math.ceil(self.max_tokens / tokens_per_step))
+        if self.epochs is not None and samples_per_epoch is not None:
+            ends.append(math.ceil(self.epochs * samples_per_epoch / self.global_batch_size))
+        if not ends and self.max_time is None and self.epochs is None:
+            raise ValueError(
+                "Nothing ends this run: set one of --train.max_steps, --train.max_tokens, --train.max_time or "
+                "--train.epochs."
+            )
+        return min(ends) if ends else None
+
+
+@dataclass
+class EvalArgs:
+    """When and on how much data to validate."""
+
+    interval: int = 600
+    """Optimizer steps between validations"""
+    max_new_tokens: int | None = None
+    """Tokens to generate as a sample after each validation; null generates none during training"""
+    max_iters: int = 100
+    """Validation batches of micro_batch_size sequences, over all devices"""
+    initial_validation: bool = False
+    """Whether to validate before the first step"""
+    final_validation: bool = True
+    """Whether to validate after the last step"""
+    evaluate_example: str | int = "first"
+    """Which validation example to generate a reply for while finetuning: first, random or its number"""
+
+    def __post_init__(self) -> None:
+        for name in ("interval", "max_iters", "max_new_tokens"):
+            _check_at_least(f"eval.{name}", getattr(self, name), 1)
+        if isinstance(self.evaluate_example, str) and self.evaluate_example not in ("first", "random"):
+            if not self.evaluate_example.isdecimal():
+                raise ValueError(
+                    f"eval.evaluate_example {self.evaluate_example!r} is not first, random or an example's number."
+                )
+            self.evaluate_example = int(self.evaluate_example)
+
+
+@dataclass
+class LogArgs:
+    """Where the loggers put a run and what goes with it."""
+
+    project: str | None = None
+    """Project (wandb) or experiment (mlflow) that the run belongs to"""
+    run: str | None = None
+    """Name of the run (wandb, mlflow)"""
+    group: str | None = None
+    """Group of runs that this one belongs to (wandb, mlflow)"""
+    teamspace: str | None = None
+    """Teamspace of a hosted logger; refused, since none of the loggers here has one"""
+    metadata: dict | None = None
+    """More settings to record with the run (wandb, mlflow, tensorboard)"""
+    log_model: bool = False
+    """Whether to upload the final checkpoint as an artifact (wandb, mlflow)"""
+    save_logs: bool = True
+    """Whether to keep the printed lines in logs.txt too"""
+    checkpoint_name: str | None = None
+    """Name of the uploaded checkpoint (with log_model)"""
+
+
+def _check_at_least(name: str, value: float | None, low: int) -> None:
+    if value is not None and value < low:
+        raise ValueError(f"{name} {value} is too small: it must be at least {low}.")

@@ -1,0 +1,138 @@
+"""Which optimizer to use, named on the command line or in a recipe, and how to build it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from litgpt.config import did_you_mean
+from litgpt.training.arguments import TrainArgs
+
+FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}  # where torch.optim has fused kernels
+
+
+@dataclass
+class OptimizerSpec:
+    """An optimizer class and the arguments it is built with, apart from the parameters."""
+
+    class_path: str = "torch.optim.AdamW"
+    """Name of a torch.optim class, or the dotted path of any optimizer class"""
+    init_args: dict[str, Any] = field(default_factory=dict)
+    """Its arguments, such as lr and weight_decay"""
+
+    @classmethod
+    def from_value(cls, value: str | dict | OptimizerSpec, default: OptimizerSpec | None = None) -> OptimizerSpec:
+        """Read any of the spellings: `SGD`, `{lr: 0.1}`, `{class_path: SGD, init_args: {lr: 0.1}}`.
+
+        Without a class, `default`'s class and arguments stay, but for those given. With another class, none stay.
+        """
+        default = default or cls()
+        if isinstance(value, OptimizerSpec):
+            return value
+        if isinstance(value, str):
+            value = {"class_path": value}
+        value = dict(value)
+        class_path = value.pop("class_path", default.class_path)
+        given = {**(value.pop("init_args", None) or {}), **value}
+        spec = cls(class_path, given)
+        if spec.load_class() is default.load_class():
+            spec.init_args = {**default.init_args, **given}
+        return spec
+
+    def load_class(self) -> type[Optimizer]:
+        """The optimizer class; a ValueError names what is wrong with `class_path`."""
+        module_name, _, name = self.class_path.rpartition(".")
+        try:
+            found = getattr(importlib.import_module(module_name or "torch.optim"), name, None)
+        except ImportError as error:
+            raise ValueError(f"--optimizer {self.class_path}: cannot import {module_name} ({error}).") from error
+        if not (isinstance(found, type) and issubclass(found, Optimizer)):
+            known = [n for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, Optimizer)]
+            raise ValueError(
+                f"--optimizer {self.class_path} is no optimizer class.{did_you_mean(name, known)} "
+                "Give the name of a torch.optim class or the dotted path of your own."
+            )
+        return found
+
+    def argument_names(self) -> list[str]:
+        """The arguments that the class takes beside the parameters."""
+        parameters = list(inspect.signature(self.load_class()).parameters.values())[1:]
+        return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+    def check(self) -> None:
+        """Refuse arguments that the class does not take."""
+        known = self.argument_names()
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(self.load_class()).parameters.values())
+        for name in self.init_args:
+            if name not in known and not takes_any:
+                raise ValueError(
+                    f"--optimizer.{name}: {self.class_path} takes no {name!r}.{did_you_mean(name, known)} "
+                    f"It takes: {', '.join(known)}."
+                )
+
+    def with_train_args(self, train: TrainArgs, default: OptimizerSpec) -> OptimizerSpec:
+        """Apply `train.learning_rate`, `weight_decay`, `beta1` and `beta2`; refuse them where this says otherwise.
+
+        Args:
+            train: Holds the other spellings; None there means not given.
+            default: What the optimizer is when nobody sets it: what differs from it was given.
+        """
+        settings: dict[str, Any] = {}
+        if train.learning_rate is not None:
+            settings["lr"] = train.learning_rate
+        if train.weight_decay is not None:
+            settings["weight_decay"] = train.weight_decay
+        if train.beta1 is not None or train.beta2 is not None:
+            beta1, beta2 = self.init_args.get("betas") or default.init_args.get("betas") or (0.9, 0.999)
+            settings["betas"] = (_pick(train.beta1, beta1), _pick(train.beta2, beta2))
+        names = {"lr": "learning_rate", "weight_decay": "weight_decay", "betas": "beta1/beta2"}
+        for name, value in settings.items():
+            given = _value(name, self.init_args.get(name))
+            if given not in (None, _value(name, value), _value(name, default.init_args.get(name))):
+                raise ValueError(
+                    f"--train.{names[name]} says {value}, but --optimizer.{name} says {given}. Give only one of them."
+                )
+        spec = replace(self, init_args={**self.init_args, **settings})
+        spec.check()
+        return spec
+
+    def build(self, params: Iterable[Parameter]) -> Optimizer:
+        """The optimizer over `params` (parameters or parameter groups), fused where torch can."""
+        self.check()
+        params = list(params)
+        args = {name: _value(name, value) for name, value in self.init_args.items()}
+        if "fused" in self.argument_names() and not {"fused", "foreach"} & args.keys() and _can_fuse(params):
+            args["fused"] = True
+        try:
+            return self.load_class()(params, **args)
+        except (TypeError, ValueError) as error:
+            shown = ", ".join(f"{name}={value}" for name, value in self.init_args.items())
+            raise ValueError(f"--optimizer {self.class_path} with {shown or 'no arguments'}: {error}") from error
+
+
+def _pick(first: Any, second: Any) -> Any:
+    return second if first is None else first
+
+
+def _value(name: str, value: Any) -> Any:
+    """Numbers written as YAML 1.1 strings (6e-4) as numbers, betas as a tuple."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_value(name, v) for v in value)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _can_fuse(params: list) -> bool:
+    tensors = [p for group in params for p in (group["params"] if isinstance(group, dict) else [group])]
+    return all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in tensors)
