@@ -1,0 +1,204 @@
+"""The `litgpt` program: the table of subcommands, and what the user sees when one of them fails.
+
+Nothing heavy is imported here: `litgpt --help` answers from the table, and a subcommand imports its own module only.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import litgpt
+
+
+class Command(NamedTuple):
+    """One row of the table."""
+
+    target: str
+    """`module:function`; the function's signature and docstring are the subcommand's options."""
+    help: str
+    """One line for `litgpt --help`."""
+    listing: str | None = None
+    """`module:function` that answers the bare subcommand and `<subcommand> list`, without importing torch."""
+
+
+COMMANDS = {
+    "download": Command(
+        "litgpt.commands.download:setup",
+        "Download a checkpoint or only its tokenizer; `download list` shows the known ones",
+        "litgpt.commands.download:print_known_checkpoints",
+    ),
+    "pretrain": Command(
+        "litgpt.commands.pretrain:setup",
+        "Train a model on text, from scratch or from a checkpoint; `pretrain list` shows the known models",
+        "litgpt.commands.download:print_known_models",
+    ),
+    "generate": Command("litgpt.commands.generate:setup", "Print what a model answers to a prompt"),
+    "chat": Command("litgpt.commands.chat:setup", "Talk with a model"),
+    "convert_to_litgpt": Command(
+        "litgpt.commands.convert_to_litgpt:setup", "Convert a Hugging Face directory or a GGUF file to a checkpoint"
+    ),
+    "convert_from_litgpt": Command(
+        "litgpt.commands.convert_from_litgpt:setup", "Export a checkpoint in the Hugging Face format"
+    ),
+    "convert_pretrained_checkpoint": Command(
+        "litgpt.commands.convert_pretrained_checkpoint:setup",
+        "Strip the training state off a pretraining checkpoint",
+    ),
+}
+
+# What a user can cause and mend. ImportError is among them only as raised by our own code, with a remedy.
+USER_ERRORS = (ValueError, OSError)
+OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")  # by name: torch must not be imported for it
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program and return its exit code: 0, 1 (failed), 2 (wrong usage), 130 (interrupted)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv or os.environ.get("LITGPT_DEBUG", "0") not in ("", "0")
+    argv = [argument for argument in argv if argument != "--debug"]
+    try:
+        code = dispatch(argv)
+        sys.stdout.flush()  # a closed pipe shows here and not in the interpreter's own exit
+        return code
+    except SystemExit as exit:
+        if isinstance(exit.code, str):
+            print(exit.code, file=sys.stderr)
+            return 1
+        return exit.code or 0
+    except KeyboardInterrupt:
+        if debug:
+            print_traceback()
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has gone. Nothing more can be written, not even at exit.
+        if debug:
+            print_traceback()
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        return report(error, debug)
+
+
+def dispatch(argv: list[str]) -> int:
+    """Choose the subcommand and run it."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if argv[0] in ("-V", "--version", "version"):
+        print(f"litgpt {litgpt.__version__}")
+        return 0
+    name, arguments = argv[0], argv[1:]
+    command = COMMANDS.get(name) or COMMANDS.get(name.replace("-", "_"))
+    if command is None:
+        return unknown_command(name)
+    if command.listing and arguments in ([], ["list"]):
+        load(command.listing)()
+        return 0
+    silence_third_parties()
+    from litgpt import cli
+
+    function = load(command.target)
+    cli.run(function, arguments, prog=f"litgpt {name}")
+    return 0
+
+
+def overview() -> str:
+    """The text of `litgpt --help`."""
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items())
+    return f"""usage: litgpt <subcommand> [arguments]
+
+Language models from download to deployment.
+
+subcommands:
+{rows}
+
+options:
+  -h, --help     Show this text; `litgpt <subcommand> --help` shows a subcommand's options
+  -V, --version  Show the version
+  --debug        Show the traceback of an error (as LITGPT_DEBUG=1 does)"""
+
+
+def unknown_command(name: str) -> int:
+    from litgpt.config import did_you_mean
+
+    what = "option" if name.startswith("-") else "subcommand"
+    candidates = ["--help", "--version", "--debug"] if what == "option" else COMMANDS
+    print(
+        f"error: unknown {what} {name!r}.{did_you_mean(name, candidates)} `litgpt --help` lists them.", file=sys.stderr
+    )
+    return 2
+
+
+def load(target: str) -> Callable[..., Any]:
+    """`package.module:function` -> the function."""
+    module, _, function = target.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def report(error: Exception, debug: bool) -> int:
+    """Say on stderr what went wrong, as fits its cause, and return the exit code."""
+    message = user_message(error)
+    if message is None:
+        print_traceback()
+        print(
+            f"error: {type(error).__name__}: {error}\nThis looks like a bug in litgpt, not a mistake of yours: please "
+            "report it with the traceback above.",
+            file=sys.stderr,
+        )
+        return 1
+    if debug:
+        print_traceback()
+    print(f"error: {message}", file=sys.stderr)
+    return getattr(error, "exit_code", 1)
+
+
+def user_message(error: Exception) -> str | None:
+    """The clean message for an error that the user can mend; None for what must be a bug."""
+    if isinstance(error, ImportError):
+        if error.name is None:  # raised by litgpt with the remedy in its message
+            return str(error)
+        package = error.name.partition(".")[0]
+        if package == "litgpt" or not isinstance(error, ModuleNotFoundError):
+            return None
+        return f"the Python package {package!r} is not installed: pip install 'litgpt[all]' or pip install {package}"
+    if type(error).__name__ in OUT_OF_MEMORY:
+        return f"out of memory: {first_line(error) or 'the machine has no more'}"
+    if isinstance(error, FileNotFoundError | PermissionError | OSError) and error.strerror:
+        names = " -> ".join(repr(str(name)) for name in (error.filename, error.filename2) if name is not None)
+        return f"{error.strerror}: {names}" if names else error.strerror
+    if isinstance(error, USER_ERRORS):
+        return str(error) or type(error).__name__
+    return None
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def print_traceback() -> None:
+    import traceback
+
+    traceback.print_exc()
+
+
+def silence_third_parties() -> None:
+    """Hide warnings of libraries that no user of this program can act on."""
+    import warnings
+
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    for message in (
+        r".*LeafSpec.*is deprecated.*",
+        r".*`srun` command is available.*",
+        r".*pkg_resources is deprecated.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,14 @@
+"""From a function's signature and docstring to a command line: normalise, parse, call.
+
+`signature.py` reads what the function takes; `arguments.py` and `config_files.py` read what the user gave;
+`settings.py` puts both on one footing (full names, later layers over earlier ones); `parser.py` has jsonargparse
+check types, fill in defaults and write the help; `run.py` calls the function; `record.py` keeps the settings for
+`hyperparameters.yaml`.
+"""
+
+from litgpt.cli.errors import UsageError
+from litgpt.cli.record import resolved_settings, save_hyperparameters
+from litgpt.cli.run import run
+from litgpt.cli.signature import ConfigOverrides
+
+__all__ = ["ConfigOverrides", "UsageError", "resolved_settings", "run", "save_hyperparameters"]

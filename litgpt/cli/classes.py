@@ -1,0 +1,142 @@
+"""Options that name a class: `--data TextFiles`, `--optimizer SGD`, a user's own `my_module.MyClass`."""
+
+import importlib
+import inspect
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from litgpt.cli.errors import UsageError
+from litgpt.config import did_you_mean
+
+# Given by the command and not by the user: an optimizer's parameters.
+PROVIDED = {"params"}
+
+
+@dataclass(frozen=True)
+class ClassChoice:
+    """The classes that an option takes."""
+
+    package: str
+    """Where short names are looked up."""
+    base: type
+    """What every choice is a subclass of."""
+
+    @classmethod
+    def subclasses_of(cls, base: type) -> "ClassChoice":
+        """Subclasses of `base` that the package around its module exports (`litgpt.data` for `litgpt.data.base`)."""
+        module = base.__module__
+        return cls(module.rpartition(".")[0] or module, base)
+
+    @classmethod
+    def like(cls, class_path: str) -> "ClassChoice":
+        """Relatives of a class, exported where it is: for `torch.optim.AdamW`, the `Optimizer`s of `torch.optim`."""
+        package, _, name = class_path.rpartition(".")
+        relative = getattr(importlib.import_module(package), name)
+        return cls(package, [c for c in relative.__mro__ if c is not object][-1])
+
+    def names(self) -> list[str]:
+        """The short names."""
+        module = importlib.import_module(self.package)
+        exported = getattr(module, "__all__", None) or dir(module)
+        return sorted(name for name in exported if self._is_choice(getattr(module, name, None)))
+
+    def _is_choice(self, value: Any) -> bool:
+        return inspect.isclass(value) and issubclass(value, self.base) and value is not self.base
+
+    def resolve(self, name: str) -> tuple[str, type]:
+        """A short name or dotted path -> the canonical class path and the class.
+
+        Raises:
+            UsageError: no such class, or not a subclass of the base.
+        """
+        package, _, last = name.rpartition(".")
+        module = _import(package or self.package)
+        value = getattr(module, last, None) if module else None
+        if self._is_choice(value):
+            return f"{package or self.package}.{last}", value
+        if value is not None and package:
+            raise UsageError(f"{name!r} is not a subclass of {self.base.__name__}.")
+        known = self.names()
+        if module is not None and package and package != self.package:
+            known = [f"{package}.{other}" for other in dir(module) if self._is_choice(getattr(module, other))]
+            hint = did_you_mean(name, known)
+        else:
+            hint = did_you_mean(last, known)
+        listing = f"Known: {', '.join(known)}; or" if len(known) <= 40 and known else "Give"
+        raise UsageError(
+            f"there is no {self.base.__name__} {name!r}.{hint} {listing} your own as package.module.Class."
+        )
+
+    def having(self, settings: set[str]) -> list[str]:
+        """Short names of the choices that take all these init args."""
+        return [name for name in self.names() if settings <= set(accepted(self.resolve(name)[1]))]
+
+
+def _import(module: str) -> Any:
+    """Import a module, from the current directory too; None where there is none."""
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)  # the console script, unlike `python -m`, does not look there
+        importlib.invalidate_caches()
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and (module == error.name or module.startswith(f"{error.name}.")):
+            return None
+        raise
+
+
+def class_parser(cls: type, nested_key: str | None = None, **settings: Any) -> ArgumentParser:
+    """A parser whose options are the init args of a class, under a nested key if one is given."""
+    from litgpt.cli.parser import use_attribute_docstrings
+
+    use_attribute_docstrings()
+    parser = ArgumentParser(exit_on_error=False, **settings)
+    provided = PROVIDED & set(inspect.signature(cls).parameters)
+    parser.add_class_arguments(cls, nested_key, skip=provided, fail_untyped=False, sub_configs=False)
+    return parser
+
+
+def accepted(cls: type) -> list[str]:
+    """The names of a class's init args; those of its bases too where it passes `**kwargs` on."""
+    return [name for name in vars(class_parser(cls).get_defaults()) if name != "help"]
+
+
+def takes_anything(cls: type) -> bool:
+    """Whether init args that nothing names are accepted: `**kwargs` that lead nowhere known."""
+    kinds = [p.kind for p in inspect.signature(cls).parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds and not accepted(cls)
+
+
+def unknown_init_args(option: str, cls: type, init_args: dict[str, Any]) -> list[str]:
+    """One message for each init arg that the class does not take."""
+    if takes_anything(cls):
+        return []
+    known = accepted(cls)
+    return [
+        f"{option}.{name}: {cls.__name__} has no such setting.{did_you_mean(name, known)}"
+        for name in init_args
+        if name not in known
+    ]
+
+
+def parse_init_args(option: str, cls: type, init_args: dict[str, Any], *, defaults: bool) -> tuple[Any, ArgumentParser]:
+    """Check the types of init args.
+
+    Returns:
+        The typed values (with those not given, if `defaults`), and the parser, which can instantiate nested classes.
+    """
+    from litgpt.cli.parser import explain
+
+    parser = class_parser(cls)
+    if takes_anything(cls):
+        return init_args, parser
+    try:
+        values = parser.parse_object(init_args, defaults=defaults)
+    except ArgumentError as error:
+        raise UsageError(explain(error, option)) from None
+    return values, parser

@@ -1,0 +1,88 @@
+"""The settings of the running command, and `hyperparameters.yaml`."""
+
+import dataclasses
+import enum
+import re
+from collections.abc import Mapping
+from contextvars import ContextVar
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
+
+from litgpt import __version__
+
+FILE = "hyperparameters.yaml"
+SECRET = re.compile(r"(.*_)?(token|key|password|secret)", re.IGNORECASE)
+
+_current: ContextVar[tuple[str, dict[str, Any]] | None] = ContextVar("settings", default=None)
+
+
+def remember(prog: str, settings: dict[str, Any]) -> None:
+    """Keep the settings of the command that runs now."""
+    _current.set((prog, without_secrets(plain(settings))))
+
+
+def forget() -> None:
+    _current.set(None)
+
+
+def resolved_settings() -> dict[str, Any] | None:
+    """The fully resolved settings of the running command, ready for YAML, without tokens and keys.
+
+    None where the function was not started from the command line.
+    """
+    current = _current.get()
+    return current and current[1]
+
+
+def save_hyperparameters(out_dir: Path) -> None:
+    """Write `hyperparameters.yaml`, which works as `--config`. Does nothing where no command line was parsed."""
+    current = _current.get()
+    if current is None:
+        return
+    prog, settings = current
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / FILE).write_text(as_yaml(prog, settings), encoding="utf-8")
+
+
+def as_yaml(prog: str, settings: dict[str, Any]) -> str:
+    """The settings as a file that works as `--config`."""
+    head = f"# Settings of `{prog}`, litgpt {__version__}.\n"
+    return head + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def plain(value: Any) -> Any:
+    """A value as YAML can hold it."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+    if hasattr(value, "as_dict"):  # a Namespace
+        return plain(value.as_dict())
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(entry) for entry in value]
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, PurePath):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)
+
+
+def without_secrets(settings: Any) -> Any:
+    """Leave out what may be a secret: text (or nothing) under the name of a token, key, password or secret.
+
+    `lora_key: false` is no secret, and stays.
+    """
+    if isinstance(settings, list):
+        return [without_secrets(entry) for entry in settings]
+    if not isinstance(settings, dict):
+        return settings
+    return {
+        name: without_secrets(value)
+        for name, value in settings.items()
+        if not (SECRET.fullmatch(name) and (value is None or isinstance(value, str | list)))
+    }

@@ -1,0 +1,155 @@
+"""What a command's function takes, as the command line sees it."""
+
+import dataclasses
+import enum
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import PurePath
+from typing import Any, Literal
+
+from litgpt.cli.classes import ClassChoice
+
+REQUIRED = inspect.Parameter.empty
+SCALARS = (str, int, float, bool, complex, bytes, list, tuple, dict, set, type(None))
+
+
+class ConfigOverrides(dict[str, Any]):
+    """Fields of `litgpt.Config` by name: the annotation of a parameter that changes some of a model's fields."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a command's function."""
+
+    name: str
+    annotation: Any
+    """The type hint, without `| None` for a group or a class."""
+    default: Any
+    """`REQUIRED` where there is none."""
+    kind: Literal["value", "group", "class", "overrides"]
+    """A plain value; a dataclass, whose fields are options; a class with its init args; fields of Config."""
+
+    @property
+    def required(self) -> bool:
+        return self.default is REQUIRED
+
+    @cached_property
+    def fields(self) -> dict[str, Any]:
+        """Name -> type hint of what may stand below this parameter (a group's fields, Config's fields)."""
+        if self.kind == "overrides":
+            from litgpt.config import Config
+
+            return dataclass_hints(Config)
+        return dataclass_hints(self.annotation) if self.kind == "group" else {}
+
+    @cached_property
+    def choice(self) -> ClassChoice:
+        """Which classes a parameter of kind "class" takes."""
+        if is_class_spec(self.annotation):
+            return ClassChoice.like(self.default.class_path)
+        return ClassChoice.subclasses_of(self.annotation)
+
+
+class Signature:
+    """The parameters of a command's function."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function
+        hints = typing.get_type_hints(function)
+        self.parameters = {
+            name: describe(name, hints.get(name, Any), parameter.default)
+            for name, parameter in inspect.signature(function).parameters.items()
+        }
+
+    @property
+    def positionals(self) -> list[str]:
+        """Parameters that may be given without their name, in order: those without a default, and the first."""
+        return [p.name for i, p in enumerate(self.parameters.values()) if p.kind == "value" and (p.required or i == 0)]
+
+    def of_kind(self, *kinds: str) -> Iterator[Parameter]:
+        return (parameter for parameter in self.parameters.values() if parameter.kind in kinds)
+
+    def locate(self, path: tuple[str, ...]) -> tuple[str, ...]:
+        """The full path of a setting that may be given without its group: `max_steps` -> `train.max_steps`.
+
+        What is not found is returned as it is. Groups come before `Config`'s fields, in the order of the signature.
+        """
+        if path[0] in self.parameters:
+            return path
+        for parameter in (*self.of_kind("group"), *self.of_kind("overrides")):
+            if path[0] in parameter.fields:
+                return (parameter.name, *path)
+        return path
+
+    def annotation(self, path: tuple[str, ...]) -> Any:
+        """The type hint of the setting at a full path, `Any` where it is not known yet."""
+        parameter = self.parameters.get(path[0])
+        if parameter is None or parameter.kind == "class":
+            return Any
+        if len(path) == 1:
+            return parameter.annotation
+        return parameter.fields.get(path[1], Any) if len(path) == 2 else Any
+
+    def names(self) -> list[str]:
+        """Every name that `locate` knows, for a did-you-mean."""
+        below = [f"{p.name}.{field}" for p in self.of_kind("group", "overrides") for field in p.fields]
+        return [*self.parameters, *below]
+
+
+def describe(name: str, hint: Any, default: Any) -> Parameter:
+    """Find out what kind of parameter a type hint makes."""
+    bare = without_none(hint)
+    if bare is ConfigOverrides:
+        return Parameter(name, bare, default, "overrides")
+    if not inspect.isclass(bare) or bare is Any or issubclass(bare, (*SCALARS, PurePath, enum.Enum)):
+        return Parameter(name, hint, default, "value")
+    if is_class_spec(bare):
+        return Parameter(name, bare, default, "class")
+    if dataclasses.is_dataclass(bare) and not inspect.isabstract(bare):
+        return Parameter(name, bare, default, "group")
+    return Parameter(name, bare, default, "class")
+
+
+def is_class_spec(hint: Any) -> bool:
+    """Whether a dataclass stands for a class and its init args, to be made by the command itself."""
+    return dataclasses.is_dataclass(hint) and {"class_path", "init_args"} <= {f.name for f in dataclasses.fields(hint)}
+
+
+def dataclass_hints(cls: type) -> dict[str, Any]:
+    """Field name -> type hint of a dataclass, of what its constructor takes."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+
+
+def members(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the hint itself."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return tuple(member for part in typing.get_args(hint) for member in members(part))
+    return (hint,)
+
+
+def without_none(hint: Any) -> Any:
+    """`X | None` -> `X`; other unions as they are."""
+    rest = [member for member in members(hint) if member is not type(None)]
+    return rest[0] if len(rest) == 1 else hint
+
+
+def admits(hint: Any, *wanted: type) -> bool:
+    """Whether one of the types is a member of the hint."""
+    return any((typing.get_origin(member) or member) in wanted for member in members(hint))
+
+
+def readable(hint: Any) -> str:
+    """A type hint as one writes it."""
+    if typing.get_origin(hint) is Literal:
+        return " | ".join(map(repr, typing.get_args(hint)))
+    names = ["null" if m is type(None) else readable(m) if m is not hint else _name(m) for m in members(hint)]
+    return " | ".join(names)
+
+
+def _name(hint: Any) -> str:
+    return hint.__name__ if inspect.isclass(hint) and not typing.get_args(hint) else str(hint).replace("typing.", "")
