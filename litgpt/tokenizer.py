@@ -1,7 +1,7 @@
 """Text to token ids and back, as the checkpoint's own tokenizer files say.
 
-`tokenizer.json` is read by `tokenizers`, `tokenizer.model` by sentencepiece. Where a checkpoint has both, `tokenizer.json`
-is taken: it also holds the tokens added after training (chat markers), which `tokenizer.model` cannot.
+`tokenizer.json` is read by `tokenizers`, `tokenizer.model` by sentencepiece. Where a checkpoint has both, it is
+`tokenizer.json`: that also holds the tokens added after training (chat markers), which `tokenizer.model` cannot.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ MODEL_FILES = ("tokenizer.json", "tokenizer.model")
 class Tokenizer:
     """The tokenizer of a checkpoint directory.
 
-    A *control token* is one that the checkpoint marks as special: BOS, EOS, chat markers. In `encode` the text of one is
-    ordinary text unless `allow_special` is set, so that what a user types can never end a turn or open another;
-    prompts rendered by a chat template are encoded with `allow_special=True`, after `protect` made the user's part safe.
+    A *control token* is one that the checkpoint marks as special: BOS, EOS, chat markers. In `encode` the text of one
+    is ordinary text unless `allow_special` is set, so that what a user types can never end a turn or open another.
+    Prompts rendered by a chat template are encoded with `allow_special=True`, after `protect` made the user's part
+    safe.
 
     Attributes:
         bos_id, eos_id: ids, or None where the checkpoint names no such token.
@@ -85,7 +86,7 @@ class Tokenizer:
 
         Args:
             text: any text; with `allow_special` a rendered prompt.
-            bos: put BOS first; None does as the checkpoint says. Never doubled: a text that begins with it gets no other.
+            bos: put BOS first; None does as the checkpoint says. A text that begins with it gets no other.
             eos: put EOS last; None does as the checkpoint says.
             allow_special: the text of a control token becomes that token, except where `protect` marked it.
         """
@@ -122,8 +123,8 @@ class Tokenizer:
     ) -> Iterator[str]:
         """Text as the ids come, in pieces that never split a character; joined they equal `decode(ids)`.
 
-        The cost of a token does not grow with the text before it. `after` are ids that stand before these: the pieces then
-        continue their text, which keeps a leading space that `decode(ids)` alone would drop (sentencepiece).
+        The cost of a token does not grow with the text before it. `after` are ids that stand before these: the pieces
+        then continue their text, with the leading space that `decode(ids)` alone would drop (sentencepiece).
         """
         return self._backend.decode_stream(ids, skip_special, after)
 
@@ -137,7 +138,7 @@ class Tokenizer:
     @cached_property
     def special_tokens(self) -> dict[str, str]:
         """The named control tokens, e.g. {"bos_token": "<s>", "eos_token": "</s>"}: variables of a chat template."""
-        named = {name: token["content"] for name, token in self._settings.items() if isinstance(token, dict)}
+        named = {name: token["content"] for name, token in _named_tokens(self._settings)}
         for name, token_id in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
             if name not in named and token_id is not None:
                 named[name] = self._backend.id_to_token(token_id)
@@ -214,8 +215,8 @@ class Tokenizer:
     def _surroundings(self) -> tuple[list[int], list[int]]:
         """The ids that the checkpoint puts before and after a text.
 
-        `add_bos_token` / `add_eos_token` of tokenizer_config.json decide; where they say nothing, the backend's own rule
-        (tokenizer.json's post-processor, which may put other tokens than BOS; sentencepiece: BOS where the model has one).
+        `add_bos_token` / `add_eos_token` of tokenizer_config.json decide; where they say nothing, the backend's rule:
+        tokenizer.json's post-processor (which may put other tokens than BOS), or sentencepiece's BOS if it has one.
         """
         prefix, suffix = self._backend.surroundings()
         says_bos, says_eos = self._settings.get("add_bos_token"), self._settings.get("add_eos_token")
@@ -294,22 +295,25 @@ class _JsonBackend(_Backend):
             raise _damaged(file, error) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self.control = {}
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self._declare_named_tokens(settings)
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added.items()}
         special = {token_id: token for token_id, token in added.items() if token.special}
         self.control = {token.content: token_id for token_id, token in special.items()}
+        self._declare_tokens_of_the_config(settings.get("added_tokens", {}))
         self.strips_left = {token.content for token in special.values() if token.lstrip}
         self.strips_right = {token.content for token in special.values() if token.rstrip}
         self._surroundings = self._probe_post_processor()
-        # From here on no control token is recognised in a text: `encode_segments` puts them in by id, each held by a slot
-        # whose name nobody can guess.
+        # From here on no control token is recognised in a text: `encode_segments` puts them in by id, each held by a
+        # slot whose name nobody can guess.
         self._tokenizer.encode_special_tokens = True
         self._slot = f"\ufdd1{secrets.token_hex(8)}"
         self._tokenizer.add_tokens([tokenizers.AddedToken(self._slot, special=False, normalized=False)])
         self._slot_id = self._tokenizer.token_to_id(self._slot)
         self._steps, self.leading_space = _decoder_steps(self._layout.get("decoder"), file)
+        self._is_byte_level = _from_byte_level in self._steps
         self._bytes: dict[int, bytes] = {}
 
     def _declare_named_tokens(self, settings: dict[str, Any]) -> None:
@@ -317,15 +321,18 @@ class _JsonBackend(_Backend):
         import tokenizers
 
         known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
-        for token in settings.values():
-            if (
-                isinstance(token, dict)
-                and token["content"] not in known
-                and self.token_to_id(token["content"]) is not None
-            ):
+        for _, token in _named_tokens(settings):
+            if token["content"] not in known and self.token_to_id(token["content"]) is not None:
                 flags = {key: token[key] for key in ("lstrip", "rstrip", "single_word") if key in token}
                 added = tokenizers.AddedToken(token["content"], special=True, normalized=False, **flags)
                 self._tokenizer.add_special_tokens([added])
+
+    def _declare_tokens_of_the_config(self, added: dict[str, int]) -> None:
+        """Some checkpoints (InternLM2) name their chat markers in tokenizer_config.json only, with ids of unused tokens."""
+        missing = {token: token_id for token, token_id in added.items() if self.token_to_id(token) is None}
+        self.control.update(missing)
+        self._added.update({token_id: token for token, token_id in missing.items()})
+        self.vocab_size = max(self.vocab_size, 1 + max(missing.values(), default=0))
 
     def _probe_post_processor(self) -> tuple[list[int], list[int]]:
         plain = self._tokenizer.encode("a", add_special_tokens=False).ids
@@ -336,10 +343,10 @@ class _JsonBackend(_Backend):
         return [], []
 
     def token_to_id(self, token: str) -> int | None:
-        return self._tokenizer.token_to_id(token)
+        return self.control.get(token, self._tokenizer.token_to_id(token))
 
     def id_to_token(self, token_id: int) -> str:
-        return self._tokenizer.id_to_token(token_id)
+        return self._added.get(token_id) or self._tokenizer.id_to_token(token_id)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -356,8 +363,8 @@ class _JsonBackend(_Backend):
     def token_bytes(self, token_id: int) -> bytes:
         if (known := self._bytes.get(token_id)) is not None:
             return known
-        if token_id in self._added:
-            value = self._added[token_id].encode()
+        if (added := self._added.get(token_id)) is not None and (self._is_byte_level or added in self.control):
+            value = added.encode()  # added tokens are not spelled in the alphabet of bytes
         elif (token := self._tokenizer.id_to_token(token_id)) is None or token_id == self._slot_id:
             value = b""  # an id of the padded part of the vocabulary
         else:
@@ -366,7 +373,7 @@ class _JsonBackend(_Backend):
 
 
 class _SentencePieceBackend(_Backend):
-    """`tokenizer.model`, by sentencepiece, with the tokens that added_tokens.json and tokenizer_config.json add to it."""
+    """`tokenizer.model`, by sentencepiece, with what added_tokens.json and tokenizer_config.json add to it."""
 
     def __init__(self, file: Path, settings: dict[str, Any]) -> None:
         self._model = _load_sentencepiece(file)
@@ -440,7 +447,7 @@ _Step = Callable[[str], "str | bytes"]
 def _decoder_steps(decoder: dict[str, Any] | None, file: Path) -> tuple[list[_Step], int]:
     """The decoder of tokenizer.json as functions of one token, and how many leading spaces the whole text loses.
 
-    Bytes come out where a token may be part of a character; joining them and decoding once is what makes streaming exact.
+    Bytes come out where a token may be part of a character: joined before they are decoded, they make streaming exact.
     """
     steps: list[_Step] = []
     leading = 0
@@ -515,8 +522,8 @@ def _tokenizer_file(directory: Path) -> Path:
         if (directory / name).is_file():
             return directory / name
     raise FileNotFoundError(
-        f"{str(directory)!r} has no tokenizer: neither tokenizer.json nor tokenizer.model is there. Copy it from the model's "
-        "repository, or fetch it with `litgpt download <repo_id> --tokenizer_only true`."
+        f"{str(directory)!r} has no tokenizer: neither tokenizer.json nor tokenizer.model is there. Copy it from the "
+        "model's repository, or fetch it with `litgpt download <repo_id> --tokenizer_only true`."
     )
 
 
@@ -549,8 +556,8 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _special_token_settings(directory: Path) -> dict[str, Any]:
     """What special_tokens_map.json and, with the last word, tokenizer_config.json say about special tokens.
 
-    Each `*_token` becomes {"content": ..., flags...} or None where the file says null; `added_tokens` maps the tokens of
-    `added_tokens_decoder` to their ids.
+    Each `*_token` becomes {"content": ..., flags...} or None where the file says null; `added_tokens` maps the tokens
+    of `added_tokens_decoder` to their ids.
     """
     config = _read_json(directory / "tokenizer_config.json")
     merged = {**_read_json(directory / "special_tokens_map.json"), **config}
@@ -564,6 +571,11 @@ def _special_token_settings(directory: Path) -> dict[str, Any]:
     decoder = config.get("added_tokens_decoder") or {}
     settings["added_tokens"] = {token["content"]: int(token_id) for token_id, token in decoder.items()}
     return {name: value for name, value in settings.items() if not isinstance(value, dict) or value}
+
+
+def _named_tokens(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """("bos_token", {"content": "<s>", flags...}) and so on, of the tokens that have a name."""
+    return [(name, token) for name, token in settings.items() if name.endswith("_token") and isinstance(token, dict)]
 
 
 def _id_list(value: int | list[int] | None) -> list[int]:
