@@ -1,0 +1,805 @@
+"""The GPT: every supported decoder-only transformer in one file, mathematics only.
+
+What a model looks like is decided by its `Config` alone. Loading, sharding, LoRA and quantisation act from outside.
+
+Letters of the shapes written beside the tensors:
+
+    B  batch                            C  n_embd, width of the residual stream
+    T  tokens of this call              V  padded vocabulary
+    S  keys a token may attend to       E  experts          K  experts per token
+    H  query heads                      N  tokens of the whole batch, B * T
+    G  key/value heads                  P  rotary frequencies of a head, rope_n_elem / 2
+    D  head size (Q of queries and keys where values differ)
+    R  rank of the key/value latent (multi-head latent attention)
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from litgpt.config import Config
+
+# Added to the score of a key that must not be seen. Finite, so that a row that sees nothing (padding) stays finite, and
+# representable in every dtype; its exponential is 0 in all of them.
+HIDDEN = -30000.0
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer.
+
+    Args:
+        config: the architecture. Built under `torch.device("meta")` the model has shapes and no memory.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=config.lm_head_bias)
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
+                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+                "ln_f": build_norm(config, config.n_embd),
+            }
+        )
+        self.rope = RotaryEmbedding(config)
+        self.tie_weights()
+
+    def forward(
+        self,
+        idx: Tensor,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: "KVCache | None" = None,
+    ) -> Tensor:
+        """Logits of the next token after each token: `logits(hidden_states(...))`.
+
+        Args:
+            idx: (B, T) int64 token ids.
+            positions: (B, T) int64 absolute position of each token in its row, -1 for padding, which nothing attends
+                to and which is not cached. None: every row counts 0, 1, ..., T - 1.
+            document_ids: (B, T) int64, for packed training: a token attends only within its own document.
+            cache: keys and values of earlier calls take part, those of this call are added. A call may hold a
+                whole prompt, the next chunk of one, or one token of each row, the rows at different positions.
+
+        Returns:
+            (B, T, V) logits.
+
+        Raises:
+            ValueError: T is larger than the context or the cache, or document_ids come with a cache.
+        """
+        return self.logits(self.hidden_states(idx, positions, document_ids, cache))
+
+    def hidden_states(
+        self,
+        idx: Tensor,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: "KVCache | None" = None,
+    ) -> Tensor:
+        """(B, T, C) output of the last block after the final norm. Arguments as for `forward`."""
+        self._check_call(idx, document_ids, cache)
+        x = self.transformer["wte"](idx)  # (B, T, C)
+        if self.config.scale_embeddings:
+            x = x * math.sqrt(self.config.n_embd)
+        rotations = self.rope(torch.arange(idx.size(1), device=idx.device)[None] if positions is None else positions)
+        plans = self._plan_attention(idx, positions, document_ids, cache, x.dtype)
+        for layer, block in enumerate(self.transformer["h"]):
+            rotation = rotations[self.config.rope_indices[layer] if self.config.rope_indices else 0]
+            layer_cache = None if cache is None else cache.layers[layer]
+            x = block(x, rotation, plans[window_of(self.config, layer)], layer_cache)
+        return self.transformer["ln_f"](x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(..., C) hidden states -> (..., V) logits."""
+        z = self.lm_head(x)
+        cap = self.config.final_logit_softcapping
+        return z if cap is None else cap * torch.tanh(z / cap)
+
+    def new_cache(
+        self,
+        batch_size: int,
+        max_length: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "KVCache":
+        """An empty cache for `batch_size` rows of up to `max_length` tokens; by default as the weights are placed."""
+        weight = self.transformer["wte"].weight
+        return KVCache(self.config, batch_size, max_length, device or weight.device, dtype or weight.dtype)
+
+    def init_weights(self) -> None:
+        """Random weights from torch's global generator.
+
+        Matrices are normal with variance 2 / (5 C) (https://arxiv.org/abs/1910.05895), those that write to the
+        residual stream scaled by 1 / sqrt(2 layers) as in GPT-2; biases are zero, norms start as the identity.
+        """
+        std = math.sqrt(2 / (5 * self.config.n_embd))
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                writes_residual = name.endswith(".proj")
+                nn.init.normal_(module.weight, std=std / math.sqrt(2 * self.config.n_layer) if writes_residual else std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=std)
+            elif isinstance(module, (nn.LayerNorm, RMSNorm)):
+                module.reset_parameters()
+            if isinstance(module, Router) and module.e_score_correction_bias is not None:
+                nn.init.zeros_(module.e_score_correction_bias)
+
+    def tie_weights(self) -> None:
+        """Lets the head share the embedding's weight where the config says so (again after weights were replaced)."""
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.transformer["wte"].weight
+
+    def num_parameters(self, trainable_only: bool = False) -> int:
+        """Number of parameters; a shared one counts once."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
+
+    def _check_call(self, idx: Tensor, document_ids: Tensor | None, cache: "KVCache | None") -> None:
+        tokens = idx.size(1)
+        if tokens > self.config.block_size:
+            raise ValueError(
+                f"A sequence of {tokens} tokens does not fit the model's context of {self.config.block_size} "
+                "(block_size). Shorten it."
+            )
+        if cache is None:
+            return
+        if tokens > cache.max_length:
+            raise ValueError(f"{tokens} tokens do not fit a cache of max_length={cache.max_length}. Make a larger one.")
+        if document_ids is not None:
+            raise ValueError("document_ids are for training without a cache; with a cache, give each document a row.")
+
+    def _plan_attention(
+        self,
+        idx: Tensor,
+        positions: Tensor | None,
+        document_ids: Tensor | None,
+        cache: "KVCache | None",
+        dtype: torch.dtype,
+    ) -> "dict[int | None, AttentionPlan]":
+        """Who sees whom, once per kind of layer: by the size of its window, None for layers that see everything."""
+        windows = {window_of(self.config, layer) for layer in range(self.config.n_layer)}
+        plans = {}
+        for window in windows:
+            ring = None if cache is None else cache.rings[window]
+            if ring is None or cache.is_empty:
+                mask = mask_within_call(idx, positions, document_ids, window, dtype)
+                slots = None if ring is None else ring.claim(positions_or_default(idx, positions))
+                plans[window] = AttentionPlan(mask, slots)
+            else:
+                plans[window] = plan_with_cache(ring, positions_or_default(idx, positions), window, dtype)
+        if cache is not None:
+            cache.is_empty = False
+        return plans
+
+
+# --- blocks ----------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """One transformer layer: attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        self.parallel = config.parallel_residual
+        self.shared_norm = config.shared_attention_norm
+        attention = CausalSelfAttention if config.latent_attention is None else LatentAttention
+        self.norm_1 = build_norm(config, config.n_embd) if config.norm_1 else nn.Identity()
+        self.attn = attention(config)
+        self.post_attention_norm = build_norm(config, config.n_embd) if config.post_attention_norm else nn.Identity()
+        if not self.shared_norm:
+            self.norm_2 = build_norm(config, config.n_embd) if config.norm_2 else nn.Identity()
+        self.mlp = build_mlp(config, layer)
+        self.post_mlp_norm = build_norm(config, config.n_embd) if config.post_mlp_norm else nn.Identity()
+
+    def forward(
+        self, x: Tensor, rotation: "Rotation", plan: "AttentionPlan", cache: "LayerCache | None" = None
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        normed = self.norm_1(x)
+        attended = self.post_attention_norm(self.attn(normed, rotation, plan, cache))
+        if self.parallel:
+            mlp_input = normed if self.shared_norm else self.norm_2(x)
+            return attended + self.post_mlp_norm(self.mlp(mlp_input)) + x
+        x = attended + x
+        return self.post_mlp_norm(self.mlp(self.norm_2(x))) + x
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head, grouped-query or multi-query attention, by n_query_groups."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        heads, groups, size = config.n_head, config.n_query_groups, config.head_size
+        self.sizes = (heads, groups, groups)  # of queries, keys and values, in the rows of `qkv`
+        self.head_size = size
+        self.interleave = config.rope_interleave
+        self.softcap = config.attention_logit_softcapping
+        self.scale = 1 / math.sqrt(config.attention_scores_scalar or size)
+        self.qkv = nn.Linear(config.n_embd, sum(self.sizes) * size, bias=config.bias or config.attn_bias)
+        self.proj = nn.Linear(heads * size, config.n_embd, bias=config.bias)
+        self.norm_all_heads = config.norm_qk_type == "olmo2"
+        if config.norm_qk:
+            self.norm_q = build_norm(config, heads * size if self.norm_all_heads else size)
+            self.norm_k = build_norm(config, groups * size if self.norm_all_heads else size)
+        else:
+            self.norm_q = self.norm_k = None
+
+    def forward(
+        self, x: Tensor, rotation: "Rotation", plan: "AttentionPlan", cache: "LayerCache | None" = None
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        q, k, v = self.qkv(x).split([heads * self.head_size for heads in self.sizes], dim=-1)  # (B, T, heads * D)
+        if self.norm_q is not None and self.norm_all_heads:
+            q, k = self.norm_q(q), self.norm_k(k)
+        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in (q, k, v))  # (B, T, H, D), twice (B, T, G, D)
+        if self.norm_q is not None and not self.norm_all_heads:
+            q, k = self.norm_q(q), self.norm_k(k)
+        q = rotate(q, rotation, self.interleave)
+        k = rotate(k, rotation, self.interleave)
+        if cache is not None:
+            k, v = cache.update(plan, k, v)  # (B, S, G, D)
+        y = attend(q, k, v, plan.mask, self.scale, self.softcap)  # (B, T, H, D)
+        return self.proj(y.flatten(-2))
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention of DeepSeek V2 (https://arxiv.org/abs/2405.04434).
+
+    Keys and values of all heads are products of one latent of rank R per token; beside it, one rotated key is shared
+    by the heads. The cache holds the latent and the rotated key only.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        latent = config.latent_attention
+        query_rank = latent.get("q_lora_rank")
+        self.n_head = config.n_head
+        self.rank, self.value_size = latent["kv_lora_rank"], latent["v_head_dim"]
+        self.plain_size, self.rotated_size = latent["qk_nope_head_dim"], latent["qk_rope_head_dim"]
+        query_size = self.plain_size + self.rotated_size
+        self.interleave = config.rope_interleave
+        self.softcap = config.attention_logit_softcapping
+        self.scale = latent_attention_scale(config, query_size)
+        if query_rank is None:
+            self.q_proj = nn.Linear(config.n_embd, self.n_head * query_size, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(config.n_embd, query_rank, bias=config.attn_bias)
+            self.q_a_norm = RMSNorm(query_rank, eps=config.norm_eps)
+            self.q_b_proj = nn.Linear(query_rank, self.n_head * query_size, bias=False)
+        self.compresses_queries = query_rank is not None
+        self.kv_a_proj_with_mqa = nn.Linear(config.n_embd, self.rank + self.rotated_size, bias=config.attn_bias)
+        self.kv_a_norm = RMSNorm(self.rank, eps=config.norm_eps)
+        self.kv_b_proj = nn.Linear(self.rank, self.n_head * (self.plain_size + self.value_size), bias=False)
+        self.proj = nn.Linear(self.n_head * self.value_size, config.n_embd, bias=config.bias)
+
+    def forward(
+        self, x: Tensor, rotation: "Rotation", plan: "AttentionPlan", cache: "LayerCache | None" = None
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))) if self.compresses_queries else self.q_proj(x)
+        q_plain, q_rotated = q.unflatten(-1, (self.n_head, -1)).split([self.plain_size, self.rotated_size], dim=-1)
+        q_rotated = rotate(q_rotated, rotation, self.interleave)  # (B, T, H, .)
+        latent, k_rotated = self.kv_a_proj_with_mqa(x).split([self.rank, self.rotated_size], dim=-1)
+        latent = self.kv_a_norm(latent)[:, :, None]  # (B, T, 1, R)
+        k_rotated = rotate(k_rotated[:, :, None], rotation, self.interleave)  # (B, T, 1, .)
+        if cache is not None:
+            (stored,) = cache.update(plan, torch.cat((latent, k_rotated), dim=-1))  # (B, S, 1, R + .)
+        if plan.reads == "call":
+            y = self._attend_heads(q_plain, q_rotated, latent, k_rotated, plan)
+        else:
+            y = self._attend_latents(q_plain, q_rotated, stored, plan)
+        return self.proj(y.flatten(-2))
+
+    def _attend_heads(
+        self, q_plain: Tensor, q_rotated: Tensor, latent: Tensor, k_rotated: Tensor, plan: "AttentionPlan"
+    ) -> Tensor:
+        """Keys and values of every head are made from the latents: the cheaper way for many tokens at once."""
+        kv = self.kv_b_proj(latent.squeeze(2)).unflatten(-1, (self.n_head, -1))
+        k_plain, v = kv.split([self.plain_size, self.value_size], dim=-1)
+        k = torch.cat((k_plain, k_rotated.expand(-1, -1, self.n_head, -1)), dim=-1)  # (B, T, H, Q)
+        return attend(torch.cat((q_plain, q_rotated), dim=-1), k, v, plan.mask, self.scale, self.softcap)
+
+    def _attend_latents(self, q_plain: Tensor, q_rotated: Tensor, stored: Tensor, plan: "AttentionPlan") -> Tensor:
+        """Queries are brought into the latents' space instead, and the latents act as keys and values of one group."""
+        up = self._up_projection().unflatten(0, (self.n_head, -1))  # (H, ., R)
+        up_k, up_v = up.split([self.plain_size, self.value_size], dim=1)
+        q_latent = torch.einsum("bthq,hqr->bthr", q_plain, up_k.to(q_plain.dtype))
+        q = torch.cat((q_latent, q_rotated), dim=-1)  # (B, T, H, R + .)
+        y = attend(q, stored, stored[..., : self.rank], plan.mask, self.scale, self.softcap)  # (B, T, H, R)
+        return torch.einsum("bthr,hvr->bthv", y, up_v.to(y.dtype))
+
+    def _up_projection(self) -> Tensor:
+        """The matrix of `kv_b_proj`, also where it was replaced from outside (LoRA, quantised): (H * ., R)."""
+        if type(self.kv_b_proj) is nn.Linear:
+            return self.kv_b_proj.weight
+        identity = torch.eye(self.rank, device=self.kv_a_norm.weight.device, dtype=self.kv_a_norm.weight.dtype)
+        return self.kv_b_proj(identity).T
+
+
+def latent_attention_scale(config: Config, query_size: int) -> float:
+    """1 / sqrt(Q), times YaRN's correction of the temperature where the context is stretched."""
+    scale = 1 / math.sqrt(config.attention_scores_scalar or query_size)
+    if config.rope_kind == "yarn" and config.rope_adjustments.get("mscale_all_dim"):
+        scale *= yarn_magnitude(config.rope_adjustments["factor"], config.rope_adjustments["mscale_all_dim"]) ** 2
+    return scale
+
+
+# --- MLPs ------------------------------------------------------------------------------------------------------------
+
+
+class GptNeoxMLP(nn.Module):
+    """Two layers with a GELU between them."""
+
+    def __init__(self, config: Config, intermediate_size: int | None = None) -> None:
+        super().__init__()
+        width = intermediate_size or config.intermediate_size
+        self.fc = nn.Linear(config.n_embd, width, bias=config.bias)
+        self.proj = nn.Linear(width, config.n_embd, bias=config.bias)
+        self.approximate = config.gelu_approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        return self.proj(F.gelu(self.fc(x), approximate=self.approximate))
+
+
+class LLaMAMLP(nn.Module):
+    """A SiLU-gated unit (SwiGLU, https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, config: Config, intermediate_size: int | None = None) -> None:
+        super().__init__()
+        width = intermediate_size or config.intermediate_size
+        self.fc_1 = nn.Linear(config.n_embd, width, bias=config.bias)
+        self.fc_2 = nn.Linear(config.n_embd, width, bias=config.bias)
+        self.proj = nn.Linear(width, config.n_embd, bias=config.bias)
+        self.approximate = config.gelu_approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        return self.proj(self.activation(self.fc_1(x)) * self.fc_2(x))
+
+    def activation(self, x: Tensor) -> Tensor:
+        return F.silu(x)
+
+
+class GemmaMLP(LLaMAMLP):
+    """A GELU-gated unit (GEGLU)."""
+
+    def activation(self, x: Tensor) -> Tensor:
+        return F.gelu(x, approximate=self.approximate)
+
+
+class LLaMAMoE(nn.Module):
+    """A mixture of experts: each token goes through the K experts that the router chooses for it.
+
+    Softmax routing as in Mixtral (https://arxiv.org/abs/2401.04088), or, where n_expert_groups is set, sigmoid routing
+    by groups with shared experts as in DeepSeek V3 (https://arxiv.org/abs/2412.19437).
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        width = config.moe_intermediate_size or config.intermediate_size
+        self.gate = Router(config)
+        self.experts = nn.ModuleList(LLaMAMLP(config, width) for _ in range(config.n_expert))
+        self.shared_experts = LLaMAMLP(config, width * config.n_shared_expert) if config.n_shared_expert else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        tokens = x.flatten(0, -2)  # (N, C)
+        weights, chosen = route(self.gate, tokens)  # (N, K) each
+        n_choices = chosen.size(1)
+        order = chosen.flatten().argsort(stable=True)  # (N * K,), the choices sorted by expert
+        # How many tokens each expert got decides the shapes: the one number the host has to know.
+        counts = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
+        inputs = tokens[order // n_choices].split(counts)
+        outputs = [expert(part) for expert, part in zip(self.experts, inputs, strict=True) if part.size(0) > 0]
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        y = torch.cat(outputs)[back].unflatten(0, chosen.shape)  # (N, K, C), in the tokens' order again
+        y = (weights[:, None].to(y.dtype) @ y).view_as(x)
+        return y if self.shared_experts is None else y + self.shared_experts(x)
+
+
+class Router(nn.Linear):
+    """Scores of the experts; the bias of grouped routing steers the choice only and stays in float32."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config.n_embd, config.n_expert, bias=False)
+        self.config = config
+        grouped = config.n_expert_groups is not None
+        bias = torch.zeros(config.n_expert, dtype=torch.float32) if grouped else None
+        self.register_buffer("e_score_correction_bias", bias)
+
+    def _apply(self, fn, recurse=True):
+        before = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        after = self.e_score_correction_bias
+        if after is not None and after.dtype != before.dtype:
+            self.e_score_correction_bias = before.to(after.device)
+        return self
+
+
+def route(gate: Router, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, C) tokens -> weights (N, K) in float32 and numbers (N, K) of the experts they go through."""
+    config = gate.config
+    if config.n_expert_groups is not None:
+        return route_by_groups(gate, x)
+    scores = gate(x).float()  # (N, E)
+    if config.softmax_after_topk:
+        best, chosen = scores.topk(config.n_expert_per_token)
+        return best.softmax(dim=-1), chosen
+    return scores.softmax(dim=-1).topk(config.n_expert_per_token)
+
+
+def route_by_groups(gate: Router, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Sigmoid scores; the best n_topk_groups groups are chosen first, then the best experts within them."""
+    config = gate.config
+    with torch.autocast(x.device.type, enabled=False):  # the choice is sensitive to rounding
+        scores = F.linear(x.float(), gate.weight.float()).sigmoid()  # (N, E)
+    preference = (scores + gate.e_score_correction_bias).unflatten(-1, (config.n_expert_groups, -1))
+    of_group = preference.topk(config.n_topk_scores_per_group, dim=-1).values.sum(dim=-1)  # (N, groups)
+    best_groups = of_group.topk(config.n_topk_groups, dim=-1).indices
+    allowed = torch.zeros_like(of_group, dtype=torch.bool).scatter_(1, best_groups, True)
+    preference = preference.masked_fill(~allowed[..., None], -math.inf).flatten(1)
+    chosen = preference.topk(config.n_expert_per_token, dim=-1).indices  # (N, K)
+    weights = scores.gather(1, chosen)
+    if config.norm_topk_prob:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    return weights * config.routed_scaling_factor, chosen
+
+
+def build_mlp(config: Config, layer: int) -> nn.Module:
+    """The MLP of a layer, by its class name; the first layers of a mixture may be dense."""
+    if config.mlp_class_name == "LLaMAMoE":
+        return LLaMAMLP(config) if layer < (config.first_k_dense_replace or 0) else LLaMAMoE(config)
+    return {"GptNeoxMLP": GptNeoxMLP, "LLaMAMLP": LLaMAMLP, "GemmaMLP": GemmaMLP}[config.mlp_class_name](config)
+
+
+# --- normalisation ---------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (https://arxiv.org/abs/1910.07467), in float32 whatever the dtype of x.
+
+    Args:
+        size: width of the last dimension.
+        eps: added to the mean.
+        unit_offset: multiply by 1 + weight, as Gemma does.
+    """
+
+    def __init__(self, size: int, eps: float = 1e-6, unit_offset: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+        self.unit_offset = unit_offset
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight) if self.unit_offset else nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., size) -> (..., size)."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        weight = self.weight.float()
+        return (wide * (1 + weight if self.unit_offset else weight)).to(x.dtype)
+
+
+def build_norm(config: Config, size: int) -> nn.Module:
+    """The model's normalisation over `size` values."""
+    if config.norm_class_name == "RMSNorm":
+        return RMSNorm(size, eps=config.norm_eps, unit_offset=config.norm_unit_offset)
+    return nn.LayerNorm(size, eps=config.norm_eps, elementwise_affine=config.norm_affine)
+
+
+# --- rotary position embedding ---------------------------------------------------------------------------------------
+
+
+class Rotation(NamedTuple):
+    """By what the queries and keys of a call are rotated, each (B or 1, T, 1, P) in float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotations of positions (RoPE, https://arxiv.org/abs/2104.09864), one for each base the model has.
+
+    The frequencies are computed on the CPU and follow the model from device to device, but never leave float32: they
+    are no part of the state dict, and converting the model's dtype does not touch them.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        frequencies, self.magnitudes = rope_frequencies(config)
+        self.register_buffer("frequencies", frequencies, persistent=False)  # (bases, P)
+
+    def forward(self, positions: Tensor) -> list[Rotation]:
+        """(B or 1, T) positions -> the rotation for rope_base, then that for rope_local_base_freq if there is one."""
+        if self.frequencies.device != positions.device:  # the weights were given to a model built without memory
+            self.frequencies = rope_frequencies(self.config)[0].to(positions.device)
+        angles = positions.clamp(min=0).float()[..., None, None] * self.frequencies[:, None, None, None]
+        return [
+            Rotation(of_base.cos() * magnitude, of_base.sin() * magnitude)
+            for of_base, magnitude in zip(angles, self.magnitudes, strict=True)
+        ]
+
+    def _apply(self, fn, recurse=True):
+        self.frequencies = rope_frequencies(self.config)[0].to(fn(self.frequencies).device)
+        return self
+
+
+def rope_frequencies(config: Config) -> tuple[Tensor, list[float]]:
+    """Angles per position (bases, P), in float32 on the CPU, and a factor on the cosines and sines of each base."""
+    size = config.rope_n_elem
+    exponents = torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / max(size, 1)
+    frequencies = 1.0 / config.rope_base**exponents / config.rope_condense_ratio
+    magnitude = 1.0
+    stretch = config.rope_adjustments
+    if config.rope_kind == "linear":
+        frequencies = frequencies / stretch["factor"]
+    elif config.rope_kind == "llama3":
+        frequencies = stretch_by_parts(frequencies, stretch)
+    elif config.rope_kind == "yarn":
+        frequencies, magnitude = stretch_yarn(frequencies, stretch, config.rope_base)
+    if config.rope_local_base_freq is None:
+        return frequencies[None], [magnitude]
+    local = 1.0 / config.rope_local_base_freq**exponents
+    return torch.stack((frequencies, local)), [magnitude, 1.0]
+
+
+def stretch_by_parts(frequencies: Tensor, stretch: dict) -> Tensor:
+    """Llama 3.1: slow rotations become `factor` times slower, fast ones stay, those between are blended."""
+    turns = stretch["original_max_seq_len"] * frequencies / (2 * math.pi)  # (P,), within the original context
+    low, high = stretch["low_freq_factor"], stretch["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return keep * frequencies + (1 - keep) * frequencies / stretch["factor"]
+
+
+def stretch_yarn(frequencies: Tensor, stretch: dict, base: float) -> tuple[Tensor, float]:
+    """YaRN (https://arxiv.org/abs/2309.00071): blends by the index of the frequency; also scales the rotated values."""
+    pairs, factor = frequencies.numel(), stretch["factor"]
+
+    def index_of(turns: float) -> float:
+        """Index of the frequency that turns so many times within the original context."""
+        return pairs * math.log(stretch["original_max_seq_len"] / (turns * 2 * math.pi)) / math.log(base)
+
+    first, last = index_of(stretch["beta_fast"]), index_of(stretch["beta_slow"])
+    if stretch.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * pairs - 1)
+    span = max(last - first, 0.001)
+    slow = ((torch.arange(pairs, dtype=torch.float32, device="cpu") - first) / span).clamp(0, 1)
+    return frequencies * (1 - slow) + frequencies / factor * slow, yarn_rope_magnitude(stretch)
+
+
+def yarn_rope_magnitude(stretch: dict) -> float:
+    if stretch.get("attention_factor") is not None:
+        return stretch["attention_factor"]
+    factor = stretch["factor"]
+    if stretch.get("mscale") and stretch.get("mscale_all_dim"):
+        return yarn_magnitude(factor, stretch["mscale"]) / yarn_magnitude(factor, stretch["mscale_all_dim"])
+    return yarn_magnitude(factor)
+
+
+def yarn_magnitude(factor: float, strength: float = 1.0) -> float:
+    return 0.1 * strength * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def rotate(x: Tensor, rotation: Rotation, interleave: bool) -> Tensor:
+    """Rotates the first 2 * P values of each head, in float32: (B, T, heads, D) -> the same."""
+    size = 2 * rotation.cos.size(-1)
+    if size == 0:
+        return x
+    part = x if size == x.size(-1) else x[..., :size]
+    if interleave:
+        a, b = part[..., ::2], part[..., 1::2]
+    else:
+        a, b = part.chunk(2, dim=-1)
+    pair = (a * rotation.cos - b * rotation.sin, b * rotation.cos + a * rotation.sin)
+    turned = torch.stack(pair, dim=-1).flatten(-2) if interleave else torch.cat(pair, dim=-1)
+    turned = turned.to(x.dtype)
+    return turned if size == x.size(-1) else torch.cat((turned, x[..., size:]), dim=-1)
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class AttentionPlan:
+    """Who sees whom in one call, shared by all layers of a kind."""
+
+    mask: Tensor | None
+    """(B or 1, 1, T, S), added to the scores; None: token t sees the tokens 0..t of this call."""
+    slots: Tensor | None = None
+    """(B, T) where the keys of this call go in the cache."""
+    reads: str = "call"
+    """Which keys are seen: those of the `call`, of the `cache` with those of the call in it, or of `both`, in a row."""
+    read_length: int | None = None
+    """Only so many slots of the cache are read."""
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """Attention by the kernel that suits: q (B, T, H, Q), k (B, S, G, Q), v (B, S, G, D) -> (B, T, H, D)."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    heads, groups, tokens = q.size(1), k.size(1), q.size(2)
+    if k.dtype != q.dtype:  # a cache in another dtype
+        k, v = k.to(q.dtype), v.to(q.dtype)
+    if softcap is not None:
+        return attend_softcapped(q, k, v, mask, scale, softcap).transpose(1, 2)
+    if tokens == 1 and mask is not None:
+        # One token: the query heads of a group are rows of one product, and the keys need no copies.
+        rows = q.reshape(q.size(0), groups, heads // groups, q.size(3))
+        y = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
+        return y.reshape(y.size(0), 1, heads, y.size(3))
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=heads != groups
+    )
+    return y.transpose(1, 2)
+
+
+def attend_softcapped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
+    """Attention with scores softcap * tanh(score / softcap), written out: no kernel knows them."""
+    if mask is None:
+        rows = torch.arange(q.size(2), device=q.device)
+        mask = hidden_where(rows[None] > rows[:, None], q.dtype)
+    q = q.unflatten(1, (k.size(1), -1))  # (B, G, H / G, T, D)
+    scores = (q * scale) @ k[:, :, None].transpose(-1, -2)
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask.dim() == 4:
+        mask = mask[:, :, None]
+    weights = (scores.float() + mask).softmax(dim=-1).to(v.dtype)
+    return (weights @ v[:, :, None]).flatten(1, 2)
+
+
+def hidden_where(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """Boolean -> what is added to the scores."""
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, HIDDEN)
+
+
+def mask_within_call(
+    idx: Tensor, positions: Tensor | None, document_ids: Tensor | None, window: int | None, dtype: torch.dtype
+) -> Tensor | None:
+    """The mask where only the tokens of the call are seen; None where plain causal attention says it all."""
+    tokens = idx.size(1)
+    narrow = window is not None and window < tokens
+    if positions is None and document_ids is None and not narrow:
+        return None
+    order = torch.arange(tokens, device=idx.device)
+    distance = order[:, None] - order[None]  # (T, T)
+    hidden = distance < 0
+    if narrow:
+        hidden = hidden | (distance >= window)
+    hidden = hidden[None]  # (B or 1, T, T)
+    if document_ids is not None:
+        hidden = hidden | (document_ids[:, :, None] != document_ids[:, None])
+    if positions is not None:
+        hidden = hidden | (positions[:, None] < 0)
+    return hidden_where(hidden[:, None], dtype)
+
+
+def plan_with_cache(ring: "Ring", positions: Tensor, window: int | None, dtype: torch.dtype) -> AttentionPlan:
+    """The plan where tokens of earlier calls are seen, too."""
+    # Many new tokens would push old ones out of a window-sized ring before the first of them has looked at these.
+    both = window is not None and positions.size(1) > 1
+    if both:
+        seen = torch.cat((ring.positions, positions), dim=1)
+        slots = ring.claim(positions)
+    else:
+        slots = ring.claim(positions)
+        seen = ring.positions if ring.read_length is None else ring.positions[:, : ring.read_length]
+    distance = positions[:, :, None] - seen[:, None]  # (B, T, S)
+    hidden = (distance < 0) | (seen[:, None] < 0)
+    if window is not None:
+        hidden = hidden | (distance >= window)
+    mask = hidden_where(hidden[:, None], dtype)
+    return AttentionPlan(mask, slots, "both" if both else "cache", ring.read_length)
+
+
+def positions_or_default(idx: Tensor, positions: Tensor | None) -> Tensor:
+    """(B, T) positions; 0, 1, ... where none are given."""
+    if positions is not None:
+        return positions
+    return torch.arange(idx.size(1), device=idx.device).expand(idx.shape)
+
+
+def window_of(config: Config, layer: int) -> int | None:
+    """Size of a layer's sliding window, None where it sees everything."""
+    has_window = config.sliding_window_indices is not None and config.sliding_window_indices[layer]
+    return config.sliding_window_size if has_window else None
+
+
+# --- the cache of keys and values ------------------------------------------------------------------------------------
+
+
+class Ring:
+    """Which position each slot of a cache holds; slot = position modulo the number of slots.
+
+    The last slot is for what must not be kept (padding): it is written to and never seen. The number of slots is a
+    multiple of 8, which attention kernels like.
+    """
+
+    def __init__(self, batch_size: int, length: int, device: torch.device | str) -> None:
+        slots = -(-(length + 1) // 8) * 8
+        self.length = slots - 1
+        self.positions = torch.full((batch_size, slots), -1, dtype=torch.int64, device=device)  # (B, slots), -1 = empty
+        self.read_length: int | None = None
+
+    def claim(self, positions: Tensor) -> Tensor:
+        """Marks the slots of these (B, T) positions as theirs and returns them, (B, T)."""
+        newest = positions.amax(dim=1, keepdim=True)
+        keep = (positions >= 0) & (positions > newest - self.length)
+        slots = torch.where(keep, positions % self.length, self.length)
+        self.positions.scatter_(1, slots, torch.where(keep, positions, -1))
+        return slots
+
+
+class LayerCache:
+    """What one layer remembers: tensors of shape (B, slots, G, D), in slots shared by the layers of its kind."""
+
+    def __init__(self, ring: Ring, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> None:
+        batch_size, slots = ring.positions.shape
+        device = ring.positions.device
+        # Zeros, not empty: a hidden slot is multiplied by 0, which must not meet a NaN.
+        self.tensors = [torch.zeros(batch_size, slots, *shape, dtype=dtype, device=device) for shape in shapes]
+        self.rows = torch.arange(batch_size, device=device)[:, None]
+
+    def update(self, plan: AttentionPlan, *new: Tensor) -> tuple[Tensor, ...]:
+        """Stores tensors (B, T, G, D) of this call and returns those to attend to, (B, S, G, D)."""
+        read = new
+        if plan.reads == "both":
+            pairs = zip(self.tensors, new, strict=True)
+            read = tuple(torch.cat((stored.to(fresh.dtype), fresh), dim=1) for stored, fresh in pairs)
+        for stored, fresh in zip(self.tensors, new, strict=True):
+            stored[self.rows, plan.slots] = fresh.detach().to(stored.dtype)
+        if plan.reads == "cache":
+            length = self.tensors[0].size(1) if plan.read_length is None else plan.read_length
+            read = tuple(stored[:, :length] for stored in self.tensors)
+        return read
+
+
+class KVCache:
+    """Keys and values of a batch of rows, each row at a position of its own. Made by `GPT.new_cache`.
+
+    Layers with a sliding window keep a window's worth of slots, the others `max_length`; multi-head latent attention
+    keeps its latents. A position at or beyond `max_length` does not fit: the caller sees to that.
+    """
+
+    def __init__(
+        self, config: Config, batch_size: int, max_length: int, device: torch.device | str, dtype: torch.dtype
+    ) -> None:
+        if max_length <= 0:
+            raise ValueError(f"max_length={max_length}: a cache holds at least one token.")
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.is_empty = True
+        windows = [window_of(config, layer) for layer in range(config.n_layer)]
+        self.rings = {window: Ring(batch_size, min(window or max_length, max_length), device) for window in windows}
+        latent = config.latent_attention
+        if latent is None:
+            shapes = [(config.n_query_groups, config.head_size)] * 2
+        else:
+            shapes = [(1, latent["kv_lora_rank"] + latent["qk_rope_head_dim"])]
+        self.layers = [LayerCache(self.rings[window], shapes, dtype) for window in windows]
+
+    def reset(self, rows: Sequence[int] | Tensor | None = None) -> None:
+        """Forgets some rows, or everything."""
+        for ring in self.rings.values():
+            ring.positions[slice(None) if rows is None else rows] = -1
+        self.is_empty = self.is_empty or rows is None
+
+    def read_only(self, length: int | None) -> None:
+        """Promises that every position up to the next promise is below `length`, so that attention reads no further.
+
+        None takes the promise back. Layers with a sliding window always read their whole window.
+        """
+        if None in self.rings:
+            self.rings[None].read_length = length
