@@ -328,7 +328,7 @@ class _JsonBackend(_Backend):
                 self._tokenizer.add_special_tokens([added])
 
     def _declare_tokens_of_the_config(self, added: dict[str, int]) -> None:
-        """Some checkpoints (InternLM2) name their chat markers in tokenizer_config.json only, with ids of unused tokens."""
+        """Some checkpoints (InternLM2) name their chat markers in tokenizer_config.json only, on ids of unused tokens."""
         missing = {token: token_id for token, token_id in added.items() if self.token_to_id(token) is None}
         self.control.update(missing)
         self._added.update({token_id: token for token, token_id in missing.items()})

@@ -1,0 +1,124 @@
+"""The text that a model is given: prompt styles by name, and a checkpoint's own chat template.
+
+Every style of styles.yaml is a class here (`litgpt.prompts.Alpaca`), made when it is first asked for. No torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from litgpt.prompts.chat_template import DEFAULT, TEMPLATE_FILE, ChatTemplate, find_chat_templates
+from litgpt.prompts.styles import Format, Message, PromptStyle, WrittenStyle, style_class, written_styles
+
+if TYPE_CHECKING:
+    from litgpt.config import Config
+    from litgpt.tokenizer import Tokenizer
+
+STYLE_FILE = "prompt_style.yaml"
+
+__all__ = [
+    "ChatTemplate",
+    "Format",
+    "Message",
+    "PromptStyle",
+    "WrittenStyle",
+    "choose_prompt_style",
+    "find_chat_template",
+    "find_chat_templates",
+    "load_prompt_style",
+    "save_prompt_style",
+    "style_class",
+    "style_names",
+    "written_styles",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if not name.startswith("_") and name in (styles := written_styles()):
+        return styles[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def style_names() -> list[str]:
+    """What `--prompt_style` takes, without one's own classes and templates."""
+    return [style.format.name for style in written_styles().values()]
+
+
+def find_chat_template(checkpoint_dir: Path) -> str | None:
+    """The checkpoint's usual chat template."""
+    templates = find_chat_templates(checkpoint_dir)
+    return templates.get(DEFAULT) or next(iter(templates.values()), None)
+
+
+def choose_prompt_style(
+    checkpoint_dir: Path,
+    *,
+    explicit: str | PromptStyle | None = None,
+    config: Config | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> PromptStyle:
+    """The format of a checkpoint's prompts. The first of these that is there:
+
+    1. `explicit`: a style's name, a dotted class path, or the path of a .jinja file;
+    2. prompt_style.yaml, what the model was finetuned with;
+    3. the checkpoint's own chat template;
+    4. the style that the model's name stands for;
+    5. the bare prompt.
+    """
+    if isinstance(explicit, PromptStyle):
+        return explicit
+    if explicit is not None:
+        return _explicit_style(explicit, checkpoint_dir, tokenizer)
+    if (style := load_prompt_style(checkpoint_dir)) is not None:
+        return style
+    if (style := ChatTemplate.from_directory(checkpoint_dir, tokenizer)) is not None:
+        return style
+    return PromptStyle.from_config(config)
+
+
+def _explicit_style(name: str, checkpoint_dir: Path, tokenizer: Tokenizer | None) -> PromptStyle:
+    if not name.endswith((".jinja", ".jinja2", ".j2")):
+        return style_class(name)()
+    try:
+        source = Path(name).read_text(encoding="utf-8")
+    except OSError as error:
+        raise FileNotFoundError(f"--prompt_style {name}: the template cannot be read ({error.strerror}).") from error
+    return ChatTemplate(source, tokenizer.special_tokens if tokenizer else None)
+
+
+def save_prompt_style(style: PromptStyle | str, checkpoint_dir: Path) -> None:
+    """Leaves the style beside the model that was finetuned with it.
+
+    A style is named by its class in prompt_style.yaml, as LitGPT 0.5.13 does; a chat template travels as
+    chat_template.jinja, where everything that reads a checkpoint looks for it.
+    """
+    style = style_class(style)() if isinstance(style, str) else style
+    file = checkpoint_dir / STYLE_FILE
+    if isinstance(style, ChatTemplate):
+        file.unlink(missing_ok=True)
+        if find_chat_templates(checkpoint_dir) != style.templates:
+            (checkpoint_dir / TEMPLATE_FILE).write_text(style.template, encoding="utf-8")
+        return
+    kind = type(style)
+    file.write_text(yaml.safe_dump({"class_path": f"{kind.__module__}.{kind.__qualname__}"}), encoding="utf-8")
+
+
+def load_prompt_style(checkpoint_dir: Path) -> PromptStyle | None:
+    """The style of prompt_style.yaml, None where there is no such file.
+
+    Raises:
+        ValueError: the file is damaged or names a style that there is not.
+    """
+    file = checkpoint_dir / STYLE_FILE
+    if not file.is_file():
+        return None
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        return style_class(content["class_path"])(**(content.get("init_args") or {}))
+    except (yaml.YAMLError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{file} names no usable prompt style ({error}). Correct it, delete it, or pass --prompt_style."
+        ) from error

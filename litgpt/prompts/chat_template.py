@@ -1,0 +1,169 @@
+"""A checkpoint's own Jinja chat template, rendered in Jinja's sandbox as `transformers` renders it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from litgpt.prompts.styles import Message, PromptStyle
+
+if TYPE_CHECKING:
+    import jinja2
+
+    from litgpt.tokenizer import Tokenizer
+
+DEFAULT = "default"
+TEMPLATE_FILE = "chat_template.jinja"
+
+
+class ChatTemplate(PromptStyle):
+    """The template that a checkpoint brings along.
+
+    Args:
+        template: the Jinja source, or several by name, of which `default` is used, `tool_use` where tools are given.
+        special_tokens: what the template may use, e.g. {"bos_token": "<s>"}.
+
+    Raises:
+        ValueError: the template is no valid Jinja.
+    """
+
+    adds_bos = True  # the template writes BOS or means that there is none
+
+    def __init__(self, template: str | Mapping[str, str], special_tokens: Mapping[str, str] | None = None) -> None:
+        self.templates = {DEFAULT: template} if isinstance(template, str) else dict(template)
+        self.special_tokens = dict(special_tokens or {})
+        for source in self.templates.values():
+            _compile(source)
+
+    @property
+    def template(self) -> str:
+        return self._choose(tools=None)
+
+    def apply(self, prompt: str, *, sys_prompt: str | None = None, **fields: Any) -> str:
+        if fields.get("input"):
+            prompt = f"{prompt}\n\n{fields['input']}"
+        system = [{"role": "system", "content": sys_prompt}] if sys_prompt is not None else []
+        return self.render([*system, {"role": "user", "content": prompt}])
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **kwargs: Any) -> str:
+        """As in the base class; `kwargs` (`tools`, `documents`, `enable_thinking`) are variables of the template."""
+        import jinja2
+
+        variables = {"tools": None, "documents": None, **self.special_tokens, **kwargs}
+        template = _compile(self._choose(variables["tools"]))
+        try:
+            return template.render(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                **variables,
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"The checkpoint's chat template refuses this conversation: {error}") from error
+
+    def _choose(self, tools: Any) -> str:
+        if tools and "tool_use" in self.templates:
+            return self.templates["tool_use"]
+        return self.templates.get(DEFAULT) or next(iter(self.templates.values()))
+
+    @classmethod
+    def from_directory(cls, directory: Path, tokenizer: Tokenizer | None = None) -> ChatTemplate | None:
+        """The template of a checkpoint directory, None where it has none."""
+        templates = find_chat_templates(directory)
+        if not templates:
+            return None
+        return cls(templates, tokenizer.special_tokens if tokenizer else _special_tokens(directory))
+
+
+def find_chat_templates(directory: Path) -> dict[str, str]:
+    """The templates of a checkpoint by name, the usual one being "default".
+
+    `chat_template.jinja` (and additional_chat_templates/NAME.jinja) wins over `chat_template.json`, that over
+    `tokenizer_config.json`, where `chat_template` is one text or a list of {name, template}.
+    """
+    if (file := directory / TEMPLATE_FILE).is_file():
+        others = sorted((directory / "additional_chat_templates").glob("*.jinja"))
+        return {DEFAULT: _read(file), **{other.stem: _read(other) for other in others}}
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        template = _read_json(directory / name).get("chat_template")
+        if isinstance(template, str):
+            return {DEFAULT: template}
+        if template:
+            pairs = template.items() if isinstance(template, dict) else [(t["name"], t["template"]) for t in template]
+            return dict(pairs)
+    return {}
+
+
+def _special_tokens(directory: Path) -> dict[str, str]:
+    named = {**_read_json(directory / "special_tokens_map.json"), **_read_json(directory / "tokenizer_config.json")}
+    tokens = {}
+    for name, value in named.items():
+        content = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(content, str):
+            tokens[name] = content
+    return tokens
+
+
+def _read(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(_read(file)) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}). Fetch it again from the model's repository.") from error
+
+
+# -- the sandbox
+
+
+@lru_cache
+def _compile(source: str) -> jinja2.Template:
+    import jinja2
+
+    try:
+        return _environment().from_string(source)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"The checkpoint's chat template is not valid Jinja: {error}") from error
+
+
+@lru_cache
+def _environment() -> jinja2.Environment:
+    """What the templates on the Hub are written for: the options and names that `transformers` gives them."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class GenerationBlock(Extension):
+        """`{% generation %}...{% endgeneration %}` marks what the model wrote; for rendering it is just its content."""
+
+        tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+
+        def parse(self, parser: Any) -> nodes.Node:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationBlock]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    return environment
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+):
+    """Plain JSON: Jinja's own filter escapes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    import jinja2
+
+    raise jinja2.TemplateError(message)

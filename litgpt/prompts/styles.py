@@ -1,0 +1,233 @@
+"""Prompt styles: how a conversation becomes the one text that a model was taught to continue."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import yaml
+
+from litgpt.config import did_you_mean
+
+if TYPE_CHECKING:
+    from litgpt.tokenizer import Tokenizer
+
+STYLES_FILE = Path(__file__).with_name("styles.yaml")
+Message = Mapping[str, Any]  # {"role": "system" | "user" | "assistant" | ..., "content": str, ...}
+
+
+class PromptStyle(ABC):
+    """One prompt format. A style of one's own derives from this and defines `apply`; `render` then follows from it."""
+
+    adds_bos: bool = False
+    """The rendered text begins with BOS already (or says by itself that there is none)."""
+    continues_text: bool = False
+    """The bare prompt: the model goes on writing the text, there are no turns."""
+    end: str = ""
+    """What closes a reply before the next turn."""
+
+    @abstractmethod
+    def apply(self, prompt: str, *, sys_prompt: str | None = None, **fields: Any) -> str:
+        """One prompt as the model is to read it. `fields` are a data sample's other fields (`input`), for styles that
+        use them."""
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **kwargs: Any) -> str:
+        """A conversation as one text, up to where the next reply begins.
+
+        Args:
+            messages: an optional system message, then user and assistant in turn.
+            add_generation_prompt: write what opens the reply too (always done by a style that only defines `apply`).
+            kwargs: variables of a chat template; fields for `apply` otherwise.
+
+        Raises:
+            ValueError: roles that the format does not know, or in an order that it cannot write.
+        """
+        system, turns = split_turns(messages)
+        parts = []
+        for user, reply in turns:
+            parts.append(self.apply(user, sys_prompt=system, **kwargs))
+            system = None
+            if reply is not None:
+                parts.append(reply + self.end)
+        return "".join(parts)
+
+    def stop_tokens(self, tokenizer: Tokenizer) -> list[list[int]]:
+        """Token sequences that end a reply: EOS, and what the format adds."""
+        return [[tokenizer.eos_id]] if tokenizer.eos_id is not None else []
+
+    def encode(self, tokenizer: Tokenizer, messages: Sequence[Message], **kwargs: Any) -> list[int]:
+        """The conversation's token ids. Control tokens spelled in a message's content stay text."""
+        safe = [{**message, "content": _protected(tokenizer, message.get("content"))} for message in messages]
+        text = self.render(safe, **kwargs)
+        return tokenizer.encode_ids(text, bos=False if self.adds_bos else None, allow_special=not self.continues_text)
+
+    @staticmethod
+    def from_name(name: str) -> PromptStyle:
+        """The style called `name` in styles.yaml (either of its names, any case)."""
+        return style_class(name)()
+
+    @staticmethod
+    def from_config(config: Any) -> PromptStyle:
+        """The style that a known checkpoint's name stands for; the bare prompt for an unknown one."""
+        from litgpt.config import find_known
+
+        known = find_known(config.name) if getattr(config, "name", "") else None
+        return style_class(known.prompt_style if known else "Default")()
+
+
+def _protected(tokenizer: Tokenizer, content: Any) -> Any:
+    """A message's content, a text or a list of parts of which some are texts, with its control tokens made harmless."""
+    if isinstance(content, str):
+        return tokenizer.protect(content)
+    if isinstance(content, list):
+        return [{**part, "text": tokenizer.protect(part["text"])} if "text" in part else part for part in content]
+    return content
+
+
+def split_turns(messages: Sequence[Message]) -> tuple[str | None, list[tuple[str, str | None]]]:
+    """The system message, and each user's message with its reply (None for the last)."""
+    rest = list(messages)
+    system = rest.pop(0)["content"] if rest and rest[0]["role"] == "system" else None
+    turns: list[tuple[str, str | None]] = []
+    for index, message in enumerate(rest):
+        expected = "assistant" if index % 2 else "user"
+        if message["role"] != expected:
+            raise ValueError(
+                f"This prompt style writes an optional system message, then user and assistant in turn; message "
+                f"{len(messages) - len(rest) + index + 1} has the role {message['role']!r} where {expected!r} is due."
+            )
+        if expected == "user":
+            turns.append((message["content"], None))
+        else:
+            turns[-1] = (turns[-1][0], message["content"])
+    return system, turns
+
+
+@dataclass(frozen=True)
+class Format:
+    """One entry of styles.yaml; the head of that file explains the fields."""
+
+    name: str
+    user: str
+    start: str = ""
+    default: str | None = None
+    system: str | None = None
+    assistant: str = ""
+    end: str = ""
+    input: dict[str, str] | None = None
+    stop: tuple = ()
+    holds_bos: bool = True
+    """Whether `start` holds BOS."""
+
+
+class WrittenStyle(PromptStyle):
+    """A style whose format is data."""
+
+    format: ClassVar[Format]
+
+    def __init__(self) -> None:
+        self.adds_bos = bool(self.format.start) and self.format.holds_bos
+        self.end = self.format.end
+        self.continues_text = self.format.user == "{user}" and not self.format.assistant
+
+    def apply(self, prompt: str, *, sys_prompt: str | None = None, **fields: Any) -> str:
+        return self._opening(prompt, sys_prompt, **fields) + self.format.assistant
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **kwargs: Any) -> str:
+        system, turns = split_turns(messages)
+        parts: list[str] = []
+        for index, (user, reply) in enumerate(turns):
+            parts.append(self._turn(user) if index else self._opening(user, system, **kwargs))
+            if reply is not None:
+                parts += [self.format.assistant, reply, self.format.end]
+        if add_generation_prompt and turns and turns[-1][1] is None:
+            parts.append(self.format.assistant)
+        return "".join(parts)
+
+    def stop_tokens(self, tokenizer: Tokenizer) -> list[list[int]]:
+        sequences = super().stop_tokens(tokenizer)
+        for names in self.format.stop:
+            try:
+                ids = [name if isinstance(name, int) else tokenizer.token_to_id(name) for name in names]
+            except ValueError:
+                continue  # the style is used with another model's tokenizer: it cannot write that sequence
+            if ids not in sequences:
+                sequences.append(ids)
+        return sequences
+
+    def _opening(self, prompt: str, system: str | None, **fields: Any) -> str:
+        """Everything up to the end of the first user's turn."""
+        form, user, default = self.format, self.format.user, self.format.default
+        if form.input is not None and fields.get("input"):
+            user, default = form.input["user"], form.input["default"]
+        system = default if system is None else system
+        if system and form.system is None:
+            prompt, system = f"{system}\n\n{prompt}", None
+        block = _fill(form.system, system=system) if system else ""
+        if "{system}" in user:
+            return form.start + _fill(user, system=block, user=prompt, input=fields.get("input", ""))
+        return form.start + block + _fill(user, user=prompt, input=fields.get("input", ""))
+
+    def _turn(self, prompt: str) -> str:
+        return _fill(self.format.user, system="", user=prompt)
+
+
+def _fill(template: str, **values: str) -> str:
+    """Puts the values into their {slots}, once: braces in a value stay as they are."""
+    return re.sub("|".join(rf"\{{{name}\}}" for name in values), lambda match: values[match[0][1:-1]], template)
+
+
+@lru_cache
+def written_styles() -> dict[str, type[WrittenStyle]]:
+    """The styles of styles.yaml, by class name."""
+    entries: dict[str, dict[str, Any]] = yaml.safe_load(STYLES_FILE.read_text(encoding="utf-8"))
+    allowed = {field.name for field in fields(Format)}
+    styles = {}
+    for key, own in entries.items():
+        entry = {**entries[own["based_on"]], **own} if "based_on" in own else own
+        form = Format(**{name: value for name, value in entry.items() if name in allowed})
+        doc = f"The prompt style {form.name!r} of styles.yaml."
+        styles[key] = type(key, (WrittenStyle,), {"format": form, "__module__": "litgpt.prompts", "__doc__": doc})
+    return styles
+
+
+def style_class(name: str) -> type[PromptStyle]:
+    """The class of a style, by its name, its class name or a dotted path to a class of one's own.
+
+    Raises:
+        ValueError: no such style; with the names that come close.
+    """
+    styles = written_styles()
+    short = name.removeprefix("litgpt.prompts.")
+    for key, style in styles.items():
+        if short.lower() in (key.lower(), style.format.name.lower()):
+            return style
+    if "." in short and not name.startswith("litgpt.prompts.") and (found := _import_class(name)) is not None:
+        return found
+    names = [style.format.name for style in styles.values()]
+    raise ValueError(
+        f"There is no prompt style {name!r}.{did_you_mean(name, [*names, *styles])} "
+        f"The styles are: {', '.join(names)}. A class of your own is given as package.module.Class, a chat template as the path of a .jinja file."
+    )
+
+
+def _import_class(dotted: str) -> type[PromptStyle] | None:
+    module_name, _, class_name = dotted.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and not module_name.startswith(error.name):
+            raise  # the module is there, something that it imports is not
+        return None
+    found = getattr(module, class_name, None)
+    if found is None:
+        return None
+    if not (isinstance(found, type) and issubclass(found, PromptStyle)):
+        raise ValueError(f"{dotted} is no prompt style: derive it from litgpt.prompts.PromptStyle.")
+    return found
