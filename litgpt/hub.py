@@ -67,7 +67,7 @@ def download_files(
     dir = Path(dir)
     gathering = dir if dir.exists() else dir.with_name(f".{dir.name}.partial")
     with clear_errors(repo_id, access_token):
-        commit = HfApi(token=access_token).model_info(repo_id, revision=revision).sha
+        commit = HfApi(token=access_token).model_info(repo_id, revision=revision or "main").sha
         names = list(_file_names(repo_id, commit, access_token))
 
         def fetch(name: str) -> Path:
@@ -138,9 +138,10 @@ def _shards(index: Path, names: list[str]) -> list[str]:
 @contextmanager
 def clear_errors(repo_id: str, access_token: str | None) -> Iterator[None]:
     """Turn the hub client's errors into messages that say what to do."""
-    import httpx
     from huggingface_hub import constants, errors
 
+    # Base of a lost connection's errors as well; which HTTP library it is from depends on the client's version.
+    http_error = next(base for base in errors.HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
     page = f"{constants.ENDPOINT}/{repo_id}"
     try:
         yield
@@ -158,7 +159,7 @@ def clear_errors(repo_id: str, access_token: str | None) -> Iterator[None]:
         raise HubError(f"{repo_id} is needed from the hub, but HF_HUB_OFFLINE is set. Unset it to download.") from None
     except errors.HfHubHTTPError as error:
         raise HubError(_refused(repo_id, page, error.response.status_code, access_token)) from None
-    except (httpx.TransportError, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
+    except (http_error, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
         raise HubError(
             f"{repo_id} cannot be downloaded: no connection to {constants.ENDPOINT} ({_cause(error)}). Check the "
             "network (and HF_ENDPOINT, HTTPS_PROXY); the same command goes on where this one stopped."

@@ -4,9 +4,11 @@ import importlib
 import inspect
 import os
 import sys
+import typing
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from litgpt.cli.errors import UsageError
@@ -124,19 +126,28 @@ def unknown_init_args(option: str, cls: type, init_args: dict[str, Any]) -> list
     ]
 
 
+def _hints(cls: type) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(cls.__init__)
+    except (NameError, TypeError):  # hints for type checkers only, or a constructor in C
+        return {}
+
+
 def parse_init_args(option: str, cls: type, init_args: dict[str, Any], *, defaults: bool) -> tuple[Any, ArgumentParser]:
     """Check the types of init args.
 
     Returns:
         The typed values (with those not given, if `defaults`), and the parser, which can instantiate nested classes.
     """
-    from litgpt.cli.parser import explain
+    from litgpt.cli.parser import as_hinted, explain
 
     parser = class_parser(cls)
     if takes_anything(cls):
-        return init_args, parser
+        return {name: yaml.safe_load(v) if isinstance(v, str) else v for name, v in init_args.items()}, parser
+    hints = _hints(cls)
+    given = {name: as_hinted(value, hints.get(name, Any)) for name, value in init_args.items()}
     try:
-        values = parser.parse_object(init_args, defaults=defaults)
+        values = parser.parse_object(given, defaults=defaults)
     except ArgumentError as error:
         raise UsageError(explain(error, option)) from None
     return values, parser

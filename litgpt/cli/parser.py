@@ -69,6 +69,17 @@ def _sentence(text: str) -> str:
     return text.strip().rstrip(".").replace("\n", " ")
 
 
+def class_options(parser: ArgumentParser, class_path: str) -> str:
+    """The help for the init args of a class."""
+    for action in parser._actions:
+        # Neither a file for the whole class nor the help of classes nested in it: `float | Tensor` has hundreds.
+        if action.dest.endswith(".help") or "." not in action.dest:
+            action.help = SUPPRESS
+    parser.usage = f"settings of {class_path}"
+    text = parser.format_help().removeprefix("usage: ")
+    return re.sub(r",\s+known\s+subclasses:[^)]*\)", ")", text)
+
+
 def use_attribute_docstrings() -> None:
     """A string literal under a dataclass field is the help of its option."""
     if hasattr(jsonargparse, "set_parsing_settings"):

@@ -9,7 +9,7 @@ from litgpt.cli.arguments import Arguments, split
 from litgpt.cli.classes import class_parser, parse_init_args
 from litgpt.cli.config_files import read_config
 from litgpt.cli.errors import UsageError
-from litgpt.cli.parser import as_hinted, build_parser, check_types, instantiate
+from litgpt.cli.parser import as_hinted, build_parser, check_types, class_options, instantiate
 from litgpt.cli.settings import Collector, Layer, default_layer, merge, refuse, settle_classes
 from litgpt.cli.signature import ConfigOverrides, Parameter, Signature, is_class_spec
 
@@ -122,8 +122,7 @@ def class_help(signature: Signature, name: str, chosen: str | None) -> str:
     if chosen is None:
         return "\n".join([f"--{name} takes one of:", *choice.names(), "or your own package.module.Class"]) + "\n"
     path, cls = choice.resolve(chosen)
-    parser = class_parser(cls, nested_key=name, prog=path, add_help=False)
-    return parser.format_help()
+    return class_options(class_parser(cls, name, prog=path, add_help=False), path)
 
 
 def missing_message(missing: list[Parameter], signature: Signature, prog: str) -> str:

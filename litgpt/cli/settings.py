@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from litgpt.cli.classes import unknown_init_args
+from litgpt.cli.classes import accepted, unknown_init_args
 from litgpt.cli.errors import UsageError
 from litgpt.cli.signature import Parameter, Signature, admits
 from litgpt.config import did_you_mean
@@ -152,14 +152,22 @@ def settle_classes(layer: Layer, signature: Signature) -> list[str]:
         if "class_path" not in chosen:
             takers = parameter.choice.having(set(init_args))
             if len(takers) != 1:
-                names = ", ".join(takers or parameter.choice.names())
-                given = ", ".join(f"--{parameter.name}.{name}" for name in init_args)
-                problems.append(f"{given} needs --{parameter.name} NAME beside it, one of: {names}.")
+                problems.append(_which_class(parameter, list(init_args), takers))
                 continue
             chosen["class_path"] = f"{parameter.choice.package}.{takers[0]}"
         cls = parameter.choice.resolve(chosen["class_path"])[1]
         problems += unknown_init_args(f"--{parameter.name}", cls, init_args)
     return problems
+
+
+def _which_class(parameter: Parameter, init_args: list[str], takers: list[str]) -> str:
+    """Init args were given, and no class or several could be meant."""
+    given = ", ".join(f"--{parameter.name}.{name}" for name in init_args)
+    choice = parameter.choice
+    names = takers or choice.names()
+    every = {setting for name in names for setting in accepted(choice.resolve(name)[1])}
+    hint = "".join(did_you_mean(name, every) for name in init_args if name not in every)
+    return f"{given} needs --{parameter.name} NAME beside it, one of: {', '.join(names)}.{hint}"
 
 
 def refuse(problems: list[str]) -> None:
