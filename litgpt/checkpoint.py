@@ -239,7 +239,7 @@ def resolve_checkpoint_dir(name_or_path: str | Path, *, download: Callable[[str]
 
     name = str(name_or_path)
     known = find_known(name)
-    repo_id = _repo_id(known) if known else name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
+    repo_id = known.repo_id if known else name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
     candidates = [Path(name).expanduser(), Path("checkpoints") / name]
     if known:
         candidates.append(Path("checkpoints") / repo_id)
@@ -259,12 +259,6 @@ def resolve_checkpoint_dir(name_or_path: str | Path, *, download: Callable[[str]
     raise FileNotFoundError(f"No checkpoint '{name}' (looked for {looked}).{hint} {remedy}")
 
 
-def _repo_id(known: Any) -> str:
-    from litgpt.config import known_checkpoints
-
-    return next(repo_id for repo_id, entry in known_checkpoints().items() if entry is known or entry.name == known.name)
-
-
 def _local_checkpoints() -> list[str]:
     return [str(path.parent) for path in sorted(Path("checkpoints").glob(f"*/*/{WEIGHTS}"))]
 
@@ -279,19 +273,20 @@ def _complete(path: Path) -> Path:
     return path
 
 
-def missing_files(path: Path) -> list[str]:
+def missing_files(path: Path, weights: bool = False) -> list[str]:
     """What a directory lacks to be a checkpoint directory, in words; empty if nothing.
 
-    A directory with just a tokenizer lacks nothing here, since it serves as `--tokenizer_dir`; opening it for its
-    weights is refused by `convert.open_checkpoint`.
+    A directory with just a tokenizer lacks nothing (it serves as `--tokenizer_dir`), unless `weights` are asked for.
     """
     if (path / WEIGHTS).is_file():
         return [] if (path / CONFIG).is_file() else [f"{CONFIG} (the shape of the model in {WEIGHTS})"]
-    weights = hf_weight_files(path)
-    if weights:
-        lost = [f"the weight file {file.name}" for file in weights if not file.is_file()]
+    files = hf_weight_files(path)
+    if files:
+        lost = [f"the weight file {file.name}" for file in files if not file.is_file()]
         return lost + ([] if (path / "config.json").is_file() else ["config.json (the shape of the model)"])
-    if any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")):
+    if not weights and any(
+        (path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+    ):
         return []
     weights_names = f"weights ({WEIGHTS}, *.safetensors or pytorch_model*.bin)"
     if any((path / name).is_file() for name in (CONFIG, "config.json")):
@@ -345,20 +340,28 @@ def save_model(directory: str | Path, model: "GPT | dict[str, torch.Tensor]", co
 
 
 class MappedTensors(dict[str, torch.Tensor]):
-    """A state dict whose tensors are views of the file on disk (private, so writing to one does not change the file).
+    """A state dict whose tensors are views of the file on disk (private: writing to one does not change the file).
 
-    Pages that were read count as this process's memory until they are released.
+    Attributes:
+        mapped: False where the file's format did not allow that; then the tensors are plain memory.
     """
 
     mapped: bool = True
 
-    def release(self, name: str) -> None:
-        """Gives the memory behind a tensor back; reading the tensor again fetches it from the file anew.
 
-        Changes made to the tensor in place are lost by this.
-        """
-        if self.mapped:
-            _release_pages(self[name])
+def release_pages(tensor: torch.Tensor) -> None:
+    """Gives back the memory of a tensor that is a view of a file; reading it again fetches it from the file anew.
+
+    Pages read from a mapped file count as the process's memory until they are released. Only for tensors of
+    `MappedTensors` with `mapped` set, and not for one that was written to: the changes would be lost.
+    """
+    if not sys.platform.startswith("linux") or tensor.numel() == 0:
+        return
+    page, dont_need = os.sysconf("SC_PAGESIZE"), 4
+    storage = tensor.untyped_storage()
+    start = storage.data_ptr() // page * page
+    length = storage.data_ptr() + storage.nbytes() - start
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), dont_need)
 
 
 def read_state_dict(path: str | Path) -> MappedTensors:
@@ -380,9 +383,9 @@ def read_state_dict(path: str | Path) -> MappedTensors:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        raise ValueError(_unreadable(path, "it holds other Python objects than tensors, or is damaged")) from error
+        raise ValueError(unreadable(path, "it holds other Python objects than tensors, or is damaged")) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(_unreadable(path, "it is truncated or damaged")) from error
+        raise ValueError(unreadable(path, "it is truncated or damaged")) from error
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -393,7 +396,8 @@ def read_state_dict(path: str | Path) -> MappedTensors:
     return tensors
 
 
-def _unreadable(path: Path, reason: str) -> str:
+def unreadable(path: Path, reason: str) -> str:
+    """What to say about a weight file that cannot be read; looks for the usual causes."""
     with path.open("rb") as file:
         start = file.read(64)
     if not start:
@@ -406,16 +410,6 @@ def _unreadable(path: Path, reason: str) -> str:
         f"Cannot read weights from '{path}' ({path.stat().st_size:,} bytes): {reason}. "
         "Download or convert the checkpoint again."
     )
-
-
-def _release_pages(tensor: torch.Tensor) -> None:
-    if not sys.platform.startswith("linux") or tensor.numel() == 0:
-        return
-    page, dont_need = os.sysconf("SC_PAGESIZE"), 4
-    storage = tensor.untyped_storage()
-    start = storage.data_ptr() // page * page
-    length = storage.data_ptr() + storage.nbytes() - start
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), dont_need)
 
 
 # -------------------------------------------------------------------------------------------- writing weights

@@ -1,0 +1,23 @@
+"""What a Hugging Face architecture is to us: a map of its `config.json` and a map of its weights."""
+
+from dataclasses import dataclass
+
+from litgpt.convert.fields import ConfigField
+from litgpt.convert.rules import RuleTable
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One row of `litgpt.convert.architectures`.
+
+    Attributes:
+        name: As in `architectures` of `config.json`.
+        model_type: As in `model_type` there.
+        config: The map between `config.json` and `Config`.
+        weights: The map between the weights' names and layouts.
+    """
+
+    name: str
+    model_type: str
+    config: tuple[ConfigField, ...]
+    weights: RuleTable

@@ -1,0 +1,132 @@
+"""A checkpoint as a Hugging Face directory."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from litgpt.checkpoint import copy_companion_files, write_state_dict
+from litgpt.config import Config
+from litgpt.convert.architectures import ARCHITECTURES
+from litgpt.convert.hf_config import architecture_of, config_from_hf, config_to_hf, differences
+from litgpt.convert.safetensors_file import write_safetensors
+from litgpt.convert.source import HEAD, Source, open_checkpoint
+
+SHARD_SIZE = 5_000_000_000
+Named = tuple[str, Tensor]
+Watch = Callable[[Iterator[Named]], Iterator[Named]]
+
+
+def export_hf(
+    source: Source | str | Path,
+    destination: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    safetensors: bool = True,
+    pth: bool = False,
+    shard_size: int = SHARD_SIZE,
+    watch: Watch = iter,
+) -> None:
+    """Writes weights under Hugging Face names, `config.json` and the tokenizer's files; the weights bit for bit.
+
+    Args:
+        source: An opened checkpoint or its path.
+        destination: A directory, created if need be. Use `checkpoint.atomic_directory` to have it whole or not at all.
+        dtype: The type to write the weights in; None keeps theirs.
+        safetensors: Write `model.safetensors`, in several files with an index above `shard_size` bytes.
+        pth: Write `model.pth`, a state dict for `torch.load`.
+        watch: Wraps the stream of weights, to show progress.
+
+    Raises:
+        ValueError: No Hugging Face architecture can express the model.
+    """
+    source = source if isinstance(source, Source) else open_checkpoint(source)
+    config_json = export_config(source.config, source.files, dtype or source.dtype)
+    destination.mkdir(parents=True, exist_ok=True)
+    (destination / "config.json").write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")
+    copy_companion_files(source.files, destination)
+    table = ARCHITECTURES[config_json["architectures"][0]].weights
+
+    def to_theirs(ours: Iterable[Named]) -> Iterator[Named]:
+        tied = source.config.tie_embeddings
+        return table.to_theirs(
+            ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in ours if not (tied and name == HEAD)),
+            source.config,
+        )
+
+    if safetensors:
+        layout = dict(to_theirs(source.layout().items()))
+        _write_shards(layout, to_theirs(watch(source.weights())), destination, shard_size)
+    if pth:
+        write_state_dict(destination / "model.pth", to_theirs(watch(source.weights())))
+
+
+def export_config(config: Config, files: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """The `config.json` of an exported model.
+
+    That of the checkpoint, if it has one that still says the same; then every other entry of it is kept.
+    """
+    original = _original_config(files)
+    try:
+        unchanged = bool(original) and not differences(config_from_hf(original, config.name), config)
+    except ValueError:
+        unchanged = False
+    if unchanged:
+        written = {**original, "architectures": [architecture_of(original).name]}
+    else:
+        architecture = (original.get("architectures") or [None])[0]
+        written = config_to_hf(config, architecture) | _special_tokens(files, original)
+    key = "dtype" if "dtype" in written else "torch_dtype"
+    return written | {key: str(dtype).removeprefix("torch.")}
+
+
+def _original_config(files: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((files / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _special_tokens(files: Path, original: dict[str, Any]) -> dict[str, Any]:
+    """Token ids for `config.json`, from where the checkpoint says them."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: original[name] for name in names if name in original}
+    with suppress(OSError, ValueError, TypeError):
+        ids = json.loads((files / "generation_config.json").read_text(encoding="utf-8")) | ids
+    if "eos_token_id" not in ids and any((files / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        from litgpt.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer(files)
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id} | ids
+    return {name: ids.get(name) for name in names}
+
+
+def _write_shards(layout: dict[str, Tensor], weights: Iterator[Named], destination: Path, shard_size: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, like in layout.items():
+        if shards[-1] and filled + _bytes(like) > shard_size:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = like
+        filled += _bytes(like)
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    for file, shard in zip(names, shards, strict=True):
+        write_safetensors(destination / file, shard, islice(weights, len(shard)))
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": sum(map(_bytes, layout.values()))}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (destination / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.dtype.itemsize

@@ -1,0 +1,129 @@
+"""`config.json` to `Config` and back."""
+
+from dataclasses import asdict
+from typing import Any
+
+from litgpt.config import Config, did_you_mean, find_known
+from litgpt.convert.architecture import Architecture
+from litgpt.convert.architectures import ARCHITECTURES
+
+# Fields of Config that say nothing about what the model computes, or (vocab_size) nothing that config.json knows.
+_LABELS = ("name", "hf_config", "padding_multiple", "vocab_size")
+
+
+def architecture_of(config_json: dict[str, Any]) -> Architecture:
+    """The architecture that a `config.json` names, by `architectures` or, without that, by `model_type`.
+
+    Raises:
+        ValueError: It is not supported; says which are.
+    """
+    names = config_json.get("architectures") or []
+    for name in names:
+        if name in ARCHITECTURES:
+            return ARCHITECTURES[name]
+    model_type = config_json.get("model_type")
+    if not names:
+        for architecture in ARCHITECTURES.values():
+            if architecture.model_type == model_type:
+                return architecture
+    given = ", ".join(map(str, names)) or (f"model_type '{model_type}'" if model_type else "none named")
+    hint = did_you_mean(str(names[0]), ARCHITECTURES) if names else ""
+    raise ValueError(
+        f"The architecture of this checkpoint ({given}) is not supported.{hint} "
+        f"Supported: {', '.join(sorted(ARCHITECTURES))}."
+    )
+
+
+def config_from_hf(config_json: dict[str, Any], name: str | None = None) -> Config:
+    """The configuration that a `config.json` describes.
+
+    Args:
+        config_json: Its content; the spellings of transformers 4 (`rope_theta`, `rope_scaling`) and 5
+            (`rope_parameters`) are both known.
+        name: What the checkpoint is called (`org/name`, or a directory's name). Of a known checkpoint, the
+            configuration keeps the names and the number of tokens; all other figures are those of `config_json`.
+
+    Raises:
+        ValueError: The architecture, or something in `config_json` that changes what the model computes, is not
+            supported; or a figure is missing. Names it.
+    """
+    architecture = architecture_of(config_json)
+    values: dict[str, Any] = {}
+    problems = []
+    if config_json.get("quantization_config"):
+        method = config_json["quantization_config"].get("quant_method", "unknown")
+        problems.append(f"quantization_config with quant_method '{method}' is not supported")
+    for entry in architecture.config:
+        try:
+            values.update(entry.read(config_json))
+        except KeyError as error:
+            problems.append(f"it lacks {error}")
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError(f"config.json ({architecture.name}) cannot be used: {'; '.join(dict.fromkeys(problems))}.")
+    return Config(**(values | _labels(name or "", values["padded_vocab_size"])))
+
+
+def _labels(label: str, rows: int) -> dict[str, Any]:
+    """What the name of a checkpoint says: its proper names and, with the same embedding, the number of tokens."""
+    label = label.rstrip("/")
+    known = find_known(label) or find_known(label.split("/")[-1]) if label else None
+    if known is None:
+        return {"name": label.split("/")[-1]}
+    usual = Config(**known.config)
+    labels = {"name": usual.name, "hf_config": dict(usual.hf_config)}
+    if usual.padded_vocab_size == rows:
+        labels.update(vocab_size=usual.vocab_size, padding_multiple=usual.padding_multiple)
+    return labels
+
+
+def config_to_hf(config: Config, architecture: str | None = None) -> dict[str, Any]:
+    """The `config.json` that describes a configuration, in the spelling that transformers 4 and 5 both read.
+
+    Args:
+        config: The configuration.
+        architecture: The architecture to write, if it is known; otherwise the first that fits.
+
+    Raises:
+        ValueError: No architecture can say everything in `config`; says what each one lacks.
+    """
+    candidates = [ARCHITECTURES[architecture]] if architecture in ARCHITECTURES else list(ARCHITECTURES.values())
+    reasons = []
+    for candidate in candidates:
+        try:
+            config_json = _write(candidate, config)
+        except ValueError as error:
+            reasons.append(f"{candidate.name}: {error}")
+            continue
+        # What was written must say the same again: nothing that the model computes may be lost on the way.
+        lost = differences(config_from_hf(config_json, config.name), config)
+        if not lost:
+            return config_json
+        reasons.append(f"{candidate.name}: it cannot express {', '.join(f'{n}={getattr(config, n)!r}' for n in lost)}")
+    raise ValueError("This model cannot be written as a Hugging Face checkpoint.\n  " + "\n  ".join(reasons))
+
+
+def _write(architecture: Architecture, config: Config) -> dict[str, Any]:
+    config_json: dict[str, Any] = {"architectures": [architecture.name], "model_type": architecture.model_type}
+    for entry in architecture.config:
+        config_json.update(entry.write(config))
+    return config_json
+
+
+def differences(one: Config, other: Config) -> list[str]:
+    """Names of the fields in which two configurations compute something different."""
+    left, right = _meaning(one), _meaning(other)
+    return [name for name in left if left[name] != right[name]]
+
+
+def _meaning(config: Config) -> dict[str, Any]:
+    values = {name: value for name, value in asdict(config).items() if name not in _LABELS}
+    values["attn_bias"] = config.attn_bias or config.bias
+    adjustments = config.rope_adjustments
+    if adjustments and config.rope_kind == "linear":
+        values["rope_condense_ratio"], values["rope_adjustments"] = (
+            config.rope_condense_ratio * adjustments["factor"],
+            None,
+        )
+    return values

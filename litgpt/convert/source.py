@@ -1,0 +1,302 @@
+"""An opened checkpoint of any kind, and a model from it."""
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from litgpt.checkpoint import (
+    CONFIG,
+    WEIGHTS,
+    MappedTensors,
+    hf_weight_files,
+    missing_files,
+    read_state_dict,
+    release_pages,
+)
+from litgpt.config import Config
+from litgpt.convert.architecture import Architecture
+from litgpt.convert.hf_config import architecture_of, config_from_hf
+from litgpt.convert.safetensors_file import read_safetensors
+from litgpt.model import GPT
+
+HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
+Named = tuple[str, Tensor]
+
+
+class Source(ABC):
+    """An opened checkpoint: a directory of ours, one of Hugging Face, or a GGUF file. See `open_checkpoint`.
+
+    Attributes:
+        config: The shape of the model, with `tie_embeddings` as the weights have it.
+        files: A directory with the tokenizer's and the JSON files.
+        dtype: The type of the weights (of the first one).
+    """
+
+    config: Config
+    files: Path
+    dtype: torch.dtype
+
+    @abstractmethod
+    def layout(self) -> dict[str, Tensor]:
+        """Our names, in the order of `weights`, each with a tensor of that shape and type on the meta device."""
+
+    @abstractmethod
+    def weights(self) -> Iterator[Named]:
+        """The weights under our names, one at a time.
+
+        A tensor is a read-only view of the file where possible, and its memory is given back when the next one is
+        asked for. Tied embeddings come right after one another, as one tensor under both names.
+        """
+
+    def load_into(self, model: GPT) -> None:
+        """Copies the weights into a model, converting their type and moving them to its device.
+
+        Raises:
+            ValueError: The model has other weights than this checkpoint; lists every missing and unexpected name and
+                every wrong shape, and has changed nothing.
+        """
+        targets = model.state_dict()
+        problems = compare_shapes(targets, self.layout(), "this model", "the checkpoint")
+        if problems:
+            raise ValueError(
+                f"The checkpoint does not fit the model ({len(problems)} problems):\n" + "\n".join(problems)
+            )
+        filled: set[int] = set()
+        with torch.no_grad():
+            for name, tensor in self.weights():
+                # A tied weight of the model is one tensor under two names: fill it once.
+                if targets[name].data_ptr() not in filled:
+                    targets[name].copy_(tensor)
+                    filled.add(targets[name].data_ptr())
+
+
+def keep(tensor: Tensor) -> None:
+    """Where memory need not be given back."""
+
+
+def on_meta(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape and type, without memory."""
+    return torch.empty_like(tensor, device="meta")
+
+
+def shapes_of(config: Config) -> dict[str, Tensor]:
+    """Our names of all weights of such a model, with tensors on the meta device."""
+    with torch.device("meta"):
+        return GPT(config).state_dict()
+
+
+def compare_shapes(wanted: dict[str, Tensor], found: dict[str, Tensor], wanted_by: str, found_in: str) -> list[str]:
+    """One line for every name that is missing, unexpected or has a wrong shape."""
+    lines = [f"  missing: {name} {list(wanted[name].shape)}" for name in wanted if name not in found]
+    lines += [f"  unexpected: {name} {list(found[name].shape)}" for name in found if name not in wanted]
+    lines += [
+        f"  wrong shape: {name} is {list(found[name].shape)} in {found_in}, {list(like.shape)} in {wanted_by}"
+        for name, like in wanted.items()
+        if name in found and found[name].shape != like.shape
+    ]
+    return lines
+
+
+class LitSource(Source):
+    """A directory with `lit_model.pth`, ours or LitGPT's."""
+
+    def __init__(self, path: Path) -> None:
+        self.files = path
+        self.tensors = plain_names(read_state_dict(path / WEIGHTS))
+        self.config = Config.from_checkpoint(path)
+        self.config.tie_embeddings = self._is_tied()
+        self.dtype = _first_dtype(self.tensors)
+        problems = compare_shapes(shapes_of(self.config), self.tensors, CONFIG, WEIGHTS)
+        if problems:
+            raise ValueError(_misfit(path / WEIGHTS, path / CONFIG, problems))
+
+    def layout(self) -> dict[str, Tensor]:
+        return {name: on_meta(self.tensors[name]) for name in self._order()}
+
+    def weights(self) -> Iterator[Named]:
+        for name in self._order():
+            tensor = self.tensors[EMBEDDING if name == HEAD and self.config.tie_embeddings else name]
+            yield name, tensor
+            if self.tensors.mapped:
+                release_pages(tensor)
+
+    def _order(self) -> list[str]:
+        """Embedding and head first, one after the other, as they may be one."""
+        return [EMBEDDING, HEAD, *(name for name in self.tensors if name not in (EMBEDDING, HEAD))]
+
+    def _is_tied(self) -> bool:
+        head, embedding = self.tensors.get(HEAD), self.tensors.get(EMBEDDING)
+        if head is None or embedding is None:
+            return False
+        if head.data_ptr() == embedding.data_ptr():
+            return True
+        # Other programs may have stored both; then they are tied if they were meant to be and still are the same.
+        return _says_tied(self.files) and same_values(head, embedding, self.tensors.mapped)
+
+
+def _says_tied(path: Path) -> bool:
+    try:
+        return bool(json.loads((path / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def same_values(one: Tensor, other: Tensor, mapped: bool) -> bool:
+    """Whether two tensors are equal, compared in slices so that mapped files stay out of memory."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    rows = max(1, 2**24 // max(1, one[0].numel()))
+    equal = all(torch.equal(a, b) for a, b in zip(one.split(rows), other.split(rows), strict=True))
+    for tensor in (one, other) if mapped else ():
+        release_pages(tensor)
+    return equal
+
+
+def plain_names(tensors: MappedTensors) -> MappedTensors:
+    """Takes off what compiling and distributed wrappers put before the names."""
+    plain = MappedTensors({re.sub(r"(_orig_mod|_forward_module|module)\.", "", n): t for n, t in tensors.items()})
+    plain.mapped = tensors.mapped
+    return plain
+
+
+class HFSource(Source):
+    """A directory of a supported Hugging Face architecture, in `.safetensors` or `.bin` files."""
+
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        self.files = path
+        self.config_json = _read_json(path / "config.json")
+        self.architecture: Architecture = architecture_of(self.config_json)
+        self.config = config_from_hf(self.config_json, name or _label(path))
+        shards = [_read_shard(file) for file in hf_weight_files(path)]
+        self.mapped = all(shard.mapped for shard in shards)
+        ignored = self.architecture.weights.is_ignored
+        self.found = {name: tensor for shard in shards for name, tensor in shard.items() if not ignored(name)}
+        self.dtype = _first_dtype(self.found)
+        self._untie_if_different()
+        named = shapes_of(self.config).items()
+        if self.config.tie_embeddings:
+            named = [(name, tensor) for name, tensor in named if name != HEAD]
+        wanted = dict(self.architecture.weights.to_theirs(named, self.config))
+        problems = compare_shapes(wanted, self.found, "config.json", "the files")
+        if problems:
+            raise ValueError(_misfit(path, path / "config.json", problems))
+
+    def layout(self) -> dict[str, Tensor]:
+        return dict(self._translated({name: on_meta(tensor) for name, tensor in self.found.items()}))
+
+    def weights(self) -> Iterator[Named]:
+        return self._translated(self.found, release_pages if self.mapped else keep)
+
+    def _translated(self, found: dict[str, Tensor], done: Callable[[Tensor], None] = keep) -> Iterator[Named]:
+        for name, tensor in self.architecture.weights.to_ours(found.items(), self.config, done):
+            yield name, tensor
+            if name == EMBEDDING and self.config.tie_embeddings:
+                yield HEAD, tensor
+
+    def _untie_if_different(self) -> None:
+        """Files may hold a head that the config ties: a copy is dropped; other values mean that it is not tied."""
+        if not self.config.tie_embeddings:
+            return
+        empty = torch.empty(0, device="meta")
+        renamed = self.architecture.weights.to_theirs([(EMBEDDING, empty), (HEAD, empty)], self.config)
+        (embedding_name, _), (head_name, _) = renamed
+        embedding, head = self.found.get(embedding_name), self.found.get(head_name)
+        if head is None:
+            return
+        if embedding is None or same_values(head, embedding, self.mapped):
+            del self.found[head_name]
+        else:
+            self.config.tie_embeddings = False
+
+
+def _read_shard(file: Path) -> MappedTensors:
+    return read_safetensors(file) if file.suffix == ".safetensors" else read_state_dict(file)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{file}' is no valid JSON ({error}). Download it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"'{file}' describes no model: expected an object of settings. Download it again.")
+    return content
+
+
+def _label(path: Path) -> str:
+    """`org/name` from the end of a path; what else stands before is the user's own ordering."""
+    path = path.resolve()
+    if path.parent.name == "snapshots":  # the Hub's cache: models--org--name/snapshots/<commit>
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return f"{path.parent.name}/{path.name}"
+
+
+def _first_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
+    return next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
+
+
+def _misfit(weights: Path, config: Path, problems: list[str]) -> str:
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    return (
+        f"The weights in '{weights}' are not those of the model in '{config}' ({count}):\n"
+        + "\n".join(problems)
+        + "\nDownload or convert the checkpoint again, or correct the configuration."
+    )
+
+
+def open_checkpoint(path: str | Path, model_name: str | None = None) -> Source:
+    """Opens a checkpoint directory of ours, a Hugging Face directory, or a `.gguf` file, without reading the weights.
+
+    `lit_model.pth` wins over other weights beside it.
+
+    Args:
+        path: The directory or file; `checkpoint.resolve_checkpoint_dir` finds it from a name.
+        model_name: What the model is called, where the path does not say it.
+
+    Raises:
+        FileNotFoundError: It does not exist, or something in it is missing; says what.
+        ValueError: A file is damaged, or architecture or weights are not supported or do not fit one another.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".gguf":
+        from litgpt.convert.gguf_source import GGUFSource
+
+        return GGUFSource(path, model_name)
+    if path.is_file():
+        path = path.parent
+    if not path.is_dir():
+        raise FileNotFoundError(f"There is no checkpoint '{path}'. Give a checkpoint directory or a .gguf file.")
+    missing = missing_files(path, weights=True)
+    if missing:
+        raise FileNotFoundError(
+            f"The checkpoint directory '{path}' lacks {' and '.join(missing)}. "
+            "Download or convert the checkpoint again, or give another directory."
+        )
+    return LitSource(path) if (path / WEIGHTS).is_file() else HFSource(path, model_name)
+
+
+def load_model(
+    source: Source | str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> GPT:
+    """A model with a checkpoint's weights, in evaluation mode.
+
+    Memory stays at the size of the model plus its largest tensor.
+
+    Args:
+        source: An opened checkpoint or its path.
+        dtype: The type of the weights; None keeps that of the checkpoint.
+        device: Where the model goes.
+    """
+    source = source if isinstance(source, Source) else open_checkpoint(source)
+    with torch.device("meta"):
+        model = GPT(source.config)
+    model = model.to(dtype or source.dtype).to_empty(device=device)
+    model.tie_weights()
+    source.load_into(model)
+    return model.eval()
