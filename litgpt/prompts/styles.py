@@ -213,7 +213,8 @@ def style_class(name: str) -> type[PromptStyle]:
     names = [style.format.name for style in styles.values()]
     raise ValueError(
         f"There is no prompt style {name!r}.{did_you_mean(name, [*names, *styles])} "
-        f"The styles are: {', '.join(names)}. A class of your own is given as package.module.Class, a chat template as the path of a .jinja file."
+        f"The styles are: {', '.join(names)}. A class of your own is given as package.module.Class, "
+        "a chat template as the path of a .jinja file."
     )
 
 
