@@ -9,7 +9,7 @@ from litgpt.cli.signature import Signature, admits, members
 
 # `--` and a name: a value such as "-1" or "-- so she said" is no option.
 OPTION = re.compile(r"--[A-Za-z_][\w.-]*(=.*)?\Z", re.DOTALL)
-BOOLEANS = {"true", "false", "yes", "no", "on", "off", "1", "0"}
+BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
 @dataclass
@@ -32,56 +32,62 @@ def split(argv: list[str], signature: Signature) -> Arguments:
     Raises:
         UsageError: an option without its value, a word too many.
     """
-    found = Arguments()
-    words = list(argv)
-    positionals = list(signature.positionals)
-    while words:
-        word = words.pop(0)
-        if word in ("-h", "--help"):
-            found.help = True
-        elif OPTION.match(word):
-            name, equals, value = word[2:].partition("=")
-            _option(found, name.replace("-", "_"), value if equals else None, words, signature)
-        elif positionals:
-            found.settings.append((positionals.pop(0), word))
-        else:
-            raise UsageError(f"unexpected argument {word!r}: options are written `--name value`.")
-    return found
+    return _Splitter(argv, signature).split()
 
 
-def _option(found: Arguments, name: str, value: str | None, words: list[str], signature: Signature) -> None:
-    """Take an option with its value from the words."""
-    parameter, _, last = name.rpartition(".")
-    if name in ("print_config", "config") and name not in signature.parameters:
+class _Splitter:
+    def __init__(self, argv: list[str], signature: Signature):
+        self.words = list(argv)
+        self.signature = signature
+        self.positionals = list(signature.positionals)
+        self.found = Arguments()
+
+    def split(self) -> Arguments:
+        while self.words:
+            word = self.words.pop(0)
+            if word in ("-h", "--help"):
+                self.found.help = True
+            elif OPTION.match(word):
+                name, equals, value = word[2:].partition("=")
+                self.option(name.replace("-", "_"), value if equals else None)
+            elif self.positionals:
+                self.found.settings.append((self.positionals.pop(0), word))
+            else:
+                raise UsageError(f"unexpected argument {word!r}: options are written `--name value`.")
+        return self.found
+
+    def option(self, name: str, value: str | None) -> None:
+        """Take an option; its value is in the next word if it did not follow after `=`."""
+        parameter, _, last = name.rpartition(".")
         if name == "print_config":
-            found.print_config = True
+            self.found.print_config = True
+        elif name == "config":
+            self.found.configs.append(self.next_value(name) if value is None else value)
+        elif last == "help" and parameter in {p.name for p in self.signature.of_kind("class")}:
+            self.found.class_help = (parameter, self.words.pop(0) if value is None and self.following() else value)
         else:
-            found.configs.append(_value(name, value, words))
-    elif last == "help" and parameter in {p.name for p in signature.of_kind("class")}:
-        if value is None and words and not OPTION.match(words[0]):
-            value = words.pop(0)
-        found.class_help = (parameter, value)
-    else:
-        hint = signature.annotation(signature.locate(tuple(name.split("."))))
-        found.settings.append((name, _flag(name, hint, words, signature) if value is None else value))
+            self.found.settings.append((name, self.flag_or_value(name) if value is None else value))
 
+    def flag_or_value(self, name: str) -> Any:
+        """True for a bare flag, else the next word.
 
-def _flag(name: str, hint: Any, words: list[str], signature: Signature) -> Any:
-    """The value of an option that has no `=`: True for a bare flag, else the next word."""
-    following = words[0] if words and not OPTION.match(words[0]) else None
-    only_bool = all(member in (bool, type(None)) for member in members(hint))
-    if only_bool and (following is None or following.lower() not in {*BOOLEANS, "null"}):
-        return True
-    # What an option takes may not be known here (an unknown name, a class's init arg): then it may be a flag.
-    takes_bool = admits(hint, bool) or (hint is Any and name.partition(".")[0] not in signature.parameters)
-    if following is None and (takes_bool or (hint is Any and "." in name)):
-        return True
-    return _value(name, None, words)
+        In `chat --multiline DIR`, the word after the flag is the positional argument; in `chat DIR --multiline maybe`
+        there is no room for one, and it is a wrong value.
+        """
+        hint = self.signature.annotation(self.signature.locate(tuple(name.split("."))))
+        following = self.following()
+        if all(member in (bool, type(None)) for member in members(hint)):
+            flag = following is None or (bool(self.positionals) and following.lower() not in (*BOOLEANS, "null"))
+        else:
+            # Of an init arg or an unknown name, it is not known here whether it takes a value.
+            flag = following is None and (admits(hint, bool) or hint is Any)
+        return True if flag else self.next_value(name)
 
+    def following(self) -> str | None:
+        """The next word, unless it is an option."""
+        return self.words[0] if self.words and not OPTION.match(self.words[0]) else None
 
-def _value(name: str, value: str | None, words: list[str]) -> str:
-    if value is not None:
-        return value
-    if not words or OPTION.match(words[0]):
-        raise UsageError(f"--{name} needs a value.")
-    return words.pop(0)
+    def next_value(self, name: str) -> str:
+        if self.following() is None:
+            raise UsageError(f"--{name} needs a value.")
+        return self.words.pop(0)

@@ -63,11 +63,12 @@ class ClassChoice:
         if value is not None and package:
             raise UsageError(f"{name!r} is not a subclass of {self.base.__name__}.")
         known = self.names()
-        if module is not None and package and package != self.package:
-            known = [f"{package}.{other}" for other in dir(module) if self._is_choice(getattr(module, other))]
-            hint = did_you_mean(name, known)
-        else:
+        if package in ("", self.package):
             hint = did_you_mean(last, known)
+        elif module is None:
+            hint = f" There is no module {package!r}, neither installed nor in the current directory."
+        else:
+            hint = did_you_mean(last, [other for other in dir(module) if self._is_choice(getattr(module, other))])
         listing = f"Known: {', '.join(known)}; or" if len(known) <= 40 and known else "Give"
         raise UsageError(
             f"there is no {self.base.__name__} {name!r}.{hint} {listing} your own as package.module.Class."
@@ -149,5 +150,5 @@ def parse_init_args(option: str, cls: type, init_args: dict[str, Any], *, defaul
     try:
         values = parser.parse_object(given, defaults=defaults)
     except ArgumentError as error:
-        raise UsageError(explain(error, option)) from None
+        raise UsageError(explain(error, option, lambda name: hints.get(name, Any))) from None
     return values, parser

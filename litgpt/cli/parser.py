@@ -4,12 +4,14 @@ import inspect
 import re
 import warnings
 from argparse import SUPPRESS
+from collections.abc import Callable
 from typing import Any
 
 import docstring_parser
 import jsonargparse
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from litgpt.cli.arguments import BOOLEANS
 from litgpt.cli.errors import UsageError
 from litgpt.cli.settings import Layer
 from litgpt.cli.signature import Parameter, Signature, admits, readable
@@ -101,7 +103,7 @@ def check_types(parser: ArgumentParser, layer: Layer, signature: Signature) -> N
     try:
         return parser.parse_object(plain_numbers(given, signature))
     except ArgumentError as error:
-        raise UsageError(explain(error, "", signature)) from None
+        raise UsageError(explain(error, "", lambda name: signature.annotation(tuple(name.split("."))))) from None
 
 
 def instantiate(parser: ArgumentParser, values: Any) -> Any:
@@ -126,6 +128,8 @@ def plain_numbers(layer: Layer, signature: Signature, path: tuple[str, ...] = ()
 
 def as_hinted(value: Any, hint: Any) -> Any:
     """One value as its type hint wants it, where the two differ in form only."""
+    if admits(hint, bool) and not admits(hint, str, int) and isinstance(value, str):
+        return BOOLEANS.get(value.lower(), value)
     if admits(hint, str):
         only_text = not admits(hint, int, float, bool)
         return str(value) if only_text and isinstance(value, int | float) and not isinstance(value, bool) else value
@@ -136,24 +140,21 @@ def as_hinted(value: Any, hint: Any) -> Any:
     return value
 
 
-def explain(error: ArgumentError, option: str, signature: Signature | None = None) -> str:
-    """jsonargparse's account of a wrong value, in one line."""
-    text = str(error)
+def explain(error: ArgumentError, option: str, hint_of: Callable[[str], Any]) -> str:
+    """jsonargparse's account of a wrong value, in one line.
+
+    Args:
+        error: Its message names the setting, and shows the value.
+        option: The parameter that the settings stand under, if any.
+        hint_of: The type hint of a setting.
+    """
+    text, prefix = str(error), f"--{option}." if option else "--"
+    required = re.search(r'(?:Key|option) "([^"]+)" is required|arguments are required: (.+)', text)
+    if required:
+        return f"{prefix}{required[1] or required[2]} is missing."
     key = re.search(r'Parser key "([^"]+)"', text)
-    required = re.search(r'[Kk]ey "([^"]+)" is required|required[^"]*"([^"]+)"', text)
-    if required and not key:
-        name = required.group(1) or required.group(2)
-        return f"--{option}{'.' if option else ''}{name} is missing."
-    if not key:
-        return text
-    name = f"--{option}.{key.group(1)}" if option else f"--{key.group(1)}"
-    value = re.findall(r"(?:Given value|Got value): (.*)", text)
-    expected = re.findall(r"Expected an? ([^\n]*?)(?:\. Got value|$)", text, re.MULTILINE)
-    if signature is not None:
-        hint = signature.annotation(tuple(key.group(1).split(".")))
-        wanted = readable(hint)
-    else:
-        wanted = " or ".join(dict.fromkeys(re.sub(r"<class '(.*)'>", r"\1", entry) for entry in expected))
-    if not value or not wanted:
-        return f"{name}: {text.partition(':')[2].strip() or text}"
-    return f"{name}: {value[-1]!r} is not {wanted}."
+    values = re.findall(r"(?:Given value|Got value): (.*)", text)
+    if not key or not values:
+        return f"{prefix}{text}"
+    hint = hint_of(key[1])
+    return f"{prefix}{key[1]}: {values[-1]!r} is not {'of the right type' if hint is Any else readable(hint)}."
