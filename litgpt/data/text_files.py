@@ -1,0 +1,301 @@
+"""Plain text files as pretraining data, tokenised once."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from litgpt.data.base import DataModule, stream_loader
+from litgpt.data.token_stream import TokenBlocks, TokenFile, cache_directory
+from litgpt.resources import find
+
+if TYPE_CHECKING:
+    from litgpt.tokenizer import Tokenizer
+
+CACHE_FORMAT = 1  # raise it when the same text and tokenizer would give other tokens
+CHUNK_BYTES = 1 << 18  # what one core tokenises at a time
+MAX_CHUNK_BYTES = 1 << 22  # where a text without any line break is cut
+# A line break between two words: every tokenizer splits a text there, so cutting there changes no token.
+LINE_BREAK = re.compile(r"(?<=\S)\n(?=\S)")
+MANY_FILES = 20  # from here on whole files are held out for validation, below it the end of each
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The bytes `start` to `end` of a text file."""
+
+    path: Path
+    start: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(repr=False)
+class TextFiles(DataModule):
+    """A folder of plain text files, or one file, in blocks of the model's context length.
+
+    The text is tokenised once, on all cores, and cached; a BOS token (EOS where the tokenizer has none) stands at the
+    start of each file. Where a file holds several documents, BOS or EOS spelled out between them counts as that token.
+    """
+
+    train_data_path: Path | None = None
+    """Folder with the training text (every .txt file in it, at any depth), or one text file"""
+    val_data_path: Path | None = None
+    """The same for the validation text; null holds out val_split_fraction of the training text"""
+    seed: int = 42
+    """Decides the order of the training blocks"""
+    num_workers: int = 4
+    """Processes that load batches; 0 loads them in the training process"""
+    val_split_fraction: float = 0.05
+    """Part of the training text held out for validation where there is no val_data_path; 0 holds out nothing"""
+    data_dir: Path | None = None
+    """Another spelling of train_data_path; a folder with the folders train and val in it gives both"""
+    cache_dir: Path | None = None
+    """Where the tokens are cached; null takes LITGPT_CACHE_DIR, or litgpt in the user's cache directory"""
+
+    def __post_init__(self) -> None:
+        self._tokenizer: Tokenizer | None = None
+        self._batch_size, self._block_size = 1, 0
+        if self.data_dir is not None:
+            if self.train_data_path is not None:
+                raise ValueError("--data.data_dir and --data.train_data_path say the same: give only one of them.")
+            train, val = Path(self.data_dir) / "train", Path(self.data_dir) / "val"
+            self.train_data_path = train if train.is_dir() else Path(self.data_dir)
+            self.val_data_path = self.val_data_path or (val if train.is_dir() and val.is_dir() else None)
+            self.data_dir = None
+        if not 0 <= self.val_split_fraction < 1:
+            raise ValueError(f"--data.val_split_fraction {self.val_split_fraction} is not in [0, 1).")
+
+    def connect(
+        self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None
+    ) -> None:
+        self._tokenizer, self._batch_size, self._block_size = tokenizer, batch_size, max_seq_length or 0
+
+    def prepare_data(self) -> None:
+        train, val = self._pieces()
+        self._tokens("train", train, make=True)
+        self._tokens("val", val, make=True)
+
+    def setup(self, stage: str = "") -> None:
+        train, val = self._pieces()
+        self._train, self._val = self._tokens("train", train), self._tokens("val", val)
+        if len(self._train) <= self._block_size:
+            raise ValueError(
+                f"The training text in {self.train_data_path} is too short: {len(self._train):,} tokens, and one "
+                f"block needs {self._block_size + 1:,}. Add text, or shorten the blocks with "
+                f"--train.max_seq_length {max(1, len(self._train) - 1)}."
+            )
+        if val and len(self._val) < 2:
+            raise ValueError(
+                f"The validation text holds only {len(self._val)} token(s). Point --data.val_data_path at a longer "
+                "one, or set a larger --data.val_split_fraction."
+            )
+
+    def train_dataloader(self) -> DataLoader:
+        blocks = TokenBlocks(self._train, self._block_size)
+        return stream_loader(blocks, self._batch_size, seed=self.seed, num_workers=self.num_workers)
+
+    def val_dataloader(self) -> DataLoader | list:
+        if not self._val:
+            return []
+        blocks = TokenBlocks(self._val, min(self._block_size, len(self._val) - 1))
+        return DataLoader(blocks, batch_size=self._batch_size)
+
+    def training_texts(self) -> Iterator[str]:
+        for piece in self._pieces()[0]:
+            yield from read_chunks(piece)
+
+    def describe(self) -> str:
+        """One line on what is trained and validated on."""
+        train, val = self._pieces()
+        line = f"Training text: {len(self._train):,} tokens of {len({p.path for p in train})} file(s)."
+        if not val:
+            return f"{line} There is no validation text."
+        if self.val_data_path is not None:
+            return f"{line} Validation text: {len(self._val):,} tokens of {len(val)} file(s)."
+        what = "the end of each file" if val[0].start else f"{len(val)} file(s)"
+        return (
+            f"{line} Held out for validation: {self.val_split_fraction:.1%} ({what}, {len(self._val):,} tokens); "
+            "--data.val_data_path chooses another text."
+        )
+
+    def _pieces(self) -> tuple[list[Piece], list[Piece]]:
+        """What to train on, and what to validate on."""
+        if self.train_data_path is None:
+            raise ValueError(
+                "TextFiles needs to know where the text is: --data.train_data_path FOLDER_OR_FILE is missing."
+            )
+        train = text_files(self.train_data_path, "train_data_path")
+        if self.val_data_path is None:
+            return hold_out(train, self.val_split_fraction)
+        val = text_files(self.val_data_path, "val_data_path")
+        train = [path for path in train if path not in val]
+        if not train:
+            raise ValueError(
+                f"--data.val_data_path {self.val_data_path} holds every file of --data.train_data_path "
+                f"{self.train_data_path}: nothing is left to train on."
+            )
+        return [whole(path) for path in train], [whole(path) for path in val]
+
+    def _tokens(self, name: str, pieces: list[Piece], make: bool = False) -> TokenFile:
+        """The tokens of `pieces` from the cache; `make` puts them there where they are not."""
+        if self._tokenizer is None:
+            raise ValueError(
+                "TextFiles needs a tokenizer: give --tokenizer_dir (a directory, or the name of a checkpoint whose "
+                "tokenizer was downloaded), or --tokenizer_vocab_size to train one on the text."
+            )
+        digest = hashlib.sha256(f"{CACHE_FORMAT} {self._tokenizer.fingerprint()}".encode())
+        for piece in pieces:
+            digest.update(f"{piece.start} {content_hash(piece)}".encode())
+        directory = Path(self.cache_dir or cache_directory()).expanduser() / "tokens" / digest.hexdigest()[:32]
+        if make and not (directory / "index.json").is_file():
+            start = time.perf_counter()
+            tokens = TokenFile.write(directory, tokenize(pieces, self._tokenizer), self._tokenizer.vocab_size)
+            size, seconds = sum(piece.size for piece in pieces) / 1e6, time.perf_counter() - start
+            print(
+                f"Tokenised the {name} text: {size:.2f} MB, {len(tokens):,} tokens, {seconds:.1f} s. "
+                f"Cached in {directory}"
+            )
+        return TokenFile(directory)
+
+
+def text_files(path: Path, option: str) -> list[Path]:
+    """The text files that `path` stands for, sorted; an error names the option and the remedy."""
+    try:
+        path = find(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"--data.{option} {path}: no such file or folder. Give a folder of .txt files or one text file."
+        ) from error
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*.txt") if p.is_file())
+    if not files:
+        others = sorted(p.name for p in path.iterdir())[:3]
+        there = f"it holds {', '.join(others)}, ..." if others else "it is empty"
+        raise FileNotFoundError(
+            f"--data.{option} {path} holds no .txt file ({there}). Put plain text files there, or give one file."
+        )
+    if not any(file.stat().st_size for file in files):
+        raise ValueError(f"--data.{option} {path}: all {len(files)} text file(s) are empty.")
+    return [file for file in files if file.stat().st_size]
+
+
+def whole(path: Path) -> Piece:
+    return Piece(path, 0, path.stat().st_size)
+
+
+def hold_out(files: list[Path], fraction: float) -> tuple[list[Piece], list[Piece]]:
+    """Split off `fraction` of the text: whole files, evenly spread, of many; else the end of each."""
+    if fraction == 0:
+        return [whole(path) for path in files], []
+    if len(files) >= MANY_FILES:
+        every = round(1 / fraction)
+        held = files[every - 1 :: every] or files[-1:]
+        return [whole(path) for path in files if path not in held], [whole(path) for path in held]
+    train, val = [], []
+    for path in files:
+        size = path.stat().st_size
+        cut = line_start(path, int(size * (1 - fraction)), size)
+        train.append(Piece(path, 0, cut))
+        val.append(Piece(path, cut, size))
+    return train, [piece for piece in val if piece.size]
+
+
+def line_start(path: Path, near: int, size: int) -> int:
+    """The first line start in `path` from byte `near` on; without one nearby, the first character."""
+    with open(path, "rb") as file:
+        file.seek(near)
+        window = file.read(min(1 << 16, max(0, (size - near) // 2)))
+    newline = window.find(b"\n")
+    if newline >= 0:
+        return near + newline + 1
+    first = next((i for i, byte in enumerate(window) if byte & 0xC0 != 0x80), 0)  # not inside a UTF-8 character
+    return near + first
+
+
+def content_hash(piece: Piece) -> str:
+    return _content_hash(piece, piece.path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=100_000)
+def _content_hash(piece: Piece, changed: int) -> str:
+    digest, left = hashlib.blake2b(digest_size=16), piece.size
+    with open(piece.path, "rb") as file:
+        file.seek(piece.start)
+        while left and (block := file.read(min(left, 1 << 20))):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
+
+
+def read_chunks(piece: Piece) -> Iterator[str]:
+    """The text of `piece` in chunks of about CHUNK_BYTES, cut at line breaks."""
+    decoder, text, left = codecs.getincrementaldecoder("utf-8")(), "", piece.size
+    with open(piece.path, "rb") as file:
+        file.seek(piece.start)
+        while left and (block := file.read(min(left, CHUNK_BYTES))):
+            left -= len(block)
+            try:
+                text += decoder.decode(block, final=not left)
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{piece.path} is not UTF-8 text ({error.reason} near byte {file.tell() - len(block)}). "
+                    f"Convert it, for example with: iconv -f latin1 -t utf-8 {piece.path}"
+                ) from error
+            if piece.start == 0 and text.startswith("\ufeff"):
+                text = text[1:]
+            cut = last_line_break(text) or (len(text) if len(text) >= MAX_CHUNK_BYTES else 0)
+            if cut and left:
+                yield text[:cut]
+                text = text[cut:]
+    if text:
+        yield text
+
+
+def last_line_break(text: str) -> int:
+    """Where the last line break between two words ends; 0 if there is none."""
+    start = max(0, len(text) - (1 << 16))
+    for begin in (start, 0):
+        ends = [match.end() for match in LINE_BREAK.finditer(text, begin)]
+        if ends:
+            return ends[-1]
+    return 0
+
+
+def tokenize(pieces: list[Piece], tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """The ids of every piece in order, with BOS (or EOS) before the start of each file."""
+    first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    total = sum(piece.size for piece in pieces)
+    with tqdm(total=total, desc="Tokenising", unit="B", unit_scale=True, disable=None) as bar:
+        for piece in pieces:
+            if piece.start == 0 and first is not None:
+                yield [first]
+            chunks = read_chunks(piece)
+            while batch := [chunk for _, chunk in zip(range(4 * (os.cpu_count() or 1)), chunks, strict=False)]:
+                yield from encode_documents(batch, tokenizer)
+                bar.update(sum(len(chunk.encode()) for chunk in batch))
+
+
+def encode_documents(chunks: list[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """The ids of each chunk, in parallel; BOS and EOS spelled out in the text become those tokens."""
+    ids = {tokenizer.bos_id, tokenizer.eos_id} - {None}
+    marks = {name: i for i in ids if (name := tokenizer.decode([i], skip_special=False))}
+    split = re.compile("(" + "|".join(map(re.escape, marks)) + ")") if marks else None
+    parts = [split.split(chunk) if split else [chunk] for chunk in chunks]
+    texts = [part for chunk in parts for part in chunk if part and part not in marks]
+    encoded = iter(tokenizer.encode_batch_ids(texts, bos=False))
+    for chunk in parts:
+        yield [i for part in chunk if part for i in ([marks[part]] if part in marks else next(encoded))]

@@ -1,0 +1,250 @@
+"""Devices and how training is spread over them: one device, DDP, or FSDP2.
+
+The only module that knows one accelerator from another, beside the choice of the attention kernel.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from litgpt.model import Block
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+PRECISIONS = ("32-true", "bf16-true", "bf16-mixed", "16-true", "16-mixed")
+Strategy = Literal["auto", "ddp", "fsdp"]
+
+# Peak dense bfloat16 (or float16) TFLOP/s without sparsity, from the makers' data sheets; the first name found counts.
+PEAK_TFLOPS = {
+    "b200": 2250, "gb200": 2500, "h200": 989, "h100 pcie": 756, "h100 nvl": 835, "h100": 989, "gh200": 989,
+    "h20": 148, "a100": 312, "a800": 312, "a40": 150, "a30": 165, "a10g": 70, "a10": 125, "a6000": 155, "a5000": 111,
+    "l40s": 362, "l40": 181, "l4": 121, "t4": 65, "v100": 125, "6000 ada": 364, "rtx 5090": 210, "rtx 4090": 165,
+    "rtx 4080": 97, "rtx 3090": 71, "mi355x": 2300, "mi325x": 1307, "mi300x": 1307, "mi250x": 191, "mi250": 181,
+}  # fmt: skip
+
+
+def accelerator() -> str:
+    """The best kind of device here: cuda (also for ROCm), mps or cpu."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def default_precision(device: str | None = None) -> str:
+    """The precision to train in on a kind of device, unless told otherwise."""
+    device = device or accelerator()
+    if device == "cuda":
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+    return "32-true"
+
+
+def check_precision(precision: str, device: str | None = None) -> None:
+    """Refuse a precision that is unknown, or that the kind of device cannot train in."""
+    device = device or accelerator()
+    if precision not in PRECISIONS:
+        raise ValueError(f"--precision {precision} is unknown. Choose one of: {', '.join(PRECISIONS)}.")
+    remedy = f"Choose another, for example --precision {default_precision(device)}."
+    if precision.startswith("16") and device != "cuda":
+        raise ValueError(f"--precision {precision} needs a GPU; this is {device}. {remedy}")
+    if precision.startswith("bf16") and device == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ValueError(f"--precision {precision} is not supported by {torch.cuda.get_device_name()}. {remedy}")
+
+
+def count_devices(devices: int | str, num_nodes: int = 1) -> int:
+    """How many devices `devices` means over all nodes: a number, "auto" or -1 for all, "0,2" for those two.
+
+    Raises:
+        ValueError: There are not that many, or it is no number.
+    """
+    kind = accelerator()
+    present = {"cuda": torch.cuda.device_count, "mps": lambda: 1, "cpu": lambda: 1}[kind]()
+    text = str(devices).strip()
+    if text in ("auto", "-1"):
+        return present * num_nodes
+    if "," in text:
+        chosen = [part for part in text.split(",") if part.strip()]
+        return len(chosen) * num_nodes
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--devices {devices} is no number of devices. Give a number, or auto for all there are.")
+    if num_nodes < 1:
+        raise ValueError(f"--num_nodes {num_nodes}: it must be at least 1.")
+    if kind != "cpu" and int(text) > present:
+        raise ValueError(f"--devices {text}, but there is {present} {kind} device here. Use --devices {present}.")
+    return int(text) * num_nodes
+
+
+def make_fabric(
+    devices: int | str = "auto", num_nodes: int = 1, precision: str | None = None, strategy: Strategy = "auto"
+) -> Fabric:
+    """A Fabric for these devices, not launched yet.
+
+    Args:
+        devices: Number of devices per node, or "auto" for all there are (on a CPU: one process).
+        num_nodes: Number of machines.
+        precision: One of PRECISIONS; None chooses by the device.
+        strategy: With several devices, "fsdp" shards weights, gradients and optimizer state (FSDP2), "ddp" keeps a
+            copy of all on each device; "auto" is fsdp.
+    """
+    from lightning.fabric import Fabric
+
+    count = count_devices(devices, num_nodes)
+    precision = precision or default_precision()
+    check_precision(precision)
+    return Fabric(
+        accelerator=accelerator(),
+        devices=devices if "," in str(devices) or str(devices) in ("auto", "-1") else int(devices),
+        num_nodes=num_nodes,
+        precision=precision,  # type: ignore[arg-type]
+        strategy=_strategy(strategy, count),
+    )
+
+
+def _strategy(name: Strategy, devices: int) -> Any:
+    if name not in ("auto", "ddp", "fsdp"):
+        raise ValueError(f"--strategy {name} is unknown. Choose auto, ddp or fsdp.")
+    if devices == 1:
+        return "auto"
+    if name == "ddp":
+        from lightning.fabric.strategies import DDPStrategy
+
+        # The root's forward runs once per micro-batch and uses every parameter: no search for unused ones.
+        return DDPStrategy(gradient_as_bucket_view=True)
+    from lightning.fabric.strategies import ModelParallelStrategy
+
+    return ModelParallelStrategy(shard_module, data_parallel_size=devices, tensor_parallel_size=1)
+
+
+def shard_module(module: nn.Module, mesh: Any) -> nn.Module:
+    """Shard a module's parameters over `mesh["data_parallel"]`, block by block (FSDP2,
+    https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html)."""
+    from torch.distributed.fsdp import fully_shard
+
+    data_parallel = mesh["data_parallel"]
+    for block in [m for m in module.modules() if isinstance(m, Block)]:
+        fully_shard(block, mesh=data_parallel)
+    return fully_shard(module, mesh=data_parallel)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether some parameters are spread over devices."""
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(p, DTensor) for p in module.parameters())
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded. Every rank must call this for the same tensors in the same order."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@torch.no_grad()
+def copy_into(target: Tensor, source: Tensor) -> None:
+    """Copy a whole tensor into one that may be sharded, and then keeps only its part."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if isinstance(target, DTensor):
+        whole = source.to(target.device, target.dtype)
+        target.copy_(distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None))
+    else:
+        target.copy_(source)
+
+
+def describe_devices(fabric: Fabric) -> str:
+    """What the run uses, in words: `2 x NVIDIA H100 80GB HBM3, bf16-mixed, FSDP2`."""
+    device = fabric.device
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif device.type == "mps":
+        name = "Apple MPS"
+    else:
+        name = f"CPU process with {torch.get_num_threads()} thread(s)"
+    strategy = {"ModelParallelStrategy": ", FSDP2", "DDPStrategy": ", DDP"}.get(type(fabric.strategy).__name__, "")
+    return f"{fabric.world_size} x {name}, {precision_of(fabric)}{strategy}"
+
+
+def precision_of(fabric: Fabric) -> str:
+    """The precision that the Fabric was made with."""
+    return str(fabric.strategy.precision.precision)
+
+
+def peak_flops(fabric: Fabric) -> float | None:
+    """Operations per second that all devices together can do at best in 16 bits; None where that is not known."""
+    if fabric.device.type != "cuda" or "16" not in precision_of(fabric):
+        return None
+    name = torch.cuda.get_device_name(fabric.device).lower()
+    peak = next((tflops for key, tflops in PEAK_TFLOPS.items() if key in name), None)
+    return None if peak is None else peak * 1e12 * fabric.world_size
+
+
+def memory_used(fabric: Fabric) -> float:
+    """The most memory used so far, in bytes: of the device, or of the process on a CPU."""
+    if fabric.device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(fabric.device))
+    if fabric.device.type == "mps":
+        return float(torch.mps.driver_allocated_memory())
+    status = Path("/proc/self/status")
+    if status.exists():  # in kB; ru_maxrss would count the parent process's memory before exec
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return float(peak.split()[1]) * 1024
+    import resource
+    import sys
+
+    peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak_rss if sys.platform == "darwin" else peak_rss * 1024)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch on every device."""
+    import random
+
+    import numpy as np
+
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every random number generator of this process, as plain values and tensors."""
+    import random
+
+    import numpy as np
+
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    state = {
+        "python": list(random.getstate()[1]),
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put every random number generator of this process where `rng_state` found it."""
+    import random
+
+    import numpy as np
+
+    random.setstate((3, tuple(state["python"]), None))
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
+
+
+def rank_from_environment() -> int:
+    """This process's rank as the launcher says, before anything is launched."""
+    return next((int(os.environ[name]) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0)

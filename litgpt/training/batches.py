@@ -1,0 +1,133 @@
+"""Micro-batches in an order that a resumed run continues exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from litgpt.training.loss import IGNORE_INDEX
+
+
+class MicroBatch(NamedTuple):
+    """What goes into one forward pass on one device."""
+
+    idx: Tensor
+    """(B, T) int64 token ids"""
+    targets: Tensor
+    """(B, T) int64, the id to predict at each place, -100 for none"""
+    inputs: dict[str, Tensor]
+    """More inputs of the model, each (B, T)"""
+
+    @property
+    def num_targets(self) -> int:
+        """How many ids are to be predicted; counted where the batch lies, so call it before moving it to a device."""
+        return int((self.targets != IGNORE_INDEX).sum())
+
+    def to(self, device: torch.device) -> MicroBatch:
+        # From pinned memory the copy runs beside the computation.
+        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
+        return MicroBatch(self.idx.to(device, non_blocking=True), self.targets.to(device, non_blocking=True), inputs)
+
+    def without_targets(self) -> MicroBatch:
+        """The same with nothing to predict: adds nothing to any sum."""
+        return self._replace(targets=torch.full_like(self.targets, IGNORE_INDEX))
+
+
+def micro_batch(batch: Tensor | dict[str, Tensor]) -> MicroBatch:
+    """Read a loader's batch: tokens (B, T + 1), or a dict with `input_ids` and `labels` (B, T + 1), labels in place.
+
+    In the dict, `document_ids` and `positions` are the model's; anything else is not for the model and left out.
+    """
+    if isinstance(batch, Tensor):
+        return MicroBatch(batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), {})
+    if not (isinstance(batch, dict) and "input_ids" in batch and "labels" in batch):
+        what = f"a dict with {', '.join(batch)}" if isinstance(batch, dict) else type(batch).__name__
+        raise ValueError(
+            f"The data module's loader gave {what}. A batch must be an int64 tensor (B, T + 1), or a dict with "
+            "input_ids and labels."
+        )
+    inputs = {k: batch[k][:, :-1].contiguous() for k in ("document_ids", "positions") if k in batch}
+    return MicroBatch(batch["input_ids"][:, :-1].contiguous(), batch["labels"][:, 1:].contiguous(), inputs)
+
+
+class BatchStream:
+    """An endless stream of this rank's micro-batches, with a position that can be saved.
+
+    A loader whose batch sampler has `set_position` (see `litgpt.data.stream_loader`) starts at once at any position,
+    counted in samples over all ranks, and `samples_per_epoch` is what it says. Any other loader is run through again
+    every epoch, each rank taking every world_size-th batch; it resumes by skipping, exactly if its order follows from
+    torch's seed alone.
+    """
+
+    def __init__(self, loader: Iterable, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0) -> None:
+        self.loader = loader
+        self.batch_size, self.rank, self.world_size, self.seed = batch_size, rank, world_size, seed
+        self.position = 0  # in samples, over all ranks
+        self._batches: Iterator[Any] | None = None
+        self._sampler = getattr(loader, "batch_sampler", None)
+        self._seekable = hasattr(self._sampler, "set_position")
+        self.samples_per_epoch: int | None = self._count()
+
+    def _count(self) -> int | None:
+        if self._seekable:
+            return self._sampler.num_samples  # type: ignore[union-attr]
+        try:
+            batches = len(self.loader)  # type: ignore[arg-type]
+        except TypeError:
+            return None
+        if batches < self.world_size:
+            raise ValueError(
+                f"The training data has {batches} batch(es) of {self.batch_size} for {self.world_size} device(s). "
+                "Add data, or make --train.micro_batch_size smaller."
+            )
+        return batches // self.world_size * self.world_size * self.batch_size
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far; 1.5 is the middle of the second."""
+        return self.position / self.samples_per_epoch if self.samples_per_epoch else 0.0
+
+    def seek(self, position: int) -> None:
+        """Continue at a position that was saved."""
+        self.position, self._batches = position, None
+
+    def next(self) -> MicroBatch:
+        """The next micro-batch of this rank."""
+        if self._batches is None:
+            self._batches = self._from_position() if self._seekable else self._by_skipping()
+        batch = next(self._batches)
+        self.position += self.batch_size * self.world_size
+        return micro_batch(batch)
+
+    def _from_position(self) -> Iterator[Any]:
+        self._sampler.set_position(self.position, self.rank, self.world_size)  # type: ignore[union-attr]
+        # The loader draws a seed for its workers; the training's own random numbers must not depend on that.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            batches = iter(self.loader)
+        return batches
+
+    def _by_skipping(self) -> Iterator[Any]:
+        skip, epoch = self.position // (self.batch_size * self.world_size), 0
+        while True:
+            given = 0
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed + epoch)
+                batches = iter(self.loader)
+            mine: list[Any] = []
+            for batch in batches:
+                mine.append(batch)
+                if len(mine) < self.world_size:
+                    continue
+                batch, mine = mine[self.rank], []
+                given += 1
+                if skip:
+                    skip -= 1
+                else:
+                    yield batch
+            if not given:
+                raise ValueError("The data module's train_dataloader() gives no batches.")
+            epoch += 1

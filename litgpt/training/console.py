@@ -1,0 +1,66 @@
+"""What a run prints: a progress bar on a terminal, plain lines elsewhere, and everything in logs.txt."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class Console:
+    """Prints on rank 0 only. Lines from before `save_to` are kept and go to the file too.
+
+    Args:
+        active: Whether this process is rank 0.
+    """
+
+    def __init__(self, active: bool = True) -> None:
+        self.active = active
+        self.bar: tqdm | None = None
+        self._file: Path | None = None
+        self._earlier: list[str] = []
+
+    def save_to(self, path: Path, append: bool = False) -> None:
+        """Also write all lines to `path`, from the first one on."""
+        if self.active:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path
+            with open(path, "a" if append else "w", encoding="utf-8") as file:
+                file.writelines(f"{line}\n" for line in self._earlier)
+        self._earlier = []
+
+    def print(self, text: str = "") -> None:
+        """A line (or several) for people to read."""
+        if self.active:
+            tqdm.write(text, file=sys.stdout)  # above the bar, where there is one
+            sys.stdout.flush()
+            self._record(text)
+
+    def start_bar(self, total: int | None, done: int) -> None:
+        """Show a progress bar, if there is a terminal to show it on."""
+        if self.active and sys.stdout.isatty() and sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, smoothing=0.1)
+
+    def step(self, step: int, line: str, **figures: str) -> None:
+        """Report a step: by the bar's figures, or as a line."""
+        if not self.active:
+            return
+        if self.bar is None:
+            self.print(line)
+            return
+        self.bar.set_postfix_str(", ".join(f"{name} {value}" for name, value in figures.items()), refresh=False)
+        self.bar.update(step - self.bar.n)
+        self._record(line)
+
+    def close_bar(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def _record(self, text: str) -> None:
+        if self._file is None:
+            self._earlier.append(text)
+            return
+        with open(self._file, "a", encoding="utf-8") as file:
+            file.write(f"{text}\n")

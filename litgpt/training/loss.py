@@ -1,0 +1,102 @@
+"""The loss of next-token prediction, without ever holding the logits of a whole batch.
+
+Letters: B batch, T tokens, C embedding width, V padded vocabulary, N = B * T rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from litgpt.model import GPT
+
+IGNORE_INDEX = -100
+# Logits held at a time. Measured on CPU: from about 256 rows on, a chunk costs no more than the plain loss, and large
+# vocabularies less; below that, adding up the head's gradient once per chunk shows.
+CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}
+MANY_ELEMENTS = 1 << 26
+
+
+class NextTokenLoss(nn.Module):
+    """A GPT and its loss as one module, so that data-parallel wrappers see the whole forward pass, head included."""
+
+    def __init__(self, gpt: GPT) -> None:
+        super().__init__()
+        self.gpt = gpt
+
+    def forward(self, idx: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
+        """The loss summed over target tokens.
+
+        Args:
+            idx: Token ids, (B, T) int64.
+            targets: The ids to predict at each place, (B, T) int64; -100 is not counted.
+            inputs: More arguments of `GPT.hidden_states`, such as document_ids (B, T).
+
+        Returns:
+            Scalar in float32. Divide by the number of targets in the whole optimizer step.
+        """
+        hidden = self.gpt.hidden_states(idx, **inputs)  # (B, T, C)
+        elements = CHUNK_ELEMENTS.get(hidden.device.type, MANY_ELEMENTS)
+        chunk_rows = max(256, elements // self.gpt.config.padded_vocab_size)
+        return summed_cross_entropy(self.gpt.logits, hidden, targets, self.gpt.lm_head.parameters(), chunk_rows)
+
+
+def summed_cross_entropy(
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    parameters: Iterable[nn.Parameter],
+    chunk_rows: int,
+) -> Tensor:
+    """Cross-entropy of `head(hidden)` with `targets`, summed over targets other than -100, chunk by chunk.
+
+    Args:
+        head: Maps (n, C) to logits (n, V), each row on its own.
+        hidden: (B, T, C).
+        targets: (B, T) int64.
+        parameters: The parameters that `head` uses; those that require gradients get them.
+        chunk_rows: Rows of logits to hold at a time.
+    """
+    rows, labels = hidden.reshape(-1, hidden.size(-1)), targets.reshape(-1)  # (N, C), (N,)
+    trained = [p for p in parameters if p.requires_grad]
+    if not torch.is_grad_enabled():
+        pairs = zip(rows.split(chunk_rows), labels.split(chunk_rows), strict=True)
+        return torch.stack([_cross_entropy(head(x), y) for x, y in pairs]).sum()
+    return _ChunkedCrossEntropy.apply(head, chunk_rows, labels, rows, *trained)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Computes each chunk's gradient as soon as its loss is known, so that no logits wait for the backward pass.
+
+    Nothing is computed twice (unlike with activation checkpointing): the backward pass only scales what is there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, head: Callable, chunk_rows: int, labels: Tensor, rows: Tensor, *parameters: Tensor) -> Tensor:
+        total = torch.zeros((), device=rows.device, dtype=torch.float32)
+        row_gradient = torch.empty_like(rows)
+        sums: list[Tensor | None] = [None] * len(parameters)
+        for start in range(0, len(rows), chunk_rows):
+            chunk = slice(start, start + chunk_rows)
+            with torch.enable_grad():
+                x = rows[chunk].detach().requires_grad_()
+                loss = _cross_entropy(head(x), labels[chunk])
+            row_gradient[chunk], *gradients = torch.autograd.grad(loss, [x, *parameters])
+            sums = [g if s is None else s.add_(g) for s, g in zip(sums, gradients, strict=True)]
+            total += loss.detach()
+        ctx.gradients = [row_gradient, *sums]
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place, so they serve once
+        return None, None, None, *(g.mul_(gradient) for g in gradients)

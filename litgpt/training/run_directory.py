@@ -1,0 +1,120 @@
+"""The directory that a run writes to: who may write there, where its checkpoints are, which one to resume from."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from litgpt.training.state import STATE_FILE, saved_step
+
+FINAL = "final"
+METRICS_FILE = "metrics.csv"
+LOGS_FILE = "logs.txt"
+PLOT_FILE = "loss.png"
+LOGGERS_DIR = "logs"
+TOKENIZER_DIR = "tokenizer"
+STEP_DIR = re.compile(r"step-(\d{8,})")
+
+
+class RunDirectory:
+    """`out_dir` of a run: checkpoints `step-00000100/`, ..., `final/`, and its records beside them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def final(self) -> Path:
+        return self.path / FINAL
+
+    def step(self, step: int) -> Path:
+        """Where the checkpoint of a step belongs."""
+        return self.path / f"step-{step:08d}"
+
+    def step_checkpoints(self) -> list[Path]:
+        """The step-* checkpoints that are there, oldest first."""
+        found = [p for p in self.path.glob("step-*") if STEP_DIR.fullmatch(p.name) and (p / STATE_FILE).is_file()]
+        return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+    def newest(self) -> Path | None:
+        """The checkpoint that went furthest."""
+        if (self.final / STATE_FILE).is_file():
+            last = self.step_checkpoints()[-1:]
+            if not last or saved_step(self.final) >= saved_step(last[0]):
+                return self.final
+        return next(reversed(self.step_checkpoints()), None)
+
+    def artifacts(self) -> list[Path]:
+        """What a run has left here."""
+        names = (FINAL, METRICS_FILE, LOGS_FILE, PLOT_FILE, LOGGERS_DIR, TOKENIZER_DIR, "hyperparameters.yaml")
+        steps = [p for p in self.path.glob("step-*") if STEP_DIR.fullmatch(p.name)]
+        return [p for p in (self.path / name for name in names) if p.exists()] + steps
+
+    def prepare(self, resume: bool | str | Path, overwrite: bool, *, may_delete: bool = True) -> Path | None:
+        """Decide where to begin, and make sure that nothing of another run is lost.
+
+        Args:
+            resume: False; True (from the newest checkpoint here); "auto" (the same, or afresh where there is none); or
+                a checkpoint directory.
+            overwrite: Whether a run that is here may be deleted.
+            may_delete: Whether this process is the one to delete it.
+
+        Returns:
+            The checkpoint to resume from, None to start afresh.
+
+        Raises:
+            FileNotFoundError: There is nothing to resume from.
+            ValueError: A run is here and may not be overwritten.
+        """
+        checkpoint = self._choose(resume)
+        if checkpoint is not None:
+            inside = checkpoint.resolve().parent == self.path.resolve()
+            if not inside and not overwrite and self.artifacts():
+                raise ValueError(self._refusal())
+            return checkpoint
+        if self.path.is_file():
+            raise ValueError(f"--out_dir {self.path} is a file. Choose a directory.")
+        # A run killed before its first checkpoint has nothing to lose; `--resume auto` starts it again.
+        kept = [p for p in self.artifacts() if resume != "auto" or p.name == FINAL or STEP_DIR.fullmatch(p.name)]
+        if kept and not overwrite:
+            raise ValueError(self._refusal())
+        if may_delete:
+            for artifact in self.artifacts():
+                shutil.rmtree(artifact) if artifact.is_dir() else artifact.unlink()
+        return None
+
+    def prune(self, keep_last: int | None) -> None:
+        """Delete all but the newest `keep_last` step-* checkpoints."""
+        if keep_last is not None:
+            for checkpoint in self.step_checkpoints()[:-keep_last]:
+                shutil.rmtree(checkpoint)
+
+    def _choose(self, resume: bool | str | Path) -> Path | None:
+        text = str(resume).lower()
+        if text in ("false", "none"):
+            return None
+        if text in ("true", "auto"):
+            newest = self.newest()
+            if newest is None and text == "true":
+                raise FileNotFoundError(
+                    f"--resume true: there is no checkpoint of a run in {self.path}. Give the --out_dir of the run, a "
+                    "checkpoint directory, or --resume auto to start afresh where there is none."
+                )
+            return newest
+        path = Path(resume)
+        path = path.parent if path.is_file() else path
+        if path.is_dir() and not (path / STATE_FILE).is_file() and (inner := RunDirectory(path).newest()):
+            return inner
+        if not (path / STATE_FILE).is_file():
+            what = f"it holds no {STATE_FILE}" if path.is_dir() else "there is no such directory"
+            raise FileNotFoundError(
+                f"--resume {resume}: {what}. Give a checkpoint directory of a run, such as out/pretrain/step-00001000; "
+                "to train on from other weights, use --initial_checkpoint_dir."
+            )
+        return path
+
+    def _refusal(self) -> str:
+        return (
+            f"{self.path} already holds a run ({', '.join(sorted(p.name for p in self.artifacts())[:4])}, ...). "
+            "Continue it with --resume auto, write elsewhere with --out_dir, or delete it with --overwrite true."
+        )

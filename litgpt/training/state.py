@@ -1,0 +1,137 @@
+"""What a run needs to continue exactly: weights, optimizer, counters, random numbers, place in the data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from litgpt.checkpoint import WEIGHTS, read_state_dict
+from litgpt.distributed import copy_into, gathered, rng_state, set_rng_state
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+STATE_FILE = "training_state.pth"
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    """Optimizer steps done"""
+    iteration: int = 0
+    """Forward passes done on each device"""
+    tokens: int = 0
+    """Tokens that went into the model, over all devices"""
+    position: int = 0
+    """Place in the stream of training samples, over all devices"""
+    seconds: float = 0.0
+    """Time spent training"""
+    val_loss: float | None = None
+    """The last validation loss"""
+
+
+def whole_weights(module: nn.Module) -> dict[str, Tensor]:
+    """All weights by name, gathered where they are sharded. Every rank must call this; tied ones stay one tensor."""
+    whole: dict[int, Tensor] = {}
+    weights = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in whole:
+            whole[id(tensor)] = gathered(tensor.detach())
+        weights[name] = whole[id(tensor)]
+    return weights
+
+
+def load_weights(module: nn.Module, checkpoint: Path) -> None:
+    """Put the weights of a checkpoint directory into `module`, which may be sharded."""
+    saved = read_state_dict(checkpoint / WEIGHTS)
+    own = module.state_dict(keep_vars=True)
+    wrong = sorted(saved.keys() ^ own.keys())
+    wrong += [name for name in saved.keys() & own.keys() if saved[name].shape != own[name].shape]
+    if wrong:
+        raise ValueError(
+            f"The checkpoint {checkpoint} belongs to another model: {', '.join(wrong[:5])} "
+            f"({len(wrong)} weight(s) in all) differ. Resume with the settings that the run was started with."
+        )
+    for name, tensor in own.items():
+        copy_into(tensor, saved[name])
+
+
+def optimizer_state(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
+    """The optimizer's state by the parameter's number, gathered where it is sharded. Every rank must call this."""
+    state = optimizer.state_dict()["state"]
+    return {
+        number: {k: gathered(v).cpu() if isinstance(v, Tensor) else v for k, v in values.items()}
+        for number, values in state.items()
+    }
+
+
+def load_optimizer_state(optimizer: Optimizer, saved: dict[int, dict[str, Any]]) -> None:
+    """Put a saved state into an optimizer over the same parameters. Its settings stay as they were built."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if saved and max(saved) >= len(parameters):
+        raise ValueError("The saved optimizer state belongs to another model or optimizer. Resume with its settings.")
+    for number, values in saved.items():
+        for key, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameters[number].shape:
+                values[key] = torch.empty_like(parameters[number], dtype=value.dtype)
+                copy_into(values[key], value)
+    optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def collect(fabric: Fabric, optimizer: Optimizer, progress: Progress) -> dict[str, Any]:
+    """Everything beside the weights that a checkpoint needs. Every rank must call this."""
+    state = {
+        "progress": asdict(progress),
+        "world_size": fabric.world_size,
+        "optimizer_class": type(optimizer).__name__,
+        "optimizer": optimizer_state(optimizer),
+        "scaler": dict(fabric.strategy.precision.state_dict()),
+        "rng": [rng_state()],
+    }
+    if fabric.world_size > 1:
+        state["rng"] = [None] * fabric.world_size
+        torch.distributed.all_gather_object(state["rng"], rng_state())
+    return state
+
+
+def restore(fabric: Fabric, module: nn.Module, optimizer: Optimizer, checkpoint: Path) -> Progress:
+    """Bring model, optimizer and random numbers to where a checkpoint was saved."""
+    state = read_training_state(checkpoint)
+    if state["optimizer_class"] != type(optimizer).__name__:
+        raise ValueError(
+            f"--optimizer {type(optimizer).__name__}, but the run in {checkpoint} was trained with "
+            f"{state['optimizer_class']}. Resume it with the same optimizer, or start from its weights with "
+            "--initial_checkpoint_dir."
+        )
+    load_weights(module, checkpoint)
+    load_optimizer_state(optimizer, state["optimizer"])
+    fabric.strategy.precision.load_state_dict(state["scaler"])
+    # With another number of ranks there is no exact continuation: rank 0's numbers then serve those without any.
+    states = state["rng"]
+    set_rng_state(states[fabric.global_rank] if fabric.global_rank < len(states) else states[0])
+    return Progress(**state["progress"])
+
+
+def read_training_state(checkpoint: Path) -> dict[str, Any]:
+    """What `collect` gathered, read without executing anything."""
+    path = checkpoint / STATE_FILE
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise ValueError(f"{path} is damaged ({error}). Resume from an older checkpoint of the run.") from error
+
+
+def saved_step(checkpoint: Path) -> int:
+    """The step that a checkpoint was saved at."""
+    return int(
+        torch.load(checkpoint / STATE_FILE, map_location="meta", weights_only=True, mmap=True)["progress"]["step"]
+    )
