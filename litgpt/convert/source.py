@@ -114,7 +114,7 @@ class LitSource(Source):
         self.dtype = _first_dtype(self.tensors)
         problems = compare_shapes(shapes_of(self.config), self.tensors, CONFIG, WEIGHTS)
         if problems:
-            raise ValueError(_misfit(path / WEIGHTS, path / CONFIG, problems))
+            raise ValueError(misfit(path / WEIGHTS, f"'{path / CONFIG}'", problems))
 
     def layout(self) -> dict[str, Tensor]:
         return {name: on_meta(self.tensors[name]) for name in self._order()}
@@ -185,7 +185,7 @@ class HFSource(Source):
         wanted = dict(self.architecture.weights.to_theirs(named, self.config))
         problems = compare_shapes(wanted, self.found, "config.json", "the files")
         if problems:
-            raise ValueError(_misfit(path, path / "config.json", problems))
+            raise ValueError(misfit(path, f"'{path}/config.json'", problems))
 
     def layout(self) -> dict[str, Tensor]:
         return dict(self._translated({name: on_meta(tensor) for name, tensor in self.found.items()}))
@@ -241,10 +241,11 @@ def _first_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
     return next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
 
 
-def _misfit(weights: Path, config: Path, problems: list[str]) -> str:
+def misfit(weights: Path, description: str, problems: list[str]) -> str:
+    """The message about weights that are not those of the model that a configuration describes."""
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
     return (
-        f"The weights in '{weights}' are not those of the model in '{config}' ({count}):\n"
+        f"The weights in '{weights}' are not those of the model in {description} ({count}):\n"
         + "\n".join(problems)
         + "\nDownload or convert the checkpoint again, or correct the configuration."
     )

@@ -1,0 +1,300 @@
+"""GGUF files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), with their weights de-quantised.
+
+A GGUF file is turned into what a Hugging Face directory would hold, and then goes the same way: its metadata become a
+`config.json`, its tensors get Hugging Face names by the name table of the `gguf` package, and the architecture's rule
+table does the rest. What is peculiar to an architecture's GGUF form is an entry of `GGUF_ARCHITECTURES`.
+"""
+
+import json
+import mmap
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from litgpt.config import find_known
+from litgpt.convert.architectures import ARCHITECTURES
+from litgpt.convert.gguf_tokenizer import write_tokenizer
+from litgpt.convert.hf_config import config_from_hf
+from litgpt.convert.source import EMBEDDING, HEAD, Named, Source, compare_shapes, misfit, shapes_of
+from litgpt.model import stretch_by_parts
+
+ROPE_FACTORS = "rope_freqs.weight"
+_PLAIN = {
+    gguf.GGMLQuantizationType.F32: torch.float32,
+    gguf.GGMLQuantizationType.F16: torch.float16,
+    gguf.GGMLQuantizationType.BF16: torch.bfloat16,
+}
+
+
+class Metadata:
+    """The key-value pairs of a GGUF file. Keys of its own architecture go without their prefix."""
+
+    def __init__(self, reader: gguf.GGUFReader) -> None:
+        self.fields = reader.fields
+        self.architecture: str = self.get("general.architecture", "")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        field = self.fields.get(key)
+        return default if field is None else field.contents()
+
+    def own(self, key: str, default: Any = None) -> Any:
+        """The value of `<architecture>.<key>`; 32-bit fractions become the shortest decimal number that they are."""
+        value = self.get(f"{self.architecture}.{key}", default)
+        return float(str(np.float32(value))) if isinstance(value, float) else value
+
+    def need(self, key: str) -> Any:
+        """As `own`. Raises `ValueError` where there is no such key."""
+        value = self.own(key)
+        if value is None:
+            raise ValueError(f"its metadata lack '{self.architecture}.{key}'")
+        return value
+
+
+@dataclass(frozen=True)
+class GGUFArchitecture:
+    """How an architecture looks in a GGUF file.
+
+    Attributes:
+        architecture: Its Hugging Face name.
+        tensors: Its name table in the `gguf` package.
+        config: Makes the `config.json` entries that have to do with the architecture.
+        fixes: By the end of a Hugging Face name, functions that undo what llama.cpp did to a tensor; they get the
+            tensor and `config.json`.
+    """
+
+    architecture: str
+    tensors: gguf.MODEL_ARCH
+    config: Callable[[Metadata], dict[str, Any]]
+    fixes: dict[str, Callable[[Tensor, dict[str, Any]], Tensor]] = field(default_factory=dict)
+
+
+def _llama_config(metadata: Metadata) -> dict[str, Any]:
+    if metadata.own("expert_count"):
+        raise ValueError("a mixture of experts is not supported in this form")
+    heads, width = metadata.need("attention.head_count"), metadata.need("embedding_length")
+    head_size = metadata.own("attention.key_length") or width // heads
+    if metadata.own("rope.dimension_count", head_size) != head_size:
+        raise ValueError(f"rotating only {metadata.own('rope.dimension_count')} of {head_size} values is not supported")
+    return {
+        "hidden_size": width,
+        "intermediate_size": metadata.need("feed_forward_length"),
+        "num_hidden_layers": metadata.need("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": metadata.own("attention.head_count_kv") or heads,
+        "head_dim": head_size,
+        "max_position_embeddings": metadata.need("context_length"),
+        "rms_norm_eps": metadata.need("attention.layer_norm_rms_epsilon"),
+        "hidden_act": "silu",
+        "rope_theta": metadata.own("rope.freq_base") or 10000.0,
+        "rope_scaling": _rope_scaling(metadata),
+    }
+
+
+def _rope_scaling(metadata: Metadata) -> dict[str, Any] | None:
+    kind = metadata.own("rope.scaling.type") or "none"
+    factor = metadata.own("rope.scaling.factor") or metadata.own("rope.scale_linear")
+    if kind == "none" and (not factor or factor == 1):
+        return None
+    given = {
+        "rope_type": "linear" if kind == "none" else kind,
+        "factor": factor,
+        "original_max_position_embeddings": metadata.own("rope.scaling.original_context_length"),
+        "attention_factor": metadata.own("rope.scaling.yarn_attn_factor"),
+        "beta_fast": metadata.own("rope.scaling.yarn_beta_fast"),
+        "beta_slow": metadata.own("rope.scaling.yarn_beta_slow"),
+    }
+    if kind != "yarn":
+        given = {key: given[key] for key in ("rope_type", "factor")}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _pair_halves(heads_key: str) -> Callable[[Tensor, dict[str, Any]], Tensor]:
+    """Undoes the row order that llama.cpp's rotary embedding wants: neighbours in a head become halves of it again."""
+
+    def fix(tensor: Tensor, config_json: dict[str, Any]) -> Tensor:
+        rows = tensor.unflatten(0, (config_json[heads_key], -1, 2))  # (heads, D / 2, 2, ...)
+        return rows.transpose(1, 2).flatten(0, 2)
+
+    return fix
+
+
+GGUF_ARCHITECTURES = {
+    "llama": GGUFArchitecture(
+        "LlamaForCausalLM",
+        gguf.MODEL_ARCH.LLAMA,
+        _llama_config,
+        {
+            f"self_attn.{name}.{kind}": _pair_halves(heads)
+            for name, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads"))
+            for kind in ("weight", "bias")
+        },
+    ),
+}
+
+
+class GGUFSource(Source):
+    """A `.gguf` file. Weights that it holds quantised come in float32, exactly as they are de-quantised."""
+
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        self.path = path
+        self.reader = _read(path)
+        self.metadata = Metadata(self.reader)
+        self.form = self._form()
+        self.table = ARCHITECTURES[self.form.architecture].weights
+        self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
+        self.config_json = self._config_json()
+        self.config = config_from_hf(self.config_json, name or model_name(path))
+        self.names = self._names()
+        matrices = [tensor.tensor_type for tensor in self.reader.tensors if len(tensor.shape) > 1]
+        types = {_PLAIN.get(kind, torch.float32) for kind in matrices}
+        self.dtype = types.pop() if len(types) == 1 else torch.float32
+
+    @cached_property
+    def files(self) -> Path:
+        """A temporary directory with the tokenizer and the JSON files, made from the metadata."""
+        self._temporary = tempfile.TemporaryDirectory(prefix="litgpt-gguf-")
+        directory = Path(self._temporary.name)
+        tokens = write_tokenizer(self.metadata.get, directory, self.path, self.config.block_size)
+        config_json = self.config_json | tokens
+        (directory / "config.json").write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")
+        return directory
+
+    def layout(self) -> dict[str, Tensor]:
+        return dict(self._translated(self._described()))
+
+    def weights(self) -> Iterator[Named]:
+        return self._translated((name, self._value(name)) for name in self.names)
+
+    def _translated(self, theirs: Iterator[Named]) -> Iterator[Named]:
+        for name, tensor in self.table.to_ours(theirs, self.config, lambda tensor: self._release()):
+            yield name, tensor
+            if name == EMBEDDING and self.config.tie_embeddings:
+                yield HEAD, tensor
+
+    def _form(self) -> GGUFArchitecture:
+        form = GGUF_ARCHITECTURES.get(self.metadata.architecture)
+        if form is None:
+            raise ValueError(
+                f"'{self.path}' holds a model of architecture '{self.metadata.architecture}', which is not supported "
+                f"as GGUF (only {', '.join(GGUF_ARCHITECTURES)}). Use its Hugging Face checkpoint instead."
+            )
+        if self.metadata.get("split.count", 0) > 1:
+            raise ValueError(
+                f"'{self.path}' is one of several parts. Merge them with `llama-gguf-split --merge` first."
+            )
+        return form
+
+    def _config_json(self) -> dict[str, Any]:
+        embedding = self.tensors.get("token_embd.weight")
+        try:
+            if embedding is None:
+                raise ValueError("it has no tensor 'token_embd.weight'")
+            specific = self.form.config(self.metadata)
+            if ROPE_FACTORS in self.tensors:
+                factors = np.array(self.tensors[ROPE_FACTORS].data, dtype=np.float32)
+                specific["rope_scaling"] = _llama3_scaling(torch.from_numpy(factors), specific["rope_theta"])
+        except ValueError as error:
+            raise ValueError(f"'{self.path}' cannot be used: {error}.") from error
+        architecture = ARCHITECTURES[self.form.architecture]
+        return {
+            "architectures": [architecture.name],
+            "model_type": architecture.model_type,
+            "vocab_size": int(embedding.shape[1]),
+            "tie_word_embeddings": "output.weight" not in self.tensors,
+            "torch_dtype": "float32",
+            **specific,
+        }
+
+    def _names(self) -> dict[str, str]:
+        """Hugging Face name -> GGUF name, of every weight, in the file's order; checks names and shapes."""
+        ours = shapes_of(self.config).items()
+        tied = self.config.tie_embeddings
+        wanted = dict(self.table.to_theirs([pair for pair in ours if not (tied and pair[0] == HEAD)], self.config))
+        table = gguf.get_tensor_name_map(self.form.tensors, self.config.n_layer)
+        theirs = {name: table.get_name(name, try_suffixes=(".weight", ".bias")) or name for name in wanted}
+        found = {name: _empty(tensor) for name, tensor in self.tensors.items() if name != ROPE_FACTORS}
+        problems = compare_shapes(
+            {theirs[name]: tensor for name, tensor in wanted.items()}, found, "the metadata", "the file"
+        )
+        if problems:
+            raise ValueError(misfit(self.path, "its metadata", problems))
+        order = {name: place for place, name in enumerate(self.tensors)}
+        return dict(sorted(theirs.items(), key=lambda pair: order[pair[1]]))
+
+    def _described(self) -> Iterator[Named]:
+        for name, gguf_name in self.names.items():
+            yield name, _empty(self.tensors[gguf_name])
+
+    def _value(self, name: str) -> Tensor:
+        tensor = self.tensors[self.names[name]]
+        try:
+            value = _dequantise(tensor)
+        except NotImplementedError as error:
+            kind = tensor.tensor_type.name
+            raise ValueError(
+                f"'{self.path}': {tensor.name} is of type {kind}, which cannot be de-quantised."
+            ) from error
+        for end, fix in self.form.fixes.items():
+            if name.endswith(end):
+                value = fix(value, self.config_json)
+        return value
+
+    def _release(self) -> None:
+        """Pages of the file that were read count as this process's memory until they are given back."""
+        mapping = getattr(self.reader.data, "_mmap", None)
+        if isinstance(mapping, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def _read(path: Path) -> gguf.GGUFReader:
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OSError, OverflowError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"Cannot read '{path}' ({path.stat().st_size:,} bytes): it is truncated, or no GGUF file ({error}). "
+            "Download it again."
+        ) from error
+
+
+def _shape(tensor: gguf.ReaderTensor) -> list[int]:
+    return [int(size) for size in reversed(tensor.shape)]  # GGUF names the fastest dimension first
+
+
+def _empty(tensor: gguf.ReaderTensor) -> Tensor:
+    return torch.empty(_shape(tensor), dtype=_PLAIN.get(tensor.tensor_type, torch.float32), device="meta")
+
+
+def _dequantise(tensor: gguf.ReaderTensor) -> Tensor:
+    dtype = _PLAIN.get(tensor.tensor_type)
+    if dtype is None:
+        return torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type)).view(_shape(tensor))
+    raw = torch.from_numpy(np.array(tensor.data))  # a copy: what is mapped read-only cannot become a tensor
+    return (raw.view(dtype) if raw.dtype == torch.uint8 else raw).view(_shape(tensor))
+
+
+def _llama3_scaling(factors: Tensor, theta: float) -> dict[str, Any]:
+    """The rule behind the factors by which Llama 3.1 files divide their rotary frequencies; (P,) -> `rope_scaling`."""
+    frequencies = theta ** -(torch.arange(factors.numel(), dtype=torch.float32) / factors.numel())
+    rule = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "factor": round(factors.max().item(), 4)}
+    for original in (8192, 4096, 16384, 32768, 131072):
+        expected = frequencies / stretch_by_parts(frequencies, {**rule, "original_max_seq_len": original})
+        if torch.allclose(expected, factors, rtol=1e-3):
+            return {"rope_type": "llama3", **rule, "original_max_position_embeddings": original}
+    raise ValueError(f"the rotary factors in '{ROPE_FACTORS}' follow no known rule")
+
+
+def model_name(path: Path) -> str:
+    """The model's name from that of its file: without the type of quantisation, and as known where it is known."""
+    kinds = r"(?:(?:UD|i1|imat)[-.])?(?:I?Q\d\w*|TQ\d\w*|F16|F32|BF16|FP16|FP32|MXFP4\w*)"
+    name = re.sub(rf"[-._]{kinds}$", "", path.stem, flags=re.IGNORECASE)
+    known = find_known(name)
+    return known.repo_id if known else name
