@@ -133,7 +133,7 @@ class Config:
     first_k_dense_replace: int | None = None
     """The first k layers have a dense LLaMAMLP instead of experts."""
     routed_scaling_factor: float = 1.0
-    """The routed experts' output is multiplied by this (grouped routing)."""
+    """The routed experts' output is multiplied by this."""
     norm_topk_prob: bool = False
     """Grouped routing: divide the weights of a token's chosen experts by their sum (softmax top-k always does)."""
 

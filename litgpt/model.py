@@ -434,8 +434,10 @@ def route(gate: Router, x: Tensor) -> tuple[Tensor, Tensor]:
     scores = gate(x).float()  # (N, E)
     if config.softmax_after_topk:
         best, chosen = scores.topk(config.n_expert_per_token)
-        return best.softmax(dim=-1), chosen
-    return scores.softmax(dim=-1).topk(config.n_expert_per_token)
+        weights = best.softmax(dim=-1)
+    else:
+        weights, chosen = scores.softmax(dim=-1).topk(config.n_expert_per_token)
+    return weights * config.routed_scaling_factor, chosen
 
 
 def route_by_groups(gate: Router, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -486,10 +488,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., size) -> (..., size)."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        weight = self.weight.float()
-        return (wide * (1 + weight if self.unit_offset else weight)).to(x.dtype)
+        weight = 1 + self.weight.float() if self.unit_offset else self.weight
+        if weight.dtype == x.dtype:
+            return F.rms_norm(x, self.weight.shape, weight, self.eps)  # one kernel, in float32 within
+        return F.rms_norm(x.float(), self.weight.shape, weight.float(), self.eps).to(x.dtype)
 
 
 def build_norm(config: Config, size: int) -> nn.Module:
