@@ -29,9 +29,11 @@ class ClassChoice:
 
     @classmethod
     def subclasses_of(cls, base: type) -> "ClassChoice":
-        """Subclasses of `base` that the package around its module exports (`litgpt.data` for `litgpt.data.base`)."""
+        """Subclasses of `base`, exported where it is: by the package around its module, else by the module."""
         module = base.__module__
-        return cls(module.rpartition(".")[0] or module, base)
+        package = module.rpartition(".")[0]
+        exported = package and getattr(importlib.import_module(package), base.__name__, None) is base
+        return cls(package if exported else module, base)
 
     @classmethod
     def like(cls, class_path: str) -> "ClassChoice":

@@ -4,7 +4,7 @@ import inspect
 import re
 import warnings
 from argparse import SUPPRESS
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import docstring_parser
@@ -16,20 +16,23 @@ from litgpt.cli.errors import UsageError
 from litgpt.cli.settings import Layer
 from litgpt.cli.signature import Parameter, Signature, admits, readable
 
+CHECKED = ("value", "group")
 _JUST_A_NUMBER = re.compile(r"[+-]?[\d_]*\.?[\d_]+([eE][+-]?\d+)?")
 
 
-def build_parser(signature: Signature, prog: str) -> ArgumentParser:
-    """The parser of a command. Its classes and its overrides are plain options here: others resolve them."""
+def build_parser(signature: Signature, prog: str, without: Collection[str] = ()) -> ArgumentParser:
+    """The parser of a command, less some parameters.
+
+    Its classes and its overrides are options without an effect here: others resolve them.
+    """
     use_attribute_docstrings()
     documentation = docstring_parser.parse(inspect.getdoc(signature.function) or "")
     texts = {entry.arg_name: entry.description or "" for entry in documentation.params}
     about = "\n\n".join(filter(None, (documentation.short_description, documentation.long_description)))
     parser = ArgumentParser(prog=prog, description=about, usage=usage(signature, prog), exit_on_error=False)
     apart = list(signature.of_kind("class", "overrides"))
-    parser.add_function_arguments(
-        signature.function, as_group=False, skip={p.name for p in apart}, fail_untyped=False, sub_configs=False
-    )
+    skip = {*without, *(p.name for p in apart)}
+    parser.add_function_arguments(signature.function, as_group=False, skip=skip, fail_untyped=False, sub_configs=False)
     for parameter in apart:
         _add_options(parser, parameter, texts.get(parameter.name, ""))
     more = {
@@ -99,7 +102,7 @@ def check_types(parser: ArgumentParser, layer: Layer, signature: Signature) -> N
     Raises:
         UsageError: a value of a wrong type.
     """
-    given = {name: value for name, value in layer.items() if signature.parameters[name].kind in ("value", "group")}
+    given = {name: value for name, value in layer.items() if signature.parameters[name].kind in CHECKED}
     try:
         return parser.parse_object(plain_numbers(given, signature))
     except ArgumentError as error:

@@ -71,17 +71,17 @@ def resolve(layer: Layer, signature: Signature, prog: str) -> tuple[dict[str, An
     """Typed values.
 
     Returns:
-        The arguments of the function, and the same as settings to write down.
+        The arguments of the function, and the same as settings to write down; None for what is required and missing.
     """
-    parser = build_parser(signature, prog)
-    for parameter in signature.parameters.values():
-        if parameter.required:
-            layer.setdefault(parameter.name, None)
-    parsed = check_types(parser, layer, signature)
+    missing = [p.name for p in signature.parameters.values() if p.required and layer.get(p.name) is None]
+    parser = build_parser(signature, prog, without=missing)
+    parsed = check_types(parser, {name: value for name, value in layer.items() if name not in missing}, signature)
     made = instantiate(parser, copy.deepcopy(parsed))
     values, settings = {}, {}
     for name, parameter in signature.parameters.items():
-        if parameter.kind == "class":
+        if name in missing:
+            values[name] = settings[name] = None
+        elif parameter.kind == "class":
             values[name], settings[name] = make_class(parameter, layer.get(name))
         elif parameter.kind == "overrides":
             values[name] = settings[name] = typed_overrides(parameter, layer.get(name))

@@ -81,6 +81,7 @@ class Collector:
             for name, nested in self._mapping(parameter, value).items():
                 self._add_class(parameter, (*rest, *str(name).split(".")), nested)
         elif rest == ("class_path",):
+            chosen["class_path"] = str(value)
             try:
                 chosen["class_path"] = parameter.choice.resolve(str(value))[0]
             except UsageError as error:
@@ -155,7 +156,10 @@ def settle_classes(layer: Layer, signature: Signature) -> list[str]:
                 problems.append(_which_class(parameter, list(init_args), takers))
                 continue
             chosen["class_path"] = f"{parameter.choice.package}.{takers[0]}"
-        cls = parameter.choice.resolve(chosen["class_path"])[1]
+        try:
+            cls = parameter.choice.resolve(chosen["class_path"])[1]
+        except UsageError:  # reported where the name was read
+            continue
         problems += unknown_init_args(f"--{parameter.name}", cls, init_args)
     return problems
 
