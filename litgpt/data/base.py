@@ -53,6 +53,10 @@ class DataModule:
         """The raw training text, piece by piece, for training a tokenizer on it; None where there is no text."""
         return None
 
+    def describe(self) -> str:
+        """A line to print once the data is set up."""
+        return f"Data: {self!r}"
+
     def settings(self) -> dict[str, Any]:
         """The options that this module was made with, as plain values."""
         public = {k: v for k, v in vars(self).items() if not k.startswith("_")}

@@ -1,0 +1,320 @@
+"""Train a language model on text, from scratch or from a checkpoint."""
+
+import json
+import pprint
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from litgpt import cli, distributed
+from litgpt.checkpoint import copy_companion_files, resolve_checkpoint_dir, save_model
+from litgpt.cli import ConfigOverrides
+from litgpt.commands.download import download
+from litgpt.config import Config, find_known
+from litgpt.convert import Source, config_to_hf, open_checkpoint
+from litgpt.data.base import DataModule
+from litgpt.data.tokenizer_training import train_tokenizer
+from litgpt.generation.engine import Engine, Request
+from litgpt.generation.sampling import Sampling
+from litgpt.model import GPT
+from litgpt.tokenizer import Tokenizer
+from litgpt.training.arguments import EvalArgs, LogArgs, TrainArgs
+from litgpt.training.batches import BatchStream
+from litgpt.training.console import Console
+from litgpt.training.loggers import check_logger, make_logger
+from litgpt.training.loop import Outcome, Run, fit
+from litgpt.training.loss import NextTokenLoss
+from litgpt.training.metrics import flops_per_token
+from litgpt.training.optimizers import OptimizerSpec
+from litgpt.training.recorder import Recorder
+from litgpt.training.run_directory import LOGGERS_DIR, LOGS_FILE, TOKENIZER_DIR, RunDirectory
+from litgpt.training.schedule import Schedule
+
+TRAIN = TrainArgs(
+    global_batch_size=512,
+    micro_batch_size=4,
+    lr_warmup_steps=2000,
+    max_tokens=3_000_000_000_000,
+    tie_embeddings=False,
+    max_norm=1.0,
+    min_lr=4e-5,
+)
+OPTIMIZER = OptimizerSpec("torch.optim.AdamW", {"lr": 4e-4, "weight_decay": 0.1, "betas": [0.9, 0.95]})
+LOGGER = "tensorboard"
+SAMPLE_TOKENS = 64
+
+
+def setup(
+    model_name: str,
+    model_config: ConfigOverrides | None = None,
+    out_dir: Path = Path("out/pretrain"),
+    precision: str | None = None,
+    initial_checkpoint_dir: Path | None = None,
+    resume: bool | str | Path = False,
+    overwrite: bool = False,
+    data: DataModule | None = None,
+    train: TrainArgs = TRAIN,
+    eval: EvalArgs = EvalArgs(interval=1000),  # noqa: B008
+    log: LogArgs = LogArgs(),  # noqa: B008
+    optimizer: OptimizerSpec = OPTIMIZER,
+    devices: int | str = "auto",
+    num_nodes: int = 1,
+    strategy: distributed.Strategy = "auto",
+    compile: bool = False,
+    tokenizer_dir: Path | None = None,
+    tokenizer_vocab_size: int | None = None,
+    logger_name: str = LOGGER,
+    seed: int = 42,
+) -> None:
+    """Train a model on text.
+
+    Args:
+        model_name: A known model's name (`litgpt pretrain list`), or a new one that model_config describes.
+        model_config: Fields of the model's configuration that differ from the known model's.
+        out_dir: Where checkpoints, metrics.csv, logs.txt and loss.png go.
+        precision: 32-true, bf16-true, bf16-mixed or 16-mixed; by default mixed on a GPU and 32-true elsewhere.
+        initial_checkpoint_dir: Checkpoint (a directory or a known name) whose weights training starts from.
+        resume: true continues from the newest checkpoint in out_dir; auto does so where there is one and starts afresh
+            otherwise; a path continues from that checkpoint.
+        overwrite: Delete the run that out_dir holds.
+        data: What to train on, for example `--data TextFiles --data.train_data_path FOLDER`.
+        train: How long, in which batches, with which schedule.
+        eval: When to validate.
+        log: For the loggers.
+        optimizer: A torch.optim class or your own, and its arguments (--optimizer.lr 0.001).
+        devices: Devices per node; auto takes all (on a CPU, one process).
+        num_nodes: Machines.
+        strategy: Over several devices, fsdp shards the model (auto is fsdp), ddp copies it.
+        compile: Compile the model's blocks with torch.compile; the first step then takes long.
+        tokenizer_dir: Checkpoint (a directory or a known name) whose tokenizer to use.
+        tokenizer_vocab_size: Without a tokenizer_dir, train a byte-level BPE tokenizer of this size on the text.
+        logger_name: csv, tensorboard, wandb, mlflow, or the dotted path of a logger class.
+        seed: Decides the initial weights and all other random numbers.
+    """
+    settings = dict(sorted(locals().items()))
+
+    # Everything that can be wrong with the settings is said before any work starts.
+    world_size = distributed.count_devices(devices, num_nodes)
+    train.set_batch_by_accumulation(world_size, TRAIN.global_batch_size)
+    train.accumulation(world_size)
+    optimizer = optimizer.with_train_args(train, default=OPTIMIZER)
+    logger_name = choose_logger(logger_name, train.logger_name, log)
+    if data is None:
+        raise ValueError("--data is missing. For plain text: --data TextFiles --data.train_data_path FOLDER_OR_FILE.")
+    if eval.evaluate_example != "first":
+        raise ValueError("--eval.evaluate_example is for finetuning: pretraining data has no examples. Leave it out.")
+    if eval.max_new_tokens and world_size > 1 and strategy != "ddp":
+        raise ValueError("--eval.max_new_tokens: a sharded model cannot write samples. Leave it out or --strategy ddp.")
+    run_directory = RunDirectory(out_dir)
+    is_main = distributed.rank_from_environment() == 0
+    checkpoint = run_directory.prepare(resume, overwrite, may_delete=is_main)
+    source = open_initial(initial_checkpoint_dir)
+    tokenizer_dir = tokenizer_dir and resolve_checkpoint_dir(
+        tokenizer_dir, download=partial(download, tokenizer_only=True)
+    )
+
+    fabric = distributed.make_fabric(devices, num_nodes, precision, strategy)
+    fabric.launch()
+    console = Console(fabric.global_rank == 0)
+    if log.save_logs:
+        console.save_to(out_dir / LOGS_FILE, append=checkpoint is not None)
+    console.print(pprint.pformat(settings))
+    distributed.seed_everything(seed)
+    console.print(f"Seed set to {seed}\n{distributed.describe_devices(fabric)}")
+    if checkpoint is not None:
+        console.print(f"Resuming from {str(checkpoint)!r}")
+
+    # The tokenizer, the model's shape, the data.
+    if fabric.local_rank == 0:
+        if tokenizer_dir is None and tokenizer_vocab_size is not None:
+            make_tokenizer(data, tokenizer_vocab_size, out_dir / TOKENIZER_DIR, checkpoint)
+    fabric.barrier()
+    if tokenizer_vocab_size is not None and tokenizer_dir is None:
+        tokenizer_dir = out_dir / TOKENIZER_DIR
+    tokenizer = Tokenizer(tokenizer_dir) if tokenizer_dir else None
+    config = choose_config(model_name, dict(model_config or {}), source, tokenizer, bool(tokenizer_vocab_size))
+    config.tie_embeddings = bool(train.tie_embeddings or (source and source.config.tie_embeddings))
+    tokens = sequence_length(train, config)
+    data.connect(tokenizer, train.micro_batch_size, tokens)
+    if fabric.local_rank == 0:
+        data.prepare_data()
+    fabric.barrier()
+    data.setup()
+    batches = BatchStream(
+        data.train_dataloader(), train.micro_batch_size, fabric.global_rank, fabric.world_size, seed=seed
+    )
+    val_batches = data.val_dataloader()
+    console.print(data.describe())
+
+    # The model and its optimizer.
+    gpt = GPT(config)
+    if source is None:
+        gpt.init_weights()
+    else:
+        source.load_into(gpt)
+    console.print(f"Number of trainable parameters: {gpt.num_parameters(trainable_only=True):,}")
+    console.print(f"Number of non-trainable parameters: {gpt.num_parameters() - gpt.num_parameters(True):,}")
+    flops = flops_per_token(gpt, tokens)
+    if compile:
+        for block in gpt.transformer.h:
+            block.compile()
+    model = fabric.setup_module(NextTokenLoss(gpt))
+    fabric_optimizer = fabric.setup_optimizers(optimizer.build(gpt.parameters()))
+
+    # Training.
+    total_steps = train.total_steps(train.global_batch_size * tokens, batches.samples_per_epoch)
+    schedule = Schedule.of(train, total_steps)
+    for line in plan_lines(train, schedule, total_steps, tokens, world_size, optimizer):
+        console.print(line)
+    logger = None
+    if fabric.global_rank == 0:
+        cli.save_hyperparameters(out_dir)
+        logger = make_logger(logger_name, out_dir / LOGGERS_DIR, log, cli.resolved_settings() or {})
+    recorder = Recorder(
+        console, run_directory, logger, flops_per_token=flops, peak_flops=distributed.peak_flops(fabric)
+    )
+    write = partial(sample_text, gpt, tokenizer, precision=distributed.precision_of(fabric), seed=seed)
+    run = Run(
+        train=train,
+        evaluation=eval,
+        schedule=schedule,
+        total_steps=total_steps,
+        directory=run_directory,
+        recorder=recorder,
+        save=partial(save_checkpoint_files, config=config, tokenizer_dir=tokenizer_dir),
+        sample=partial(write, eval.max_new_tokens) if tokenizer else None,
+        resume=checkpoint,
+    )
+    outcome = fit(fabric, model, fabric_optimizer, batches, val_batches, run)
+
+    console.print(f"Training time: {outcome.progress.seconds:.2f}s")
+    console.print(f"Memory used: {distributed.memory_used(fabric) / 1e9:.2f} GB")
+    if outcome.interrupted:
+        return stop_early(console, outcome)
+    if tokenizer is not None and not distributed.is_sharded(gpt):
+        if fabric.global_rank == 0:
+            console.print(f"The model writes:\n{write(eval.max_new_tokens or SAMPLE_TOKENS)}\n")
+    if log.log_model and logger is not None:
+        logger.log_checkpoint(outcome.checkpoint, log.checkpoint_name or config.name or "litgpt")
+    console.print(f"To talk with it, run:\nlitgpt chat {outcome.checkpoint}")
+
+
+def choose_logger(name: str, other: str | None, log: LogArgs) -> str:
+    """One logger out of `--logger_name` and `--train.logger_name`, checked."""
+    if other is not None and name not in (LOGGER, other):
+        raise ValueError(f"--logger_name says {name} and --train.logger_name says {other}. Give only one of them.")
+    check_logger(other or name, log)
+    return other or name
+
+
+def open_initial(directory: Path | None) -> Source | None:
+    """The checkpoint to start from, opened."""
+    if directory is None:
+        return None
+    return open_checkpoint(resolve_checkpoint_dir(directory, download=download))
+
+
+def make_tokenizer(data: DataModule, vocab_size: int, directory: Path, checkpoint: Path | None) -> None:
+    """Train a tokenizer on the training text; a resumed run keeps the one it had."""
+    if checkpoint is not None:
+        copy_companion_files(checkpoint, directory)
+        return
+    texts = data.training_texts()
+    if texts is None:
+        raise ValueError(
+            f"--tokenizer_vocab_size: {type(data).__name__} has no text to train a tokenizer on. Give --tokenizer_dir."
+        )
+    train_tokenizer(texts, vocab_size, directory)
+
+
+def choose_config(
+    name: str, overrides: dict[str, Any], source: Source | None, tokenizer: Tokenizer | None, new_tokenizer: bool
+) -> Config:
+    """The model's shape: that of a known name, of the initial checkpoint, or wholly given; then `overrides`."""
+    if new_tokenizer and tokenizer is not None:  # a small vocabulary has no need of a rich padding
+        overrides = {"padding_multiple": 64, "padded_vocab_size": None, **overrides, "vocab_size": tokenizer.vocab_size}
+    known = find_known(name)
+    if source is not None and (known is None or source.config.name == known.name):
+        config = Config(**{**source.config.to_dict(), **overrides})
+    elif known is None and {"n_layer", "n_head", "n_embd"} <= overrides.keys():
+        config = Config(**{"name": name, **overrides})
+    else:
+        config = Config.from_name(name, **overrides)
+    if tokenizer is not None and tokenizer.vocab_size > config.padded_vocab_size:
+        raise ValueError(
+            f"The tokenizer in {tokenizer.dir} has {tokenizer.vocab_size} tokens, more than the model's embedding "
+            f"({config.padded_vocab_size}). Use the model's own tokenizer, or set --model_config.vocab_size "
+            f"{tokenizer.vocab_size} --model_config.padded_vocab_size null."
+        )
+    return config
+
+
+def sequence_length(train: TrainArgs, config: Config) -> int:
+    """Tokens per training sequence."""
+    if train.max_seq_length is not None and train.max_seq_length > config.block_size:
+        raise ValueError(
+            f"--train.max_seq_length {train.max_seq_length} is longer than the model's context of {config.block_size}. "
+            f"Make it smaller, or the context larger with --model_config.block_size {train.max_seq_length}."
+        )
+    return train.max_seq_length or config.block_size
+
+
+def plan_lines(
+    train: TrainArgs, schedule: Schedule, steps: int | None, tokens: int, world_size: int, optimizer: OptimizerSpec
+) -> list[str]:
+    """What one step is, how many there are, and what may surprise about the schedule."""
+    accumulation = train.accumulation(world_size)
+    lines = [
+        f"Tokens per step: {train.micro_batch_size} sequences x {accumulation} accumulation x {world_size} device(s) x "
+        f"{tokens} tokens = {train.global_batch_size * tokens:,}",
+        f"Steps: {steps:,}" if steps else f"Training for {train.max_time:g} s",
+    ]
+    if steps and schedule.warmup_steps >= steps:
+        lines.append(f"Note: the warmup of {schedule.warmup_steps} steps outlasts the run; the peak is not reached.")
+    peak = float(optimizer.init_args.get("lr", "inf"))
+    if schedule.min_lr > peak:
+        lines.append(f"Note: train.min_lr {schedule.min_lr:g} is above the peak of {peak:g}: no decay takes place.")
+    return lines
+
+
+def save_checkpoint_files(
+    directory: Path, weights: dict[str, Tensor], config: Config, tokenizer_dir: Path | None
+) -> None:
+    """Everything that chat needs, into an empty directory."""
+    save_model(directory, weights, config)
+    if tokenizer_dir is not None:
+        copy_companion_files(tokenizer_dir, directory)
+    # The tokenizer may come from another model: its config.json is not this model's.
+    card = directory / "config.json"
+    card.unlink(missing_ok=True)
+    try:
+        card.write_text(json.dumps(config_to_hf(config), indent=2) + "\n", encoding="utf-8")
+    except ValueError:  # no Hugging Face architecture has this shape; model_config.yaml says it all
+        card.unlink(missing_ok=True)
+    cli.save_hyperparameters(directory)
+
+
+@torch.no_grad()
+def sample_text(gpt: GPT, tokenizer: Tokenizer, max_new_tokens: int, *, precision: str, seed: int) -> str:
+    """What the model writes after BOS, or after a line break where there is no such token."""
+    start = [tokenizer.bos_id] if tokenizer.bos_id is not None else tokenizer.encode_ids("\n", bos=False)
+    autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    was_training = gpt.training
+    gpt.eval()
+    try:
+        request = Request(start, max_new_tokens, Sampling(temperature=0.8, top_k=50), seed=seed)
+        return tokenizer.decode(Engine(gpt, autocast=autocast).stream(request))
+    finally:
+        gpt.train(was_training)
+
+
+def stop_early(console: Console, outcome: Outcome) -> None:
+    console.print(
+        f"Stopped by {outcome.interrupted} after step {outcome.progress.step}. To go on, run the same command with "
+        "--resume auto"
+    )
+    if outcome.interrupted == "Ctrl-C":
+        raise SystemExit(130)
