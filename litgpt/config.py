@@ -191,7 +191,7 @@ class Config:
     # --- reading and writing -------------------------------------------------------------------------------------
 
     @classmethod
-    def from_name(cls, name: str, **overrides: Any) -> "Config":
+    def from_name(cls, name: str, /, **overrides: Any) -> "Config":
         """The configuration of a known checkpoint, by `org/name` or short name, with some fields replaced.
 
         Raises:
@@ -203,7 +203,7 @@ class Config:
         return cls(**_merged(copy.deepcopy(known.config), overrides, f"model {known.name}"))
 
     @classmethod
-    def from_file(cls, path: str | Path, **overrides: Any) -> "Config":
+    def from_file(cls, path: str | Path, /, **overrides: Any) -> "Config":
         """The configuration in a `model_config.yaml`, with some fields replaced.
 
         Raises:
@@ -222,7 +222,7 @@ class Config:
         return cls(**_merged(values, overrides, str(path)))
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, **overrides: Any) -> "Config":
+    def from_checkpoint(cls, path: str | Path, /, **overrides: Any) -> "Config":
         """The configuration of a checkpoint directory (its `model_config.yaml`), with some fields replaced."""
         file = Path(path) / MODEL_CONFIG_FILE
         if not file.is_file():

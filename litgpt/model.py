@@ -14,7 +14,7 @@ Letters of the shapes written beside the tensors:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -733,6 +733,7 @@ class Ring:
         slots = -(-(length + 1) // 8) * 8
         self.length = slots - 1
         self.positions = torch.full((batch_size, slots), -1, dtype=torch.int64, device=device)  # (B, slots), -1 = empty
+        self.rows = torch.arange(batch_size, device=device)[:, None]  # (B, 1)
         self.read_length: int | None = None
 
     def claim(self, positions: Tensor) -> Tensor:
@@ -752,7 +753,7 @@ class LayerCache:
         device = ring.positions.device
         # Zeros, not empty: a hidden slot is multiplied by 0, which must not meet a NaN.
         self.tensors = [torch.zeros(batch_size, slots, *shape, dtype=dtype, device=device) for shape in shapes]
-        self.rows = torch.arange(batch_size, device=device)[:, None]
+        self.rows = ring.rows
 
     def update(self, plan: AttentionPlan, *new: Tensor) -> tuple[Tensor, ...]:
         """Stores tensors (B, T, G, D) of this call and returns those to attend to, (B, S, G, D)."""
@@ -797,6 +798,13 @@ class KVCache:
         for ring in self.rings.values():
             ring.positions[slice(None) if rows is None else rows] = -1
         self.is_empty = self.is_empty or rows is None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor that the model changes in place, for what needs to know their addresses (CUDA graphs)."""
+        for ring in self.rings.values():
+            yield ring.positions
+        for layer in self.layers:
+            yield from layer.tensors
 
     def read_only(self, length: int | None) -> None:
         """Promises that every position up to the next promise is below `length`, so that attention reads no further.
