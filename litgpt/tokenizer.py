@@ -112,6 +112,10 @@ class Tokenizer:
             raise ValueError(f"The tokenizer in {self.dir} has no token {token!r}.")
         return token_id
 
+    def is_control(self, token_id: int) -> bool:
+        """Whether it is a control token, which `decode` leaves out."""
+        return token_id in self._backend.control_ids
+
     # -- ids to text
 
     def decode(self, ids: Iterable[int] | torch.Tensor, skip_special: bool = True) -> str:
@@ -238,6 +242,10 @@ class _Backend:
     eos_id: int | None = None
     leading_space = 0  # how many spaces at the very beginning of a text are no part of it
 
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        return frozenset(self.control.values())
+
     def token_to_id(self, token: str) -> int | None:
         raise NotImplementedError
 
@@ -260,7 +268,7 @@ class _Backend:
         raise NotImplementedError
 
     def decode_stream(self, ids: Iterable[int], skip_special: bool, after: Sequence[int]) -> Iterator[str]:
-        control_ids = set(self.control.values()) if skip_special else set()
+        control_ids = self.control_ids if skip_special else frozenset()
         spaces = self.leading_space
         if any(token_id not in control_ids for token_id in after):
             spaces = 0
@@ -328,7 +336,7 @@ class _JsonBackend(_Backend):
                 self._tokenizer.add_special_tokens([added])
 
     def _declare_tokens_of_the_config(self, added: dict[str, int]) -> None:
-        """Some checkpoints (InternLM2) name their chat markers in tokenizer_config.json only, on ids of unused tokens."""
+        """Some checkpoints (InternLM2) name their chat markers in tokenizer_config.json only, on unused ids."""
         missing = {token: token_id for token, token_id in added.items() if self.token_to_id(token) is None}
         self.control.update(missing)
         self._added.update({token_id: token for token, token_id in missing.items()})

@@ -61,6 +61,15 @@ class PromptStyle(ABC):
         """Token sequences that end a reply: EOS, and what the format adds."""
         return [[tokenizer.eos_id]] if tokenizer.eos_id is not None else []
 
+    def stop_sequences(self, tokenizer: Tokenizer) -> list[list[int]]:
+        """Everything that ends a reply: `stop_tokens`, the checkpoint's own stop ids, and the control token that closes
+        a reply in this format."""
+        sequences = [*self.stop_tokens(tokenizer), *([token_id] for token_id in sorted(tokenizer.stop_ids))]
+        closing = tokenizer.encode_ids(self.end.strip(), bos=False, allow_special=True)[:1]
+        if closing and tokenizer.is_control(closing[0]):
+            sequences.append(closing)
+        return [list(sequence) for sequence in dict.fromkeys(map(tuple, sequences))]
+
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Message], **kwargs: Any) -> list[int]:
         """The conversation's token ids. Control tokens spelled in a message's content stay text."""
         safe = [{**message, "content": _protected(tokenizer, message.get("content"))} for message in messages]

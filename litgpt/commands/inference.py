@@ -1,0 +1,166 @@
+"""What `generate` and `chat` share: a model, loaded and ready to answer, and what is printed about it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from litgpt.checkpoint import resolve_checkpoint_dir
+from litgpt.config import Config
+from litgpt.convert import load_model, open_checkpoint
+from litgpt.distributed import accelerator, memory_used
+from litgpt.generation.engine import Engine, Request
+from litgpt.generation.sampling import Sampling
+from litgpt.prompts import PromptStyle, choose_prompt_style
+from litgpt.prompts.styles import Message
+from litgpt.tokenizer import Tokenizer
+
+# name -> (dtype of the weights, dtype to compute in where that is another)
+PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+    "32-true": (torch.float32, None),
+    "bf16-true": (torch.bfloat16, None),
+    "16-true": (torch.float16, None),
+    "bf16-mixed": (torch.float32, torch.bfloat16),
+    "16-mixed": (torch.float32, torch.float16),
+    "64-true": (torch.float64, None),
+}
+
+
+@dataclass
+class Assistant:
+    """A model with its tokenizer, its prompt format and the engine that runs it."""
+
+    name: str
+    config: Config
+    tokenizer: Tokenizer
+    style: PromptStyle
+    engine: Engine
+    device: torch.device
+    stops: list[list[int]]
+    """Token sequences that end an answer."""
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """The token ids of a conversation, ready for the reply.
+
+        Raises:
+            ValueError: the prompt format refuses the conversation, or the tokenizer is not this model's.
+        """
+        ids = self.style.encode(self.tokenizer, messages)
+        largest = max(ids, default=0)
+        if largest >= self.config.padded_vocab_size:
+            raise ValueError(
+                f"The tokenizer in {self.tokenizer.dir} gives the token id {largest}, but the model's vocabulary ends "
+                f"at {self.config.padded_vocab_size - 1}. They do not belong together: copy the model's own tokenizer "
+                "there."
+            )
+        return ids
+
+    def request(self, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling, seed: int) -> Request:
+        return Request(prompt, max_new_tokens, sampling, self.stops, seed)
+
+    def text(self, ids: Iterable[int], prompt: Sequence[int]) -> Iterator[str]:
+        """The answer's text as it comes; a bare prompt's continuation joins on to the prompt's text."""
+        return self.tokenizer.decode_stream(ids, after=prompt if self.style.continues_text else ())
+
+
+def load_assistant(
+    checkpoint_dir: Path | str,
+    *,
+    precision: str | None,
+    compile: bool,
+    prompt_style: str | None,
+    access_token: str | None,
+    quantize: str | None = None,
+) -> Assistant:
+    """Finds, downloads if need be, and loads a checkpoint.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such checkpoint, it is damaged, or an option cannot act.
+    """
+    if quantize is not None:
+        raise ValueError(
+            f"--quantize {quantize} cannot act: quantised inference is not available. Leave it out; "
+            "--precision bf16-true halves the memory of float32 weights."
+        )
+    device = torch.device(accelerator())
+    precision = precision or default_precision(device)
+    weights_dtype, autocast = parse_precision(precision, device)
+    path = resolve_checkpoint_dir(checkpoint_dir, download=partial(_download, access_token=access_token))
+    source = open_checkpoint(path)
+    # The small files first: what is wrong with them is said before the weights are read.
+    tokenizer = Tokenizer(source.files)
+    style = choose_prompt_style(source.files, explicit=prompt_style, config=source.config, tokenizer=tokenizer)
+    name = source.config.name or path.stem
+    say(f"Loading {name} ({precision}, {device.type})")
+    model = load_model(source, dtype=weights_dtype, device=device)
+    engine = Engine(model, compile=compile, autocast=autocast, keep_prefix=True)
+    return Assistant(name, source.config, tokenizer, style, engine, device, style.stop_sequences(tokenizer))
+
+
+def parse_precision(precision: str, device: torch.device) -> tuple[torch.dtype, torch.dtype | None]:
+    """The dtype of the weights, and that of the computation where it is another.
+
+    Raises:
+        ValueError: no such precision, or the device cannot compute in it.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"--precision {precision} is not known. Choose one of {', '.join(PRECISIONS)}.")
+    if precision.startswith("64") and device.type == "mps":
+        raise ValueError(f"--precision {precision} cannot act on an Apple GPU. Choose 32-true or less.")
+    return PRECISIONS[precision]
+
+
+def default_precision(device: torch.device) -> str:
+    """bfloat16 where the device computes it in hardware, else float32."""
+    if device.type == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    elif device.type == "mps":
+        fast = torch.backends.mps.is_macos_or_newer(14, 0)
+    else:
+        fast = torch.get_device_module(device).is_bf16_supported()
+    return "bf16-true" if fast else "32-true"
+
+
+def clean(text: str) -> str:
+    """What was read from outside, without the lone surrogates that stand for undecodable bytes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def say(text: str = "") -> None:
+    """A line about the work, on stderr: stdout is for what the model says."""
+    sys.stdout.flush()
+    print(text, file=sys.stderr, flush=True)
+
+
+class Stopwatch:
+    """Counts the tokens that pass through and the time they take."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.tokens = 0
+
+    def count(self, ids: Iterable[int]) -> Iterator[int]:
+        for token_id in ids:
+            self.tokens += 1
+            yield token_id
+
+    def report(self) -> str:
+        seconds = time.perf_counter() - self.started
+        return f"{seconds:.02f} sec total, {self.tokens / seconds:.02f} tokens/sec, {self.tokens} tokens"
+
+
+def memory_line(assistant: Assistant) -> str:
+    return f"Memory used: {memory_used(assistant) / 1e9:.02f} GB"
+
+
+def _download(repo_id: str, access_token: str | None) -> Path:
+    from litgpt.commands.download import download
+
+    say(f"Downloading {repo_id}")
+    return download(repo_id, access_token=access_token)
