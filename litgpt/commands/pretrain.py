@@ -106,6 +106,8 @@ def setup(
         raise ValueError("--data is missing. For plain text: --data TextFiles --data.train_data_path FOLDER_OR_FILE.")
     if eval.evaluate_example != "first":
         raise ValueError("--eval.evaluate_example is for finetuning: pretraining data has no examples. Leave it out.")
+    if tokenizer_dir is not None and tokenizer_vocab_size is not None:
+        raise ValueError("--tokenizer_dir and --tokenizer_vocab_size: use a tokenizer or train one, not both.")
     if eval.max_new_tokens and world_size > 1 and strategy != "ddp":
         raise ValueError("--eval.max_new_tokens: a sharded model cannot write samples. Leave it out or --strategy ddp.")
     run_directory = RunDirectory(out_dir)
@@ -128,14 +130,14 @@ def setup(
         console.print(f"Resuming from {str(checkpoint)!r}")
 
     # The tokenizer, the model's shape, the data.
-    if fabric.local_rank == 0:
-        if tokenizer_dir is None and tokenizer_vocab_size is not None:
-            make_tokenizer(data, tokenizer_vocab_size, out_dir / TOKENIZER_DIR, checkpoint)
-    fabric.barrier()
-    if tokenizer_vocab_size is not None and tokenizer_dir is None:
+    makes_tokenizer = tokenizer_dir is None and tokenizer_vocab_size is not None
+    if makes_tokenizer:
         tokenizer_dir = out_dir / TOKENIZER_DIR
+        if fabric.local_rank == 0:
+            make_tokenizer(data, tokenizer_vocab_size, tokenizer_dir, checkpoint)
+        fabric.barrier()
     tokenizer = Tokenizer(tokenizer_dir) if tokenizer_dir else None
-    config = choose_config(model_name, dict(model_config or {}), source, tokenizer, bool(tokenizer_vocab_size))
+    config = choose_config(model_name, dict(model_config or {}), source, tokenizer, makes_tokenizer)
     config.tie_embeddings = bool(train.tie_embeddings or (source and source.config.tie_embeddings))
     tokens = sequence_length(train, config)
     data.connect(tokenizer, train.micro_batch_size, tokens)
@@ -188,17 +190,19 @@ def setup(
         sample=partial(write, eval.max_new_tokens) if tokenizer else None,
         resume=checkpoint,
     )
-    outcome = fit(fabric, model, fabric_optimizer, batches, val_batches, run)
+    try:
+        outcome = fit(fabric, model, fabric_optimizer, batches, val_batches, run)
+        if logger is not None and log.log_model and not outcome.interrupted:
+            logger.log_checkpoint(outcome.checkpoint, log.checkpoint_name or config.name or "litgpt")
+    finally:
+        recorder.finish()
 
     console.print(f"Training time: {outcome.progress.seconds:.2f}s")
     console.print(f"Memory used: {distributed.memory_used(fabric) / 1e9:.2f} GB")
     if outcome.interrupted:
         return stop_early(console, outcome)
-    if tokenizer is not None and not distributed.is_sharded(gpt):
-        if fabric.global_rank == 0:
-            console.print(f"The model writes:\n{write(eval.max_new_tokens or SAMPLE_TOKENS)}\n")
-    if log.log_model and logger is not None:
-        logger.log_checkpoint(outcome.checkpoint, log.checkpoint_name or config.name or "litgpt")
+    if tokenizer is not None and fabric.global_rank == 0 and not distributed.is_sharded(gpt):
+        console.print(f"The model writes:\n{write(eval.max_new_tokens or SAMPLE_TOKENS)}\n")
     console.print(f"To talk with it, run:\nlitgpt chat {outcome.checkpoint}")
 
 
@@ -234,7 +238,14 @@ def choose_config(
     name: str, overrides: dict[str, Any], source: Source | None, tokenizer: Tokenizer | None, new_tokenizer: bool
 ) -> Config:
     """The model's shape: that of a known name, of the initial checkpoint, or wholly given; then `overrides`."""
-    if new_tokenizer and tokenizer is not None:  # a small vocabulary has no need of a rich padding
+    if new_tokenizer and tokenizer is not None:
+        given = overrides.get("vocab_size", tokenizer.vocab_size)
+        if given != tokenizer.vocab_size:
+            raise ValueError(
+                f"--model_config.vocab_size {given}, but the tokenizer trained on the text has {tokenizer.vocab_size} "
+                "tokens, which the model follows. Leave model_config.vocab_size out."
+            )
+        # A small vocabulary has no need of a rich padding.
         overrides = {"padding_multiple": 64, "padded_vocab_size": None, **overrides, "vocab_size": tokenizer.vocab_size}
     known = find_known(name)
     if source is not None and (known is None or source.config.name == known.name):

@@ -92,7 +92,6 @@ def fit(
         progress = restore(fabric, gpt, inner, run.resume)
         batches.seek(progress.position)
     watch = LossWatch(fabric)
-    recorder.start(progress, run.total_steps, resumed=run.resume is not None)
 
     def validation() -> float:
         with recorder.off_the_clock():
@@ -105,7 +104,7 @@ def fit(
             save_checkpoint(fabric, gpt, inner, progress, run, directory)
 
     model.train()
-    with StopSignals() as signals:
+    with StopSignals() as signals, recorder.running(progress, run.total_steps, resumed=run.resume is not None):
         if evaluation.initial_validation and val_batches and progress.step == 0:
             recorder.write({"step": 0, "val_loss": validation()}, None)
         stop = started_as = stop_reason(fabric, run, progress, signals)
@@ -143,9 +142,7 @@ def fit(
         interrupted = stop if stop != FINISHED else None
         checkpoint = run.directory.final if interrupted is None else run.directory.step(progress.step)
         if started_as is None or checkpoint != run.resume:
-            recorder.console.close_bar()
             save(checkpoint)
-    recorder.finish()
     return Outcome(progress, checkpoint, interrupted)
 
 

@@ -13,7 +13,7 @@ from litgpt.model import GPT
 
 COLUMNS = (
     *("step", "iter", "epoch", "loss", "val_loss", "learning_rate", "tokens"),
-    *("tokens_per_sec", "grad_norm", "iter_time", "mfu", "memory", "time"),
+    *("tokens_per_sec", "grad_norm", "iter_time", "mfu", "time"),
 )
 
 
@@ -22,7 +22,7 @@ class MetricsFile:
 
     Columns: step, iter (forward passes per device), epoch (with its fraction), loss and val_loss (nats per target
     token), learning_rate, tokens (so far, over all devices), tokens_per_sec, grad_norm (before clipping), iter_time
-    (seconds per forward and backward pass), mfu (share of the devices' peak), memory (bytes), time (seconds trained).
+    (seconds per forward and backward pass), mfu (share of the devices' peak), time (seconds since training began).
 
     Args:
         path: The file.

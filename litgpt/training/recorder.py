@@ -41,14 +41,26 @@ class Recorder:
         self._window_start = self._start = time.perf_counter()
         self._earlier = 0.0
 
-    def start(self, progress: Progress, total_steps: int | None, resumed: bool) -> None:
-        """Training begins now, at `progress`."""
+    @contextmanager
+    def running(self, progress: Progress, total_steps: int | None, resumed: bool) -> Iterator[None]:
+        """Training happens inside, from `progress` on. However it ends, the losses are drawn and what is open closed."""
         self._earlier, self._start = progress.seconds, time.perf_counter()
         if self.console.active:
             path = self.directory.path / METRICS_FILE
             self._metrics = MetricsFile(path, after_step=progress.step if resumed else None)
             self.console.start_bar(total_steps, progress.step)
         self._window_start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.console.close_bar()
+            if self._metrics is not None:
+                plot_losses(self._metrics.path, self.directory.path / PLOT_FILE)
+
+    def finish(self) -> None:
+        """Nothing more will be logged."""
+        if self.logger is not None:
+            self.logger.finish()
 
     @property
     def seconds(self) -> float:
@@ -118,11 +130,3 @@ class Recorder:
         if row["mfu"] is not None:
             figures["MFU"] = f"{row['mfu']:.1%}"
         self.console.step(row["step"], line, **figures)
-
-    def finish(self) -> None:
-        """Training is over, or interrupted: draw the losses, close what is open."""
-        self.console.close_bar()
-        if self.console.active and self._metrics is not None:
-            plot_losses(self._metrics.path, self.directory.path / PLOT_FILE)
-            if self.logger is not None:
-                self.logger.finish()
