@@ -1,9 +1,9 @@
 """From a function's signature and docstring to a command line: normalise, parse, call.
 
 `signature.py` reads what the function takes; `arguments.py` and `config_files.py` read what the user gave;
-`settings.py` puts both on one footing (full names, later layers over earlier ones); `parser.py` has jsonargparse
-check types, fill in defaults and write the help; `run.py` calls the function; `record.py` keeps the settings for
-`hyperparameters.yaml`.
+`settings.py` puts both on one footing (full names, later layers over earlier ones); `resolve.py` has jsonargparse check
+types and fill in defaults; `run.py` ties it together and calls the function. `classes.py` finds classes by name,
+`help.py` writes the help, `record.py` keeps the settings for `hyperparameters.yaml`.
 """
 
 from litgpt.cli.errors import UsageError

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from litgpt.cli.errors import UsageError
-from litgpt.cli.signature import Signature, admits, members
+from litgpt.cli.hints import admits, members
+from litgpt.cli.signature import Signature
+from litgpt.cli.values import BOOLEANS
 
 # `--` and a name: a value such as "-1" or "-- so she said" is no option.
 OPTION = re.compile(r"--[A-Za-z_][\w.-]*(=.*)?\Z", re.DOTALL)
-BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
 @dataclass

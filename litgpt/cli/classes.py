@@ -4,14 +4,16 @@ import importlib
 import inspect
 import os
 import sys
-import typing
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from litgpt.cli.errors import UsageError
+from litgpt.cli.hints import constructor_hints
+from litgpt.cli.values import as_hinted, explain
 from litgpt.config import did_you_mean
 
 # Given by the command and not by the user: an optimizer's parameters.
@@ -97,18 +99,16 @@ def _import(module: str) -> Any:
 
 def class_parser(cls: type, nested_key: str | None = None, **settings: Any) -> ArgumentParser:
     """A parser whose options are the init args of a class, under a nested key if one is given."""
-    from litgpt.cli.parser import use_attribute_docstrings
-
-    use_attribute_docstrings()
     parser = ArgumentParser(exit_on_error=False, **settings)
     provided = PROVIDED & set(inspect.signature(cls).parameters)
     parser.add_class_arguments(cls, nested_key, skip=provided, fail_untyped=False, sub_configs=False)
     return parser
 
 
-def accepted(cls: type) -> list[str]:
+@lru_cache
+def accepted(cls: type) -> tuple[str, ...]:
     """The names of a class's init args; those of its bases too where it passes `**kwargs` on."""
-    return [name for name in vars(class_parser(cls).get_defaults()) if name != "help"]
+    return tuple(name for name in vars(class_parser(cls).get_defaults()) if name != "help")
 
 
 def takes_anything(cls: type) -> bool:
@@ -129,25 +129,16 @@ def unknown_init_args(option: str, cls: type, init_args: dict[str, Any]) -> list
     ]
 
 
-def _hints(cls: type) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(cls.__init__)
-    except (NameError, TypeError):  # hints for type checkers only, or a constructor in C
-        return {}
-
-
 def parse_init_args(option: str, cls: type, init_args: dict[str, Any], *, defaults: bool) -> tuple[Any, ArgumentParser]:
     """Check the types of init args.
 
     Returns:
         The typed values (with those not given, if `defaults`), and the parser, which can instantiate nested classes.
     """
-    from litgpt.cli.parser import as_hinted, explain
-
     parser = class_parser(cls)
     if takes_anything(cls):
         return {name: yaml.safe_load(v) if isinstance(v, str) else v for name, v in init_args.items()}, parser
-    hints = _hints(cls)
+    hints = constructor_hints(cls)
     given = {name: as_hinted(value, hints.get(name, Any)) for name, value in init_args.items()}
     try:
         values = parser.parse_object(given, defaults=defaults)

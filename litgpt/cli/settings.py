@@ -11,7 +11,8 @@ import yaml
 
 from litgpt.cli.classes import accepted, unknown_init_args
 from litgpt.cli.errors import UsageError
-from litgpt.cli.signature import Parameter, Signature, admits
+from litgpt.cli.hints import admits
+from litgpt.cli.signature import Parameter, Signature
 from litgpt.config import did_you_mean
 
 Layer = dict[str, Any]

@@ -3,15 +3,15 @@
 import dataclasses
 import enum
 import inspect
-import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePath
 from typing import Any, Literal
 
 from litgpt.cli.classes import ClassChoice
+from litgpt.cli.hints import dataclass_hints, without_none
 
 REQUIRED = inspect.Parameter.empty
 SCALARS = (str, int, float, bool, complex, bytes, list, tuple, dict, set, type(None))
@@ -70,6 +70,10 @@ class Signature:
         """Parameters that may be given without their name, in order: those without a default, and the first."""
         return [p.name for i, p in enumerate(self.parameters.values()) if p.kind == "value" and (p.required or i == 0)]
 
+    def missing(self, given: Mapping[str, Any]) -> list[str]:
+        """The required parameters that have no value."""
+        return [p.name for p in self.parameters.values() if p.required and given.get(p.name) is None]
+
     def of_kind(self, *kinds: str) -> Iterator[Parameter]:
         return (parameter for parameter in self.parameters.values() if parameter.kind in kinds)
 
@@ -117,39 +121,3 @@ def describe(name: str, hint: Any, default: Any) -> Parameter:
 def is_class_spec(hint: Any) -> bool:
     """Whether a dataclass stands for a class and its init args, to be made by the command itself."""
     return dataclasses.is_dataclass(hint) and {"class_path", "init_args"} <= {f.name for f in dataclasses.fields(hint)}
-
-
-def dataclass_hints(cls: type) -> dict[str, Any]:
-    """Field name -> type hint of a dataclass, of what its constructor takes."""
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
-
-
-def members(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, or the hint itself."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return tuple(member for part in typing.get_args(hint) for member in members(part))
-    return (hint,)
-
-
-def without_none(hint: Any) -> Any:
-    """`X | None` -> `X`; other unions as they are."""
-    rest = [member for member in members(hint) if member is not type(None)]
-    return rest[0] if len(rest) == 1 else hint
-
-
-def admits(hint: Any, *wanted: type) -> bool:
-    """Whether one of the types is a member of the hint."""
-    return any((typing.get_origin(member) or member) in wanted for member in members(hint))
-
-
-def readable(hint: Any) -> str:
-    """A type hint as one writes it."""
-    if typing.get_origin(hint) is Literal:
-        return " | ".join(map(repr, typing.get_args(hint)))
-    names = ["null" if m is type(None) else readable(m) if m is not hint else _name(m) for m in members(hint)]
-    return " | ".join(names)
-
-
-def _name(hint: Any) -> str:
-    return hint.__name__ if inspect.isclass(hint) and not typing.get_args(hint) else str(hint).replace("typing.", "")

@@ -1,0 +1,51 @@
+"""Questions about type hints."""
+
+import dataclasses
+import inspect
+import types
+import typing
+from typing import Any, Literal
+
+
+def members(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the hint itself."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return tuple(member for part in typing.get_args(hint) for member in members(part))
+    return (hint,)
+
+
+def without_none(hint: Any) -> Any:
+    """`X | None` -> `X`; other unions as they are."""
+    rest = [member for member in members(hint) if member is not type(None)]
+    return rest[0] if len(rest) == 1 else hint
+
+
+def admits(hint: Any, *wanted: type) -> bool:
+    """Whether one of the types is a member of the hint."""
+    return any((typing.get_origin(member) or member) in wanted for member in members(hint))
+
+
+def readable(hint: Any) -> str:
+    """A type hint as one writes it."""
+    if typing.get_origin(hint) is Literal:
+        return " | ".join(map(repr, typing.get_args(hint)))
+    names = ["null" if m is type(None) else readable(m) if m is not hint else _name(m) for m in members(hint)]
+    return " | ".join(names)
+
+
+def _name(hint: Any) -> str:
+    return hint.__name__ if inspect.isclass(hint) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+
+
+def dataclass_hints(cls: type) -> dict[str, Any]:
+    """Field name -> type hint of a dataclass, of what its constructor takes."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+
+
+def constructor_hints(cls: type) -> dict[str, Any]:
+    """Init arg -> type hint, as far as they can be told."""
+    try:
+        return typing.get_type_hints(cls.__init__)
+    except (NameError, TypeError):  # hints for type checkers only, or a constructor in C
+        return {}

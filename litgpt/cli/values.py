@@ -1,0 +1,79 @@
+"""Single values: their types, and what to say about a wrong one."""
+
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jsonargparse
+from jsonargparse import ArgumentError, ArgumentParser
+
+from litgpt.cli.hints import admits, readable
+
+BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_NUMBER = re.compile(r"[+-]?[\d_]*\.?[\d_]+([eE][+-]?\d+)?")
+
+
+def as_hinted(value: Any, hint: Any) -> Any:
+    """One value as its type hint wants it, where the two differ in form only: `1e6` for an integer, `yes`, a number
+    from YAML where text is wanted.
+    """
+    if isinstance(value, bool):
+        return value
+    if admits(hint, str):
+        return str(value) if isinstance(value, int | float) and not admits(hint, int, float) else value
+    if isinstance(value, str) and admits(hint, bool) and not admits(hint, int):
+        return BOOLEANS.get(value.lower(), value)
+    if isinstance(value, str | float) and admits(hint, int) and not admits(hint, float):
+        return as_integer(value)
+    return value
+
+
+def as_integer(value: str | float) -> Any:
+    """`1e6`, `1_000_000` or 1e6 -> 1000000, exactly; what is no integer stays as it is."""
+    text = str(value).strip()
+    if not _NUMBER.fullmatch(text):
+        return value
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+        return int(number) if number.is_integer() else value
+
+
+def explain(error: ArgumentError, option: str, hint_of: Callable[[str], Any]) -> str:
+    """jsonargparse's account of a wrong value, in one line.
+
+    Args:
+        error: Its message names the setting, and shows the value.
+        option: The parameter that the settings stand under, if any.
+        hint_of: The type hint of a setting.
+    """
+    text, prefix = str(error), f"--{option}." if option else "--"
+    required = re.search(r'(?:Key|option) "([^"]+)" is required|arguments are required: (.+)', text)
+    if required:
+        return f"{prefix}{required[1] or required[2]} is missing."
+    key = re.search(r'Parser key "([^"]+)"', text)
+    values = re.findall(r"(?:Given value|Got value): (.*)", text)
+    if not key or not values:
+        return f"{prefix}{text}"
+    hint = hint_of(key[1])
+    return f"{prefix}{key[1]}: {values[-1]!r} is not {'of the right type' if hint is Any else readable(hint)}."
+
+
+def instantiate(parser: ArgumentParser, values: Any) -> Any:
+    """Make the dataclasses and nested classes of parsed values."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the method has another name in newer versions
+        return (getattr(parser, "instantiate", None) or parser.instantiate_classes)(values)
+
+
+def read_attribute_docstrings(on: bool) -> None:
+    """Whether a string literal under a dataclass field becomes the help of its option: it takes time to find them."""
+    if hasattr(jsonargparse, "set_parsing_settings"):
+        try:
+            jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=on)
+            return
+        except TypeError:  # versions that have the function without this setting
+            pass
+    jsonargparse.set_docstring_parse_options(attribute_docstrings=on)
