@@ -126,6 +126,35 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def atomic_additions(directory: str | Path) -> Iterator[Path]:
+    """Yields an empty hidden directory inside `directory`; when the block ends well, its files move into `directory`.
+
+    Each replaces a file of the same name whole or not at all; the weights come last, so that whoever finds them finds
+    the rest too.
+
+    Raises:
+        SaveError: The disk is full. Nothing in `directory` has changed.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with _saving(directory):
+        _remove_stale_siblings(directory / "new")
+        temporary = _sibling(directory / "new", "tmp")
+        temporary.mkdir()
+    try:
+        with _saving(directory):
+            yield temporary
+            files = sorted(temporary.iterdir(), key=lambda path: path.name == WEIGHTS)
+            for path in files:
+                _fsync(path)
+            for path in files:
+                os.replace(path, directory / path.name)
+            _fsync(directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _sibling(final: Path, kind: str) -> Path:
     # The host is part of the name: on a shared file system a process number alone would not tell whose it is.
     return final.with_name(f".{final.name}.{kind}-{socket.gethostname()}-{os.getpid()}")
@@ -329,11 +358,20 @@ def copy_companion_files(source: str | Path, destination: str | Path) -> None:
             shutil.copy(source / name, destination / name)
 
 
-def save_model(directory: str | Path, model: "GPT | dict[str, torch.Tensor]", config: "Config") -> None:
-    """Writes `lit_model.pth` and `model_config.yaml` into a directory (that `atomic_directory` gave the caller)."""
-    state_dict = model.state_dict() if isinstance(model, torch.nn.Module) else model
-    config.save(Path(directory))
-    write_state_dict(Path(directory) / WEIGHTS, state_dict.items())
+def save_model(
+    directory: str | Path, model: "GPT | dict[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]", config: "Config"
+) -> None:
+    """Writes `lit_model.pth` and `model_config.yaml` into a directory (that `atomic_directory` gave the caller).
+
+    Args:
+        directory: An existing directory.
+        model: A model, its state dict, or a stream of names and tensors.
+        config: Its shape.
+    """
+    if isinstance(model, torch.nn.Module):
+        model = model.state_dict()
+    config.save(directory)
+    write_state_dict(Path(directory) / WEIGHTS, model.items() if isinstance(model, dict) else model)
 
 
 # -------------------------------------------------------------------------------------------- reading weights

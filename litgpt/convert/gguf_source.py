@@ -6,7 +6,6 @@ table does the rest. What is peculiar to an architecture's GGUF form is an entry
 """
 
 import json
-import mmap
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,29 +21,24 @@ from torch import Tensor
 
 from litgpt.config import find_known
 from litgpt.convert.architectures import ARCHITECTURES
+from litgpt.convert.gguf_file import GGUFFile, GGUFTensor
 from litgpt.convert.gguf_tokenizer import write_tokenizer
 from litgpt.convert.hf_config import config_from_hf
 from litgpt.convert.source import EMBEDDING, HEAD, Named, Source, compare_shapes, misfit, shapes_of
 from litgpt.model import stretch_by_parts
 
 ROPE_FACTORS = "rope_freqs.weight"
-_PLAIN = {
-    gguf.GGMLQuantizationType.F32: torch.float32,
-    gguf.GGMLQuantizationType.F16: torch.float16,
-    gguf.GGMLQuantizationType.BF16: torch.bfloat16,
-}
 
 
 class Metadata:
     """The key-value pairs of a GGUF file. Keys of its own architecture go without their prefix."""
 
-    def __init__(self, reader: gguf.GGUFReader) -> None:
-        self.fields = reader.fields
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
         self.architecture: str = self.get("general.architecture", "")
 
     def get(self, key: str, default: Any = None) -> Any:
-        field = self.fields.get(key)
-        return default if field is None else field.contents()
+        return self.values.get(key, default)
 
     def own(self, key: str, default: Any = None) -> Any:
         """The value of `<architecture>.<key>`; 32-bit fractions become the shortest decimal number that they are."""
@@ -146,16 +140,15 @@ class GGUFSource(Source):
 
     def __init__(self, path: Path, name: str | None = None) -> None:
         self.path = path
-        self.reader = _read(path)
-        self.metadata = Metadata(self.reader)
+        file = GGUFFile(path)
+        self.metadata = Metadata(file.metadata)
+        self.tensors = file.tensors
         self.form = self._form()
         self.table = ARCHITECTURES[self.form.architecture].weights
-        self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
         self.config_json = self._config_json()
         self.config = config_from_hf(self.config_json, name or model_name(path))
         self.names = self._names()
-        matrices = [tensor.tensor_type for tensor in self.reader.tensors if len(tensor.shape) > 1]
-        types = {_PLAIN.get(kind, torch.float32) for kind in matrices}
+        types = {tensor.dtype for tensor in self.tensors.values() if len(tensor.shape) > 1}
         self.dtype = types.pop() if len(types) == 1 else torch.float32
 
     @cached_property
@@ -175,7 +168,7 @@ class GGUFSource(Source):
         return self._translated((name, self._value(name)) for name in self.names)
 
     def _translated(self, theirs: Iterator[Named]) -> Iterator[Named]:
-        for name, tensor in self.table.to_ours(theirs, self.config, lambda tensor: self._release()):
+        for name, tensor in self.table.to_ours(theirs, self.config):
             yield name, tensor
             if name == EMBEDDING and self.config.tie_embeddings:
                 yield HEAD, tensor
@@ -200,15 +193,15 @@ class GGUFSource(Source):
                 raise ValueError("it has no tensor 'token_embd.weight'")
             specific = self.form.config(self.metadata)
             if ROPE_FACTORS in self.tensors:
-                factors = np.array(self.tensors[ROPE_FACTORS].data, dtype=np.float32)
-                specific["rope_scaling"] = _llama3_scaling(torch.from_numpy(factors), specific["rope_theta"])
+                factors = self.tensors[ROPE_FACTORS].read()
+                specific["rope_scaling"] = _llama3_scaling(factors, specific["rope_theta"])
         except ValueError as error:
             raise ValueError(f"'{self.path}' cannot be used: {error}.") from error
         architecture = ARCHITECTURES[self.form.architecture]
         return {
             "architectures": [architecture.name],
             "model_type": architecture.model_type,
-            "vocab_size": int(embedding.shape[1]),
+            "vocab_size": embedding.shape[0],
             "tie_word_embeddings": "output.weight" not in self.tensors,
             "torch_dtype": "float32",
             **specific,
@@ -235,50 +228,15 @@ class GGUFSource(Source):
             yield name, _empty(self.tensors[gguf_name])
 
     def _value(self, name: str) -> Tensor:
-        tensor = self.tensors[self.names[name]]
-        try:
-            value = _dequantise(tensor)
-        except NotImplementedError as error:
-            kind = tensor.tensor_type.name
-            raise ValueError(
-                f"'{self.path}': {tensor.name} is of type {kind}, which cannot be de-quantised."
-            ) from error
+        value = self.tensors[self.names[name]].read()
         for end, fix in self.form.fixes.items():
             if name.endswith(end):
                 value = fix(value, self.config_json)
         return value
 
-    def _release(self) -> None:
-        """Pages of the file that were read count as this process's memory until they are given back."""
-        mapping = getattr(self.reader.data, "_mmap", None)
-        if isinstance(mapping, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            mapping.madvise(mmap.MADV_DONTNEED)
 
-
-def _read(path: Path) -> gguf.GGUFReader:
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OSError, OverflowError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"Cannot read '{path}' ({path.stat().st_size:,} bytes): it is truncated, or no GGUF file ({error}). "
-            "Download it again."
-        ) from error
-
-
-def _shape(tensor: gguf.ReaderTensor) -> list[int]:
-    return [int(size) for size in reversed(tensor.shape)]  # GGUF names the fastest dimension first
-
-
-def _empty(tensor: gguf.ReaderTensor) -> Tensor:
-    return torch.empty(_shape(tensor), dtype=_PLAIN.get(tensor.tensor_type, torch.float32), device="meta")
-
-
-def _dequantise(tensor: gguf.ReaderTensor) -> Tensor:
-    dtype = _PLAIN.get(tensor.tensor_type)
-    if dtype is None:
-        return torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type)).view(_shape(tensor))
-    raw = torch.from_numpy(np.array(tensor.data))  # a copy: what is mapped read-only cannot become a tensor
-    return (raw.view(dtype) if raw.dtype == torch.uint8 else raw).view(_shape(tensor))
+def _empty(tensor: GGUFTensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def _llama3_scaling(factors: Tensor, theta: float) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from litgpt.checkpoint import (
 )
 from litgpt.config import Config
 from litgpt.convert.architecture import Architecture
-from litgpt.convert.hf_config import architecture_of, config_from_hf
+from litgpt.convert.hf_config import architecture_of, config_from_hf, config_to_hf
 from litgpt.convert.safetensors_file import read_safetensors
 from litgpt.model import GPT
 
@@ -170,7 +170,7 @@ class HFSource(Source):
 
     def __init__(self, path: Path, name: str | None = None) -> None:
         self.files = path
-        self.config_json = _read_json(path / "config.json")
+        self.config_json = _read_json(path / "config.json") if (path / "config.json").is_file() else _usual_json(name)
         self.architecture: Architecture = architecture_of(self.config_json)
         self.config = config_from_hf(self.config_json, name or _label(path))
         shards = [_read_shard(file) for file in hf_weight_files(path)]
@@ -229,6 +229,11 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def _usual_json(name: str | None) -> dict[str, Any]:
+    """The `config.json` of a known model; with a tied head, unless the files turn out to hold one."""
+    return config_to_hf(Config.from_name(name or "")) | {"tie_word_embeddings": True}
+
+
 def _label(path: Path) -> str:
     """`org/name` from the end of a path; what else stands before is the user's own ordering."""
     path = path.resolve()
@@ -251,14 +256,16 @@ def misfit(weights: Path, description: str, problems: list[str]) -> str:
     )
 
 
-def open_checkpoint(path: str | Path, model_name: str | None = None) -> Source:
+def open_checkpoint(path: str | Path, model_name: str | None = None, *, converted: bool = True) -> Source:
     """Opens a checkpoint directory of ours, a Hugging Face directory, or a `.gguf` file, without reading the weights.
 
     `lit_model.pth` wins over other weights beside it.
 
     Args:
         path: The directory or file; `checkpoint.resolve_checkpoint_dir` finds it from a name.
-        model_name: What the model is called, where the path does not say it.
+        model_name: What the model is called, where the path does not say it. Where a Hugging Face directory has no
+            `config.json`, the figures are those of the known model of this name.
+        converted: False looks past `lit_model.pth` for the weights it was made from.
 
     Raises:
         FileNotFoundError: It does not exist, or something in it is missing; says what.
@@ -273,13 +280,15 @@ def open_checkpoint(path: str | Path, model_name: str | None = None) -> Source:
         path = path.parent
     if not path.is_dir():
         raise FileNotFoundError(f"There is no checkpoint '{path}'. Give a checkpoint directory or a .gguf file.")
+    if not converted and (path / WEIGHTS).is_file() and not hf_weight_files(path):
+        raise FileNotFoundError(f"'{path}' holds nothing to convert: its {WEIGHTS} is in the right format already.")
     missing = missing_files(path, weights=True)
-    if missing:
+    if missing and not (model_name and hf_weight_files(path) and "config.json" in missing[0]):
         raise FileNotFoundError(
             f"The checkpoint directory '{path}' lacks {' and '.join(missing)}. "
             "Download or convert the checkpoint again, or give another directory."
         )
-    return LitSource(path) if (path / WEIGHTS).is_file() else HFSource(path, model_name)
+    return LitSource(path) if converted and (path / WEIGHTS).is_file() else HFSource(path, model_name)
 
 
 def load_model(

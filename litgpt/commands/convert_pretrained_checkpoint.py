@@ -1,0 +1,25 @@
+"""Make a checkpoint that training can start from anew out of one that training saved."""
+
+from pathlib import Path
+
+from litgpt.checkpoint import atomic_directory, copy_companion_files, resolve_checkpoint_dir, save_model
+from litgpt.convert import open_checkpoint
+from litgpt.convert.options import Progress
+
+
+def setup(checkpoint_dir: Path, output_dir: Path) -> None:
+    """Copy a checkpoint of pretraining without its training state.
+
+    What is copied are the weights, the model's configuration and the tokenizer; the state of the optimizer, the
+    position in the data and the record of the run stay behind. Checkpoints that `litgpt pretrain` writes also serve as
+    they are, as `--initial_checkpoint_dir` for example; those of LitGPT hold the weights among the training state.
+
+    Args:
+        checkpoint_dir: The checkpoint directory, such as out/pretrain/final.
+        output_dir: The directory to create.
+    """
+    source = open_checkpoint(resolve_checkpoint_dir(checkpoint_dir))
+    with atomic_directory(output_dir) as directory:
+        copy_companion_files(source.files, directory)
+        save_model(directory, Progress(source)(source.weights()), source.config)
+    print(f"Saved the weights without training state to {output_dir}")
