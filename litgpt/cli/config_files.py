@@ -20,6 +20,8 @@ def read_config(place: str) -> dict[str, Any]:
         ValueError: it cannot be fetched, or is not a mapping of settings.
     """
     text = _fetch(place) if place.lower().startswith(("http://", "https://")) else _read(place)
+    if text.lstrip().startswith("<"):
+        raise ValueError(f"--config {place} is a web page, not a YAML file; give the address of the raw file.")
     try:
         settings = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -27,10 +29,7 @@ def read_config(place: str) -> dict[str, Any]:
     if settings is None:
         return {}
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
-        hint = ""
-        if text.lstrip()[:1] == "<":
-            hint = " This is a web page; give the address of the raw file."
-        raise ValueError(f"--config {place} does not hold settings as `name: value`.{hint}")
+        raise ValueError(f"--config {place} does not hold settings as `name: value`.")
     return settings
 
 
