@@ -400,7 +400,9 @@ class LLaMAMoE(nn.Module):
         # How many tokens each expert got decides the shapes: the one number the host has to know.
         counts = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
         inputs = tokens[order // n_choices].split(counts)
-        outputs = [expert(part) for expert, part in zip(self.experts, inputs, strict=True) if part.size(0) > 0]
+        # In training, experts without tokens run, too: data-parallel ranks wait for the gradient of every parameter.
+        parts = zip(self.experts, inputs, strict=True)
+        outputs = [expert(part) for expert, part in parts if part.size(0) > 0 or self.training]
         back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         y = torch.cat(outputs)[back].unflatten(0, chosen.shape)  # (N, K, C), in the tokens' order again
         y = (weights[:, None].to(y.dtype) @ y).view_as(x)

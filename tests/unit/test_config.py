@@ -1,3 +1,6 @@
+import ast
+import inspect
+import itertools
 import subprocess
 import sys
 from dataclasses import fields
@@ -5,6 +8,7 @@ from dataclasses import fields
 import pytest
 import yaml
 
+from litgpt import config as config_module
 from litgpt.config import Config, check_field_names, did_you_mean
 
 # The fields of model_config.yaml in LitGPT 0.5.13, in its order, with its values for a model whose figures are given.
@@ -184,7 +188,7 @@ def test_unknown_names_and_fields_get_near_matches():
         Config.from_name("pythia-14")
     with pytest.raises(ValueError, match="Did you mean 'EleutherAI/pythia-14m'"):
         Config.from_name("EleutherAI/pythia-14")
-    with pytest.raises(ValueError, match="no model field 'n_layers'. Did you mean 'n_layer'"):
+    with pytest.raises(ValueError, match=r"no model field 'n_layers'\. Did you mean 'n_layer'"):
         Config.from_name("pythia-14m", n_layers=3)
     with pytest.raises(ValueError, match="model_config: there is no model field 'n_emb'"):
         check_field_names(["n_layer", "n_emb"], "model_config")
@@ -223,7 +227,7 @@ def test_the_name_stands_in_for_what_a_classic_file_cannot_say():
 
 
 def test_bad_files_are_explained(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no model_config.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"no model_config\.yaml"):
         Config.from_checkpoint(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"nothing\.yaml"):
         Config.from_file(tmp_path / "nothing.yaml")
@@ -241,19 +245,14 @@ def test_bad_files_are_explained(tmp_path):
 
 def test_every_field_has_a_help_text():
     """The string under a field is its help on the command line."""
-    import ast
-    import inspect
-
-    import litgpt.config
-
     body = next(
         node.body
-        for node in ast.parse(inspect.getsource(litgpt.config)).body
+        for node in ast.parse(inspect.getsource(config_module)).body
         if isinstance(node, ast.ClassDef) and node.name == "Config"
     )
     documented = {
         first.target.id
-        for first, second in zip(body, body[1:], strict=False)
+        for first, second in itertools.pairwise(body)
         if isinstance(first, ast.AnnAssign)
         and isinstance(second, ast.Expr)
         and isinstance(second.value, ast.Constant)
