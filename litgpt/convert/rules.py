@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from torch import Tensor, cat
+import torch
+from torch import Tensor
 
 from litgpt.config import Config
 
@@ -50,7 +51,7 @@ class Concat:
     sizes: Callable[[Config], tuple[int, ...]]
 
     def to_ours(self, theirs: Sequence[Tensor], config: Config) -> list[Tensor]:
-        return [cat(list(theirs))]
+        return [join(theirs)]
 
     def to_theirs(self, ours: Sequence[Tensor], config: Config) -> list[Tensor]:
         return list(ours[0].split(self.sizes(config)))
@@ -65,12 +66,21 @@ class InterleavedQKV:
     def to_ours(self, theirs: Sequence[Tensor], config: Config) -> list[Tensor]:
         queries, groups, size = config.n_head // config.n_query_groups, config.n_query_groups, config.head_size
         rows = theirs[0].unflatten(0, (groups, queries + 2, size))
-        return [cat([part.flatten(0, 2) for part in rows.split((queries, 1, 1), dim=1)])]
+        return [join([part.flatten(0, 2) for part in rows.split((queries, 1, 1), dim=1)])]
 
     def to_theirs(self, ours: Sequence[Tensor], config: Config) -> list[Tensor]:
         groups, size = config.n_query_groups, config.head_size
         parts = [part.unflatten(0, (groups, -1, size)) for part in ours[0].split(qkv_sizes(config))]
-        return [cat(parts, dim=1).flatten(0, 2)]
+        return [join(parts, dim=1).flatten(0, 2)]
+
+
+def join(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """`torch.cat`. On the meta device the shape alone is made: torch.cat would import torch's compiler (2 s)."""
+    first = parts[0]
+    if not first.is_meta:
+        return torch.cat(list(parts), dim)
+    size = sum(part.shape[dim] for part in parts)
+    return first.new_empty((*first.shape[:dim], size, *first.shape[dim + 1 :]))
 
 
 def qkv_sizes(config: Config) -> tuple[int, int, int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from litgpt.checkpoint import (
     CONFIG,
@@ -87,8 +88,23 @@ def on_meta(tensor: Tensor) -> Tensor:
 
 def shapes_of(config: Config) -> dict[str, Tensor]:
     """Our names of all weights of such a model, with tensors on the meta device."""
-    with torch.device("meta"):
-        return GPT(config).state_dict()
+    return meta_model(config).state_dict()
+
+
+def meta_model(config: Config) -> GPT:
+    """A model with shapes and no memory."""
+    with torch.device("meta"), _NoInitialisation():
+        return GPT(config)
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Skips `torch.nn.init`: on the meta device there is nothing to fill, and trying imports torch's compiler (3 s)."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 def compare_shapes(wanted: dict[str, Tensor], found: dict[str, Tensor], wanted_by: str, found_in: str) -> list[str]:
@@ -304,9 +320,7 @@ def load_model(
         device: Where the model goes.
     """
     source = source if isinstance(source, Source) else open_checkpoint(source)
-    with torch.device("meta"):
-        model = GPT(source.config)
-    model = model.to(dtype or source.dtype).to_empty(device=device)
+    model = meta_model(source.config).to(dtype or source.dtype).to_empty(device=device)
     model.tie_weights()
     source.load_into(model)
     return model.eval()
