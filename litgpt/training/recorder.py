@@ -43,7 +43,7 @@ class Recorder:
 
     @contextmanager
     def running(self, progress: Progress, total_steps: int | None, resumed: bool) -> Iterator[None]:
-        """Training happens inside, from `progress` on. However it ends, the losses are drawn and what is open closed."""
+        """Training happens inside, from `progress` on. However it ends, the losses are drawn."""
         self._earlier, self._start = progress.seconds, time.perf_counter()
         if self.console.active:
             path = self.directory.path / METRICS_FILE

@@ -119,11 +119,11 @@ def restore(fabric: Fabric, module: nn.Module, optimizer: Optimizer, checkpoint:
     return Progress(**state["progress"])
 
 
-def read_training_state(checkpoint: Path) -> dict[str, Any]:
+def read_training_state(checkpoint: Path, device: str = "cpu") -> dict[str, Any]:
     """What `collect` gathered, read without executing anything."""
     path = checkpoint / STATE_FILE
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:  # torch raises many kinds for a damaged file
@@ -132,6 +132,4 @@ def read_training_state(checkpoint: Path) -> dict[str, Any]:
 
 def saved_step(checkpoint: Path) -> int:
     """The step that a checkpoint was saved at."""
-    return int(
-        torch.load(checkpoint / STATE_FILE, map_location="meta", weights_only=True, mmap=True)["progress"]["step"]
-    )
+    return int(read_training_state(checkpoint, "meta")["progress"]["step"])

@@ -1,0 +1,143 @@
+"""A resumed run equals an uninterrupted one, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from litgpt.training.arguments import EvalArgs
+from litgpt.training.metrics import read_metrics
+from tests.training.conftest import deterministic, weights
+
+
+def assert_same_run(one: Path, other: Path, rows: int) -> None:
+    first, second = (deterministic(read_metrics(path / "metrics.csv")) for path in (one, other))
+    assert len(first) == rows
+    assert first == second
+    expected, actual = weights(one / "final"), weights(other / "final")
+    assert expected.keys() == actual.keys()
+    for name in expected:
+        assert torch.equal(expected[name], actual[name]), name
+
+
+@pytest.mark.parametrize(("settings", "workers"), [({}, 0), ({"tie_embeddings": True}, 2)])
+def test_resumed_at_20_equals_40_in_one_go(train, tmp_path, monkeypatch, settings, workers):
+    data = {"num_workers": workers}
+    train(tmp_path / "whole", max_steps=40, data=data, **settings)
+
+    class Killed(BaseException):
+        pass
+
+    from litgpt.training import loop
+
+    def die_at_23(fabric, model, batches, _real=loop.accumulate_gradients, _count=[0]):  # noqa: B006
+        _count[0] += 1
+        if _count[0] == 23:
+            raise Killed
+        return _real(fabric, model, batches)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(loop, "accumulate_gradients", die_at_23)
+        train(tmp_path / "parts", max_steps=40, save_interval=10, data=data, **settings)
+    # The killed run has logged steps that no checkpoint knows of.
+    assert [int(r["step"]) for r in read_metrics(tmp_path / "parts/metrics.csv")][-1] == 22
+    torch.manual_seed(7)  # a new process has other random numbers
+    train(tmp_path / "parts", max_steps=40, save_interval=10, data=data, resume="auto", **settings)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", rows=40)
+
+
+SUBPROCESS_SHAPE = {
+    **{"block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 32},
+    **{"parallel_residual": False, "bias": False},
+}
+COMMAND = """
+import sys
+sys.path.insert(0, {root!r})
+from litgpt.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def start(root: Path, out_dir: Path, text: Path, cache: Path, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "-c", COMMAND.format(root=str(root)), "pretrain", "tiny", f"--out_dir={out_dir}"]
+    command += [f"--model_config.{k}={str(v).lower()}" for k, v in SUBPROCESS_SHAPE.items()]
+    command += ["--data=TextFiles", f"--data.train_data_path={text}", "--data.num_workers=0", "--devices=1"]
+    command += ["--tokenizer_vocab_size=300", "--train.global_batch_size=8", "--train.micro_batch_size=4"]
+    command += ["--train.lr_warmup_steps=5", "--logger_name=csv", "--eval.interval=50", "--eval.max_iters=4", *more]
+    environment = {**os.environ, "LITGPT_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_step(process: subprocess.Popen, out_dir: Path, step: int) -> None:
+    deadline = time.monotonic() + 240
+    while not (rows := read_metrics(out_dir / "metrics.csv")) or int(rows[-1]["step"]) < step:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_sigkill_and_sigterm_lose_nothing(train, text, tmp_path):
+    root, cache = Path(__file__).parents[2], tmp_path / "cache"
+    options = ["--train.max_steps=300", "--train.save_interval=20"]
+    run = start(root, tmp_path / "parts", text, cache, *options)
+    wait_for_step(run, tmp_path / "parts", 45)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert not (tmp_path / "parts/final").exists()
+
+    run = start(root, tmp_path / "parts", text, cache, *options, "--resume=auto")
+    wait_for_step(run, tmp_path / "parts", 100)
+    run.send_signal(signal.SIGTERM)
+    output = run.communicate()[0]
+    assert run.returncode == 0, output
+    assert "Resuming from" in output
+    assert "Stopped by SIGTERM after step" in output
+    assert "--resume auto" in output
+    assert "Traceback" not in output
+    stopped_at = int(read_metrics(tmp_path / "parts/metrics.csv")[-1]["step"])
+    assert (tmp_path / f"parts/step-{stopped_at:08d}/training_state.pth").exists()
+
+    same = {"max_steps": 300, "eval": EvalArgs(interval=50, max_iters=4), "shape": SUBPROCESS_SHAPE}
+    train(tmp_path / "parts", resume=True, **same)
+    train(tmp_path / "whole", **same)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", rows=300)
+
+
+def test_resume_of_a_finished_run_changes_nothing(train, tmp_path, capsys):
+    train(tmp_path / "run", max_steps=4)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/final").iterdir()}
+    train(tmp_path / "run", max_steps=4, resume="auto")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run/final").iterdir()} == before
+    train(tmp_path / "run", max_steps=6, resume=tmp_path / "run/final")  # goes on from there
+    assert [int(r["step"]) for r in read_metrics(tmp_path / "run/metrics.csv")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resume_with_another_model_or_optimizer_is_refused(train, tmp_path):
+    from litgpt.training.optimizers import OptimizerSpec
+
+    train(tmp_path / "run", max_steps=2)
+    with pytest.raises(ValueError, match="trained with AdamW"):
+        train(tmp_path / "run", max_steps=4, resume=True, optimizer=OptimizerSpec("SGD", {"lr": 0.1}))
+    with pytest.raises(ValueError, match=r"belongs to another model.*lm_head"):
+        train(tmp_path / "other", max_steps=4, resume=tmp_path / "run/final", tokenizer_vocab_size=None,
+              tokenizer_dir=bigger_tokenizer(tmp_path))  # fmt: skip
+
+
+def bigger_tokenizer(tmp_path: Path) -> Path:
+    from litgpt.data.tokenizer_training import train_tokenizer
+
+    train_tokenizer(["some text"], 300, tmp_path / "bigger")
+    return tmp_path / "bigger"
+
+
+def test_damaged_state_is_named(train, tmp_path):
+    train(tmp_path / "run", max_steps=2)
+    state = tmp_path / "run/final/training_state.pth"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"training_state.pth is damaged"):
+        train(tmp_path / "run", max_steps=4, resume=tmp_path / "run/final")

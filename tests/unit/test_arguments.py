@@ -1,0 +1,160 @@
+"""Settings of a run: what they refuse, what follows from them, every spelling of an optimizer."""
+
+import pytest
+import torch
+
+from litgpt.training.arguments import EvalArgs, TrainArgs
+from litgpt.training.optimizers import OptimizerSpec
+from litgpt.training.schedule import Schedule
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("global_batch_size", 0),
+        ("micro_batch_size", -1),
+        ("max_steps", 0),
+        ("lr_warmup_steps", -1),
+        ("min_lr", -0.1),
+        ("lr_warmup_fraction", 1.5),
+        ("beta2", 1.0),
+        ("keep_last", 0),
+    ],
+)
+def test_wrong_values_are_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=rf"train\.{field} {value}"):
+        TrainArgs(**{field: value})
+
+
+def test_eval_example_is_a_number_or_a_name():
+    assert EvalArgs(evaluate_example="3").evaluate_example == 3
+    with pytest.raises(ValueError, match=r"eval.evaluate_example 'last'"):
+        EvalArgs(evaluate_example="last")
+
+
+def test_indivisible_batch_names_every_option():
+    with pytest.raises(ValueError) as error:
+        TrainArgs(global_batch_size=10, micro_batch_size=4).accumulation(devices=2)
+    message = str(error.value)
+    for part in ("global_batch_size 10", "micro_batch_size 4", "2 device(s)", "8 or 16", "--devices"):
+        assert part in message
+    with pytest.raises(ValueError, match="global_batch_size to 4,"):
+        TrainArgs(global_batch_size=2, micro_batch_size=4).accumulation(1)
+    assert TrainArgs(global_batch_size=16, micro_batch_size=4).accumulation(2) == 2
+
+
+def test_gradient_accumulation_sets_the_global_batch_or_is_refused():
+    train = TrainArgs(global_batch_size=512, micro_batch_size=2, gradient_accumulation_iters=16)
+    train.set_batch_by_accumulation(devices=2, default_global_batch_size=512)
+    assert (train.global_batch_size, train.accumulation(2)) == (64, 16)
+    # The seeds' `--train.micro_batch_size 1 --train.global_batch_size 32 --train.gradient_accumulation_iters 32`
+    same = TrainArgs(global_batch_size=32, micro_batch_size=1, gradient_accumulation_iters=32)
+    same.set_batch_by_accumulation(1, 512)
+    assert same.global_batch_size == 32
+    clash = TrainArgs(global_batch_size=64, micro_batch_size=1, gradient_accumulation_iters=32)
+    with pytest.raises(ValueError, match=r"gradient_accumulation_iters 32 .*= 32 sequences.*global_batch_size is 64"):
+        clash.set_batch_by_accumulation(1, 512)
+
+
+def test_whichever_limit_ends_first():
+    def steps(**limits):
+        return TrainArgs(global_batch_size=10, micro_batch_size=1, **limits).total_steps(100, samples_per_epoch=55)
+
+    assert steps(max_steps=7) == 7
+    assert steps(max_tokens=701) == 8
+    assert steps(epochs=2) == 11
+    assert steps(max_steps=7, max_tokens=500, epochs=2) == 5
+    assert steps(max_time=3.0) is None
+    with pytest.raises(ValueError, match="Nothing ends this run"):
+        steps()
+
+
+def test_schedule_values():
+    schedule = Schedule(warmup_steps=4, decay_steps=14, min_lr=0.1)
+    rates = [schedule.learning_rate(step, 1.0) for step in range(16)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]  # the first step already learns, the warmup's last is at the peak
+    assert rates[5:13] == sorted(rates[5:13], reverse=True)
+    assert schedule.learning_rate(4 + 9 / 2, 1.0) == pytest.approx(0.55)  # half way down
+    assert rates[13] == rates[14] == rates[15] == pytest.approx(0.1)
+    assert Schedule(0, 10, 0.5).learning_rate(3, 0.2) == pytest.approx(0.2)  # min_lr above the peak: no decay
+    assert Schedule(3, None).learning_rate(1000, 0.2) == 0.2
+    assert Schedule(10, 5).learning_rate(4, 1.0) == 0.5  # a run that ends in its warmup
+
+
+def test_schedule_from_arguments():
+    assert Schedule.of(TrainArgs(lr_warmup_steps=7), 100) == Schedule(7, 100, 6e-5)
+    assert Schedule.of(TrainArgs(lr_warmup_fraction=0.1, lr_decay_iters=50), 95) == Schedule(10, 50, 6e-5)
+    with pytest.raises(ValueError, match="lr_warmup_fraction needs a run whose length is known"):
+        Schedule.of(TrainArgs(lr_warmup_fraction=0.1), None)
+
+
+def test_schedule_keeps_the_groups_apart():
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (1.0, 0.1)]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    assert Schedule(4).apply(optimizer, 0) == 0.25
+    Schedule(4).apply(optimizer, 1)
+    assert [g["lr"] for g in optimizer.param_groups] == [0.5, 0.05]
+
+
+DEFAULT = OptimizerSpec("torch.optim.AdamW", {"lr": 4e-4, "weight_decay": 0.1, "betas": [0.9, 0.95]})
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("AdamW", DEFAULT),
+        ("SGD", OptimizerSpec("SGD", {})),
+        ({"lr": 0.1}, OptimizerSpec("torch.optim.AdamW", {**DEFAULT.init_args, "lr": 0.1})),
+        ({"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}, OptimizerSpec("torch.optim.SGD", {"lr": 0.1})),
+        ({"class_path": "SGD", "lr": 0.1}, OptimizerSpec("SGD", {"lr": 0.1})),
+    ],
+)
+def test_spellings(value, expected):
+    spec = OptimizerSpec.from_value(value, DEFAULT)
+    assert spec.load_class() is expected.load_class()
+    assert spec.init_args == expected.init_args
+
+
+def test_build_makes_what_was_asked_for():
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    adam = OptimizerSpec("AdamW", {"lr": "6e-4", "betas": [0.9, "0.95"]}).build([parameter])  # YAML 1.1 reads 6e-4 as text
+    assert (adam.defaults["lr"], adam.defaults["betas"], adam.defaults["fused"]) == (6e-4, (0.9, 0.95), True)
+    sgd = OptimizerSpec("torch.optim.SGD", {"lr": 0.1, "momentum": 0.9, "foreach": True}).build([parameter])
+    assert isinstance(sgd, torch.optim.SGD)
+    assert sgd.defaults["fused"] is None
+    own = OptimizerSpec(f"{__name__}.OwnOptimizer", {"lr": 0.5}).build([parameter])
+    assert (type(own), own.defaults["lr"]) == (OwnOptimizer, 0.5)
+    assert OptimizerSpec("Rprop").build([parameter]).defaults["lr"] == 0.01
+
+
+class OwnOptimizer(torch.optim.SGD):
+    def __init__(self, params, lr: float = 0.1):
+        super().__init__(params, lr=lr)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (OptimizerSpec("AdmW"), "no optimizer class.*Did you mean 'AdamW'"),
+        (OptimizerSpec("no.such.Module"), "cannot import no.such"),
+        (OptimizerSpec("torch.nn.Linear"), "no optimizer class"),
+        (OptimizerSpec("AdamW", {"weigth_decay": 0.1}), "takes no 'weigth_decay'.*Did you mean 'weight_decay'"),
+        (OptimizerSpec("AdamW", {"lr": -1}), "--optimizer AdamW with lr=-1: Invalid learning rate"),
+    ],
+)
+def test_wrong_optimizers_are_explained(spec, message):
+    with pytest.raises(ValueError, match=message):
+        spec.build([torch.nn.Parameter(torch.zeros(1))])
+
+
+def test_train_args_are_other_spellings():
+    train = TrainArgs(learning_rate=2e-5, beta2=0.99)
+    spec = DEFAULT.with_train_args(train, DEFAULT)
+    assert spec.init_args == {"lr": 2e-5, "weight_decay": 0.1, "betas": (0.9, 0.99)}
+    assert DEFAULT.init_args["lr"] == 4e-4
+    same = OptimizerSpec("AdamW", {"lr": "2e-5"}).with_train_args(TrainArgs(learning_rate=2e-5), DEFAULT)
+    assert same.init_args["lr"] == 2e-5
+    with pytest.raises(ValueError, match=r"--train.learning_rate says 2e-05, but --optimizer.lr says 0.1"):
+        OptimizerSpec("AdamW", {"lr": 0.1}).with_train_args(train, DEFAULT)
+    with pytest.raises(ValueError, match="takes no 'betas'"):
+        OptimizerSpec("SGD", {"lr": 2e-5}).with_train_args(train, DEFAULT)
