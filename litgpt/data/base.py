@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,12 +112,16 @@ class StreamSampler(Sampler[list[int]]):
 def stream_loader(
     dataset: Dataset, batch_size: int, *, seed: int, num_workers: int = 0, shuffle: bool = True, collate_fn: Any = None
 ) -> DataLoader:
-    """An endless loader over `dataset` in the order of `StreamSampler`."""
+    """An endless loader over `dataset` in the order of `StreamSampler`, with at most one worker per CPU core."""
     sampler = StreamSampler(len(dataset), batch_size, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
     return DataLoader(
         dataset,
         batch_sampler=sampler,
-        num_workers=num_workers,
+        num_workers=min(num_workers, _cores()),
         collate_fn=collate_fn,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

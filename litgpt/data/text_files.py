@@ -59,7 +59,7 @@ class TextFiles(DataModule):
     seed: int = 42
     """Decides the order of the training blocks"""
     num_workers: int = 4
-    """Processes that load batches; 0 loads them in the training process"""
+    """Processes that load batches, at most one per CPU core; 0 loads them in the training process"""
     val_split_fraction: float = 0.05
     """Part of the training text held out for validation where there is no val_data_path; 0 holds out nothing"""
     data_dir: Path | None = None

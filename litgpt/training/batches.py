@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -117,8 +118,9 @@ class BatchStream:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed + epoch)
                 batches = iter(self.loader)
+                first = list(islice(batches, 1))  # a shuffling sampler draws its seed only now
             mine: list[Any] = []
-            for batch in batches:
+            for batch in chain(first, batches):
                 mine.append(batch)
                 if len(mine) < self.world_size:
                     continue

@@ -49,7 +49,13 @@ def train(text):
 
     def run(out_dir: Path, *, data: dict | None = None, eval: EvalArgs | None = None, **options):
         settings = {k: options.pop(k) for k in list(options) if k in TrainArgs.__dataclass_fields__}
-        small = {"global_batch_size": 8, "micro_batch_size": 4, "lr_warmup_steps": 5, "max_tokens": None, "max_norm": 1.0}
+        small = {
+            "global_batch_size": 8,
+            "micro_batch_size": 4,
+            "lr_warmup_steps": 5,
+            "max_tokens": None,
+            "max_norm": 1.0,
+        }
         module = options.pop("module", None) or TextFiles(**{"train_data_path": text, "num_workers": 0, **(data or {})})
         pretrain.setup(
             "tiny",

@@ -117,7 +117,9 @@ def test_spellings(value, expected):
 
 def test_build_makes_what_was_asked_for():
     parameter = torch.nn.Parameter(torch.zeros(2, 2))
-    adam = OptimizerSpec("AdamW", {"lr": "6e-4", "betas": [0.9, "0.95"]}).build([parameter])  # YAML 1.1 reads 6e-4 as text
+    adam = OptimizerSpec("AdamW", {"lr": "6e-4", "betas": [0.9, "0.95"]}).build(
+        [parameter]
+    )  # YAML 1.1 reads 6e-4 as text
     assert (adam.defaults["lr"], adam.defaults["betas"], adam.defaults["fused"]) == (6e-4, (0.9, 0.95), True)
     sgd = OptimizerSpec("torch.optim.SGD", {"lr": 0.1, "momentum": 0.9, "foreach": True}).build([parameter])
     assert isinstance(sgd, torch.optim.SGD)
