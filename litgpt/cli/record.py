@@ -4,7 +4,6 @@ import dataclasses
 import enum
 import re
 from collections.abc import Mapping
-from contextvars import ContextVar
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -15,16 +14,21 @@ from litgpt import __version__
 FILE = "hyperparameters.yaml"
 SECRET = re.compile(r"(.*_)?(token|key|password|secret)", re.IGNORECASE)
 
-_current: ContextVar[tuple[str, dict[str, Any]] | None] = ContextVar("settings", default=None)
+# Of the command that runs now: what was typed before its options, and its settings. No context variable: a thread
+# that saves a checkpoint sees it too.
+_current: tuple[str, dict[str, Any]] | None = None
 
 
 def remember(prog: str, settings: dict[str, Any]) -> None:
     """Keep the settings of the command that runs now."""
-    _current.set((prog, without_secrets(plain(settings))))
+    global _current
+    _current = prog, without_secrets(plain(settings))
 
 
 def forget() -> None:
-    _current.set(None)
+    """The command has ended."""
+    global _current
+    _current = None
 
 
 def resolved_settings() -> dict[str, Any] | None:
@@ -32,16 +36,14 @@ def resolved_settings() -> dict[str, Any] | None:
 
     None where the function was not started from the command line.
     """
-    current = _current.get()
-    return current and current[1]
+    return _current and _current[1]
 
 
 def save_hyperparameters(out_dir: Path) -> None:
     """Write `hyperparameters.yaml`, which works as `--config`. Does nothing where no command line was parsed."""
-    current = _current.get()
-    if current is None:
+    if _current is None:
         return
-    prog, settings = current
+    prog, settings = _current
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / FILE).write_text(as_yaml(prog, settings), encoding="utf-8")

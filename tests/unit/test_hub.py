@@ -37,6 +37,7 @@ def names(directory: Path) -> set[str]:
 def test_weights_prefer_safetensors():
     both = ["pytorch_model.bin", "model.safetensors", "config.json"]
     assert weight_files("a/b", both) == ["model.safetensors"]
+    assert weight_files("a/b", ["consolidated.safetensors", "model.safetensors"]) == ["model.safetensors"]
     sharded = ["model.safetensors.index.json", "model-1.safetensors", "consolidated.safetensors", "pytorch_model.bin"]
     assert weight_files("a/b", sharded) == ["model.safetensors.index.json"]
     assert weight_files("a/b", ["pytorch_model.bin", "training_args.bin", "optimizer.bin"]) == ["pytorch_model.bin"]
