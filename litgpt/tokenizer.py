@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 PROTECTED = "\ufdd0"  # a Unicode noncharacter: put inside a control token's text, it keeps it text
 MODEL_FILES = ("tokenizer.json", "tokenizer.model")
+# sentencepiece's ModelProto { normalizer_spec { add_dummy_prefix: false } }, serialised. A protobuf message takes what is
+# appended to it as an amendment.
+NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
 class Tokenizer:
@@ -429,9 +432,9 @@ class _SentencePieceBackend(_Backend):
 
     @cached_property
     def _model_without_prefix(self) -> Any:
-        model = _load_sentencepiece(self._file)
-        model.override_normalizer_spec(add_dummy_prefix=False)
-        return model
+        from sentencepiece import SentencePieceProcessor
+
+        return SentencePieceProcessor(model_proto=self._file.read_bytes() + NO_DUMMY_PREFIX)
 
     def surroundings(self) -> tuple[list[int], list[int]]:
         return ([self.bos_id] if self.bos_id is not None else []), []

@@ -45,7 +45,7 @@ def setup(
         top_p: Draw from the most likely tokens that together reach this probability.
         min_p: Draw from tokens at least this fraction as likely as the most likely one.
         temperature: Below 1 the answer gets more certain, above 1 more varied; 0 always takes the most likely token.
-        include_prompt: Print the prompt, as the model reads it, before the answer.
+        include_prompt: Print the prompt, in the model's format, before the answer.
         prompt_style: Name of a prompt format, a class package.module.Class, or a chat template's .jinja file, in place
             of the checkpoint's own; `default` gives the model the bare prompt.
         precision: 32-true, bf16-true, 16-true (weights and computation), bf16-mixed, 16-mixed (float32 weights). By
@@ -89,7 +89,7 @@ def _answer(
 ) -> None:
     stopwatch = Stopwatch()
     ids = assistant.engine.stream(assistant.request(prompt, max_new_tokens, sampling, seed))
-    pieces = assistant.text(stopwatch.count(ids), prompt)
+    pieces = assistant.text(stopwatch.count(ids), prompt, joins=include_prompt)
     first = next(pieces, "")  # a prompt that is too long is refused before anything is printed
     if include_prompt:
         print(assistant.tokenizer.decode(prompt), end="")

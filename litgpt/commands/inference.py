@@ -64,9 +64,10 @@ class Assistant:
     def request(self, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling, seed: int) -> Request:
         return Request(prompt, max_new_tokens, sampling, self.stops, seed)
 
-    def text(self, ids: Iterable[int], prompt: Sequence[int]) -> Iterator[str]:
-        """The answer's text as it comes; a bare prompt's continuation joins on to the prompt's text."""
-        return self.tokenizer.decode_stream(ids, after=prompt if self.style.continues_text else ())
+    def text(self, ids: Iterable[int], prompt: Sequence[int], joins: bool = False) -> Iterator[str]:
+        """The answer's text as it comes. Where it `joins` the prompt's text, as after a bare prompt, it keeps the space
+        between the two."""
+        return self.tokenizer.decode_stream(ids, after=prompt if joins or self.style.continues_text else ())
 
 
 def load_assistant(

@@ -137,6 +137,8 @@ class Engine:
             if known:
                 return self._prefix.cache, known
             longest *= 2  # the conversation goes on
+        if self.compiles:  # another length compiles anew
+            longest = max(1024, 1 << (longest - 1).bit_length())
         length = min(self.context, -(-longest // CACHE_STEP) * CACHE_STEP)
         cache = self.model.new_cache(len(rows), length, dtype=self.autocast)
         if self._prefix is not None and len(rows) == 1:

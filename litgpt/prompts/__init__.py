@@ -117,7 +117,7 @@ def load_prompt_style(checkpoint_dir: Path) -> PromptStyle | None:
         return None
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        return style_class(content["class_path"])(**(content.get("init_args") or {}))
+        return style_class(str(content["class_path"]))(**(content.get("init_args") or {}))
     except (yaml.YAMLError, TypeError, KeyError, ValueError) as error:
         raise ValueError(
             f"{file} names no usable prompt style ({error}). Correct it, delete it, or pass --prompt_style."

@@ -1,0 +1,94 @@
+"""Sampling: what the filters leave, and that what is drawn follows it."""
+
+import pytest
+import torch
+
+from litgpt.generation.sampling import Sampling, draw, filtered, keep_min_p, keep_top_p, next_tokens
+
+PROBABILITIES = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])
+LOGITS = PROBABILITIES.log()
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def frequencies(sampling: Sampling, logits: torch.Tensor = LOGITS, draws: int = 20_000) -> torch.Tensor:
+    rows = logits.expand(draws, -1)
+    shared = generator()
+    tokens = next_tokens(rows, [sampling] * draws, [shared] * draws)
+    return torch.bincount(tokens, minlength=logits.numel()) / draws
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(), [0.05, 0.4, 0.1, 0.25, 0.2]),
+        (Sampling(top_k=0), [0.05, 0.4, 0.1, 0.25, 0.2]),
+        (Sampling(top_k=2), [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),
+        (Sampling(top_k=99), [0.05, 0.4, 0.1, 0.25, 0.2]),
+        (Sampling(top_p=0.6), [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),  # 0.25 crosses the threshold and stays
+        (Sampling(top_p=0.3), [0, 1, 0, 0, 0]),
+        (Sampling(top_k=3, top_p=0.7), [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),  # of what top-k left: 0.47, 0.29, 0.24
+        (Sampling(min_p=0.4), [0, 0.4 / 0.85, 0, 0.25 / 0.85, 0.2 / 0.85]),
+        (Sampling(temperature=0.5), [0.05**2, 0.4**2, 0.1**2, 0.25**2, 0.2**2]),
+    ],
+)
+def test_tokens_are_drawn_as_often_as_they_should_be(sampling, expected):
+    expected = torch.tensor(expected) / sum(expected)
+    measured = frequencies(sampling)
+    assert (measured - expected).abs().max() < 0.015  # 4 standard deviations
+    assert ((measured > 0) == (expected > 0)).all()
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0), Sampling(top_k=1), Sampling(top_p=0), Sampling(0, 50, 0.5)])
+def test_greedy_takes_the_most_likely(sampling):
+    assert sampling.is_greedy
+    assert next_tokens(LOGITS[None], [sampling], [generator()]).tolist() == [1]
+
+
+def test_a_row_does_not_depend_on_its_batch_mates():
+    torch.manual_seed(0)
+    logits = torch.randn(4, 100)
+    samplings = [Sampling(0.7, 20), Sampling(0), Sampling(1.2, None, 0.9), Sampling(0.7, 20)]
+    together = next_tokens(logits, samplings, [generator(row) for row in range(4)])
+    alone = [next_tokens(logits[[row]], [samplings[row]], [generator(row)]).item() for row in range(4)]
+    assert together.tolist() == alone
+    assert together[1] == logits[1].argmax()
+
+
+def test_the_generator_decides():
+    sampling, logits = Sampling(), torch.zeros(1, 1000)
+    tokens = [next_tokens(logits, [sampling], [generator(seed)]).item() for seed in (1, 1, 2, 3)]
+    assert tokens[0] == tokens[1]
+    assert len(set(tokens)) == 3
+    continued = generator(1)
+    assert [next_tokens(logits, [sampling], [continued]).item() for _ in range(2)][1] != tokens[0]
+
+
+def test_what_is_impossible_is_never_drawn():
+    scores = torch.full((500, 4), float("-inf"))
+    scores[:, 2] = 0.0
+    assert draw(scores, [generator()] * 500).tolist() == [2] * 500
+
+
+def test_half_precision_logits_are_compared_in_float32():
+    assert next_tokens(LOGITS[None].half(), [Sampling(0)], [generator()]).dtype == torch.int64
+    assert (frequencies(Sampling(top_p=0.9), LOGITS.bfloat16(), 2000) > 0).tolist() == [False, True, True, True, True]
+
+
+def test_filters_leave_at_least_one():
+    ordered = LOGITS.sort(descending=True).values[None]
+    assert keep_top_p(ordered, 0.0).isfinite().sum() == 1
+    assert keep_min_p(LOGITS[None], 1.0).isfinite().sum() == 1
+    scores, candidates = filtered(LOGITS[None], Sampling(top_k=2))
+    assert scores.shape == candidates.shape == (1, 2)
+    assert candidates.tolist() == [[1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("temperature", -1), ("temperature", float("nan")), ("top_k", -1), ("top_p", 1.5), ("min_p", 2)]
+)
+def test_a_value_out_of_range_is_named(name, value):
+    with pytest.raises(ValueError, match=f"{name} {value} is not possible"):
+        Sampling(**{name: value})
