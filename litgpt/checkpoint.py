@@ -26,6 +26,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 if TYPE_CHECKING:
     from litgpt.config import Config
     from litgpt.model import GPT
+
+Release = Callable[[torch.Tensor], None]
 
 WEIGHTS = "lit_model.pth"
 CONFIG = "model_config.yaml"
@@ -359,7 +362,10 @@ def copy_companion_files(source: str | Path, destination: str | Path) -> None:
 
 
 def save_model(
-    directory: str | Path, model: "GPT | dict[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]", config: "Config"
+    directory: str | Path,
+    model: "GPT | dict[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]",
+    config: "Config",
+    release: Release | None = None,
 ) -> None:
     """Writes `lit_model.pth` and `model_config.yaml` into a directory (that `atomic_directory` gave the caller).
 
@@ -367,39 +373,45 @@ def save_model(
         directory: An existing directory.
         model: A model, its state dict, or a stream of names and tensors.
         config: Its shape.
+        release: As for `write_state_dict`.
     """
     if isinstance(model, torch.nn.Module):
         model = model.state_dict()
     config.save(directory)
-    write_state_dict(Path(directory) / WEIGHTS, model.items() if isinstance(model, dict) else model)
+    write_state_dict(Path(directory) / WEIGHTS, model.items() if isinstance(model, dict) else model, release)
 
 
 # -------------------------------------------------------------------------------------------- reading weights
 
 
 class MappedTensors(dict[str, torch.Tensor]):
-    """A state dict whose tensors are views of the file on disk (private: writing to one does not change the file).
+    """Tensors by name, views of one file on disk (private: writing to one does not change the file).
 
-    Attributes:
-        mapped: False where the file's format did not allow that; then the tensors are plain memory.
+    Pages that were read from the file count as the process's memory until they are released.
     """
 
     mapped: bool = True
+    """False where the file's format did not allow that; then the tensors are plain memory."""
 
+    def release(self, tensor: torch.Tensor) -> None:
+        """Gives back the memory of a view of this file; reading it again fetches it from the file anew.
 
-def release_pages(tensor: torch.Tensor) -> None:
-    """Gives back the memory of a tensor that is a view of a file; reading it again fetches it from the file anew.
+        Changes made to it in place are lost by that. Does nothing to tensors that are not from this file.
+        """
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.dtype.itemsize
+        first, last = self._range
+        if first <= start < end <= last and tensor.is_contiguous() and sys.platform.startswith("linux"):
+            page, dont_need = os.sysconf("SC_PAGESIZE"), 4
+            start = start // page * page
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), dont_need)
 
-    Pages read from a mapped file count as the process's memory until they are released. Only for tensors of
-    `MappedTensors` with `mapped` set, and not for one that was written to: the changes would be lost.
-    """
-    if not sys.platform.startswith("linux") or tensor.numel() == 0:
-        return
-    page, dont_need = os.sysconf("SC_PAGESIZE"), 4
-    storage = tensor.untyped_storage()
-    start = storage.data_ptr() // page * page
-    length = storage.data_ptr() + storage.nbytes() - start
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), dont_need)
+    @cached_property
+    def _range(self) -> tuple[int, int]:
+        """First and last address of the file's mapping that a tensor uses."""
+        storages = [tensor.untyped_storage() for tensor in self.values() if self.mapped and tensor.numel()]
+        starts = [storage.data_ptr() for storage in storages]
+        ends = [storage.data_ptr() + storage.nbytes() for storage in storages]
+        return min(starts, default=0), max(ends, default=0)
 
 
 def read_state_dict(path: str | Path) -> MappedTensors:
@@ -471,7 +483,9 @@ _STORAGE_CLASSES = {
 }
 
 
-def write_state_dict(path: str | Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+def write_state_dict(
+    path: str | Path, tensors: Iterable[tuple[str, torch.Tensor]], release: Release | None = None
+) -> None:
     """Writes tensors by name to a file that `torch.load` reads (`weights_only=True`, with or without `mmap`).
 
     One tensor is in memory at a time if `tensors` is a generator. A tensor that comes under several names while it is
@@ -480,10 +494,11 @@ def write_state_dict(path: str | Path, tensors: Iterable[tuple[str, torch.Tensor
     Args:
         path: The file, overwritten; wrap in `atomic_file` or `atomic_directory` to have it whole or not at all.
         tensors: Pairs of name and tensor, on any device.
+        release: Called with each part of a tensor that has been written, such as `MappedTensors.release`.
     """
     with open(path, "wb") as file:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            writer = _StateDictWriter(archive)
+            writer = _StateDictWriter(archive, release)
             for name, tensor in tensors:
                 writer.add(name, tensor)
             writer.finish()
@@ -491,9 +506,16 @@ def write_state_dict(path: str | Path, tensors: Iterable[tuple[str, torch.Tensor
         os.fsync(file.fileno())
 
 
+def raw_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The bytes of a tensor in order, in the machine's (little-endian) form, as uint8 tensors of some megabytes."""
+    if tensor.numel():
+        yield from tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).split(_CHUNK)
+
+
 class _StateDictWriter:
-    def __init__(self, archive: zipfile.ZipFile) -> None:
+    def __init__(self, archive: zipfile.ZipFile, release: Release | None) -> None:
         self.archive = archive
+        self.release = release
         self.entries: dict[str, _StoredTensor] = {}
         self.written: dict[tuple, tuple[StorageWeakRef, _StoredTensor]] = {}  # by address, shape and type
 
@@ -511,13 +533,11 @@ class _StateDictWriter:
         self.entries[name] = entry
 
     def _write_storage(self, record: str, tensor: torch.Tensor) -> None:
-        raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
-        if sys.byteorder != "little":
-            raise ValueError("Weights can be written on little-endian machines only.")
-        view = memoryview(raw)
-        with self._open(record, view.nbytes) as out:
-            for start in range(0, view.nbytes, _CHUNK):
-                out.write(view[start : start + _CHUNK])
+        with self._open(record, tensor.numel() * tensor.dtype.itemsize) as out:
+            for part in raw_parts(tensor):
+                out.write(memoryview(part.numpy()))
+                if self.release:
+                    self.release(part)
 
     def _open(self, record: str, size: int) -> Any:
         """Opens a record whose content begins at a multiple of 64 bytes, filled up by an extra field of the header."""

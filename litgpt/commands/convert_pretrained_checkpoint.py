@@ -21,5 +21,5 @@ def setup(checkpoint_dir: Path, output_dir: Path) -> None:
     source = open_checkpoint(resolve_checkpoint_dir(checkpoint_dir))
     with atomic_directory(output_dir) as directory:
         copy_companion_files(source.files, directory)
-        save_model(directory, Progress(source)(source.weights()), source.config)
+        save_model(directory, Progress(source)(source.weights()), source.config, source.release)
     print(f"Saved the weights without training state to {output_dir}")

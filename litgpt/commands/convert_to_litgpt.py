@@ -48,5 +48,5 @@ def setup(
     with atomic_additions(out_dir) if in_place else atomic_directory(out_dir) as directory:
         if not in_place:
             copy_companion_files(source.files, directory)
-        save_model(directory, progress(source.weights()), source.config)
+        save_model(directory, progress(source.weights()), source.config, source.release)
     print(f"Saving converted checkpoint to {out_dir}")

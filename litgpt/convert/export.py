@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litgpt.checkpoint import copy_companion_files, write_state_dict
+from litgpt.checkpoint import Release, copy_companion_files, write_state_dict
 from litgpt.config import Config
 from litgpt.convert.architectures import ARCHITECTURES
 from litgpt.convert.hf_config import architecture_of, config_from_hf, config_to_hf, differences
@@ -61,9 +61,9 @@ def export_hf(
 
     if safetensors:
         layout = dict(to_theirs(source.layout().items()))
-        _write_shards(layout, to_theirs(watch(source.weights())), destination, shard_size)
+        _write_shards(layout, to_theirs(watch(source.weights())), destination, shard_size, source.release)
     if pth:
-        write_state_dict(destination / "model.pth", to_theirs(watch(source.weights())))
+        write_state_dict(destination / "model.pth", to_theirs(watch(source.weights())), source.release)
 
 
 def export_config(config: Config, files: Path, dtype: torch.dtype) -> dict[str, Any]:
@@ -107,7 +107,9 @@ def _special_tokens(files: Path, original: dict[str, Any]) -> dict[str, Any]:
     return {name: ids.get(name) for name in names}
 
 
-def _write_shards(layout: dict[str, Tensor], weights: Iterator[Named], destination: Path, shard_size: int) -> None:
+def _write_shards(
+    layout: dict[str, Tensor], weights: Iterator[Named], destination: Path, shard_size: int, release: Release
+) -> None:
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0
     for name, like in layout.items():
@@ -120,7 +122,7 @@ def _write_shards(layout: dict[str, Tensor], weights: Iterator[Named], destinati
     if len(shards) == 1:
         names = ["model.safetensors"]
     for file, shard in zip(names, shards, strict=True):
-        write_safetensors(destination / file, shard, islice(weights, len(shard)))
+        write_safetensors(destination / file, shard, islice(weights, len(shard)), release)
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": sum(map(_bytes, layout.values()))}, "weight_map": weight_map}

@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from litgpt.checkpoint import Release
 from litgpt.config import Config
 
 Named = tuple[str, Tensor]
@@ -114,9 +115,7 @@ class RuleTable:
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...] = ()
 
-    def to_ours(
-        self, tensors: Iterable[Named], config: Config, done: Callable[[Tensor], None] = lambda tensor: None
-    ) -> Iterator[Named]:
+    def to_ours(self, tensors: Iterable[Named], config: Config, done: Release = lambda tensor: None) -> Iterator[Named]:
         """Renames and rearranges a stream of tensors in whatever order it comes.
 
         Pieces of a tensor wait, by reference, until all have come.
@@ -132,7 +131,7 @@ class RuleTable:
         return self._translate(tensors, config, self._theirs, True, done)
 
     def to_theirs(
-        self, tensors: Iterable[Named], config: Config, done: Callable[[Tensor], None] = lambda tensor: None
+        self, tensors: Iterable[Named], config: Config, done: Release = lambda tensor: None
     ) -> Iterator[Named]:
         """The other direction of `to_ours`."""
         return self._translate(tensors, config, self._ours, False, done)
@@ -155,7 +154,7 @@ class RuleTable:
         config: Config,
         index: dict[str, tuple[Rule, int, str]],
         to_ours: bool,
-        done: Callable[[Tensor], None],
+        done: Release,
     ) -> Iterator[Named]:
         pending: dict[tuple[str, ...], dict[int, Tensor]] = {}
         unknown = []

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from litgpt.checkpoint import MappedTensors, unreadable
+from litgpt.checkpoint import MappedTensors, Release, raw_parts, unreadable
 
 _MAX_HEADER = 100_000_000  # the format's own limit
 _DTYPES = {
@@ -76,13 +76,19 @@ def _view(content: mmap.mmap, dtype: torch.dtype, shape: list[int], offset: int)
     return torch.frombuffer(content, dtype=dtype, count=count, offset=offset).view(shape)
 
 
-def write_safetensors(path: Path, names: dict[str, torch.Tensor], tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+def write_safetensors(
+    path: Path,
+    names: dict[str, torch.Tensor],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    release: Release = lambda tensor: None,
+) -> None:
     """Writes a safetensors file one tensor at a time.
 
     Args:
         path: The file, overwritten.
         names: For every tensor, in the order they come, one of its type and shape (on the meta device, say).
         tensors: Names and tensors.
+        release: Called with each part of a tensor that has been written.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -96,7 +102,8 @@ def write_safetensors(path: Path, names: dict[str, torch.Tensor], tensors: Itera
         for (name, tensor), expected in zip(tensors, names, strict=True):
             assert name == expected, f"{name} comes where {expected} was announced"
             assert (tensor.dtype, tensor.shape) == (names[name].dtype, names[name].shape), name
-            if tensor.numel():
-                file.write(memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            for part in raw_parts(tensor):
+                file.write(memoryview(part.numpy()))
+                release(part)
         file.flush()
         os.fsync(file.fileno())

@@ -3,7 +3,7 @@
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from litgpt.checkpoint import (
     CONFIG,
     WEIGHTS,
     MappedTensors,
+    Release,
     hf_weight_files,
     missing_files,
     read_state_dict,
-    release_pages,
 )
 from litgpt.config import Config
 from litgpt.convert.architecture import Architecture
@@ -55,6 +55,9 @@ class Source(ABC):
         asked for. Tied embeddings come right after one another, as one tensor under both names.
         """
 
+    def release(self, tensor: Tensor) -> None:  # noqa: B027 - not every source has mapped files
+        """Gives back the memory of a tensor, or of a part of one, if it is a view of this checkpoint's files."""
+
     def load_into(self, model: GPT) -> None:
         """Copies the weights into a model, converting their type and moving them to its device.
 
@@ -73,12 +76,21 @@ class Source(ABC):
             for name, tensor in self.weights():
                 # A tied weight of the model is one tensor under two names: fill it once.
                 if targets[name].data_ptr() not in filled:
-                    targets[name].copy_(tensor)
+                    self._copy(tensor, targets[name])
                     filled.add(targets[name].data_ptr())
 
+    def _copy(self, tensor: Tensor, target: Tensor) -> None:
+        rows = rows_at_once(tensor)
+        for part, place in (
+            zip(tensor.split(rows), target.split(rows), strict=True) if tensor.dim() else [(tensor, target)]
+        ):
+            place.copy_(part)
+            self.release(part)
 
-def keep(tensor: Tensor) -> None:
-    """Where memory need not be given back."""
+
+def rows_at_once(tensor: Tensor) -> int:
+    """How many rows of a large tensor to have in memory at a time: some megabytes."""
+    return max(1, 2**23 // max(1, tensor[:1].numel())) if tensor.dim() else 1
 
 
 def on_meta(tensor: Tensor) -> Tensor:
@@ -139,8 +151,10 @@ class LitSource(Source):
         for name in self._order():
             tensor = self.tensors[EMBEDDING if name == HEAD and self.config.tie_embeddings else name]
             yield name, tensor
-            if self.tensors.mapped:
-                release_pages(tensor)
+            self.release(tensor)
+
+    def release(self, tensor: Tensor) -> None:
+        self.tensors.release(tensor)
 
     def _order(self) -> list[str]:
         """Embedding and head first, one after the other, as they may be one."""
@@ -153,7 +167,7 @@ class LitSource(Source):
         if head.data_ptr() == embedding.data_ptr():
             return True
         # Other programs may have stored both; then they are tied if they were meant to be and still are the same.
-        return _says_tied(self.files) and same_values(head, embedding, self.tensors.mapped)
+        return _says_tied(self.files) and same_values(head, embedding, self.release)
 
 
 def _says_tied(path: Path) -> bool:
@@ -163,15 +177,16 @@ def _says_tied(path: Path) -> bool:
         return False
 
 
-def same_values(one: Tensor, other: Tensor, mapped: bool) -> bool:
-    """Whether two tensors are equal, compared in slices so that mapped files stay out of memory."""
+def same_values(one: Tensor, other: Tensor, release: Release) -> bool:
+    """Whether two tensors are equal, compared part by part so that mapped files stay out of memory."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    rows = max(1, 2**24 // max(1, one[0].numel()))
-    equal = all(torch.equal(a, b) for a, b in zip(one.split(rows), other.split(rows), strict=True))
-    for tensor in (one, other) if mapped else ():
-        release_pages(tensor)
-    return equal
+    for a, b in zip(one.split(rows_at_once(one)), other.split(rows_at_once(one)), strict=True):
+        if not torch.equal(a, b):
+            return False
+        release(a)
+        release(b)
+    return True
 
 
 def plain_names(tensors: MappedTensors) -> MappedTensors:
@@ -189,10 +204,9 @@ class HFSource(Source):
         self.config_json = _read_json(path / "config.json") if (path / "config.json").is_file() else _usual_json(name)
         self.architecture: Architecture = architecture_of(self.config_json)
         self.config = config_from_hf(self.config_json, name or _label(path))
-        shards = [_read_shard(file) for file in hf_weight_files(path)]
-        self.mapped = all(shard.mapped for shard in shards)
+        self.shards = [_read_shard(file) for file in hf_weight_files(path)]
         ignored = self.architecture.weights.is_ignored
-        self.found = {name: tensor for shard in shards for name, tensor in shard.items() if not ignored(name)}
+        self.found = {name: tensor for shard in self.shards for name, tensor in shard.items() if not ignored(name)}
         self.dtype = _first_dtype(self.found)
         self._untie_if_different()
         named = shapes_of(self.config).items()
@@ -207,9 +221,13 @@ class HFSource(Source):
         return dict(self._translated({name: on_meta(tensor) for name, tensor in self.found.items()}))
 
     def weights(self) -> Iterator[Named]:
-        return self._translated(self.found, release_pages if self.mapped else keep)
+        return self._translated(self.found, self.release)
 
-    def _translated(self, found: dict[str, Tensor], done: Callable[[Tensor], None] = keep) -> Iterator[Named]:
+    def release(self, tensor: Tensor) -> None:
+        for shard in self.shards:
+            shard.release(tensor)
+
+    def _translated(self, found: dict[str, Tensor], done: Release = lambda tensor: None) -> Iterator[Named]:
         for name, tensor in self.architecture.weights.to_ours(found.items(), self.config, done):
             yield name, tensor
             if name == EMBEDDING and self.config.tie_embeddings:
@@ -225,7 +243,7 @@ class HFSource(Source):
         embedding, head = self.found.get(embedding_name), self.found.get(head_name)
         if head is None:
             return
-        if embedding is None or same_values(head, embedding, self.mapped):
+        if embedding is None or same_values(head, embedding, self.release):
             del self.found[head_name]
         else:
             self.config.tie_embeddings = False
