@@ -1,7 +1,7 @@
 """Text into tokens, tokens into blocks, blocks in an order that survives restarts."""
 
 import pickle
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -185,9 +185,10 @@ def test_a_broken_tokenisation_leaves_no_cache(folder, tokenizer, cache, monkeyp
         yield [1, 2, 3]
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(text_files, "tokenize", fails)
-        module(folder, tokenizer)
+        with pytest.raises(KeyboardInterrupt):
+            module(folder, tokenizer)
     assert list((cache / "tokens").iterdir()) == []
     module(folder, tokenizer)
 
@@ -196,7 +197,7 @@ def test_a_damaged_cache_is_named(folder, tokenizer, cache):
     module(folder, tokenizer)
     for file in cache.glob("tokens/*/tokens.bin"):
         file.write_bytes(file.read_bytes()[:-2])
-    with pytest.raises(ValueError, match="token cache .* is damaged"):
+    with pytest.raises(ValueError, match=r"token cache .* is damaged"):
         module(folder, tokenizer)
 
 
@@ -221,9 +222,9 @@ def test_missing_settings_are_explained(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(ValueError, match=r"--tokenizer_dir .*--tokenizer_vocab_size"):
         module(tmp_path, None)
-    with pytest.raises(ValueError, match="--data.train_data_path"):
+    with pytest.raises(ValueError, match=r"--data\.train_data_path"):
         module(None, None)
-    with pytest.raises(ValueError, match="val_split_fraction 1.5"):
+    with pytest.raises(ValueError, match=r"val_split_fraction 1\.5"):
         TextFiles(val_split_fraction=1.5)
 
 
@@ -261,6 +262,10 @@ def positions(stream: BatchStream, count: int) -> list[list[int]]:
     return [stream.next().idx[:, 0].tolist() for _ in range(count)]
 
 
+def flat(lists: list[list[int]]) -> list[int]:
+    return list(chain.from_iterable(lists))
+
+
 class Numbers(torch.utils.data.Dataset):
     """Sample i is the tokens (i, i)."""
 
@@ -280,10 +285,10 @@ def stream(batch: int = 3, rank: int = 0, world_size: int = 1, count: int = 10, 
 
 
 def test_each_epoch_is_a_new_order_of_all_samples():
-    seen = sum(positions(stream(), 10), [])
+    seen = flat(positions(stream(), 10))
     assert [sorted(seen[i : i + 10]) for i in (0, 10, 20)] == [list(range(10))] * 3
     assert seen[:10] != seen[10:20] != seen[20:]
-    assert seen == sum(positions(stream(), 10), [])
+    assert seen == flat(positions(stream(), 10))
     assert stream(batch=4, count=3).next().idx.shape == (4, 1)  # a batch may be larger than the data
 
 
@@ -323,7 +328,7 @@ def test_any_other_loader_resumes_by_skipping():
         return BatchStream(loader, 3, rank, world_size, seed=11)
 
     whole = positions(plain(), 9)
-    assert sorted(sum(whole[:3], [])) != sorted(sum(whole[3:6], [])) or whole[:3] != whole[3:6]
+    assert flat(whole[:3]) != flat(whole[3:6])  # a new order each epoch
     resumed = plain()
     torch.manual_seed(99)
     resumed.seek(4 * 3)
