@@ -53,6 +53,13 @@ class ClassChoice:
     def _is_choice(self, value: Any) -> bool:
         return inspect.isclass(value) and issubclass(value, self.base) and value is not self.base
 
+    def canonical(self, name: str) -> str:
+        """The class path for a short name; what is unknown as it is, since a later layer may name another class."""
+        try:
+            return self.resolve(name)[0]
+        except UsageError:
+            return name
+
     def resolve(self, name: str) -> tuple[str, type]:
         """A short name or dotted path -> the canonical class path and the class.
 

@@ -82,11 +82,7 @@ class Collector:
             for name, nested in self._mapping(parameter, value).items():
                 self._add_class(parameter, (*rest, *str(name).split(".")), nested)
         elif rest == ("class_path",):
-            chosen["class_path"] = str(value)
-            try:
-                chosen["class_path"] = parameter.choice.resolve(str(value))[0]
-            except UsageError as error:
-                self.problems.append(f"{self.origin}{parameter.name}: {error}")
+            chosen["class_path"] = parameter.choice.canonical(str(value))
         else:
             rest = rest[1:] if rest[0] == "init_args" else rest
             put(chosen, ("init_args", *rest), value)
@@ -159,9 +155,10 @@ def settle_classes(layer: Layer, signature: Signature) -> list[str]:
             chosen["class_path"] = f"{parameter.choice.package}.{takers[0]}"
         try:
             cls = parameter.choice.resolve(chosen["class_path"])[1]
-        except UsageError:  # reported where the name was read
-            continue
-        problems += unknown_init_args(f"--{parameter.name}", cls, init_args)
+        except UsageError as error:
+            problems.append(f"--{parameter.name}: {error}")
+        else:
+            problems += unknown_init_args(f"--{parameter.name}", cls, init_args)
     return problems
 
 

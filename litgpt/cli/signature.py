@@ -109,7 +109,8 @@ def describe(name: str, hint: Any, default: Any) -> Parameter:
     bare = without_none(hint)
     if bare is ConfigOverrides:
         return Parameter(name, bare, default, "overrides")
-    if not inspect.isclass(bare) or bare is Any or issubclass(bare, (*SCALARS, PurePath, enum.Enum)):
+    plain = not inspect.isclass(bare) or bare is Any or typing.get_origin(bare) is not None  # `list[int]` is no class
+    if plain or issubclass(bare, (*SCALARS, PurePath, enum.Enum)):
         return Parameter(name, hint, default, "value")
     if is_class_spec(bare):
         return Parameter(name, bare, default, "class")

@@ -123,6 +123,12 @@ def test_options_over_data_in_yaml(tmp_path):
     assert run("dir", "--config", file, "--data", "Table").data == Table()
 
 
+def test_an_unknown_class_may_be_replaced(tmp_path):
+    file = write(tmp_path / "c.yaml", "data: {class_path: Unheard, init_args: {x: 1}}\n")
+    assert run("dir", "--config", file, "--data", "Table").data == Table()
+    assert "there is no Data 'Unheard'" in refused("dir", "--config", file)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -142,7 +148,7 @@ def test_optimizer_in_yaml(text, expected, tmp_path):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    assert "is not valid YAML" in refused("dir", "--config", write(tmp_path / "1.yaml", "a: [1\nb: 2"))
+    assert "is not valid YAML in line 2: " in refused("dir", "--config", write(tmp_path / "1.yaml", "a: [1\nb: 2"))
     assert "does not hold settings" in refused("dir", "--config", write(tmp_path / "2.yaml", "- a\n- b\n"))
     assert "is a directory" in refused("dir", "--config", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"There is no file 'nowhere.yaml'"):
