@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 PROTECTED = "\ufdd0"  # a Unicode noncharacter: put inside a control token's text, it keeps it text
 MODEL_FILES = ("tokenizer.json", "tokenizer.model")
-# sentencepiece's ModelProto { normalizer_spec { add_dummy_prefix: false } }, serialised. A protobuf message takes what is
-# appended to it as an amendment.
+# sentencepiece's ModelProto { normalizer_spec { add_dummy_prefix: false } }, serialised. A protobuf message takes what
+# is appended to it as an amendment.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 

@@ -107,7 +107,7 @@ def test_names_are_forgiving_and_a_wrong_one_gets_a_hint():
     assert type(PromptStyle.from_name("litgpt.prompts.Llama3")) is prompts.Llama3
     with pytest.raises(ValueError, match="Did you mean 'Alpaca'"):
         PromptStyle.from_name("alpca")
-    with pytest.raises(ValueError, match="no prompt style 'nowhere.to.Be'"):
+    with pytest.raises(ValueError, match=r"no prompt style 'nowhere\.to\.Be'"):
         PromptStyle.from_name("nowhere.to.Be")
     with pytest.raises(ValueError, match="derive it from"):
         PromptStyle.from_name("json.JSONDecoder")

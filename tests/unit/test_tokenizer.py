@@ -266,21 +266,21 @@ def test_the_fingerprint_follows_what_the_ids_depend_on(tmp_path):
 def test_missing_and_damaged_files_are_named_with_a_remedy(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint directory"):
         Tokenizer(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="neither tokenizer.json nor tokenizer.model"):
+    with pytest.raises(FileNotFoundError, match=r"neither tokenizer\.json nor tokenizer\.model"):
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"cut short")
-    with pytest.raises(ValueError, match="tokenizer.model is damaged"):
+    with pytest.raises(ValueError, match=r"tokenizer\.model is damaged"):
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model"')
-    with pytest.raises(ValueError, match="tokenizer.json is damaged"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is damaged"):
         Tokenizer(tmp_path)
     tokenizer_files.byte_level(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(ValueError, match="tokenizer_config.json is damaged"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is damaged"):
         Tokenizer(tmp_path)
 
 
 def test_an_unknown_token_has_no_id(directories):
     for kind in ALL_KINDS:
-        with pytest.raises(ValueError, match="has no token '<|nope|>'"):
+        with pytest.raises(ValueError, match=r"has no token '<\|nope\|>'"):
             Tokenizer(directories[kind]).token_to_id("<|nope|>")

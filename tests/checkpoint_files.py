@@ -1,0 +1,49 @@
+"""Small checkpoint directories, made on the spot: a random model with a real tokenizer."""
+
+from pathlib import Path
+
+import torch
+
+from litgpt.checkpoint import save_model
+from litgpt.config import Config
+from litgpt.model import GPT
+from tests import tokenizer_files
+
+
+def chat_model(directory: Path, *, block_size: int = 512, template: str | None = tokenizer_files.CHATML) -> Path:
+    """A checkpoint whose tokenizer brings a chat template along."""
+    config = {} if template is None else {"chat_template": template, "eos_token": "<|im_end|>"}
+    return with_model(tokenizer_files.byte_level(directory, config), block_size)
+
+
+def bare_model(directory: Path, *, block_size: int = 512) -> Path:
+    """A checkpoint that was only pretrained, with a sentencepiece-like tokenizer, which drops a leading space."""
+    return with_model(tokenizer_files.byte_fallback(directory), block_size)
+
+
+def with_model(directory: Path, block_size: int) -> Path:
+    """Adds a random model that never ends a text by itself."""
+    config = Config(
+        name="tiny-random",
+        block_size=block_size,
+        n_layer=2,
+        n_embd=32,
+        n_head=2,
+        vocab_size=700,
+        padded_vocab_size=704,
+        rotary_percentage=1.0,
+        parallel_residual=False,
+        bias=False,
+        norm_class_name="RMSNorm",
+        mlp_class_name="LLaMAMLP",
+        intermediate_size=64,
+    )
+    torch.manual_seed(0)
+    model = GPT(config)
+    model.init_weights()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+        model.lm_head.weight[:3] = 0  # the control tokens are never the most likely ones
+    save_model(directory, model, config)
+    return directory
