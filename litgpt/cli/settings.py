@@ -60,17 +60,15 @@ class Collector:
             for name, field_value in self._mapping(parameter, value).items():
                 self._add_field(parameter, tuple(str(name).split(".")), field_value)
             if value is None and parameter.kind == "overrides":
-                self.layer[parameter.name] = None
+                self.layer.setdefault(parameter.name, None)
         elif rest[0] not in parameter.fields or (len(rest) > 1 and not admits(parameter.fields[rest[0]], dict)):
             self._unknown(rest, list(parameter.fields), f"{parameter.name}.")
         else:
-            if not isinstance(self.layer.get(parameter.name, {}), dict):
-                self.layer[parameter.name] = {}
             put(self.layer, (parameter.name, *rest), value)
 
     def _add_class(self, parameter: Parameter, rest: tuple[str, ...], value: Any) -> None:
         """A class (`data`), or its init args (`data.init_args.seed`, or shorter `data.seed`)."""
-        if not rest and value is None:
+        if not rest and value in (None, "null"):
             self.layer[parameter.name] = None
             return
         if not isinstance(self.layer.get(parameter.name), dict):
@@ -90,7 +88,8 @@ class Collector:
     def _mapping(self, parameter: Parameter, value: Any) -> dict[str, Any]:
         """The value of a whole group: a mapping, its text, or a file that holds it."""
         if isinstance(value, str):
-            text = Path(value).read_text(encoding="utf-8") if Path(value).is_file() else value
+            inline = "{" in value or ":" in value
+            text = value if inline or not Path(value).is_file() else Path(value).read_text(encoding="utf-8")
             try:
                 value = yaml.safe_load(text)
             except yaml.YAMLError:

@@ -191,6 +191,8 @@ def test_two_positionals():
 
 def test_whole_groups_as_text(tmp_path):
     assert run("dir", "--train", '{"max_steps": 3, "max_time": 1e1}').train == TrainArgs(3, 2, 10.0)
+    long = ", ".join(['"max_steps": 3'] * 100)
+    assert run("dir", "--train", "{" + long + "}").train.max_steps == 3
     (tmp_path / "train.yaml").write_text("max_steps: 4")
     assert run("dir", "--train", tmp_path / "train.yaml").train.max_steps == 4
     assert run("dir", "--log.metadata.team", "blue", "--log.metadata.n", "1").log.metadata == {"team": "blue", "n": "1"}
@@ -227,6 +229,7 @@ def test_class_by_name_in_any_order():
     )
     assert run("dir", "--data", f"{__name__}.Text", "--data", '{"path": "texts", "seed": 1}').data == expected
     assert run("dir", "--data", "Text", "--data.path", "x", "--data.mask_prompt").data.mask_prompt is True
+    assert run("dir", "--data", "null").data is None
 
 
 def test_class_that_only_one_can_be():
