@@ -10,9 +10,11 @@ from litgpt.model import (
     GPT,
     HIDDEN,
     LLaMAMoE,
+    Ring,
     RMSNorm,
     Router,
     attend,
+    latent_attention_scale,
     rope_frequencies,
     rotate,
     route,
@@ -190,6 +192,7 @@ def test_a_reset_cache_is_as_good_as_new(model):
     cache = model.new_cache(2, 16)
     model(tokens(2, 16), cache=cache)
     cache.reset()
+    assert cache.is_empty, "the prompt need not read the cache"
     close(model(idx, cache=cache), model(idx))
     close(model(idx[:, :1], torch.full((2, 1), 12), cache=cache)[:, 0], model(torch.cat((idx, idx[:, :1]), 1))[:, -1])
 
@@ -264,6 +267,9 @@ def test_a_model_built_without_memory_computes_as_one_built_with_it():
     assigned = copy.deepcopy(empty)
     assigned.load_state_dict(weights, assign=True)
     close(assigned(tokens(2, 9)), model(tokens(2, 9)))
+    emptied = copy.deepcopy(model).to("meta")
+    emptied.load_state_dict(weights, assign=True)
+    close(emptied(tokens(2, 9)), model(tokens(2, 9)))
     copied = empty.to_empty(device="cpu")
     copied.load_state_dict(weights)
     close(copied(tokens(2, 9)), model(tokens(2, 9)))
@@ -390,6 +396,22 @@ def test_attention_by_its_formula(softcap, queries, keys):
             close(y[:, :, head], weights @ v[:, :, head // 2])
 
 
+def test_a_ring_keeps_the_newest_of_a_long_chunk():
+    ring = Ring(2, 5, "cpu")
+    assert ring.length == 7
+    slots = ring.claim(torch.stack((torch.arange(10), torch.tensor([4, 5, 6, -1, -1, -1, -1, -1, -1, -1]))))
+    assert slots.tolist() == [[7, 7, 7, 3, 4, 5, 6, 0, 1, 2], [4, 5, 6, 7, 7, 7, 7, 7, 7, 7]]
+    assert ring.positions.tolist() == [[7, 8, 9, 3, 4, 5, 6, -1], [-1, -1, -1, -1, 4, 5, 6, -1]]
+
+
+def test_yarn_sharpens_latent_attention():
+    stretch = {"factor": 4.0, "beta_fast": 32, "beta_slow": 1, "original_max_seq_len": 16}
+    config = Config(**VARIANTS["latent"], rope_adjustments=stretch)
+    assert latent_attention_scale(config, 10) == pytest.approx(10**-0.5)
+    config.rope_adjustments["mscale_all_dim"] = 0.7
+    assert latent_attention_scale(config, 10) == pytest.approx(10**-0.5 * (0.07 * math.log(4) + 1) ** 2)
+
+
 def test_latent_attention_through_a_replaced_projection():
     """LoRA and quantisation replace linear layers: decoding must use what the replacement computes."""
 
@@ -409,6 +431,126 @@ def test_latent_attention_through_a_replaced_projection():
     with torch.inference_mode():
         model(idx[:, :7], cache=cache)
         close(model(idx[:, 7:], torch.full((2, 1), 7), cache=cache)[:, 0], model(idx)[:, 7])
+
+
+# --- every switch, against a plain reading of the architecture ---------------------------------------------------------
+
+
+def plain_norm(config: Config, weights: dict, name: str, x: torch.Tensor) -> torch.Tensor:
+    weight, bias = weights.get(name + ".weight"), weights.get(name + ".bias")
+    if config.norm_class_name == "LayerNorm":
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + config.norm_eps).sqrt()
+        return x if weight is None else x * weight + bias
+    return x / (x.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * (weight + config.norm_unit_offset)
+
+
+def plain_linear(weights: dict, name: str, x: torch.Tensor) -> torch.Tensor:
+    y = x @ weights[name + ".weight"].T
+    return y + weights[name + ".bias"] if name + ".bias" in weights else y
+
+
+def plain_attention(config: Config, weights: dict, layer: int, x: torch.Tensor) -> torch.Tensor:
+    """One sequence x (T, C), head by head and token by token."""
+    name, size, groups = f"transformer.h.{layer}.attn", config.head_size, config.n_query_groups
+    q, k, v = plain_linear(weights, name + ".qkv", x).split([config.n_head * size, groups * size, groups * size], -1)
+    if config.norm_qk and config.norm_qk_type == "olmo2":
+        q, k = plain_norm(config, weights, name + ".norm_q", q), plain_norm(config, weights, name + ".norm_k", k)
+    local = config.rope_indices is not None and config.rope_indices[layer]
+    scaling = 1 if local else (config.rope_adjustments or {}).get("factor", 1) * config.rope_condense_ratio
+    base, half = config.rope_local_base_freq if local else config.rope_base, config.rope_n_elem // 2
+
+    def head(part, number, norm):
+        h = part[:, number * size : (number + 1) * size]
+        if config.norm_qk and config.norm_qk_type == "default":
+            h = plain_norm(config, weights, f"{name}.norm_{norm}", h)
+        turned = h.clone()
+        for t in range(len(h)):
+            for i in range(half):
+                a, b = (2 * i, 2 * i + 1) if config.rope_interleave else (i, i + half)
+                angle = t / scaling * base ** (-i / half)
+                turned[t, a] = h[t, a] * math.cos(angle) - h[t, b] * math.sin(angle)
+                turned[t, b] = h[t, b] * math.cos(angle) + h[t, a] * math.sin(angle)
+        return turned
+
+    outputs = []
+    for number in range(config.n_head):
+        group = number * groups // config.n_head
+        scores = head(q, number, "q") @ head(k, group, "k").T / math.sqrt(config.attention_scores_scalar or size)
+        if config.attention_logit_softcapping:
+            scores = config.attention_logit_softcapping * torch.tanh(scores / config.attention_logit_softcapping)
+        narrow = config.sliding_window_indices is not None and config.sliding_window_indices[layer]
+        for t in range(len(x)):
+            scores[t, t + 1 :] = -math.inf
+            if narrow:
+                scores[t, : max(0, t + 1 - config.sliding_window_size)] = -math.inf
+        outputs.append(scores.softmax(-1) @ v[:, group * size : (group + 1) * size])
+    return plain_linear(weights, name + ".proj", torch.cat(outputs, -1))
+
+
+def plain_mlp(config: Config, weights: dict, layer: int, x: torch.Tensor) -> torch.Tensor:
+    name = f"transformer.h.{layer}.mlp"
+
+    def gelu(z):
+        if config.gelu_approximate == "tanh":
+            return 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+        return 0.5 * z * (1 + torch.erf(z / math.sqrt(2)))
+
+    if config.mlp_class_name == "GptNeoxMLP":
+        return plain_linear(weights, name + ".proj", gelu(plain_linear(weights, name + ".fc", x)))
+    gate = plain_linear(weights, name + ".fc_1", x)
+    gate = gelu(gate) if config.mlp_class_name == "GemmaMLP" else gate * gate.sigmoid()
+    return plain_linear(weights, name + ".proj", gate * plain_linear(weights, name + ".fc_2", x))
+
+
+def plain_forward(config: Config, weights: dict, idx: torch.Tensor) -> torch.Tensor:
+    """Logits (T, V) of one sequence (T,), written as the papers read."""
+    x = weights["transformer.wte.weight"][idx]
+    x = x * math.sqrt(config.n_embd) if config.scale_embeddings else x
+    for layer in range(config.n_layer):
+        name = f"transformer.h.{layer}"
+        normed = plain_norm(config, weights, name + ".norm_1", x) if config.norm_1 else x
+        attended = plain_attention(config, weights, layer, normed)
+        if config.post_attention_norm:
+            attended = plain_norm(config, weights, name + ".post_attention_norm", attended)
+        base = x if config.parallel_residual else x + attended
+        second = plain_norm(config, weights, name + ".norm_2", base) if config.norm_2 else base
+        out = plain_mlp(config, weights, layer, normed if config.shared_attention_norm else second)
+        if config.post_mlp_norm:
+            out = plain_norm(config, weights, name + ".post_mlp_norm", out)
+        x = x + attended + out
+    z = plain_linear(weights, "lm_head", plain_norm(config, weights, "transformer.ln_f", x))
+    cap = config.final_logit_softcapping
+    return cap * torch.tanh(z / cap) if cap else z
+
+
+SWITCHES = {
+    "phi": {
+        **VARIANTS["neox"],
+        "shared_attention_norm": True,
+        "lm_head_bias": True,
+        "gelu_approximate": "tanh",
+        "rotary_percentage": 0.5,
+    },
+    "neox sequential": {**VARIANTS["neox"], "parallel_residual": False},
+    "falcon": {**VARIANTS["neox"], "n_query_groups": 1, "bias": False, "rotary_percentage": 1.0},
+    "qwen2": {**LLAMA, "attn_bias": True},
+    "qwen3": {**LLAMA, "norm_qk": True, "head_size": 16},
+    "biases": {**LLAMA, "bias": True},
+    "condensed": {**LLAMA, "rope_condense_ratio": 4},
+    "interleaved": {**LLAMA, "rope_interleave": True, "rotary_percentage": 0.5},
+    "olmo": {**LLAMA, "norm_class_name": "LayerNorm", "norm_affine": False},
+    "scaled scores": {**VARIANTS["gemma"], "attention_scores_scalar": 3, "gelu_approximate": "tanh"},
+    **{name: VARIANTS[name] for name in ("llama", "neox", "window", "gemma", "olmo2")},
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_against_the_plain_reading(name):
+    model = make(SWITCHES[name], n_layer=2)
+    idx = tokens(1, 9)
+    with torch.no_grad():
+        expected = plain_forward(model.config, model.state_dict(), idx[0])
+        close(model(idx)[0], expected, 1e-4)
 
 
 # --- embeddings, norms, logits ---------------------------------------------------------------------------------------
