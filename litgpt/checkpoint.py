@@ -85,12 +85,13 @@ def atomic_directory(final: str | Path, overwrite: bool = False) -> Iterator[Pat
         SaveError: The disk is full (or a quota or file-size limit is reached).
     """
     final = Path(final)
-    if final.exists() and not overwrite and not (final.is_dir() and not any(final.iterdir())):
-        raise ValueError(f"'{final}' exists already. Remove it, or choose another directory.")
     with _saving(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale_siblings(final)
-        temporary = _sibling(final, "tmp")
+    if final.exists() and not overwrite and not (final.is_dir() and not any(final.iterdir())):
+        raise ValueError(f"'{final}' exists already. Remove it, or choose another directory.")
+    temporary = _sibling(final, "tmp")
+    with _saving(final):
         temporary.mkdir()
     try:
         with _saving(final):
@@ -286,7 +287,8 @@ def resolve_checkpoint_dir(name_or_path: str | Path, *, download: Callable[[str]
         remedy = f"To download it, run `litgpt download {repo_id}`."
     else:
         remedy = "Give the path of a checkpoint directory or .gguf file, or a name from `litgpt download list`."
-    hint = "" if known else did_you_mean(name, [*known_checkpoints(), *_local_checkpoints()])
+    names = [repo_id if "/" in name else entry.name for repo_id, entry in known_checkpoints().items()]
+    hint = "" if known else did_you_mean(name, [*names, *_local_checkpoints()])
     looked = ", ".join(f"'{path}'" for path in dict.fromkeys(candidates))
     raise FileNotFoundError(f"No checkpoint '{name}' (looked for {looked}).{hint} {remedy}")
 
