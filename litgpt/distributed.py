@@ -5,6 +5,7 @@ The only module that knows one accelerator from another, beside the choice of th
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -93,6 +94,8 @@ def make_fabric(
     """
     from lightning.fabric import Fabric
 
+    for name in ("lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # what it would announce, describe_devices says
     count = count_devices(devices, num_nodes)
     precision = precision or default_precision()
     check_precision(precision)
