@@ -71,3 +71,37 @@ def test_some_figures_by_hand():
     assert find_known("Llama-2-7b-chat-hf").prompt_style == "Llama2"
     assert find_known("Mixtral-8x7B-v0.1").parameters == 46702792704
     assert Config.from_name("Qwen2.5-14B-Instruct").norm_eps == 1e-6
+
+
+NORMS, BIASED_NORMS = "norm_1.weight norm_2.weight", "norm_1.weight norm_1.bias norm_2.weight norm_2.bias"
+GATED, PLAIN = "mlp.fc_1.weight mlp.fc_2.weight mlp.proj.weight", "mlp.fc.weight mlp.proj.weight"
+BLOCK_NAMES = {  # of one layer, as in LitGPT 0.5.13
+    "pythia-14m": f"{BIASED_NORMS} attn.qkv.weight attn.qkv.bias attn.proj.weight attn.proj.bias {PLAIN} mlp.fc.bias mlp.proj.bias",
+    "phi-2": f"norm_1.weight norm_1.bias attn.qkv.weight attn.qkv.bias attn.proj.weight attn.proj.bias {PLAIN} mlp.fc.bias mlp.proj.bias",
+    "falcon-7b": f"norm_1.weight norm_1.bias attn.qkv.weight attn.proj.weight {PLAIN}",
+    "Llama-3.2-1B": f"{NORMS} attn.qkv.weight attn.proj.weight {GATED}",
+    "Qwen2.5-0.5B": f"{NORMS} attn.qkv.weight attn.qkv.bias attn.proj.weight {GATED}",
+    "Qwen3-0.6B": f"{NORMS} attn.qkv.weight attn.proj.weight attn.norm_q.weight attn.norm_k.weight {GATED}",
+    "OLMo-1B-hf": f"attn.qkv.weight attn.proj.weight {GATED}",
+    "OLMo-2-1124-7B": (
+        f"attn.qkv.weight attn.proj.weight attn.norm_q.weight attn.norm_k.weight {GATED} "
+        "post_attention_norm.weight post_mlp_norm.weight"
+    ),
+    "Gemma-2-2b": f"{NORMS} attn.qkv.weight attn.proj.weight {GATED} post_attention_norm.weight post_mlp_norm.weight",
+    "Mixtral-8x7B-v0.1": f"{NORMS} attn.qkv.weight attn.proj.weight mlp.gate.weight "
+    + " ".join(f"mlp.experts.{e}.{layer}.weight" for e in range(8) for layer in ("fc_1", "fc_2", "proj")),
+}
+OUTER_NAMES = {
+    "pythia-14m": "lm_head.weight transformer.wte.weight transformer.ln_f.weight transformer.ln_f.bias",
+    "phi-2": "lm_head.weight lm_head.bias transformer.wte.weight transformer.ln_f.weight transformer.ln_f.bias",
+    "falcon-7b": "lm_head.weight transformer.wte.weight transformer.ln_f.weight transformer.ln_f.bias",
+    "OLMo-1B-hf": "lm_head.weight transformer.wte.weight",
+}
+
+
+@pytest.mark.parametrize("name", BLOCK_NAMES)
+def test_names_of_the_weights(name):
+    with torch.device("meta"):
+        names = set(GPT(Config.from_name(name, n_layer=1)).state_dict())
+    outer = OUTER_NAMES.get(name, "lm_head.weight transformer.wte.weight transformer.ln_f.weight")
+    assert names == {*outer.split(), *(f"transformer.h.0.{part}" for part in BLOCK_NAMES[name].split())}
