@@ -467,7 +467,7 @@ def unreadable(path: Path, reason: str) -> str:
 # -------------------------------------------------------------------------------------------- writing weights
 
 _ALIGNMENT = 64  # torch's own, so that a mapped tensor of any type is aligned
-_CHUNK = 16 * 2**20
+_CHUNK = 4 * 2**20
 _ZIP_HEADER = 30
 _ZIP64_FIELD = 20
 # Types that have a storage class, as files read by every torch version name them; other types are written untyped.
@@ -509,7 +509,7 @@ def write_state_dict(
 
 
 def raw_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The bytes of a tensor in order, in the machine's (little-endian) form, as uint8 tensors of some megabytes."""
+    """The bytes of a tensor in order, in the machine's (little-endian) form, as uint8 tensors of a few megabytes."""
     if tensor.numel():
         yield from tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).split(_CHUNK)
 

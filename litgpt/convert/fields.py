@@ -36,7 +36,10 @@ class Field:
         if value is None:
             if self.default is REQUIRED:
                 raise ValueError(f"it lacks '{self.theirs}'")
-            value = self.default(theirs) if callable(self.default) else self.default
+            try:
+                value = self.default(theirs) if callable(self.default) else self.default
+            except (KeyError, TypeError):
+                return {}  # what it follows from is missing, which its own field reports
         return {self.ours: value}
 
     def write(self, config: Config) -> HFConfig:

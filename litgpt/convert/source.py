@@ -89,8 +89,8 @@ class Source(ABC):
 
 
 def rows_at_once(tensor: Tensor) -> int:
-    """How many rows of a large tensor to have in memory at a time: some megabytes."""
-    return max(1, 2**23 // max(1, tensor[:1].numel())) if tensor.dim() else 1
+    """How many rows of a large tensor to have in memory at a time: a few megabytes."""
+    return max(1, 2**20 // max(1, tensor[:1].numel())) if tensor.dim() else 1
 
 
 def on_meta(tensor: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ import torch
 from litgpt.checkpoint import (
     CONFIG,
     WEIGHTS,
-    SaveError,
     atomic_additions,
     atomic_directory,
     atomic_file,
@@ -36,6 +35,13 @@ def run(script, *arguments, **options):
     )
 
 
+def write_and_fail(saving, name=None):
+    """Begins a save with one of the context managers, writes "new" and fails."""
+    with saving as path:
+        (path / name if name else path).write_text("new")
+        raise KeyError
+
+
 def names(directory):
     return sorted(path.name for path in directory.iterdir())
 
@@ -55,9 +61,8 @@ def test_a_failed_save_leaves_the_old_directory_and_no_rest(tmp_path):
     final = tmp_path / "final"
     with atomic_directory(final) as directory:
         (directory / "x").write_text("old")
-    with pytest.raises(KeyError), atomic_directory(final, overwrite=True) as directory:
-        (directory / "x").write_text("new")
-        raise KeyError
+    with pytest.raises(KeyError):
+        write_and_fail(atomic_directory(final, overwrite=True), "x")
     assert names(tmp_path) == ["final"]
     assert (final / "x").read_text() == "old"
 
@@ -129,9 +134,8 @@ def test_siblings_of_running_processes_are_left_alone(tmp_path):
 
 def test_a_file_is_replaced_whole(tmp_path):
     (tmp_path / "f").write_text("old")
-    with pytest.raises(KeyError), atomic_file(tmp_path / "f") as path:
-        path.write_text("new")
-        raise KeyError
+    with pytest.raises(KeyError):
+        write_and_fail(atomic_file(tmp_path / "f"))
     assert (tmp_path / "f").read_text() == "old"
     with atomic_file(tmp_path / "f") as path:
         path.write_text("new")
@@ -142,9 +146,8 @@ def test_a_file_is_replaced_whole(tmp_path):
 def test_additions_replace_files_and_keep_the_others(tmp_path):
     (tmp_path / "kept").write_text("")
     (tmp_path / CONFIG).write_text("old")
-    with pytest.raises(KeyError), atomic_additions(tmp_path) as directory:
-        (directory / CONFIG).write_text("new")
-        raise KeyError
+    with pytest.raises(KeyError):
+        write_and_fail(atomic_additions(tmp_path), CONFIG)
     assert (tmp_path / CONFIG).read_text() == "old"
     with atomic_additions(tmp_path) as directory:
         (directory / CONFIG).write_text("new")
@@ -342,7 +345,7 @@ def test_a_file_without_tensors_is_refused(tmp_path):
 # --- directories
 
 
-@pytest.fixture()
+@pytest.fixture
 def checkpoint(tmp_path, monkeypatch):
     """checkpoints/EleutherAI/pythia-14m in the working directory."""
     monkeypatch.chdir(tmp_path)
