@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -40,7 +41,10 @@ class Console:
     def start_bar(self, total: int | None, done: int) -> None:
         """Show a progress bar, if there is a terminal to show it on."""
         if self.active and sys.stdout.isatty() and sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, smoothing=0.1)
+            # Some terminals (of build servers) say they have no columns; nothing would be shown there.
+            has_width = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+            width = {"dynamic_ncols": True} if has_width else {"ncols": 100}
+            self.bar = tqdm(total=total, initial=done, unit="step", smoothing=0.1, **width)
 
     def step(self, step: int, line: str, **figures: str) -> None:
         """Report a step: by the bar's figures, or as a line."""
