@@ -105,3 +105,19 @@ def test_names_of_the_weights(name):
         names = set(GPT(Config.from_name(name, n_layer=1)).state_dict())
     outer = OUTER_NAMES.get(name, "lm_head.weight transformer.wte.weight transformer.ln_f.weight")
     assert names == {*outer.split(), *(f"transformer.h.0.{part}" for part in BLOCK_NAMES[name].split())}
+
+
+def test_inner_levels_of_a_family_file_win():
+    group = {
+        "prompt_style": "Default",
+        "config": {"n_layer": 2, "n_embd": 2, "n_head": 2},
+        "sizes": {"1B": {"parameters": 5, "n_embd": 3, "n_head": 3}},
+        "checkpoints": {"org/a": "1B", "org/b": {"size": "1B", "name": "c", "prompt_style": "Phi1", "n_head": 4}},
+    }
+    content = {"config": {"n_layer": 1, "bias": False}, "groups": [group]}
+    a, b = config_module._read_family("family", content)
+    assert (a.repo_id, a.name, a.family, a.parameters, a.prompt_style) == ("org/a", "a", "family", 5, "Default")
+    figures = {"bias": False, "n_layer": 2, "n_embd": 3, "n_head": 3}
+    assert a.config == {"name": "a", "hf_config": {"org": "org", "name": "a"}, **figures}
+    assert (b.name, b.prompt_style) == ("c", "Phi1")
+    assert b.config == {"name": "c", "hf_config": {"org": "org", "name": "b"}, **figures, "n_head": 4}
