@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import tokenizers
 import torch
 
 from litgpt.checkpoint import save_model
@@ -18,11 +19,13 @@ def chat_model(directory: Path, *, block_size: int = 512, template: str | None =
 
 def bare_model(directory: Path, *, block_size: int = 512) -> Path:
     """A checkpoint that was only pretrained, with a sentencepiece-like tokenizer, which drops a leading space."""
-    return with_model(tokenizer_files.byte_fallback(directory), block_size)
+    tokenizer_files.byte_fallback(directory)
+    vocabulary = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab()
+    return with_model(directory, block_size, likely=[i for token, i in vocabulary.items() if token.startswith("▁")])
 
 
-def with_model(directory: Path, block_size: int) -> Path:
-    """Adds a random model that never ends a text by itself."""
+def with_model(directory: Path, block_size: int, likely: list[int] | None = None) -> Path:
+    """Adds a random model that never ends a text by itself, and prefers the `likely` tokens."""
     config = Config(
         name="tiny-random",
         block_size=block_size,
@@ -45,5 +48,7 @@ def with_model(directory: Path, block_size: int) -> Path:
         for parameter in model.parameters():
             parameter.mul_(4)
         model.lm_head.weight[:3] = 0  # the control tokens are never the most likely ones
+        if likely:
+            model.lm_head.weight[likely] *= 10
     save_model(directory, model, config)
     return directory

@@ -171,7 +171,7 @@ class Engine:
     def _decode(self, tokens: Tensor, positions: Tensor, cache: KVCache, rows: list[_Row]) -> Tensor:
         """One token of each row, (B, 1), at its position, -1 where the row is finished -> (B, V) logits."""
         for row in rows:
-            row.length += 1
+            row.length += row.finish_reason is None
         with self._running(cache, max(row.length for row in rows), rows, [[row.last] for row in rows]):
             return self._forward(tokens, positions, cache=cache)[:, -1]
 

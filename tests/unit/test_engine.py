@@ -115,9 +115,17 @@ def test_a_finished_row_does_not_disturb_the_others(model):
     expected = [plain(model, prompt, 20) for prompt in PROMPTS]
     stops = [[[expected[0][2]]], [], [], []]
     requests = [Request(prompt, 20, GREEDY, stops=stop) for prompt, stop in zip(PROMPTS, stops, strict=True)]
-    outputs = Engine(model).complete(requests)
-    assert outputs[0] == expected[0][: expected[0].index(expected[0][2])]
+    positions = []
+    handle = model.register_forward_pre_hook(lambda _, args: positions.append(args[1][:, 0].tolist()))
+    try:
+        outputs = Engine(model).complete(requests)
+    finally:
+        handle.remove()
+    length = expected[0].index(expected[0][2])
+    assert outputs[0] == expected[0][:length]
     assert outputs[1:] == expected[1:]
+    assert [step[0] for step in positions] == [*range(3, 3 + length), *[-1] * (19 - length)]
+    assert [step[1] for step in positions] == [*range(40, 59)]
 
 
 def test_a_sampled_row_depends_on_its_seed_alone(model):
@@ -170,11 +178,15 @@ def test_a_conversation_reuses_what_is_in_the_cache(request, kind):
         handle.remove()
 
 
-def test_an_interrupt_inside_the_model_spoils_nothing(model):
+@pytest.mark.parametrize("kind", ["model", "windowed"])
+@pytest.mark.parametrize("in_prefill", [True, False])
+def test_an_interrupt_inside_the_model_spoils_nothing(request, kind, in_prefill):
+    model = request.getfixturevalue(kind)
     engine = Engine(model, keep_prefix=True)
-    list(engine.stream(Request(PROMPTS[1], 5, GREEDY)))
-    stream = engine.stream(Request([*PROMPTS[1], 1, 2], 20, GREEDY))
-    next(stream)
+    prompt = [*PROMPTS[1], *engine.stream(Request(PROMPTS[1], 5, GREEDY))]
+    stream = engine.stream(Request([*prompt, *range(60, 80)], 20, GREEDY))
+    if not in_prefill:
+        next(stream)
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -183,7 +195,7 @@ def test_an_interrupt_inside_the_model_spoils_nothing(model):
     with pytest.raises(KeyboardInterrupt):
         next(stream)
     handle.remove()
-    prompt = [*PROMPTS[1], 1, 2]
+    prompt += [1, 2]
     assert list(engine.stream(Request(prompt, 10, GREEDY))) == plain(model, prompt, 10)
 
 
@@ -224,8 +236,8 @@ def test_a_compiled_decode_step_is_compiled_once_and_gives_the_same_tokens(monke
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    model = tiny_model(n_layer=1)
-    requests = [Request(prompt, 40, GREEDY) for prompt in PROMPTS[1:3]]
+    model = tiny_model(n_layer=1, block_size=512)
+    requests = [Request(prompt * 3, 40, GREEDY) for prompt in PROMPTS[1:3]]
     engine = Engine(model, compile=True)
     for _ in range(2):
         assert engine.complete(requests) == Engine(model).complete(requests)
