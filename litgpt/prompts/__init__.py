@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from litgpt.prompts.chat_template import DEFAULT, TEMPLATE_FILE, ChatTemplate, find_chat_templates
-from litgpt.prompts.styles import Format, Message, PromptStyle, WrittenStyle, style_class, written_styles
+from litgpt.prompts.styles import Format, Message, PromptStyle, Tokenizer, WrittenStyle, style_class, written_styles
 
 if TYPE_CHECKING:
     from litgpt.config import Config
-    from litgpt.tokenizer import Tokenizer
 
 STYLE_FILE = "prompt_style.yaml"
 

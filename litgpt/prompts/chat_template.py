@@ -9,12 +9,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from litgpt.prompts.styles import Message, PromptStyle
+from litgpt.prompts.styles import Message, PromptStyle, Tokenizer
 
 if TYPE_CHECKING:
     import jinja2
-
-    from litgpt.tokenizer import Tokenizer
 
 DEFAULT = "default"
 TEMPLATE_FILE = "chat_template.jinja"

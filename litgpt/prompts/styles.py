@@ -9,17 +9,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import yaml
 
 from litgpt.config import did_you_mean
 
-if TYPE_CHECKING:
-    from litgpt.tokenizer import Tokenizer
-
 STYLES_FILE = Path(__file__).with_name("styles.yaml")
 Message = Mapping[str, Any]  # {"role": "system" | "user" | "assistant" | ..., "content": str, ...}
+
+
+class Tokenizer(Protocol):
+    """What a style asks of `litgpt.tokenizer.Tokenizer`, which stands above this module."""
+
+    eos_id: int | None
+    stop_ids: set[int]
+    special_tokens: dict[str, str]
+
+    def token_to_id(self, token: str) -> int: ...
+
+    def is_control(self, token_id: int) -> bool: ...
+
+    def protect(self, text: str) -> str: ...
+
+    def encode_ids(self, text: str, *, bos: bool | None = None, allow_special: bool = False) -> list[int]: ...
 
 
 class PromptStyle(ABC):
