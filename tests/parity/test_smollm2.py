@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from litgpt.__main__ import main
 from litgpt.convert import load_model, open_checkpoint
+from litgpt.prompts import choose_prompt_style
 from litgpt.tokenizer import Tokenizer
 
 QUESTION = "What is the capital of France?"
@@ -15,9 +16,7 @@ QUESTION = "What is the capital of France?"
 
 @pytest.fixture(scope="module")
 def reference(smollm2_gguf):
-    model = AutoModelForCausalLM.from_pretrained(
-        smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32
-    )
+    model = AutoModelForCausalLM.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32)
     return model.eval()
 
 
@@ -53,14 +52,23 @@ def greedy(model, ids, count):
 
 
 def test_64_greedy_tokens_in_float32_equal_the_reference(converted, reference, reference_tokenizer):
-    ids = torch.tensor(reference_tokenizer(f"{QUESTION} Answer in a few sentences.")["input_ids"])
-    theirs = reference.generate(ids[None], max_new_tokens=64, min_new_tokens=64, do_sample=False)[0, ids.numel() :]
+    conversation = [{"role": "user", "content": "Tell me about the history of Paris."}]
+    prompt = reference_tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    ids = torch.tensor(reference_tokenizer(prompt)["input_ids"])
+    theirs = reference.generate(ids[None], max_new_tokens=64, do_sample=False)[0, ids.numel() :]
+    assert theirs.numel() == 64, "the answer is to be longer than that"
     ours = greedy(load_model(converted, dtype=torch.float32), ids, 64)
     assert ours == theirs.tolist()
 
 
 def test_tokens_and_chat_template_equal_the_reference(tokenizer, reference_tokenizer, page_of_text):
-    nasty = page_of_text + "\n\n  naïve café 日本語 \U0001f600\U0001f468‍\U0001f469‍\U0001f467 def f(x):\n\treturn 12345  x"
+    conversation = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": QUESTION}]
+    for messages in (conversation, conversation[1:]):
+        rendered = reference_tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        assert choose_prompt_style(tokenizer.dir, tokenizer=tokenizer).render(messages) == rendered
+    nasty = (
+        page_of_text + "\n\n  naïve café 日本語 \U0001f600\U0001f468‍\U0001f469‍\U0001f467 def f(x):\n\treturn 12345  x"
+    )
     assert tokenizer.encode_ids(nasty) == reference_tokenizer(nasty)["input_ids"]
     assert tokenizer.decode(tokenizer.encode_ids(nasty)) == nasty
 
