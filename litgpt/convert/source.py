@@ -24,7 +24,7 @@ from litgpt.config import Config
 from litgpt.convert.architecture import Architecture
 from litgpt.convert.hf_config import architecture_of, config_from_hf, config_to_hf
 from litgpt.convert.safetensors_file import read_safetensors
-from litgpt.model import GPT
+from litgpt.model import GPT, RotaryEmbedding
 
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 Named = tuple[str, Tensor]
@@ -107,6 +107,20 @@ def meta_model(config: Config) -> GPT:
     """A model with shapes and no memory."""
     with torch.device("meta"), _NoInitialisation():
         return GPT(config)
+
+
+def give_memory(model: GPT, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Uninitialised weights for a model that was built on the meta device.
+
+    (`Module.to_empty` would do, but asks the meta device for it, which imports sympy: a second and 32 MB.)
+    """
+    empty = {
+        name: torch.empty(like.shape, dtype=dtype if like.is_floating_point() else like.dtype, device=device)
+        for name, like in model.state_dict().items()
+    }
+    model.load_state_dict(empty, assign=True)
+    model.rope = RotaryEmbedding(model.config).to(device)  # its tables are no weights
+    model.tie_weights()
 
 
 class _NoInitialisation(TorchFunctionMode):
@@ -338,7 +352,7 @@ def load_model(
         device: Where the model goes.
     """
     source = source if isinstance(source, Source) else open_checkpoint(source)
-    model = meta_model(source.config).to(dtype or source.dtype).to_empty(device=device)
-    model.tie_weights()
+    model = meta_model(source.config)
+    give_memory(model, dtype or source.dtype, device)
     source.load_into(model)
     return model.eval()
