@@ -281,7 +281,7 @@ def plan_lines(
     lines = [
         f"Tokens per step: {train.micro_batch_size} sequences x {accumulation} accumulation x {world_size} device(s) x "
         f"{tokens} tokens = {train.global_batch_size * tokens:,}",
-        f"Steps: {steps:,}" if steps else f"Training for {train.max_time:g} s",
+        f"Steps: {steps:,}" if steps else f"Steps: not known beforehand (max_time {train.max_time} s)",
     ]
     if steps and schedule.warmup_steps >= steps:
         lines.append(f"Note: the warmup of {schedule.warmup_steps} steps outlasts the run; the peak is not reached.")

@@ -107,21 +107,25 @@ class TrainArgs:
             )
         return self.global_batch_size // at_once
 
-    def total_steps(self, tokens_per_step: int, samples_per_epoch: int | None) -> int | None:
-        """Optimizer steps until the first of max_steps, max_tokens and epochs ends the run; None if only time does.
+    def total_steps(self, tokens_per_step: int | None, samples_per_epoch: int | None) -> int | None:
+        """Optimizer steps until the first of max_steps, max_tokens and epochs ends the run; None if that is not known.
 
         Args:
-            tokens_per_step: Tokens in one optimizer step, over all devices.
+            tokens_per_step: Tokens in one optimizer step, over all devices; None where that varies.
             samples_per_epoch: Sequences in the training data, where that is known.
         """
         ends = []
         if self.max_steps is not None:
             ends.append(self.max_steps)
-        if self.max_tokens is not None:
+        if self.max_tokens is not None and tokens_per_step is not None:
             ends.append(math.ceil(self.max_tokens / tokens_per_step))
         if self.epochs is not None and samples_per_epoch is not None:
             ends.append(math.ceil(self.epochs * samples_per_epoch / self.global_batch_size))
-        if not ends and self.max_time is None and self.epochs is None:
+        if self.epochs is not None and samples_per_epoch is None and not ends and self.max_time is None:
+            raise ValueError(
+                f"--train.epochs {self.epochs}: the data does not say how long an epoch is. Set --train.max_steps."
+            )
+        if not ends and self.max_time is None and self.max_tokens is None:
             raise ValueError(
                 "Nothing ends this run: set one of --train.max_steps, --train.max_tokens, --train.max_time or "
                 "--train.epochs."

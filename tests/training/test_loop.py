@@ -99,6 +99,13 @@ def test_the_first_limit_ends_the_run(train, tmp_path, capsys, limits, steps):
     assert not list((tmp_path / "run").glob("step-*"))
 
 
+def test_tokens_end_a_run_of_unknown_length(train, tmp_path, monkeypatch):
+    from litgpt.training.arguments import TrainArgs
+
+    monkeypatch.setattr(TrainArgs, "total_steps", lambda *args: None)  # as with batches of varying length
+    assert [r["tokens"] for r in train(tmp_path / "run", max_tokens=500)] == ["256", "512"]
+
+
 def test_max_time_ends_the_run(train, tmp_path):
     rows = train(tmp_path / "run", max_time=0.5, log_interval=1000)
     assert len(rows) >= 1

@@ -65,8 +65,11 @@ def test_whichever_limit_ends_first():
     assert steps(epochs=2) == 11
     assert steps(max_steps=7, max_tokens=500, epochs=2) == 5
     assert steps(max_time=3.0) is None
+    assert TrainArgs(max_tokens=5).total_steps(None, None) is None  # the loop counts tokens itself
     with pytest.raises(ValueError, match="Nothing ends this run"):
         steps()
+    with pytest.raises(ValueError, match=r"--train\.epochs 2: the data does not say how long"):
+        TrainArgs(epochs=2).total_steps(100, None)
 
 
 def test_schedule_values():

@@ -84,15 +84,34 @@ def test_eos_stands_in_for_a_missing_bos(folder, tokenizer):
 
 
 def test_cutting_a_large_file_into_chunks_changes_no_token(tokenizer, monkeypatch, tmp_path):
+    """Also for a tokenizer that has tokens for several line breaks in a row, as Llama 3's has."""
+    from tokenizers import Regex, pre_tokenizers
+    from tokenizers import Tokenizer as Library
+
     text = TEXT.read_text()[:60_000] + "\n\n \n  Über\n\nend without break"
     path = tmp_path / "one.txt"
     path.write_text(text)
+    library = Library.from_file(str(tokenizer.dir / "tokenizer.json"))
+    split = pre_tokenizers.Split(Regex(r"\s*[\r\n]+|\s+(?!\S)|\s+|[^\s]+"), "isolated")
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    from tokenizers import trainers
+
+    library.train_from_iterator([text], trainers.BpeTrainer(vocab_size=400, show_progress=False))
+    (tmp_path / "breaks").mkdir()
+    library.save(str(tmp_path / "breaks/tokenizer.json"))
+    breaks = Tokenizer(tmp_path / "breaks")
+    assert len(breaks.encode_ids("\n\n", bos=False)) == 1
+
     monkeypatch.setattr(text_files, "CHUNK_BYTES", 999)
     chunks = list(text_files.read_chunks(text_files.whole(path)))
     assert len(chunks) > 30
     assert "".join(chunks) == text
-    data = module(path, tokenizer, val_split_fraction=0)
-    assert data._train.tokens.tolist() == [tokenizer.bos_id, *tokenizer.encode_ids(text, bos=False)]
+    for one in (tokenizer, breaks):
+        first = [] if one.bos_id is None else [one.bos_id]
+        data = module(path, one, val_split_fraction=0)
+        assert data._train.tokens.tolist() == first + one.encode_ids(text, bos=False)
 
 
 def test_a_text_without_line_breaks_is_cut_between_characters(tmp_path, monkeypatch):
