@@ -586,6 +586,7 @@ def stretch_yarn(frequencies: Tensor, stretch: dict, base: float) -> tuple[Tenso
 
 
 def yarn_rope_magnitude(stretch: dict) -> float:
+    """The factor on the rotated queries and keys."""
     if stretch.get("attention_factor") is not None:
         return stretch["attention_factor"]
     factor = stretch["factor"]
@@ -595,6 +596,7 @@ def yarn_rope_magnitude(stretch: dict) -> float:
 
 
 def yarn_magnitude(factor: float, strength: float = 1.0) -> float:
+    """YaRN's correction of the temperature for a context stretched by `factor`; `mscale` is its strength."""
     return 0.1 * strength * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
@@ -644,9 +646,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, s
         rows = q.reshape(q.size(0), groups, heads // groups, q.size(3))
         y = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
         return y.reshape(y.size(0), 1, heads, y.size(3))
-    y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=heads != groups
-    )
+    grouped = heads != groups
+    if grouped and mask is not None and q.device.type != "cpu":
+        # No fused GPU kernel takes both groups and a mask: without copies of the keys, all T x S scores would be held.
+        k, v = (part.repeat_interleave(heads // groups, dim=1) for part in (k, v))
+        grouped = False
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
     return y.transpose(1, 2)
 
 
@@ -654,13 +659,11 @@ def attend_softcapped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scal
     """Attention with scores softcap * tanh(score / softcap), written out: no kernel knows them."""
     if mask is None:
         rows = torch.arange(q.size(2), device=q.device)
-        mask = hidden_where(rows[None] > rows[:, None], q.dtype)
+        mask = hidden_where(rows[None] > rows[:, None], q.dtype)[None, None]
     q = q.unflatten(1, (k.size(1), -1))  # (B, G, H / G, T, D)
     scores = (q * scale) @ k[:, :, None].transpose(-1, -2)
     scores = softcap * torch.tanh(scores / softcap)
-    if mask.dim() == 4:
-        mask = mask[:, :, None]
-    weights = (scores.float() + mask).softmax(dim=-1).to(v.dtype)
+    weights = (scores.float() + mask[:, :, None]).softmax(dim=-1).to(v.dtype)
     return (weights @ v[:, :, None]).flatten(1, 2)
 
 
