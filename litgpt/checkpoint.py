@@ -23,8 +23,9 @@ import socket
 import struct
 import sys
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from io import BytesIO
@@ -498,14 +499,61 @@ def write_state_dict(
         tensors: Pairs of name and tensor, on any device.
         release: Called with each part of a tensor that has been written, such as `MappedTensors.release`.
     """
-    with open(path, "wb") as file:
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            writer = _StateDictWriter(archive, release)
+    with open(path, "wb", buffering=0) as plain:
+        with _WriteBehind(plain) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            writer = _StateDictWriter(archive, file, release)
             for name, tensor in tensors:
                 writer.add(name, tensor)
             writer.finish()
-        file.flush()
-        os.fsync(file.fileno())
+        os.fsync(plain.fileno())
+
+
+class _WriteBehind:
+    """A file that is written by a thread, so that the next part's checksum is computed meanwhile.
+
+    What fails is raised by a later call, at the latest when the file is left.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        self.thread = ThreadPoolExecutor(1)
+        self.pending: deque[Future] = deque()
+
+    def write(self, data: Any) -> int:
+        self.then(self._write_all, memoryview(data).cast("B"))
+        return len(data)
+
+    def then(self, function: Callable, *arguments: Any) -> None:
+        """Has the thread call a function when everything before is written."""
+        while len(self.pending) >= 4:
+            self.pending.popleft().result()
+        self.pending.append(self.thread.submit(function, *arguments))
+
+    def _write_all(self, data: memoryview) -> None:
+        while data:
+            data = data[self.file.write(data) :]
+
+    def flush(self) -> None:
+        while self.pending:
+            self.pending.popleft().result()
+
+    def tell(self) -> int:
+        self.flush()
+        return self.file.tell()
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.flush()
+        return self.file.seek(offset, whence)
+
+    def __enter__(self) -> "_WriteBehind":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            if error == (None, None, None):
+                self.flush()
+        finally:
+            self.thread.shutdown()
 
 
 def raw_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -515,8 +563,9 @@ def raw_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 class _StateDictWriter:
-    def __init__(self, archive: zipfile.ZipFile, release: Release | None) -> None:
+    def __init__(self, archive: zipfile.ZipFile, file: _WriteBehind, release: Release | None) -> None:
         self.archive = archive
+        self.file = file
         self.release = release
         self.entries: dict[str, _StoredTensor] = {}
         self.written: dict[tuple, tuple[StorageWeakRef, _StoredTensor]] = {}  # by address, shape and type
@@ -539,7 +588,7 @@ class _StateDictWriter:
             for part in raw_parts(tensor):
                 out.write(memoryview(part.numpy()))
                 if self.release:
-                    self.release(part)
+                    self.file.then(self.release, part)
 
     def _open(self, record: str, size: int) -> Any:
         """Opens a record whose content begins at a multiple of 64 bytes, filled up by an extra field of the header."""

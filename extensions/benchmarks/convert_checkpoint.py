@@ -1,0 +1,164 @@
+"""Converting a Hugging Face checkpoint: time and memory, ours and a peer's in turn.
+
+    python extensions/benchmarks/convert_checkpoint.py --peer /path/to/other/bin/litgpt
+
+makes a checkpoint of the shape of Llama-3.2-1B (random bfloat16 weights, 2.5 GB in files of 0.5 GB), runs
+`litgpt convert_to_litgpt` of each program on it A B A B, each run as a process of its own, and prints the medians of
+the wall time and of the peak of the resident memory as a Markdown table. Nothing but the programs is timed; the files
+are in the page cache for both.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+}
+SHARD_SIZE = 500_000_000
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    """Hugging Face names and shapes, in the order of the layers."""
+    width, inner = SHAPE["hidden_size"], SHAPE["intermediate_size"]
+    keys = SHAPE["num_key_value_heads"] * SHAPE["head_dim"]
+    layer = {
+        "input_layernorm": (width,),
+        "self_attn.q_proj": (width, width),
+        "self_attn.k_proj": (keys, width),
+        "self_attn.v_proj": (keys, width),
+        "self_attn.o_proj": (width, width),
+        "post_attention_layernorm": (width,),
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    }
+    named = {"model.embed_tokens.weight": (SHAPE["vocab_size"], width)}
+    for i in range(SHAPE["num_hidden_layers"]):
+        named |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+    return named | {"model.norm.weight": (width,)}
+
+
+def make_checkpoint(directory: Path) -> None:
+    """Writes the checkpoint."""
+    # Imported here, in a process of its own: a process begins with the peak memory of the one that started it.
+    import torch
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(SHAPE))
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    filled = 0
+    for name, shape in shapes().items():
+        size = 2 * math.prod(shape)
+        if shards[-1] and filled + size > SHARD_SIZE:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = shape
+        filled += size
+    torch.manual_seed(0)
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        tensors = {name: torch.randn(shape, dtype=torch.bfloat16) * 0.02 for name, shape in shard.items()}
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def measure(command: list[str], environment: dict[str, str], directory: Path) -> tuple[float, float]:
+    """Seconds and peak resident megabytes of one conversion."""
+    for name in ("lit_model.pth", "model_config.yaml"):
+        (directory / name).unlink(missing_ok=True)
+    os.sync()  # what the run before has written must not be written on this one's time
+    start = time.perf_counter()
+    command = [*command, "convert_to_litgpt", str(directory)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    if status or not (directory / "lit_model.pth").exists():
+        sys.exit(f"{' '.join(command)} failed (status {status}).")
+    return seconds, usage.ru_maxrss / 1024
+
+
+def versions(python: Path, environment: dict[str, str]) -> str:
+    """Versions of what a program runs on."""
+    script = "import sys, litgpt, torch; print(litgpt.__version__, sys.version.split()[0], torch.__version__)"
+    result = subprocess.run([str(python), "-c", script], env=environment, capture_output=True, text=True)
+    return "litgpt {}, Python {}, torch {}".format(*result.stdout.split())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--peer", required=True, help="the other program's `litgpt` command")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each program")
+    parser.add_argument("--directory", type=Path, default=None, help="where to put 7 GB of files; default: TMPDIR")
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.make:
+        make_checkpoint(arguments.make)
+        return
+    # The peer must not find this tree's package, and ours must be this tree's.
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environments = {"ours": clean | {"PYTHONPATH": str(ROOT)}, "peer": clean}
+    programs = {"ours": [sys.executable, "-m", "litgpt"], "peer": [arguments.peer]}
+    pythons = {"ours": Path(sys.executable), "peer": Path(arguments.peer).with_name("python")}
+    scratch = Path(tempfile.mkdtemp(prefix="convert-", dir=arguments.directory))
+    try:
+        directory = scratch / "Llama-3.2-1B"
+        subprocess.run([sys.executable, __file__, "--peer", "none", "--make", str(directory)], check=True)
+        results: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
+        for _ in range(arguments.runs):
+            for name, command in programs.items():
+                seconds, memory = measure(command, environments[name], directory)
+                results[name].append((seconds, memory))
+                print(f"{name}: {seconds:.1f} s, {memory:.0f} MB", file=sys.stderr)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    size = sum(2 * math.prod(shape) for shape in shapes().values())
+    print(f"{size / 1e9:.2f} GB of bfloat16 in files of 0.5 GB, {arguments.runs} runs each, A B A B, medians\n")
+    for name in programs:
+        print(f"- {name}: {versions(pythons[name], environments[name])}")
+    print()
+    print("| | wall time, s | peak resident memory, MB |\n|---|---|---|")
+    medians = {name: tuple(map(statistics.median, zip(*runs, strict=True))) for name, runs in results.items()}
+    for name, (seconds, memory) in medians.items():
+        print(f"| {name} | {seconds:.1f} | {memory:.0f} |")
+    ratios = [theirs / ours for ours, theirs in zip(medians["ours"], medians["peer"], strict=True)]
+    print(f"| peer / ours | {ratios[0]:.2f} | {ratios[1]:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
