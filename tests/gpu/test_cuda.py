@@ -1,0 +1,92 @@
+"""What only a GPU can show: its kernels give the CPU's numbers, and the commands run there in their default settings."""
+
+import pytest
+import torch
+
+from litgpt.config import Config
+from litgpt.generation.engine import Engine, Request
+from litgpt.generation.sampling import Sampling
+from litgpt.model import GPT
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+SHAPE = {
+    "block_size": 256,
+    "n_layer": 4,
+    "n_head": 8,
+    "n_query_groups": 2,
+    "n_embd": 256,
+    "intermediate_size": 512,
+    "vocab_size": 1000,
+    "norm_class_name": "RMSNorm",
+    "mlp_class_name": "LLaMAMLP",
+    "rotary_percentage": 1.0,
+    "parallel_residual": False,
+    "bias": False,
+}
+KINDS = {
+    "grouped-query": {},
+    "sliding-window": {"sliding_window_size": 16, "sliding_window_indices": [1, 0]},
+    "soft-capped": {"attention_logit_softcapping": 30.0, "final_logit_softcapping": 20.0},
+}
+
+
+@pytest.fixture(params=KINDS)
+def model(request) -> GPT:
+    torch.manual_seed(0)
+    gpt = GPT(Config(**SHAPE, **KINDS[request.param]))
+    gpt.init_weights()
+    return gpt.eval()
+
+
+@pytest.fixture
+def idx(model) -> torch.Tensor:
+    return torch.randint(model.config.vocab_size, (3, 96), generator=torch.Generator().manual_seed(1))
+
+
+@torch.inference_mode()
+def test_float32_logits_equal_those_of_the_cpu(model, idx):
+    expected = model(idx)
+    torch.testing.assert_close(model.cuda()(idx.cuda()).cpu(), expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_packed_documents_equal_documents_apart(model, idx):
+    ids = torch.arange(96).expand_as(idx) // 40
+    expected = torch.cat([model(part) for part in idx.split(40, dim=1)], dim=1)
+    positions = torch.arange(96).expand_as(idx) % 40
+    found = model.cuda()(idx.cuda(), positions.cuda(), ids.cuda()).cpu()
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_greedy_answers_equal_those_of_the_cpu(model, idx, compiled):
+    requests = [Request(row[: 20 + 30 * i].tolist(), 24, Sampling(temperature=0)) for i, row in enumerate(idx)]
+    expected = Engine(model).complete(requests)
+    assert Engine(model.cuda(), compile=compiled).complete(requests) == expected
+
+
+def test_gradients_in_bfloat16_point_where_those_in_float32_do(model, idx):
+    def gradient(dtype: torch.dtype) -> torch.Tensor:
+        model.zero_grad()
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            model(idx.cuda()).float().logsumexp(-1).mean().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    model.cuda()
+    exact, rounded = gradient(torch.float32), gradient(torch.bfloat16)
+    assert torch.cosine_similarity(exact, rounded, dim=0) > 0.99
+
+
+def test_pretraining_then_generating(tmp_path, capsys):
+    from litgpt.__main__ import main
+
+    out = tmp_path / "out"
+    words = ["pretrain", "--config", "config_hub/pretrain/quickstart.yaml", "--out_dir", str(out), "--devices", "1"]
+    assert main([*words, "--train.max_steps", "60", "--train.log_interval", "20"]) == 0
+    assert "bf16-mixed" in (out / "logs.txt").read_text()
+    assert main(["generate", str(out / "final"), "--prompt", "ROMEO:", "--max_new_tokens", "16"]) == 0
+    assert capsys.readouterr().out.strip()
