@@ -113,11 +113,16 @@ def measure(command: list[str], environment: dict[str, str], directory: Path) ->
     return seconds, usage.ru_maxrss / 1024
 
 
-def versions(python: Path, environment: dict[str, str]) -> str:
+def versions(python: Path, environment: dict[str, str], scratch: Path) -> str:
     """Versions of what a program runs on."""
-    script = "import sys, litgpt, torch; print(litgpt.__version__, sys.version.split()[0], torch.__version__)"
-    result = subprocess.run([str(python), "-c", script], env=environment, capture_output=True, text=True)
-    return "litgpt {}, Python {}, torch {}".format(*result.stdout.split())
+    script = """if True:
+        import importlib.metadata, sys, litgpt
+        program = getattr(litgpt, "__version__", None) or importlib.metadata.version("litgpt")
+        print(program, sys.version.split()[0], importlib.metadata.version("torch"))
+    """
+    result = subprocess.run([str(python), "-c", script], env=environment, cwd=scratch, capture_output=True, text=True)
+    program, interpreter, torch = result.stdout.split()
+    return f"litgpt {program}, Python {interpreter}, torch {torch}"
 
 
 def main() -> None:
@@ -139,6 +144,7 @@ def main() -> None:
     try:
         directory = scratch / "Llama-3.2-1B"
         subprocess.run([sys.executable, __file__, "--peer", "none", "--make", str(directory)], check=True)
+        about = {name: versions(pythons[name], environments[name], scratch) for name in programs}
         results: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
         for _ in range(arguments.runs):
             for name, command in programs.items():
@@ -150,7 +156,7 @@ def main() -> None:
     size = sum(2 * math.prod(shape) for shape in shapes().values())
     print(f"{size / 1e9:.2f} GB of bfloat16 in files of 0.5 GB, {arguments.runs} runs each, A B A B, medians\n")
     for name in programs:
-        print(f"- {name}: {versions(pythons[name], environments[name])}")
+        print(f"- {name}: {about[name]}")
     print()
     print("| | wall time, s | peak resident memory, MB |\n|---|---|---|")
     medians = {name: tuple(map(statistics.median, zip(*runs, strict=True))) for name, runs in results.items()}

@@ -143,6 +143,17 @@ def test_a_file_is_replaced_whole(tmp_path):
     assert names(tmp_path) == ["f"]
 
 
+def test_of_additions_the_weights_come_last(tmp_path, monkeypatch):
+    moved = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: (moved.append(target.name), replace(source, target)))
+    with atomic_additions(tmp_path) as directory:
+        for name in ("z.json", WEIGHTS, CONFIG, "a.json"):
+            (directory / name).write_text("")
+    assert sorted(moved) == names(tmp_path)
+    assert moved[-1] == WEIGHTS
+
+
 def test_additions_replace_files_and_keep_the_others(tmp_path):
     (tmp_path / "kept").write_text("")
     (tmp_path / CONFIG).write_text("old")
