@@ -67,9 +67,13 @@ class Source(ABC):
         """
         targets = model.state_dict()
         problems = compare_shapes(targets, self.layout(), "this model", "the checkpoint")
+        if model.config.tie_embeddings and not self.config.tie_embeddings:
+            problems.append(f"  {HEAD} and {EMBEDDING} differ in the checkpoint; this model ties them (tie_embeddings)")
         if problems:
             raise ValueError(
-                f"The checkpoint does not fit the model ({len(problems)} problems):\n" + "\n".join(problems)
+                f"The checkpoint does not fit the model ({len(problems)} problems):\n"
+                + "\n".join(problems)
+                + "\nUse the configuration of the checkpoint, or another checkpoint."
             )
         filled: set[int] = set()
         with torch.no_grad():

@@ -316,6 +316,9 @@ def test_a_model_of_another_shape_is_refused_unchanged(tmp_path):
         source.load_into(other)
     assert "mlp.fc_1.weight is [48, 32] in the checkpoint, [40, 32] in this model" in str(info.value)
     assert_equal(other.state_dict(), before)
+    tied = GPT(Config(**{**vars(source.config), "tie_embeddings": True}))
+    with pytest.raises(ValueError, match="differ in the checkpoint; this model ties them"):
+        source.load_into(tied)
 
 
 @pytest.mark.parametrize("binary", [False, True], ids=["safetensors", "bin"])
