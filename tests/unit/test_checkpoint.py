@@ -109,7 +109,7 @@ def test_a_directory_caught_between_two_names_is_put_back(tmp_path):
     def rename_once(source, target):
         rename(source, target)
         os.kill(os.getpid(), signal.SIGKILL)
-    checkpoint.os.rename = rename_once
+    os.rename = rename_once
     with checkpoint.atomic_directory(sys.argv[1], overwrite=True) as directory:
         (directory / "x").write_text("new")
     """

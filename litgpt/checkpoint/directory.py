@@ -1,0 +1,143 @@
+"""The checkpoint directory: finding one, telling what it lacks, filling one."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from litgpt.checkpoint.names import COMPANION_FILES, CONFIG, WEIGHTS
+from litgpt.checkpoint.weights import Release
+from litgpt.checkpoint.writer import write_state_dict
+from litgpt.config import Config, did_you_mean, find_known, known_checkpoints
+
+if TYPE_CHECKING:
+    from litgpt.model import GPT
+
+
+def resolve_checkpoint_dir(name_or_path: str | Path, *, download: Callable[[str], Path] | None = None) -> Path:
+    """Finds the checkpoint that a user means.
+
+    Args:
+        name_or_path: An existing directory or `.gguf` file, a weight file inside such a directory, the same below
+            `checkpoints/`, a known model name (`org/name` or the short name), or a Hub id.
+        download: Called with the repository id if nothing is found on this machine.
+
+    Returns:
+        A checkpoint directory (ours or Hugging Face's) or a `.gguf` file.
+
+    Raises:
+        FileNotFoundError: Nothing is found, or a directory is found that lacks something; says what, and what to do.
+    """
+    name = str(name_or_path)
+    known = find_known(name)
+    repo_id = known.repo_id if known else name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
+    candidates = [Path(name).expanduser(), Path("checkpoints") / name]
+    if known:
+        candidates.append(Path("checkpoints") / repo_id)
+    for path in candidates:
+        if path.is_file():
+            return path if path.suffix == ".gguf" else _complete(path.parent)
+        if path.is_dir():
+            return _complete(path)
+    if download and repo_id and not name.startswith((".", "~", "/")):
+        return _complete(Path(download(repo_id)))
+    if repo_id and not name.startswith("."):
+        remedy = f"To download it, run `litgpt download {repo_id}`."
+    else:
+        remedy = "Give the path of a checkpoint directory or .gguf file, or a name from `litgpt download list`."
+    names = [repo_id if "/" in name else entry.name for repo_id, entry in known_checkpoints().items()]
+    hint = "" if known else did_you_mean(name, [*names, *_local_checkpoints()])
+    looked = ", ".join(f"'{path}'" for path in dict.fromkeys(candidates))
+    raise FileNotFoundError(f"No checkpoint '{name}' (looked for {looked}).{hint} {remedy}")
+
+
+def _local_checkpoints() -> list[str]:
+    return [str(path.parent) for path in sorted(Path("checkpoints").glob(f"*/*/{WEIGHTS}"))]
+
+
+def _complete(path: Path) -> Path:
+    missing = missing_files(path)
+    if missing:
+        raise FileNotFoundError(
+            f"The checkpoint directory '{path}' is incomplete; it lacks {' and '.join(missing)}. "
+            "Download or convert the checkpoint again, or give another directory."
+        )
+    return path
+
+
+def missing_files(path: Path, weights: bool = False) -> list[str]:
+    """What a directory lacks to be a checkpoint directory, in words; empty if nothing.
+
+    A directory with just a tokenizer lacks nothing (it serves as `--tokenizer_dir`), unless `weights` are asked for.
+    """
+    if (path / WEIGHTS).is_file():
+        return [] if (path / CONFIG).is_file() else [f"{CONFIG} (the shape of the model in {WEIGHTS})"]
+    files = hf_weight_files(path)
+    if files:
+        lost = [f"the weight file {file.name}" for file in files if not file.is_file()]
+        return lost + ([] if (path / "config.json").is_file() else ["config.json (the shape of the model)"])
+    if not weights and any(
+        (path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+    ):
+        return []
+    weights_names = f"weights ({WEIGHTS}, *.safetensors or pytorch_model*.bin)"
+    if any((path / name).is_file() for name in (CONFIG, "config.json")):
+        return [weights_names]
+    return [weights_names, f"{CONFIG} or config.json"]
+
+
+def hf_weight_files(path: Path) -> list[Path]:
+    """The weight files of a Hugging Face directory, as its index lists them (so a listed file may be absent).
+
+    Safetensors win over `.bin` files of the same weights.
+    """
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = path / f"{single}.index.json"
+        if index.is_file():
+            try:
+                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            except (ValueError, KeyError, AttributeError) as error:
+                raise ValueError(f"'{index}' is no valid weight index ({error!r}). Download it again.") from error
+            return [path / name for name in sorted(set(names))]
+        if (path / single).is_file():
+            return [path / single]
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        # Without an index: adapters and original/consolidated weights are other things than this model's weights.
+        found = sorted(file for file in path.glob(pattern) if not file.name.startswith(("adapter", "consolidated")))
+        if found:
+            return found
+    return []
+
+
+def copy_companion_files(source: str | Path, destination: str | Path) -> None:
+    """Copies the tokenizer's files, the JSON files and the prompt style from one checkpoint directory to another."""
+    source, destination = Path(source), Path(destination)
+    destination.mkdir(parents=True, exist_ok=True)
+    for name in COMPANION_FILES:
+        # A Hub cache holds links; what is copied is the file behind them.
+        if (source / name).is_file() and not (destination / name).exists():
+            shutil.copy(source / name, destination / name)
+
+
+def save_model(
+    directory: str | Path,
+    model: "GPT | dict[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]",
+    config: Config,
+    release: Release | None = None,
+) -> None:
+    """Writes `lit_model.pth` and `model_config.yaml` into a directory (that `atomic_directory` gave the caller).
+
+    Args:
+        directory: An existing directory.
+        model: A model, its state dict, or a stream of names and tensors.
+        config: Its shape.
+        release: As for `write_state_dict`.
+    """
+    if isinstance(model, torch.nn.Module):
+        model = model.state_dict()
+    config.save(directory)
+    write_state_dict(Path(directory) / WEIGHTS, model.items() if isinstance(model, dict) else model, release)

@@ -1,0 +1,22 @@
+"""The files of a checkpoint directory."""
+
+WEIGHTS = "lit_model.pth"
+CONFIG = "model_config.yaml"
+
+# What belongs to a checkpoint beside weights and model_config.yaml, and follows it when it is finetuned or exported.
+COMPANION_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "tokenizer.model.v3",
+    "tekken.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "prompt_style.yaml",
+)

@@ -1,0 +1,92 @@
+"""Reading weight files: mapped into memory, nothing in them executed."""
+
+import ctypes
+import os
+import pickle
+import sys
+import zipfile
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+Release = Callable[[torch.Tensor], None]
+
+
+class MappedTensors(dict[str, torch.Tensor]):
+    """Tensors by name, views of one file on disk (private: writing to one does not change the file).
+
+    Pages that were read from the file count as the process's memory until they are released.
+    """
+
+    mapped: bool = True
+    """False where the file's format did not allow that; then the tensors are plain memory."""
+
+    def release(self, tensor: torch.Tensor) -> None:
+        """Gives back the memory of a view of this file; reading it again fetches it from the file anew.
+
+        Changes made to it in place are lost by that. Does nothing to tensors that are not from this file.
+        """
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.dtype.itemsize
+        first, last = self._range
+        if first <= start < end <= last and tensor.is_contiguous() and sys.platform.startswith("linux"):
+            page, dont_need = os.sysconf("SC_PAGESIZE"), 4
+            start = start // page * page
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), dont_need)
+
+    @cached_property
+    def _range(self) -> tuple[int, int]:
+        """First and last address of the file's mapping that a tensor uses."""
+        storages = [tensor.untyped_storage() for tensor in self.values() if self.mapped and tensor.numel()]
+        starts = [storage.data_ptr() for storage in storages]
+        ends = [storage.data_ptr() + storage.nbytes() for storage in storages]
+        return min(starts, default=0), max(ends, default=0)
+
+
+def read_state_dict(path: str | Path) -> MappedTensors:
+    """Opens the weights in a `.pth` or `.bin` file without executing anything in it and without reading them yet.
+
+    Weights below a key "model" or "state_dict" (as training scripts save them) are found there.
+
+    Returns:
+        Tensors by name, mapped from the file where its format allows (files older than torch 1.6 are read whole).
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is truncated, of another kind, or holds something else than tensors by name.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"No weight file '{path}'.")
+    mapped = zipfile.is_zipfile(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise ValueError(unreadable(path, "it holds other Python objects than tensors, or is damaged")) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(unreadable(path, "it is truncated or damaged")) from error
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ValueError(f"'{path}' holds no weights: expected a dictionary of tensors by name.")
+    tensors = MappedTensors(content)
+    tensors.mapped = mapped
+    return tensors
+
+
+def unreadable(path: Path, reason: str) -> str:
+    """What to say about a weight file that cannot be read; looks for the usual causes."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start:
+        reason = "it is empty"
+    elif start.startswith(b"version https://git-lfs"):
+        return f"'{path}' is a Git LFS pointer, not the weights themselves. Fetch them with `git lfs pull`."
+    elif start.lstrip()[:1] == b"<":
+        reason = "it is a web page"
+    return (
+        f"Cannot read weights from '{path}' ({path.stat().st_size:,} bytes): {reason}. "
+        "Download or convert the checkpoint again."
+    )
