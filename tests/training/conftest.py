@@ -1,5 +1,6 @@
 """A tiny model on a little real text, trained by the command's own function."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def train(text):
             ConfigOverrides(options.pop("shape", SHAPE)),
             out_dir=out_dir,
             data=module,
-            train=TrainArgs(**{**small, **settings}),
+            train=replace(pretrain.TRAIN, **{**small, **settings}),
             eval=eval or EvalArgs(interval=10, max_iters=4),
             **{"devices": 1, "tokenizer_vocab_size": 300, "logger_name": "csv", **options},
         )
