@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from litgpt.__main__ import main
-from litgpt.convert import load_model, open_checkpoint
+from litgpt.convert import load_model
 from litgpt.prompts import choose_prompt_style
 from litgpt.tokenizer import Tokenizer
 
