@@ -92,7 +92,10 @@ def test_every_spelling_of_the_optimizer(place):
         (["--optimizer.lr", "0.005"], ("torch.optim.AdamW", 0.005, 0.1)),
         (["--train.learning_rate", "2e-5"], ("torch.optim.AdamW", 2e-5, 0.1)),
         (["--optimizer", "SGD", "--optimizer.lr", "0.1"], ("torch.optim.SGD", 0.1, None)),
-        (["--optimizer.class_path", "torch.optim.SGD", "--optimizer.init_args.lr", "0.1"], ("torch.optim.SGD", 0.1, None)),
+        (
+            ["--optimizer.class_path", "torch.optim.SGD", "--optimizer.init_args.lr", "0.1"],
+            ("torch.optim.SGD", 0.1, None),
+        ),
     ):
         assert run("--config", "tiny.yaml", "--max_steps", "2", "--overwrite", "true", *words) == 0
         kept = settings()["optimizer"]
@@ -129,7 +132,16 @@ def test_continued_pretraining_on_another_text(place, capsys):
     (place / "texts2").mkdir()
     (place / "texts2/two.txt").write_bytes(TEXT.read_bytes()[500_000:520_000])
     words = ["tiny", "--initial_checkpoint_dir", "out/pretrain/final", "--tokenizer_dir", "out/pretrain/final"]
-    words += ["--out_dir", "second", "--data", "TextFiles", "--data.train_data_path", "texts2", "--data.num_workers", "0"]
+    words += [
+        "--out_dir",
+        "second",
+        "--data",
+        "TextFiles",
+        "--data.train_data_path",
+        "texts2",
+        "--data.num_workers",
+        "0",
+    ]
     words += ["--train.max_tokens", "1_000", "--train.global_batch_size=4", "--logger_name=csv", "--devices=1"]
     words += ["--optimizer.lr", "0", "--eval.initial_validation", "true", "--eval.max_iters", "2"]
     assert run(*words) == 0
@@ -207,7 +219,15 @@ def test_mistakes_are_explained_before_any_work(place, capsys, words, message):
 
 def test_no_data_and_unknown_model(capsys):
     assert "--data TextFiles" in fails(capsys, "pythia-14m", "--logger_name=csv")
-    data = ["--data", "TextFiles", "--data.train_data_path", "texts", "--tokenizer_vocab_size", "300", "--logger_name=csv"]
+    data = [
+        "--data",
+        "TextFiles",
+        "--data.train_data_path",
+        "texts",
+        "--tokenizer_vocab_size",
+        "300",
+        "--logger_name=csv",
+    ]
     assert "pythia-14m" in fails(capsys, "pythia-14n", *data, "--devices=1")
 
 
