@@ -79,6 +79,6 @@ def test_two_ranks_with_fsdp_go_on_from_what_one_wrote(train, text, tmp_path):
     tied = weights(tmp_path / "two/final")
     assert tied["lm_head.weight"].data_ptr() == tied["transformer.wte.weight"].data_ptr()
     # What two ranks wrote is whole again: one goes on from it.
-    train(tmp_path / "one", max_steps=14, resume=tmp_path / "one/final", **options)
-    train(tmp_path / "two", max_steps=14, resume=tmp_path / "two/final", **options)
-    assert_close_runs(tmp_path / "one", tmp_path / "two", range(7, 15))
+    train(tmp_path / "one", max_steps=16, resume=tmp_path / "one/final", **options)
+    train(tmp_path / "two", max_steps=16, resume=tmp_path / "two/final", **options)
+    assert_close_runs(tmp_path / "one", tmp_path / "two", range(7, 17))
