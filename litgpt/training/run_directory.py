@@ -44,8 +44,16 @@ class RunDirectory:
                 return self.final
         return next(reversed(self.step_checkpoints()), None)
 
+    def checkpoints(self) -> list[Path]:
+        """What training can go on from, complete or not."""
+        return [p for p in self.artifacts() if p.name == FINAL or STEP_DIR.fullmatch(p.name)]
+
+    def results(self) -> list[Path]:
+        """What would be lost if a new run were started here. A run that never trained (a typo) has left only logs."""
+        return [*self.checkpoints(), *(p for p in self.artifacts() if p.name == METRICS_FILE)]
+
     def artifacts(self) -> list[Path]:
-        """What a run has left here."""
+        """Everything that a run has left here."""
         names = (FINAL, METRICS_FILE, LOGS_FILE, PLOT_FILE, LOGGERS_DIR, TOKENIZER_DIR, "hyperparameters.yaml")
         steps = [p for p in self.path.glob("step-*") if STEP_DIR.fullmatch(p.name)]
         return [p for p in (self.path / name for name in names) if p.exists()] + steps
@@ -69,13 +77,13 @@ class RunDirectory:
         checkpoint = self._choose(resume)
         if checkpoint is not None:
             inside = checkpoint.resolve().parent == self.path.resolve()
-            if not inside and not overwrite and self.artifacts():
+            if not inside and not overwrite and self.results():
                 raise ValueError(self._refusal())
             return checkpoint
         if self.path.is_file():
             raise ValueError(f"--out_dir {self.path} is a file. Choose a directory.")
         # A run killed before its first checkpoint has nothing to lose; `--resume auto` starts it again.
-        kept = [p for p in self.artifacts() if resume != "auto" or p.name == FINAL or STEP_DIR.fullmatch(p.name)]
+        kept = self.checkpoints() if resume == "auto" else self.results()
         if kept and not overwrite:
             raise ValueError(self._refusal())
         if may_delete:

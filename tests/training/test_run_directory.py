@@ -58,6 +58,15 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(train, tmp_path):
     assert [r["step"] for r in train(out_dir, max_steps=2, resume="auto")] == ["1", "2"]
 
 
+def test_a_run_refused_before_it_trained_is_not_in_the_way_of_the_next(train, tmp_path):
+    out_dir = tmp_path / "run"
+    with pytest.raises(ValueError, match=r"max_seq_length 64 is longer"):
+        train(out_dir, max_seq_length=64)
+    assert (out_dir / "logs.txt").exists()
+    assert len(train(out_dir, max_steps=2)) == 2
+    assert "max_seq_length=64" not in (out_dir / "logs.txt").read_text()
+
+
 def test_a_checkpoint_that_cannot_be_written_loses_nothing(train, tmp_path, monkeypatch):
     from litgpt.commands import pretrain
 
