@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from litgpt.model import Block
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 PRECISIONS = ("32-true", "bf16-true", "bf16-mixed", "16-true", "16-mixed")
 Strategy = Literal["auto", "ddp", "fsdp"]
@@ -92,10 +92,9 @@ def make_fabric(
         strategy: With several devices, "fsdp" shards weights, gradients and optimizer state (FSDP2), "ddp" keeps a
             copy of all on each device; "auto" is fsdp.
     """
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
-    for name in ("lightning.fabric", "lightning.pytorch"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # what it would announce, describe_devices says
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # what it would announce, describe_devices says
     count = count_devices(devices, num_nodes)
     precision = precision or default_precision()
     check_precision(precision)
@@ -114,11 +113,11 @@ def _strategy(name: Strategy, devices: int) -> Any:
     if devices == 1:
         return "auto"
     if name == "ddp":
-        from lightning.fabric.strategies import DDPStrategy
+        from lightning_fabric.strategies import DDPStrategy
 
         # The root's forward runs once per micro-batch and uses every parameter: no search for unused ones.
         return DDPStrategy(gradient_as_bucket_view=True)
-    from lightning.fabric.strategies import ModelParallelStrategy
+    from lightning_fabric.strategies import ModelParallelStrategy
 
     return ModelParallelStrategy(shard_module, data_parallel_size=devices, tensor_parallel_size=1)
 
@@ -185,11 +184,11 @@ def peak_flops(fabric: Fabric) -> float | None:
     return None if peak is None else peak * 1e12 * fabric.world_size
 
 
-def memory_used(fabric: Fabric) -> float:
+def memory_used(device: torch.device) -> float:
     """The most memory used so far, in bytes: of the device, or of the process on a CPU."""
-    if fabric.device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(fabric.device))
-    if fabric.device.type == "mps":
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    if device.type == "mps":
         return float(torch.mps.driver_allocated_memory())
     status = Path("/proc/self/status")
     if status.exists():  # in kB; ru_maxrss would count the parent process's memory before exec

@@ -157,7 +157,7 @@ class Stopwatch:
 
 
 def memory_line(assistant: Assistant) -> str:
-    return f"Memory used: {memory_used(assistant) / 1e9:.02f} GB"
+    return f"Memory used: {memory_used(assistant.device) / 1e9:.02f} GB"
 
 
 def _download(repo_id: str, access_token: str | None) -> Path:

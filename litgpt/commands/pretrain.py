@@ -198,7 +198,7 @@ def setup(
         recorder.finish()
 
     console.print(f"Training time: {outcome.progress.seconds:.2f}s")
-    console.print(f"Memory used: {distributed.memory_used(fabric) / 1e9:.2f} GB")
+    console.print(f"Memory used: {distributed.memory_used(fabric.device) / 1e9:.2f} GB")
     if outcome.interrupted:
         return stop_early(console, outcome)
     if tokenizer is not None and fabric.global_rank == 0 and not distributed.is_sharded(gpt):

@@ -26,7 +26,7 @@ from litgpt.training.state import STATE_FILE, Progress, collect, restore, whole_
 from litgpt.training.validation import validate
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 FINISHED = "finished"
 NEVER = 1 << 62

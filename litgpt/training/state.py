@@ -14,7 +14,7 @@ from litgpt.checkpoint import WEIGHTS, read_state_dict
 from litgpt.distributed import copy_into, gathered, rng_state, set_rng_state
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 STATE_FILE = "training_state.pth"
 

@@ -12,7 +12,7 @@ from torch import nn
 from litgpt.training.batches import MicroBatch, micro_batch
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 
 from litgpt.config import Config
 from litgpt.model import GPT
