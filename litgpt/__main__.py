@@ -125,7 +125,7 @@ options:
 
 
 def unknown_command(name: str) -> int:
-    from litgpt.config import did_you_mean
+    from litgpt.suggest import did_you_mean
 
     what = "option" if name.startswith("-") else "subcommand"
     candidates = ["--help", "--version", "--debug"] if what == "option" else COMMANDS

@@ -181,7 +181,8 @@ def _gated(repo_id: str, page: str, access_token: str | None) -> str:
 
 
 def _not_found(repo_id: str, status: int, access_token: str | None) -> str:
-    from litgpt.config import did_you_mean, known_checkpoints
+    from litgpt.models import known_checkpoints
+    from litgpt.suggest import did_you_mean
 
     hint = did_you_mean(repo_id, known_checkpoints())
     private = "" if access_token else " If it is private, pass --access_token or set HF_TOKEN."

@@ -33,7 +33,7 @@ def find(path: str | Path) -> Path:
 
 def _alike(path: Path, hub: Path | None) -> str:
     """A did-you-mean over the packaged recipes: first by file name, then by the whole path."""
-    from litgpt.config import did_you_mean
+    from litgpt.suggest import did_you_mean
 
     if hub is None:
         return ""

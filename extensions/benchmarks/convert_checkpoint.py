@@ -13,14 +13,13 @@ import json
 import math
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from side_by_side import HEADER, Program, alternate, ours_and, table
+
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -98,31 +97,15 @@ def make_checkpoint(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def measure(command: list[str], environment: dict[str, str], directory: Path) -> tuple[float, float]:
+def convert(program: Program, directory: Path) -> tuple[float, float]:
     """Seconds and peak resident megabytes of one conversion."""
     for name in ("lit_model.pth", "model_config.yaml"):
         (directory / name).unlink(missing_ok=True)
     os.sync()  # what the run before has written must not be written on this one's time
-    start = time.perf_counter()
-    command = [*command, "convert_to_litgpt", str(directory)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    if status or not (directory / "lit_model.pth").exists():
-        sys.exit(f"{' '.join(command)} failed (status {status}).")
-    return seconds, usage.ru_maxrss / 1024
-
-
-def versions(python: Path, environment: dict[str, str], scratch: Path) -> str:
-    """Versions of what a program runs on."""
-    script = """if True:
-        import importlib.metadata, sys, litgpt
-        program = getattr(litgpt, "__version__", None) or importlib.metadata.version("litgpt")
-        print(program, sys.version.split()[0], importlib.metadata.version("torch"))
-    """
-    result = subprocess.run([str(python), "-c", script], env=environment, cwd=scratch, capture_output=True, text=True)
-    program, interpreter, torch = result.stdout.split()
-    return f"litgpt {program}, Python {interpreter}, torch {torch}"
+    figures = program.run(["convert_to_litgpt", str(directory)])
+    if not (directory / "lit_model.pth").exists():
+        sys.exit(f"{program.name} has written no lit_model.pth.")
+    return figures
 
 
 def main() -> None:
@@ -135,35 +118,18 @@ def main() -> None:
     if arguments.make:
         make_checkpoint(arguments.make)
         return
-    # The peer must not find this tree's package, and ours must be this tree's.
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environments = {"ours": clean | {"PYTHONPATH": str(ROOT)}, "peer": clean}
-    programs = {"ours": [sys.executable, "-m", "litgpt"], "peer": [arguments.peer]}
-    pythons = {"ours": Path(sys.executable), "peer": Path(arguments.peer).with_name("python")}
+    programs = ours_and(arguments.peer)
     scratch = Path(tempfile.mkdtemp(prefix="convert-", dir=arguments.directory))
     try:
         directory = scratch / "Llama-3.2-1B"
         subprocess.run([sys.executable, __file__, "--peer", "none", "--make", str(directory)], check=True)
-        about = {name: versions(pythons[name], environments[name], scratch) for name in programs}
-        results: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
-        for _ in range(arguments.runs):
-            for name, command in programs.items():
-                seconds, memory = measure(command, environments[name], directory)
-                results[name].append((seconds, memory))
-                print(f"{name}: {seconds:.1f} s, {memory:.0f} MB", file=sys.stderr)
+        about = [f"- {program.name}: {program.about(scratch)}" for program in programs]
+        medians = alternate(programs, arguments.runs, lambda program: convert(program, directory))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     size = sum(2 * math.prod(shape) for shape in shapes().values())
     print(f"{size / 1e9:.2f} GB of bfloat16 in files of 0.5 GB, {arguments.runs} runs each, A B A B, medians\n")
-    for name in programs:
-        print(f"- {name}: {about[name]}")
-    print()
-    print("| | wall time, s | peak resident memory, MB |\n|---|---|---|")
-    medians = {name: tuple(map(statistics.median, zip(*runs, strict=True))) for name, runs in results.items()}
-    for name, (seconds, memory) in medians.items():
-        print(f"| {name} | {seconds:.1f} | {memory:.0f} |")
-    ratios = [theirs / ours for ours, theirs in zip(medians["ours"], medians["peer"], strict=True)]
-    print(f"| peer / ours | {ratios[0]:.2f} | {ratios[1]:.2f} |")
+    print("\n".join([*about, "", HEADER, table(medians)]))
 
 
 if __name__ == "__main__":

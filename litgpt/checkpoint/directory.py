@@ -12,7 +12,9 @@ import torch
 from litgpt.checkpoint.names import COMPANION_FILES, CONFIG, WEIGHTS
 from litgpt.checkpoint.weights import Release
 from litgpt.checkpoint.writer import write_state_dict
-from litgpt.config import Config, did_you_mean, find_known, known_checkpoints
+from litgpt.config import Config
+from litgpt.models import find_known, known_checkpoints
+from litgpt.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from litgpt.model import GPT

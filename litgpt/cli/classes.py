@@ -14,7 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from litgpt.cli.errors import UsageError
 from litgpt.cli.hints import constructor_hints
 from litgpt.cli.values import as_hinted, explain
-from litgpt.config import did_you_mean
+from litgpt.suggest import did_you_mean
 
 # Given by the command and not by the user: an optimizer's parameters.
 PROVIDED = {"params"}

@@ -13,7 +13,7 @@ from litgpt.cli.classes import accepted, unknown_init_args
 from litgpt.cli.errors import UsageError
 from litgpt.cli.hints import admits
 from litgpt.cli.signature import Parameter, Signature
-from litgpt.config import did_you_mean
+from litgpt.suggest import did_you_mean
 
 Layer = dict[str, Any]
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from litgpt.commands.inference import Assistant, Stopwatch, clean, load_assistant, say
-from litgpt.config import did_you_mean
 from litgpt.generation.sampling import Sampling
 from litgpt.prompts.styles import Message
+from litgpt.suggest import did_you_mean
 
 HELP = """/reset       forget the conversation
 /save FILE   write the conversation to FILE, as JSON where the name ends in .json

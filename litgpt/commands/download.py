@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from litgpt.config import find_known, known_checkpoints
 from litgpt.hub import download_files
+from litgpt.models import find_known, known_checkpoints
 
 
 def setup(

@@ -13,13 +13,14 @@ from litgpt import cli, distributed
 from litgpt.checkpoint import copy_companion_files, resolve_checkpoint_dir, save_model
 from litgpt.cli import ConfigOverrides
 from litgpt.commands.download import download
-from litgpt.config import Config, find_known
+from litgpt.config import Config
 from litgpt.convert import Source, config_to_hf, open_checkpoint
 from litgpt.data.base import DataModule
 from litgpt.data.tokenizer_training import train_tokenizer
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
 from litgpt.model import GPT
+from litgpt.models import find_known
 from litgpt.tokenizer import Tokenizer
 from litgpt.training.arguments import EvalArgs, LogArgs, TrainArgs
 from litgpt.training.batches import BatchStream

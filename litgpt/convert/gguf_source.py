@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from litgpt.config import find_known
 from litgpt.convert.architectures import ARCHITECTURES
 from litgpt.convert.gguf_file import GGUFFile, GGUFTensor
 from litgpt.convert.gguf_tokenizer import write_tokenizer
 from litgpt.convert.hf_config import config_from_hf
 from litgpt.convert.source import EMBEDDING, HEAD, Named, Source, compare_shapes, misfit, shapes_of
 from litgpt.model import stretch_by_parts
+from litgpt.models import find_known
 
 ROPE_FACTORS = "rope_freqs.weight"
 _KEPT: list[tempfile.TemporaryDirectory] = []  # removed at exit: a tokenizer reads its files when it needs them

@@ -3,9 +3,11 @@
 from dataclasses import asdict
 from typing import Any
 
-from litgpt.config import Config, did_you_mean, find_known
+from litgpt.config import Config
 from litgpt.convert.architecture import Architecture
 from litgpt.convert.architectures import ARCHITECTURES
+from litgpt.models import find_known
+from litgpt.suggest import did_you_mean
 
 # Fields of Config that say nothing about what the model computes, or (vocab_size) nothing that config.json knows.
 _LABELS = ("name", "hf_config", "padding_multiple", "vocab_size")

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from tqdm import tqdm
 
-from litgpt.config import did_you_mean
 from litgpt.convert.source import Named, Source
+from litgpt.suggest import did_you_mean
 
 DTYPES = {
     "float32": torch.float32,

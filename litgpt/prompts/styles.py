@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 import yaml
 
-from litgpt.config import did_you_mean
+from litgpt.suggest import did_you_mean
 
 STYLES_FILE = Path(__file__).with_name("styles.yaml")
 Message = Mapping[str, Any]  # {"role": "system" | "user" | "assistant" | ..., "content": str, ...}
@@ -97,7 +97,7 @@ class PromptStyle(ABC):
     @staticmethod
     def from_config(config: Any) -> PromptStyle:
         """The style that a known checkpoint's name stands for; the bare prompt for an unknown one."""
-        from litgpt.config import find_known
+        from litgpt.models import find_known
 
         known = find_known(config.name) if getattr(config, "name", "") else None
         return style_class(known.prompt_style if known else "Default")()

@@ -7,7 +7,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from litgpt.config import did_you_mean
+from litgpt.suggest import did_you_mean
 from litgpt.training.arguments import LogArgs
 
 NAMES = ("csv", "tensorboard", "wandb", "mlflow")

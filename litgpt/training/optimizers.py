@@ -12,7 +12,7 @@ import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from litgpt.config import did_you_mean
+from litgpt.suggest import did_you_mean
 from litgpt.training.arguments import TrainArgs
 
 FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}  # where torch.optim has fused kernels

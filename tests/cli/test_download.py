@@ -9,7 +9,8 @@ import pytest
 import torch
 import yaml
 
-from litgpt.config import Config, find_known, known_checkpoints
+from litgpt.config import Config
+from litgpt.models import find_known, known_checkpoints
 from tests.hub_server import Hub, serve_hub
 
 

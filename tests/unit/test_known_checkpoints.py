@@ -3,9 +3,10 @@ import time
 import pytest
 import torch
 
-from litgpt import config as config_module
-from litgpt.config import Config, find_known, known_checkpoints
+from litgpt import models
+from litgpt.config import Config
 from litgpt.model import GPT
+from litgpt.models import find_known, known_checkpoints
 
 
 def architecture(config: Config) -> str:
@@ -50,7 +51,7 @@ def test_both_names_lead_to_it(repo_id):
 
 
 def test_listing_is_quick():
-    config_module.known_checkpoints.cache_clear()
+    models.known_checkpoints.cache_clear()
     start = time.perf_counter()
     known_checkpoints()
     assert time.perf_counter() - start < 0.5, "0.03 s on an idle machine"
@@ -115,7 +116,7 @@ def test_inner_levels_of_a_family_file_win():
         "checkpoints": {"org/a": "1B", "org/b": {"size": "1B", "name": "c", "prompt_style": "Phi1", "n_head": 4}},
     }
     content = {"config": {"n_layer": 1, "bias": False}, "groups": [group]}
-    a, b = config_module._read_family("family", content)
+    a, b = models._read_family("family", content)
     assert (a.repo_id, a.name, a.family, a.parameters, a.prompt_style) == ("org/a", "a", "family", 5, "Default")
     figures = {"bias": False, "n_layer": 2, "n_embd": 3, "n_head": 3}
     assert a.config == {"name": "a", "hf_config": {"org": "org", "name": "a"}, **figures}

@@ -9,7 +9,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 import litgpt.prompts as prompts
-from litgpt.config import Config, known_checkpoints
+from litgpt.config import Config
+from litgpt.models import known_checkpoints
 from litgpt.prompts import ChatTemplate, PromptStyle, choose_prompt_style, load_prompt_style, save_prompt_style
 from litgpt.tokenizer import Tokenizer
 from tests import tokenizer_files

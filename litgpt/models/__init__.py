@@ -1,0 +1,82 @@
+"""The checkpoints known by name: data, one file per family, beside this one.
+
+Nothing here imports torch, so that names can be listed and checked before anything heavy is loaded.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from litgpt.suggest import did_you_mean
+
+MODELS_DIR = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class KnownCheckpoint:
+    """A published checkpoint, as data."""
+
+    repo_id: str
+    """`org/name` on the Hugging Face Hub."""
+    name: str
+    """Short name."""
+    family: str
+    """The file in `litgpt/models` it is listed in."""
+    parameters: int
+    """Number of parameters, with an untied head and the padded vocabulary."""
+    prompt_style: str
+    """Name of the prompt style to use where the checkpoint brings no chat template."""
+    config: dict[str, Any]
+    """The fields of `Config` that differ from the defaults."""
+
+
+@lru_cache(maxsize=1)
+def known_checkpoints() -> dict[str, KnownCheckpoint]:
+    """Every checkpoint of `litgpt/models/*.yaml`, by repo id."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    known = {}
+    for path in sorted(MODELS_DIR.glob("*.yaml")):
+        with path.open(encoding="utf-8") as file:
+            family = yaml.load(file, Loader=loader)
+        known.update((entry.repo_id, entry) for entry in _read_family(path.stem, family))
+    return known
+
+
+def _read_family(family: str, content: dict[str, Any]) -> Iterator[KnownCheckpoint]:
+    """The checkpoints of a family file.
+
+    Fields of `Config` may stand at every level, the inner ones winning: `config` of the file, `config` of a group, the
+    sizes of that group, each with its `parameters`, and the checkpoints, each with its `size` or only that as text.
+    """
+    for group in content["groups"]:
+        for repo_id, entry in group["checkpoints"].items():
+            entry = {"size": entry} if isinstance(entry, str) else dict(entry)
+            size = dict(group["sizes"][entry.pop("size")])
+            parameters = size.pop("parameters")
+            org, repo = repo_id.split("/")
+            name = entry.pop("name", repo)
+            style = entry.pop("prompt_style", group.get("prompt_style", "Default"))
+            shared = {**content.get("config", {}), **group.get("config", {})}
+            config = {"name": name, "hf_config": {"org": org, "name": repo}, **shared, **size, **entry}
+            yield KnownCheckpoint(repo_id, name, family, parameters, style, config)
+
+
+def find_known(name: str) -> KnownCheckpoint | None:
+    """The checkpoint of that repo id, short name or repository name, whatever the case; None where there is none."""
+    wanted = name.lower()
+    known = known_checkpoints().values()
+    for entry in known:
+        if wanted in (entry.repo_id.lower(), entry.name.lower()):
+            return entry
+    return next((entry for entry in known if wanted == entry.repo_id.split("/")[1].lower()), None)
+
+
+def unknown_name_message(name: str) -> str:
+    """What to say about a model name that is not known."""
+    known = known_checkpoints().values()
+    names = [entry.repo_id for entry in known] if "/" in name else [entry.name for entry in known]
+    return f"No model named {name!r} is known.{did_you_mean(name, names)} `litgpt download list` lists the known names."

@@ -1,0 +1,14 @@
+"""What a mistyped name may have meant."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """`" Did you mean 'x' or 'y'?"` with the nearest candidates, or `""` where none is near."""
+    by_lower = {candidate.lower(): candidate for candidate in candidates}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=0.6)
+    if not close:
+        return ""
+    quoted = [repr(by_lower[match]) for match in close]
+    return f" Did you mean {', '.join(quoted[:-1])}{' or ' if quoted[1:] else ''}{quoted[-1]}?"
