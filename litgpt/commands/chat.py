@@ -147,9 +147,9 @@ class Chat:
         request = self.assistant.request(ids, self.max_new_tokens, self.sampling, self.seed)
         self.seed += 1
         reply = ""
-        print(">> Reply: ", end="", flush=True)
         stream = self.assistant.engine.stream(request)
         with contextlib.suppress(KeyboardInterrupt), contextlib.closing(stream):
+            print(">> Reply: ", end="", flush=True)
             for piece in self.assistant.text(stopwatch.count(stream), ids):
                 reply += piece
                 print(piece, end="", flush=True)

@@ -231,6 +231,17 @@ class Terminal:
         before, self.seen = self.seen.split(text, 1)
         return before + text
 
+    def interrupt_until(self, text: str) -> None:
+        """Ctrl-C at a prompt; again where it came in the instant before Python's readline waits for it, and was lost."""
+        for _ in range(20):
+            self.type("\x03")
+            try:
+                self.wait_for(text, seconds=3)
+                return
+            except AssertionError:
+                continue
+        raise AssertionError(f"no {text!r} in {self.seen!r}")
+
     def exit_code(self) -> int:
         return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
 
@@ -257,8 +268,7 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(tmp_path):
         assert "Traceback" not in stopped
         tokens = int(re.search(r"(\d+) tokens\b", terminal.wait_for(">> Prompt: ", seconds=20))[1])
         assert 0 < tokens < 90_000
-        terminal.type("\x03")
-        terminal.wait_for("To exit, press 'Enter'")
+        terminal.interrupt_until("To exit, press 'Enter'")
         terminal.type("/help\n")
         terminal.wait_for("forget the conversation")
         terminal.wait_for(">> Prompt: ")
