@@ -110,18 +110,18 @@ class Chat:
         while True:
             try:
                 prompt = clean(read())
+                if not prompt.strip():
+                    return
+                if not self.run_command(prompt.strip()):
+                    self.answer(prompt)
             except EOFError:
                 print()
                 return
             except KeyboardInterrupt:
                 if not sys.stdin.isatty():
                     raise
+                del self.turns[len(self.turns) // 2 * 2 :]  # a prompt whose reply never began
                 print("\nTo exit, press 'Enter' on an empty prompt, or Ctrl-D.")
-                continue
-            if not prompt.strip():
-                return
-            if not self.run_command(prompt.strip()):
-                self.answer(prompt)
 
     def run_command(self, line: str) -> bool:
         """Does what a line such as `/save FILE` says; False where it is a prompt."""
