@@ -21,7 +21,7 @@ from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
 from litgpt.model import GPT
 from litgpt.models import find_known
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer import MODEL_FILES, Tokenizer
 from litgpt.training.arguments import EvalArgs, LogArgs, TrainArgs
 from litgpt.training.batches import BatchStream
 from litgpt.training.console import Console
@@ -90,7 +90,8 @@ def setup(
         num_nodes: Machines.
         strategy: Over several devices, fsdp shards the model (auto is fsdp), ddp copies it.
         compile: Compile the model's blocks with torch.compile; the first step then takes long.
-        tokenizer_dir: Checkpoint (a directory or a known name) whose tokenizer to use.
+        tokenizer_dir: Checkpoint (a directory, a .gguf file or a known name) whose tokenizer to use; by default that of
+            initial_checkpoint_dir.
         tokenizer_vocab_size: Without a tokenizer_dir, train a byte-level BPE tokenizer of this size on the text.
         logger_name: csv, tensorboard, wandb, mlflow, or the dotted path of a logger class.
         seed: Decides the initial weights and all other random numbers.
@@ -115,9 +116,7 @@ def setup(
     is_main = distributed.rank_from_environment() == 0
     checkpoint = run_directory.prepare(resume, overwrite, may_delete=is_main)
     source = open_initial(initial_checkpoint_dir)
-    tokenizer_dir = tokenizer_dir and resolve_checkpoint_dir(
-        tokenizer_dir, download=partial(download, tokenizer_only=True)
-    )
+    tokenizer_dir = find_tokenizer(tokenizer_dir, source if tokenizer_vocab_size is None else None)
 
     fabric = distributed.make_fabric(devices, num_nodes, precision, strategy)
     fabric.launch()
@@ -220,6 +219,15 @@ def open_initial(directory: Path | None) -> Source | None:
     if directory is None:
         return None
     return open_checkpoint(resolve_checkpoint_dir(directory, download=download))
+
+
+def find_tokenizer(directory: Path | None, source: Source | None) -> Path | None:
+    """Where the tokenizer's files are: those of `directory` (or .gguf file), else those of the initial checkpoint."""
+    if directory is not None:
+        path = resolve_checkpoint_dir(directory, download=partial(download, tokenizer_only=True))
+        return open_checkpoint(path).files if path.is_file() else path
+    has_one = source is not None and any((source.files / name).is_file() for name in MODEL_FILES)
+    return source.files if has_one else None
 
 
 def make_tokenizer(data: DataModule, vocab_size: int, directory: Path, checkpoint: Path | None) -> None:

@@ -127,11 +127,14 @@ def test_resume_and_overwrite(place, capsys):
     assert [r["step"] for r in read_metrics(place / "out/pretrain/metrics.csv")] == ["1"]
 
 
-def test_continued_pretraining_on_another_text(place, capsys):
+@pytest.mark.parametrize(
+    "tokenizer", [["--tokenizer_dir", "out/pretrain/final"], []], ids=["named", "the checkpoint's own"]
+)
+def test_continued_pretraining_on_another_text(place, capsys, tokenizer):
     assert run("--config", "tiny.yaml") == 0
     (place / "texts2").mkdir()
     (place / "texts2/two.txt").write_bytes(TEXT.read_bytes()[500_000:520_000])
-    words = ["tiny", "--initial_checkpoint_dir", "out/pretrain/final", "--tokenizer_dir", "out/pretrain/final"]
+    words = ["tiny", "--initial_checkpoint_dir", "out/pretrain/final", *tokenizer]
     words += [
         "--out_dir",
         "second",
@@ -147,6 +150,8 @@ def test_continued_pretraining_on_another_text(place, capsys):
     assert run(*words) == 0
     before, after = (torch.load(p / "final/lit_model.pth") for p in (place / "out/pretrain", place / "second"))
     assert all(torch.equal(before[name], after[name]) for name in before)  # nothing is learnt at a rate of 0
+    texts = [(p / "final/tokenizer.json").read_text() for p in (place / "out/pretrain", place / "second")]
+    assert texts[0] == texts[1]
     assert read_metrics(place / "second/metrics.csv")[-1]["tokens"] == str(8 * 128)  # 1,000 rounded up to a step
     Path("other.yaml").write_text(TINY.replace("n_embd: 32", "n_embd: 64"))
     error = fails(capsys, *words[:5], "--out_dir", "third", "--model_config.n_embd", "64", *words[7:])
