@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -234,7 +235,7 @@ class Tokenizer:
         return prefix, suffix
 
 
-class _Backend:
+class _Backend(ABC):
     """What both kinds of file offer; `control` maps the text of each control token to its id."""
 
     vocab_size: int
@@ -249,26 +250,26 @@ class _Backend:
     def control_ids(self) -> frozenset[int]:
         return frozenset(self.control.values())
 
-    def token_to_id(self, token: str) -> int | None:
-        raise NotImplementedError
+    @abstractmethod
+    def token_to_id(self, token: str) -> int | None: ...
 
-    def id_to_token(self, token_id: int) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def id_to_token(self, token_id: int) -> str: ...
 
+    @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, control tokens spelled in it read as text, nothing put around it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_segments(self, segments: list[str | int]) -> list[int]:
         """Ids of one text given as plain segments and the ids of the control tokens between them."""
-        raise NotImplementedError
 
-    def surroundings(self) -> tuple[list[int], list[int]]:
-        raise NotImplementedError
+    @abstractmethod
+    def surroundings(self) -> tuple[list[int], list[int]]: ...
 
+    @abstractmethod
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes that a token stands for, possibly a part of a character."""
-        raise NotImplementedError
 
     def decode_stream(self, ids: Iterable[int], skip_special: bool, after: Sequence[int]) -> Iterator[str]:
         control_ids = self.control_ids if skip_special else frozenset()
