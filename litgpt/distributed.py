@@ -18,7 +18,15 @@ from litgpt.model import Block
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-PRECISIONS = ("32-true", "bf16-true", "bf16-mixed", "16-true", "16-mixed")
+# name -> (dtype of the weights, dtype to compute in where that is another)
+PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+    "32-true": (torch.float32, None),
+    "bf16-true": (torch.bfloat16, None),
+    "16-true": (torch.float16, None),
+    "bf16-mixed": (torch.float32, torch.bfloat16),
+    "16-mixed": (torch.float32, torch.float16),
+    "64-true": (torch.float64, None),
+}
 Strategy = Literal["auto", "ddp", "fsdp"]
 
 # Peak dense bfloat16 (or float16) TFLOP/s without sparsity, from the makers' data sheets; the first name found counts.
@@ -45,12 +53,25 @@ def default_precision(device: str | None = None) -> str:
     return "32-true"
 
 
+def inference_precision(device: torch.device) -> str:
+    """The precision to answer in: bfloat16 where the device computes it in hardware, else float32."""
+    if device.type == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    elif device.type == "mps":
+        fast = torch.backends.mps.is_macos_or_newer(14, 0)
+    else:
+        fast = torch.get_device_module(device).is_bf16_supported()
+    return "bf16-true" if fast else "32-true"
+
+
 def check_precision(precision: str, device: str | None = None) -> None:
     """Refuse a precision that is unknown, or that the kind of device cannot train in."""
     device = device or accelerator()
     if precision not in PRECISIONS:
         raise ValueError(f"--precision {precision} is unknown. Choose one of: {', '.join(PRECISIONS)}.")
     remedy = f"Choose another, for example --precision {default_precision(device)}."
+    if precision.startswith("64") and device == "mps":
+        raise ValueError(f"--precision {precision} does not exist on an Apple GPU. {remedy}")
     if precision.startswith("16") and device != "cuda":
         raise ValueError(f"--precision {precision} needs a GPU; this is {device}. {remedy}")
     if precision.startswith("bf16") and device == "cuda" and not torch.cuda.is_bf16_supported():
@@ -102,7 +123,7 @@ def make_fabric(
         accelerator=accelerator(),
         devices=devices if "," in str(devices) or str(devices) in ("auto", "-1") else int(devices),
         num_nodes=num_nodes,
-        precision=precision,  # type: ignore[arg-type]
+        precision=precision,
         strategy=_strategy(strategy, count),
     )
 

@@ -199,5 +199,5 @@ def _refused(repo_id: str, page: str, status: int, access_token: str | None) -> 
 def _cause(error: BaseException) -> str:
     """The innermost reason."""
     while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+        error = error.__cause__ or error.__context__
     return str(error) or type(error).__name__

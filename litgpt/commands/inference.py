@@ -14,22 +14,12 @@ import torch
 from litgpt.checkpoint import resolve_checkpoint_dir
 from litgpt.config import Config
 from litgpt.convert import load_model, open_checkpoint
-from litgpt.distributed import accelerator, memory_used
+from litgpt.distributed import PRECISIONS, accelerator, inference_precision, memory_used
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
 from litgpt.prompts import PromptStyle, choose_prompt_style
 from litgpt.prompts.styles import Message
 from litgpt.tokenizer import Tokenizer
-
-# name -> (dtype of the weights, dtype to compute in where that is another)
-PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
-    "32-true": (torch.float32, None),
-    "bf16-true": (torch.bfloat16, None),
-    "16-true": (torch.float16, None),
-    "bf16-mixed": (torch.float32, torch.bfloat16),
-    "16-mixed": (torch.float32, torch.float16),
-    "64-true": (torch.float64, None),
-}
 
 
 @dataclass
@@ -90,7 +80,7 @@ def load_assistant(
             "--precision bf16-true halves the memory of float32 weights."
         )
     device = torch.device(accelerator())
-    precision = precision or default_precision(device)
+    precision = precision or inference_precision(device)
     weights_dtype, autocast = parse_precision(precision, device)
     path = resolve_checkpoint_dir(checkpoint_dir, download=partial(_download, access_token=access_token))
     source = open_checkpoint(path)
@@ -115,17 +105,6 @@ def parse_precision(precision: str, device: torch.device) -> tuple[torch.dtype, 
     if precision.startswith("64") and device.type == "mps":
         raise ValueError(f"--precision {precision} cannot act on an Apple GPU. Choose 32-true or less.")
     return PRECISIONS[precision]
-
-
-def default_precision(device: torch.device) -> str:
-    """bfloat16 where the device computes it in hardware, else float32."""
-    if device.type == "cpu":
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    elif device.type == "mps":
-        fast = torch.backends.mps.is_macos_or_newer(14, 0)
-    else:
-        fast = torch.get_device_module(device).is_bf16_supported()
-    return "bf16-true" if fast else "32-true"
 
 
 def clean(text: str) -> str:

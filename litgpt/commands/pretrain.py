@@ -321,7 +321,7 @@ def save_checkpoint_files(
 def sample_text(gpt: GPT, tokenizer: Tokenizer, max_new_tokens: int, *, precision: str, seed: int) -> str:
     """What the model writes after BOS, or after a line break where there is no such token."""
     start = [tokenizer.bos_id] if tokenizer.bos_id is not None else tokenizer.encode_ids("\n", bos=False)
-    autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    _, autocast = distributed.PRECISIONS[precision]
     was_training = gpt.training
     gpt.eval()
     try:

@@ -113,7 +113,7 @@ def stream_loader(
     dataset: Dataset, batch_size: int, *, seed: int, num_workers: int = 0, shuffle: bool = True, collate_fn: Any = None
 ) -> DataLoader:
     """An endless loader over `dataset` in the order of `StreamSampler`, with at most one worker per CPU core."""
-    sampler = StreamSampler(len(dataset), batch_size, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+    sampler = StreamSampler(len(dataset), batch_size, shuffle=shuffle, seed=seed)
     return DataLoader(
         dataset,
         batch_sampler=sampler,

@@ -74,9 +74,9 @@ class BatchStream:
 
     def _count(self) -> int | None:
         if self._seekable:
-            return self._sampler.num_samples  # type: ignore[union-attr]
+            return self._sampler.num_samples
         try:
-            batches = len(self.loader)  # type: ignore[arg-type]
+            batches = len(self.loader)
         except TypeError:
             return None
         if batches < self.world_size:
@@ -104,7 +104,7 @@ class BatchStream:
         return micro_batch(batch)
 
     def _from_position(self) -> Iterator[Any]:
-        self._sampler.set_position(self.position, self.rank, self.world_size)  # type: ignore[union-attr]
+        self._sampler.set_position(self.position, self.rank, self.world_size)
         # The loader draws a seed for its workers; the training's own random numbers must not depend on that.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)

@@ -176,7 +176,7 @@ def clip_gradients(
     if max_norm is None and not wanted:
         return None
     limit = math.inf if max_norm is None else max_norm
-    return fabric.clip_gradients(model, optimizer, max_norm=limit, error_if_nonfinite=False)  # type: ignore[arg-type]
+    return fabric.clip_gradients(model, optimizer, max_norm=limit, error_if_nonfinite=False)
 
 
 def stop_reason(

@@ -185,6 +185,8 @@ def test_precisions(place, capsys):
     assert {t.dtype for t in torch.load("out/pretrain/final/lit_model.pth").values()} == {torch.bfloat16}
     assert run("--config", "tiny.yaml", "--precision", "bf16-mixed", "--overwrite", "true") == 0
     assert {t.dtype for t in torch.load("out/pretrain/final/lit_model.pth").values()} == {torch.float32}
+    assert run("--config", "tiny.yaml", "--precision", "64-true", "--overwrite", "true") == 0
+    assert torch.load(place / "out/pretrain/final/lit_model.pth")["lm_head.weight"].dtype == torch.float64
     error = fails(capsys, "--config", "tiny.yaml", "--precision", "bf16", "--out_dir", "x")
     assert "--precision bf16 is unknown. Choose one of: 32-true" in error
 
