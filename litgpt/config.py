@@ -26,8 +26,9 @@ ROPE_ADJUSTMENTS = {
     "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"}, set()),
     "yarn": (
         {"factor", "original_max_seq_len", "beta_fast", "beta_slow"},
-        {"mscale", "mscale_all_dim", "attention_factor", "truncate"},
+        {"mscale", "mscale_all_dim", "attention_factor", "truncate", "llama_4_scaling_beta"},
     ),
+    "longrope": ({"short_factor", "long_factor", "original_max_seq_len", "attention_factor"}, set()),
 }
 
 
@@ -104,7 +105,9 @@ class Config:
     rope_adjustments: dict | None = None
     """Stretching of the context, by its keys: {factor} is linear, with low_freq_factor, high_freq_factor and
     original_max_seq_len Llama 3's by-parts rule, with beta_fast, beta_slow and original_max_seq_len YaRN (optional:
-    mscale, mscale_all_dim, attention_factor, truncate)."""
+    mscale, mscale_all_dim, attention_factor, truncate; llama_4_scaling_beta also scales the queries by
+    1 + beta * log(1 + floor(position / original_max_seq_len))), and with short_factor, long_factor (one divisor for each
+    frequency, up to and beyond original_max_seq_len) and attention_factor LongRoPE."""
     rope_interleave: bool = False
     """Rotate neighbouring pairs (0, 1), (2, 3), ... instead of pairing the first half of a head with the second."""
 
@@ -123,7 +126,7 @@ class Config:
     n_shared_expert: int | None = None
     """Experts that see every token, held as one MLP of n_shared_expert * moe_intermediate_size."""
     n_expert_groups: int | None = None
-    """Set: sigmoid routing by groups of experts (DeepSeek V3) instead of softmax top-k."""
+    """Set: each token chooses among the experts of its best groups only (DeepSeek), these being so many."""
     n_topk_groups: int | None = None
     """Groups of experts a token may choose from."""
     n_topk_scores_per_group: int | None = None
@@ -135,7 +138,7 @@ class Config:
     routed_scaling_factor: float = 1.0
     """The routed experts' output is multiplied by this."""
     norm_topk_prob: bool = False
-    """Grouped routing: divide the weights of a token's chosen experts by their sum (softmax top-k always does)."""
+    """Sigmoid routing: divide the weights of a token's chosen experts by their sum. (softmax: softmax_after_topk.)"""
 
     scale_embeddings: bool = False
     """Multiply the token embeddings by sqrt(n_embd)."""
@@ -163,6 +166,28 @@ class Config:
     softmax_after_topk: bool = _newer(True)
     """Softmax routing: the weights of a token's chosen experts come from a softmax over these alone, so that they sum
     to 1; otherwise from a softmax over all experts."""
+    attn_proj_bias: bool | None = _newer(None)
+    """Bias on the attention's output projection. Default: as `bias`."""
+    mlp_bias: bool | None = _newer(None)
+    """Bias on the linear layers of the MLP. Default: as `bias`."""
+    clip_qkv: float | None = _newer(None)
+    """Queries, keys and values are clamped to this range around 0 before anything else is done with them."""
+    attention_sinks: bool = _newer(False)
+    """Each head has one learned score for a key without a value, to which attention may go (gpt-oss)."""
+    nope_indices: list[int] | None = _newer(None)
+    """One entry per layer, 1 = no rotary embedding; a shorter pattern repeats. Default: every layer has one."""
+    swiglu_limit: float | None = _newer(None)
+    """LLaMAMLP clamps its gate and its linear half to this, with a steeper sigmoid (gpt-oss)."""
+    router_scores: str | None = _newer(None)
+    """Scores of the experts: softmax or sigmoid. Default: sigmoid where n_expert_groups is set."""
+    router_bias: bool = _newer(False)
+    """Bias on the router."""
+    embedding_multiplier: float = _newer(1.0)
+    """Multiply the token embeddings by this."""
+    residual_multiplier: float = _newer(1.0)
+    """Multiply the outputs of attention and MLP by this before they are added to the residual stream."""
+    logits_scaling: float = _newer(1.0)
+    """Divide the logits by this."""
 
     # Never written: the weights file and config.json say it themselves.
     tie_embeddings: bool = False
@@ -171,10 +196,13 @@ class Config:
     def __post_init__(self) -> None:
         for spec in fields(self):
             setattr(self, spec.name, _checked(spec.name, spec.type, getattr(self, spec.name)))
+        for name, implied in _implied(vars(self)).items():
+            if getattr(self, name) is None:
+                setattr(self, name, implied)
         self._derive_vocabulary()
         self._derive_attention()
         self._derive_mlp()
-        self._derive_norms()
+        self._check_norms()
 
     @property
     def rope_n_elem(self) -> int:
@@ -185,7 +213,7 @@ class Config:
 
     @property
     def rope_kind(self) -> str | None:
-        """`linear`, `llama3`, `yarn`, or None where rope_adjustments is not set."""
+        """`linear`, `llama3`, `yarn`, `longrope`, or None where rope_adjustments is not set."""
         return _rope_kind(self.rope_adjustments) if self.rope_adjustments else None
 
     # --- reading and writing -------------------------------------------------------------------------------------
@@ -236,7 +264,7 @@ class Config:
         """What goes into `model_config.yaml`: the classic fields always, newer ones only where they differ."""
         values = asdict(self)
         values.pop("tie_embeddings")
-        implied = _implied_by_name(values)
+        implied = _implied(values)
         for spec in fields(self):
             if spec.metadata.get("newer") and values[spec.name] == implied.get(spec.name, spec.default):
                 values.pop(spec.name)
@@ -270,9 +298,8 @@ class Config:
         groups_fit = self.n_query_groups > 0 and self.n_head % self.n_query_groups == 0
         self._require("n_query_groups", groups_fit, f"a divisor of n_head={self.n_head}")
         self._require_one_of("norm_qk_type", ("default", "olmo2"))
-        for name in ("head_size", "attention_scores_scalar", "attention_logit_softcapping", "final_logit_softcapping"):
-            value = getattr(self, name)
-            self._require(name, value is None or value > 0, "a positive number")
+        self._require_positive("head_size", "attention_scores_scalar", "attention_logit_softcapping", "clip_qkv")
+        self._require_positive("final_logit_softcapping", "logits_scaling")
         self._derive_windows()
         self._check_latent_attention()
         self._derive_rope()
@@ -303,17 +330,21 @@ class Config:
         self._require("rotary_percentage", 0 <= self.rotary_percentage <= 1, "between 0 and 1")
         remedy = f"such that the rotated part of a head is even (it is {self.rope_n_elem} of {self.head_size})"
         self._require("rotary_percentage", self.rope_n_elem % 2 == 0, remedy)
-        for name in ("rope_base", "rope_condense_ratio", "rope_local_base_freq"):
-            value = getattr(self, name)
-            self._require(name, value is None or value > 0, "a positive number")
+        self._require_positive("rope_base", "rope_condense_ratio", "rope_local_base_freq")
         if self.rope_local_base_freq is not None and self.rope_indices is None:
             self.rope_indices = [1]
         self._fill_pattern("rope_indices")
         wants_local = self.rope_indices is not None and any(self.rope_indices)
         has_local = self.rope_local_base_freq is not None
         self._require("rope_local_base_freq", has_local or not wants_local, "set, as rope_indices is")
-        if self.rope_adjustments is not None:
-            _rope_kind(self.rope_adjustments)
+        self._fill_pattern("nope_indices")
+        if self.rope_adjustments is not None and _rope_kind(self.rope_adjustments) == "longrope":
+            self._require("rope_local_base_freq", not has_local, "null, as rope_adjustments is that of LongRoPE")
+            for name in ("short_factor", "long_factor"):
+                factors = self.rope_adjustments[name]
+                if not isinstance(factors, list) or len(factors) != self.rope_n_elem // 2:
+                    wanted = f"one number for each of the {self.rope_n_elem // 2} frequencies"
+                    raise ValueError(f"Config field rope_adjustments.{name}={factors!r}: it must be {wanted}.")
 
     def _derive_mlp(self) -> None:
         self._require_one_of("mlp_class_name", MLP_CLASSES)
@@ -322,7 +353,7 @@ class Config:
             remedy = f"set: {self.mlp_class_name} has no default for it"
             self._require("intermediate_size", self.mlp_class_name == "GptNeoxMLP", remedy)
             self.intermediate_size = 4 * self.n_embd
-        self._require("intermediate_size", self.intermediate_size > 0, "a positive number")
+        self._require_positive("intermediate_size", "swiglu_limit")
         if self.mlp_class_name == "LLaMAMoE":
             self._check_experts()
 
@@ -334,6 +365,7 @@ class Config:
         self._require("moe_intermediate_size", size is None or size > 0, "a positive number, or null")
         self._require("n_shared_expert", shared is None or shared >= 0, "0 or more, or null")
         self._require("first_k_dense_replace", dense is None or dense >= 0, "0 or more, or null")
+        self._require_one_of("router_scores", ("softmax", "sigmoid"))
         groups = self.n_expert_groups
         if groups is None:
             return
@@ -345,11 +377,8 @@ class Config:
         enough = self.n_expert_per_token <= top * group_size
         self._require("n_expert_per_token", enough, f"at most the {top * group_size} experts of n_topk_groups={top}")
 
-    def _derive_norms(self) -> None:
+    def _check_norms(self) -> None:
         self._require_one_of("norm_class_name", NORM_CLASSES)
-        for name, implied in _implied_by_name(vars(self)).items():
-            if getattr(self, name) is None:
-                setattr(self, name, implied)
         only_rms = not self.norm_unit_offset or self.norm_class_name == "RMSNorm"
         self._require("norm_unit_offset", only_rms, "false, as norm_class_name is LayerNorm")
         lone_norm = not self.shared_attention_norm or self.parallel_residual
@@ -363,6 +392,11 @@ class Config:
         self._require(name, bool(pattern) and all(x in (0, 1) for x in pattern), "a list of 0 and 1")
         repeated = list(pattern) * -(-self.n_layer // len(pattern))
         setattr(self, name, [int(x) for x in repeated[: self.n_layer]])
+
+    def _require_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            self._require(name, value is None or value > 0, "a positive number")
 
     def _require(self, name: str, holds: bool, remedy: str) -> None:
         if not holds:
@@ -397,6 +431,13 @@ def _implied_by_name(values: dict[str, Any]) -> dict[str, bool]:
         "norm_unit_offset": norm == "RMSNorm" and "Gemma" in name,
         "norm_affine": not (norm == "LayerNorm" and "OLMo" in name),
     }
+
+
+def _implied(values: dict[str, Any]) -> dict[str, Any]:
+    """What the other fields say about those that were left at None."""
+    bias = values.get("bias", True)
+    scores = "softmax" if values.get("n_expert_groups") is None else "sigmoid"
+    return {**_implied_by_name(values), "attn_proj_bias": bias, "mlp_bias": bias, "router_scores": scores}
 
 
 def _rope_kind(adjustments: dict[str, Any]) -> str:

@@ -28,6 +28,12 @@ from litgpt.config import Config
 # Added to the score of a key that must not be seen. Finite, so that a row that sees nothing (padding) stays finite, and
 # representable in every dtype; its exponential is 0 in all of them.
 HIDDEN = -30000.0
+# How many queries at a time attention that is written out looks at.
+QUERY_BLOCK = 512
+# The norms within latent attention keep this, whatever norm_eps is.
+LATENT_NORM_EPS = 1e-6
+# How much steeper than in SiLU the sigmoid of the clamped SwiGLU is.
+CLAMPED_SWIGLU_ALPHA = 1.702
 
 
 class GPT(nn.Module):
@@ -86,19 +92,21 @@ class GPT(nn.Module):
         """(B, T, C) output of the last block after the final norm. Arguments as for `forward`."""
         self._check_call(idx, document_ids, cache)
         x = self.transformer["wte"](idx)  # (B, T, C)
-        if self.config.scale_embeddings:
-            x = x * math.sqrt(self.config.n_embd)
-        rotations = self.rope(torch.arange(idx.size(1), device=idx.device)[None] if positions is None else positions)
+        scale = math.sqrt(self.config.n_embd) if self.config.scale_embeddings else self.config.embedding_multiplier
+        x = x if scale == 1 else x * scale
+        places = torch.arange(idx.size(1), device=idx.device)[None] if positions is None else positions
+        rotations = self.rope(places, idx.size(1) if cache is None else cache.max_length)
         plans = self._plan_attention(idx, positions, document_ids, cache, x.dtype)
         for layer, block in enumerate(self.transformer["h"]):
-            rotation = rotations[self.config.rope_indices[layer] if self.config.rope_indices else 0]
             layer_cache = None if cache is None else cache.layers[layer]
+            rotation = rotations[rotation_of(self.config, layer)]
             x = block(x, rotation, plans[window_of(self.config, layer)], layer_cache)
         return self.transformer["ln_f"](x)
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., C) hidden states -> (..., V) logits."""
         z = self.lm_head(x)
+        z = z if self.config.logits_scaling == 1 else z / self.config.logits_scaling
         cap = self.config.final_logit_softcapping
         return z if cap is None else cap * torch.tanh(z / cap)
 
@@ -131,6 +139,8 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=std)
             elif isinstance(module, (nn.LayerNorm, RMSNorm)):
                 module.reset_parameters()
+            if isinstance(module, CausalSelfAttention) and module.sinks is not None:
+                nn.init.zeros_(module.sinks)
             if isinstance(module, Router) and module.e_score_correction_bias is not None:
                 nn.init.zeros_(module.e_score_correction_bias)
 
@@ -199,18 +209,22 @@ class Block(nn.Module):
             self.norm_2 = build_norm(config, config.n_embd) if config.norm_2 else nn.Identity()
         self.mlp = build_mlp(config, layer)
         self.post_mlp_norm = build_norm(config, config.n_embd) if config.post_mlp_norm else nn.Identity()
+        self.multiplier = config.residual_multiplier
 
     def forward(
-        self, x: Tensor, rotation: "Rotation", plan: "AttentionPlan", cache: "LayerCache | None" = None
+        self, x: Tensor, rotation: "Rotation | None", plan: "AttentionPlan", cache: "LayerCache | None" = None
     ) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         normed = self.norm_1(x)
-        attended = self.post_attention_norm(self.attn(normed, rotation, plan, cache))
+        attended = self._scaled(self.post_attention_norm(self.attn(normed, rotation, plan, cache)))
         if self.parallel:
             mlp_input = normed if self.shared_norm else self.norm_2(x)
-            return attended + self.post_mlp_norm(self.mlp(mlp_input)) + x
+            return attended + self._scaled(self.post_mlp_norm(self.mlp(mlp_input))) + x
         x = attended + x
-        return self.post_mlp_norm(self.mlp(self.norm_2(x))) + x
+        return self._scaled(self.post_mlp_norm(self.mlp(self.norm_2(x)))) + x
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.multiplier == 1 else x * self.multiplier
 
 
 class CausalSelfAttention(nn.Module):
@@ -225,7 +239,9 @@ class CausalSelfAttention(nn.Module):
         self.softcap = config.attention_logit_softcapping
         self.scale = 1 / math.sqrt(config.attention_scores_scalar or size)
         self.qkv = nn.Linear(config.n_embd, sum(self.sizes) * size, bias=config.bias or config.attn_bias)
-        self.proj = nn.Linear(heads * size, config.n_embd, bias=config.bias)
+        self.proj = nn.Linear(heads * size, config.n_embd, bias=config.attn_proj_bias)
+        self.clip = config.clip_qkv
+        self.sinks = nn.Parameter(torch.zeros(heads)) if config.attention_sinks else None
         self.norm_all_heads = config.norm_qk_type == "olmo2"
         if config.norm_qk:
             self.norm_q = build_norm(config, heads * size if self.norm_all_heads else size)
@@ -234,20 +250,21 @@ class CausalSelfAttention(nn.Module):
             self.norm_q = self.norm_k = None
 
     def forward(
-        self, x: Tensor, rotation: "Rotation", plan: "AttentionPlan", cache: "LayerCache | None" = None
+        self, x: Tensor, rotation: "Rotation | None", plan: "AttentionPlan", cache: "LayerCache | None" = None
     ) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        q, k, v = self.qkv(x).split([heads * self.head_size for heads in self.sizes], dim=-1)  # (B, T, heads * D)
+        qkv = self.qkv(x) if self.clip is None else self.qkv(x).clamp(-self.clip, self.clip)
+        q, k, v = qkv.split([heads * self.head_size for heads in self.sizes], dim=-1)  # (B, T, heads * D)
         if self.norm_q is not None and self.norm_all_heads:
             q, k = self.norm_q(q), self.norm_k(k)
         q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in (q, k, v))  # (B, T, H, D), twice (B, T, G, D)
         if self.norm_q is not None and not self.norm_all_heads:
             q, k = self.norm_q(q), self.norm_k(k)
-        q = rotate(q, rotation, self.interleave)
+        q = rotate(scale_queries(q, rotation), rotation, self.interleave)
         k = rotate(k, rotation, self.interleave)
         if cache is not None:
             k, v = cache.update(plan, k, v)  # (B, S, G, D)
-        y = attend(q, k, v, plan.mask, self.scale, self.softcap)  # (B, T, H, D)
+        y = attend(q, k, v, plan.mask, self.scale, self.softcap, self.sinks)  # (B, T, H, D)
         return self.proj(y.flatten(-2))
 
 
@@ -273,20 +290,21 @@ class LatentAttention(nn.Module):
             self.q_proj = nn.Linear(config.n_embd, self.n_head * query_size, bias=False)
         else:
             self.q_a_proj = nn.Linear(config.n_embd, query_rank, bias=config.attn_bias)
-            self.q_a_norm = RMSNorm(query_rank, eps=config.norm_eps)
+            self.q_a_norm = RMSNorm(query_rank, eps=LATENT_NORM_EPS)
             self.q_b_proj = nn.Linear(query_rank, self.n_head * query_size, bias=False)
         self.compresses_queries = query_rank is not None
         self.kv_a_proj_with_mqa = nn.Linear(config.n_embd, self.rank + self.rotated_size, bias=config.attn_bias)
-        self.kv_a_norm = RMSNorm(self.rank, eps=config.norm_eps)
+        self.kv_a_norm = RMSNorm(self.rank, eps=LATENT_NORM_EPS)
         self.kv_b_proj = nn.Linear(self.rank, self.n_head * (self.plain_size + self.value_size), bias=False)
-        self.proj = nn.Linear(self.n_head * self.value_size, config.n_embd, bias=config.bias)
+        self.proj = nn.Linear(self.n_head * self.value_size, config.n_embd, bias=config.attn_proj_bias)
 
     def forward(
-        self, x: Tensor, rotation: "Rotation", plan: "AttentionPlan", cache: "LayerCache | None" = None
+        self, x: Tensor, rotation: "Rotation | None", plan: "AttentionPlan", cache: "LayerCache | None" = None
     ) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))) if self.compresses_queries else self.q_proj(x)
-        q_plain, q_rotated = q.unflatten(-1, (self.n_head, -1)).split([self.plain_size, self.rotated_size], dim=-1)
+        q = scale_queries(q.unflatten(-1, (self.n_head, -1)), rotation)  # (B, T, H, Q)
+        q_plain, q_rotated = q.split([self.plain_size, self.rotated_size], dim=-1)
         q_rotated = rotate(q_rotated, rotation, self.interleave)  # (B, T, H, .)
         latent, k_rotated = self.kv_a_proj_with_mqa(x).split([self.rank, self.rotated_size], dim=-1)
         latent = self.kv_a_norm(latent)[:, :, None]  # (B, T, 1, R)
@@ -342,8 +360,8 @@ class GptNeoxMLP(nn.Module):
     def __init__(self, config: Config, intermediate_size: int | None = None) -> None:
         super().__init__()
         width = intermediate_size or config.intermediate_size
-        self.fc = nn.Linear(config.n_embd, width, bias=config.bias)
-        self.proj = nn.Linear(width, config.n_embd, bias=config.bias)
+        self.fc = nn.Linear(config.n_embd, width, bias=config.mlp_bias)
+        self.proj = nn.Linear(width, config.n_embd, bias=config.mlp_bias)
         self.approximate = config.gelu_approximate
 
     def forward(self, x: Tensor) -> Tensor:
@@ -352,36 +370,41 @@ class GptNeoxMLP(nn.Module):
 
 
 class LLaMAMLP(nn.Module):
-    """A SiLU-gated unit (SwiGLU, https://arxiv.org/abs/2002.05202)."""
+    """A SiLU-gated unit (SwiGLU, https://arxiv.org/abs/2002.05202), or the clamped one of gpt-oss
+    (https://arxiv.org/abs/2508.10925)."""
 
     def __init__(self, config: Config, intermediate_size: int | None = None) -> None:
         super().__init__()
         width = intermediate_size or config.intermediate_size
-        self.fc_1 = nn.Linear(config.n_embd, width, bias=config.bias)
-        self.fc_2 = nn.Linear(config.n_embd, width, bias=config.bias)
-        self.proj = nn.Linear(width, config.n_embd, bias=config.bias)
+        self.fc_1 = nn.Linear(config.n_embd, width, bias=config.mlp_bias)
+        self.fc_2 = nn.Linear(config.n_embd, width, bias=config.mlp_bias)
+        self.proj = nn.Linear(width, config.n_embd, bias=config.mlp_bias)
         self.approximate = config.gelu_approximate
+        self.limit = config.swiglu_limit
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        return self.proj(self.activation(self.fc_1(x)) * self.fc_2(x))
+        return self.proj(self.gated(self.fc_1(x), self.fc_2(x)))
 
-    def activation(self, x: Tensor) -> Tensor:
-        return F.silu(x)
+    def gated(self, gate: Tensor, x: Tensor) -> Tensor:
+        if self.limit is None:
+            return F.silu(gate) * x
+        gate, x = gate.clamp(max=self.limit), x.clamp(-self.limit, self.limit)
+        return gate * torch.sigmoid(CLAMPED_SWIGLU_ALPHA * gate) * (x + 1)
 
 
 class GemmaMLP(LLaMAMLP):
     """A GELU-gated unit (GEGLU)."""
 
-    def activation(self, x: Tensor) -> Tensor:
-        return F.gelu(x, approximate=self.approximate)
+    def gated(self, gate: Tensor, x: Tensor) -> Tensor:
+        return F.gelu(gate, approximate=self.approximate) * x
 
 
 class LLaMAMoE(nn.Module):
     """A mixture of experts: each token goes through the K experts that the router chooses for it.
 
-    Softmax routing as in Mixtral (https://arxiv.org/abs/2401.04088), or, where n_expert_groups is set, sigmoid routing
-    by groups with shared experts as in DeepSeek V3 (https://arxiv.org/abs/2412.19437).
+    The router's scores are a softmax as in Mixtral (https://arxiv.org/abs/2401.04088) or sigmoids as in DeepSeek V3
+    (https://arxiv.org/abs/2412.19437); both may choose by groups of experts and have experts that see every token.
     """
 
     def __init__(self, config: Config) -> None:
@@ -410,14 +433,22 @@ class LLaMAMoE(nn.Module):
 
 
 class Router(nn.Linear):
-    """Scores of the experts; the bias of grouped routing steers the choice only and stays in float32."""
+    """Logits of the experts, in float32: which ones are chosen is sensitive to rounding.
+
+    The correction bias of sigmoid routing steers the choice only, and stays in float32.
+    """
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config.n_embd, config.n_expert, bias=False)
+        super().__init__(config.n_embd, config.n_expert, bias=config.router_bias)
         self.config = config
-        grouped = config.n_expert_groups is not None
-        bias = torch.zeros(config.n_expert, dtype=torch.float32) if grouped else None
-        self.register_buffer("e_score_correction_bias", bias)
+        corrects = config.router_scores == "sigmoid"
+        correction = torch.zeros(config.n_expert, dtype=torch.float32) if corrects else None
+        self.register_buffer("e_score_correction_bias", correction)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C) -> (N, E) logits."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
     def _apply(self, fn, recurse=True):
         before = self.e_score_correction_bias
@@ -431,32 +462,25 @@ class Router(nn.Linear):
 def route(gate: Router, x: Tensor) -> tuple[Tensor, Tensor]:
     """(N, C) tokens -> weights (N, K) in float32 and numbers (N, K) of the experts they go through."""
     config = gate.config
+    sigmoid = config.router_scores == "sigmoid"
+    scores = gate(x).sigmoid() if sigmoid else gate(x).softmax(dim=-1)  # (N, E)
+    preference = scores + gate.e_score_correction_bias if sigmoid else scores
     if config.n_expert_groups is not None:
-        return route_by_groups(gate, x)
-    scores = gate(x).float()  # (N, E)
-    if config.softmax_after_topk:
-        best, chosen = scores.topk(config.n_expert_per_token)
-        weights = best.softmax(dim=-1)
-    else:
-        weights, chosen = scores.softmax(dim=-1).topk(config.n_expert_per_token)
+        preference = only_best_groups(preference, config)
+    chosen = preference.topk(config.n_expert_per_token, dim=-1).indices  # (N, K)
+    weights = scores.gather(1, chosen)
+    if config.norm_topk_prob if sigmoid else config.softmax_after_topk:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
     return weights * config.routed_scaling_factor, chosen
 
 
-def route_by_groups(gate: Router, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Sigmoid scores; the best n_topk_groups groups are chosen first, then the best experts within them."""
-    config = gate.config
-    with torch.autocast(x.device.type, enabled=False):  # the choice is sensitive to rounding
-        scores = F.linear(x.float(), gate.weight.float()).sigmoid()  # (N, E)
-    preference = (scores + gate.e_score_correction_bias).unflatten(-1, (config.n_expert_groups, -1))
+def only_best_groups(preference: Tensor, config: Config) -> Tensor:
+    """(N, E) preferences -> the same, -inf outside the n_topk_groups groups whose best experts have the largest sum."""
+    preference = preference.unflatten(-1, (config.n_expert_groups, -1))
     of_group = preference.topk(config.n_topk_scores_per_group, dim=-1).values.sum(dim=-1)  # (N, groups)
     best_groups = of_group.topk(config.n_topk_groups, dim=-1).indices
     allowed = torch.zeros_like(of_group, dtype=torch.bool).scatter_(1, best_groups, True)
-    preference = preference.masked_fill(~allowed[..., None], -math.inf).flatten(1)
-    chosen = preference.topk(config.n_expert_per_token, dim=-1).indices  # (N, K)
-    weights = scores.gather(1, chosen)
-    if config.norm_topk_prob:
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-    return weights * config.routed_scaling_factor, chosen
+    return preference.masked_fill(~allowed[..., None], -math.inf).flatten(1)
 
 
 def build_mlp(config: Config, layer: int) -> nn.Module:
@@ -511,6 +535,8 @@ class Rotation(NamedTuple):
 
     cos: Tensor
     sin: Tensor
+    query_scale: Tensor | None = None
+    """(B or 1, T, 1, 1), by what queries are multiplied besides."""
 
 
 class RotaryEmbedding(nn.Module):
@@ -526,15 +552,21 @@ class RotaryEmbedding(nn.Module):
         frequencies, self.magnitudes = rope_frequencies(config)
         self.register_buffer("frequencies", frequencies, persistent=False)  # (bases, P)
 
-    def forward(self, positions: Tensor) -> list[Rotation]:
-        """(B or 1, T) positions -> the rotation for rope_base, then that for rope_local_base_freq if there is one."""
+    def forward(self, positions: Tensor, length: int) -> list[Rotation | None]:
+        """(B or 1, T) positions in sequences of up to `length` -> the rotations, in the order `rotation_of` counts."""
         if self.frequencies.device != positions.device:  # the weights were given to a model built without memory
             self.frequencies = rope_frequencies(self.config)[0].to(positions.device)
-        angles = positions.clamp(min=0).float()[..., None, None] * self.frequencies[:, None, None, None]
-        return [
-            Rotation(of_base.cos() * magnitude, of_base.sin() * magnitude)
+        positions = positions.clamp(min=0)
+        angles = positions.float()[..., None, None] * self.frequencies[:, None, None, None]
+        scale = query_scale(positions, self.config)
+        rotations = [
+            Rotation(of_base.cos() * magnitude, of_base.sin() * magnitude, scale)
             for of_base, magnitude in zip(angles, self.magnitudes, strict=True)
         ]
+        if self.config.rope_kind == "longrope":
+            # A property of the call, not of the token: keys that are cached must fit the queries still to come.
+            rotations = rotations[length > self.config.rope_adjustments["original_max_seq_len"] :][:1]
+        return [*rotations, None]
 
     def _apply(self, fn, recurse=True):
         self.frequencies = rope_frequencies(self.config)[0].to(fn(self.frequencies).device)
@@ -542,7 +574,10 @@ class RotaryEmbedding(nn.Module):
 
 
 def rope_frequencies(config: Config) -> tuple[Tensor, list[float]]:
-    """Angles per position (bases, P), in float32 on the CPU, and a factor on the cosines and sines of each base."""
+    """Angles per position (bases, P), in float32 on the CPU, and a factor on the cosines and sines of each base.
+
+    The bases are rope_base and, where there is one, rope_local_base_freq; or those of short and long sequences.
+    """
     size = config.rope_n_elem
     exponents = torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / max(size, 1)
     frequencies = 1.0 / config.rope_base**exponents / config.rope_condense_ratio
@@ -554,6 +589,9 @@ def rope_frequencies(config: Config) -> tuple[Tensor, list[float]]:
         frequencies = stretch_by_parts(frequencies, stretch)
     elif config.rope_kind == "yarn":
         frequencies, magnitude = stretch_yarn(frequencies, stretch, config.rope_base)
+    elif config.rope_kind == "longrope":  # https://arxiv.org/abs/2402.13753
+        divisors = torch.tensor([stretch["short_factor"], stretch["long_factor"]], dtype=torch.float32, device="cpu")
+        return frequencies / divisors, [stretch["attention_factor"]] * 2
     if config.rope_local_base_freq is None:
         return frequencies[None], [magnitude]
     local = 1.0 / config.rope_local_base_freq**exponents
@@ -600,9 +638,31 @@ def yarn_magnitude(factor: float, strength: float = 1.0) -> float:
     return 0.1 * strength * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def rotate(x: Tensor, rotation: Rotation, interleave: bool) -> Tensor:
+def query_scale(positions: Tensor, config: Config) -> Tensor | None:
+    """What queries are multiplied by at each (B or 1, T) position, (B or 1, T, 1, 1), as in Llama 4 and Ministral 3."""
+    beta = (config.rope_adjustments or {}).get("llama_4_scaling_beta")
+    if beta is None:
+        return None
+    periods = positions // config.rope_adjustments["original_max_seq_len"]
+    return 1 + beta * torch.log1p(periods.float())[..., None, None]
+
+
+def rotation_of(config: Config, layer: int) -> int:
+    """Which of the rotations of a call a layer uses; -1 is none at all."""
+    if config.nope_indices is not None and config.nope_indices[layer]:
+        return -1
+    return config.rope_indices[layer] if config.rope_indices else 0
+
+
+def scale_queries(q: Tensor, rotation: Rotation | None) -> Tensor:
+    """(B, T, H, D) -> the same."""
+    scale = None if rotation is None else rotation.query_scale
+    return q if scale is None else (q * scale).to(q.dtype)
+
+
+def rotate(x: Tensor, rotation: Rotation | None, interleave: bool) -> Tensor:
     """Rotates the first 2 * P values of each head, in float32: (B, T, heads, D) -> the same."""
-    size = 2 * rotation.cos.size(-1)
+    size = 0 if rotation is None else 2 * rotation.cos.size(-1)
     if size == 0:
         return x
     part = x if size == x.size(-1) else x[..., :size]
@@ -633,14 +693,22 @@ class AttentionPlan:
     """Only so many slots of the cache are read."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Attention by the kernel that suits: q (B, T, H, Q), k (B, S, G, Q), v (B, S, G, D) -> (B, T, H, D)."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     heads, groups, tokens = q.size(1), k.size(1), q.size(2)
     if k.dtype != q.dtype:  # a cache in another dtype
         k, v = k.to(q.dtype), v.to(q.dtype)
-    if softcap is not None:
-        return attend_softcapped(q, k, v, mask, scale, softcap).transpose(1, 2)
+    if softcap is not None or sinks is not None:
+        return attend_written_out(q, k, v, mask, scale, softcap, sinks).transpose(1, 2)
     if tokens == 1 and mask is not None:
         # One token: the query heads of a group are rows of one product, and the keys need no copies.
         rows = q.reshape(q.size(0), groups, heads // groups, q.size(3))
@@ -655,16 +723,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, s
     return y.transpose(1, 2)
 
 
-def attend_softcapped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
-    """Attention with scores softcap * tanh(score / softcap), written out: no kernel knows them."""
+def attend_written_out(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Attention for what no kernel knows: scores softcap * tanh(score / softcap), and a sink for each head.
+
+    q (B, H, T, Q), k (B, G, S, Q), v (B, G, S, D), sinks (H,) -> (B, H, T, D). Queries are taken in blocks, so that
+    without gradients only the scores of one block are held.
+    """
     if mask is None:
         rows = torch.arange(q.size(2), device=q.device)
         mask = hidden_where(rows[None] > rows[:, None], q.dtype)[None, None]
-    q = q.unflatten(1, (k.size(1), -1))  # (B, G, H / G, T, D)
-    scores = (q * scale) @ k[:, :, None].transpose(-1, -2)
-    scores = softcap * torch.tanh(scores / softcap)
-    weights = (scores.float() + mask[:, :, None]).softmax(dim=-1).to(v.dtype)
-    return (weights @ v[:, :, None]).flatten(1, 2)
+    k, v = k[:, :, None], v[:, :, None]
+    parts = []
+    for queries, hidden in zip(q.split(QUERY_BLOCK, dim=2), mask.split(QUERY_BLOCK, dim=2), strict=True):
+        queries = queries.unflatten(1, (k.size(1), -1))  # (B, G, H / G, block, Q)
+        scores = (queries * scale) @ k.transpose(-1, -2)
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        scores = scores.float() + hidden[:, :, None]
+        if sinks is not None:  # one more key, which has no value
+            sink = sinks.float().view(1, k.size(1), -1, 1, 1).expand(*scores.shape[:-1], 1)
+            scores = torch.cat((scores, sink), dim=-1)
+        weights = scores.softmax(dim=-1)[..., : k.size(3)]
+        parts.append((weights.to(v.dtype) @ v).flatten(1, 2))
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
 def hidden_where(hidden: Tensor, dtype: torch.dtype) -> Tensor:

@@ -638,7 +638,7 @@ def test_yarn_keeps_fast_rotations_and_raises_the_magnitude():
 def test_rotation_turns_pairs_by_position_times_frequency(interleave):
     model = make(LLAMA, rope_interleave=interleave, rotary_percentage=0.5)
     position, size = 11, 4  # 4 of the 8 values of a head
-    (rotation,) = model.rope(torch.tensor([[position]]))
+    rotation, _ = model.rope(torch.tensor([[position]]), 1)
     x = torch.randn(1, 1, 3, 8)
     y = rotate(x, rotation, interleave)
     pairs = [(0, 1), (2, 3)] if interleave else [(0, 2), (1, 3)]
@@ -651,7 +651,7 @@ def test_rotation_turns_pairs_by_position_times_frequency(interleave):
 def test_rotation_at_a_far_position_is_exact_in_bfloat16():
     """Angles are made of float32 positions: bfloat16 would not even tell 1001 from 1000."""
     model = make(LLAMA).to(torch.bfloat16)
-    (far,) = model.rope(torch.tensor([[1000, 1001]]))
+    far, _ = model.rope(torch.tensor([[1000, 1001]]), 2)
     assert far.cos.dtype == torch.float32
     close(far.cos[0, :, 0, 0], torch.tensor([math.cos(1000), math.cos(1001)]), 1e-4)
 
