@@ -32,8 +32,11 @@ ROPE_ADJUSTMENTS = {
 }
 
 
+_NEWER = {"newer": True}
+
+
 def _newer(default: Any) -> Any:
-    return field(default=default, metadata={"newer": True})
+    return field(default=default, metadata=_NEWER)
 
 
 @dataclass
@@ -106,7 +109,7 @@ class Config:
     """Stretching of the context, by its keys: {factor} is linear, with low_freq_factor, high_freq_factor and
     original_max_seq_len Llama 3's by-parts rule, with beta_fast, beta_slow and original_max_seq_len YaRN (optional:
     mscale, mscale_all_dim, attention_factor, truncate; llama_4_scaling_beta also scales the queries by
-    1 + beta * log(1 + floor(position / original_max_seq_len))), and with short_factor, long_factor (one divisor for each
+    1 + beta * log(1 + floor(position / original_max_seq_len))), and with short_factor, long_factor (a divisor for each
     frequency, up to and beyond original_max_seq_len) and attention_factor LongRoPE."""
     rope_interleave: bool = False
     """Rotate neighbouring pairs (0, 1), (2, 3), ... instead of pairing the first half of a head with the second."""
@@ -174,7 +177,7 @@ class Config:
     """Queries, keys and values are clamped to this range around 0 before anything else is done with them."""
     attention_sinks: bool = _newer(False)
     """Each head has one learned score for a key without a value, to which attention may go (gpt-oss)."""
-    nope_indices: list[int] | None = _newer(None)
+    nope_indices: list[int] | None = field(default=None, metadata=_NEWER)
     """One entry per layer, 1 = no rotary embedding; a shorter pattern repeats. Default: every layer has one."""
     swiglu_limit: float | None = _newer(None)
     """LLaMAMLP clamps its gate and its linear half to this, with a steeper sigmoid (gpt-oss)."""
