@@ -1,6 +1,7 @@
 """What a Hugging Face architecture is to us: a map of its `config.json` and a map of its weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from litgpt.convert.fields import ConfigField
 from litgpt.convert.rules import RuleTable
@@ -15,9 +16,12 @@ class Architecture:
         model_type: As in `model_type` there.
         config: The map between `config.json` and `Config`.
         weights: The map between the weights' names and layouts.
+        defaults: What entries mean that a `config.json` of this architecture has, but the `text_config` of a multimodal
+            one may leave out.
     """
 
     name: str
     model_type: str
     config: tuple[ConfigField, ...]
     weights: RuleTable
+    defaults: dict[str, Any] = field(default_factory=dict)

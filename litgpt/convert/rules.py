@@ -6,14 +6,14 @@ A rule ties tensors of ours to tensors of a Hugging Face checkpoint by name temp
          ("model.layers.{layer}.self_attn.q_proj.{p}", "...k_proj.{p}", "...v_proj.{p}"), Concat(qkv_sizes))
 
 `{p}` stands for `weight` and `bias`; any other placeholder for a number. A rule may name tensors that a model does not
-have (biases): what must be there follows from the model itself, not from the table. A transform is a pair of inverse
-functions between the two sides, exact to the bit.
+have (biases): what must be there follows from the model itself, not from the table. Where `{expert}` stands on our side
+alone, theirs holds all experts in one tensor. A transform is a pair of inverse functions between the two sides, exact to
+the bit.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -23,6 +23,7 @@ from litgpt.checkpoint import Release
 from litgpt.config import Config
 
 Named = tuple[str, Tensor]
+EXPERT = "{expert}"
 
 
 class Transform(Protocol):
@@ -58,6 +59,19 @@ class Concat:
         return list(ours[0].split(self.sizes(config)))
 
 
+@dataclass(frozen=True)
+class Reverse:
+    """Another transform with the sides exchanged."""
+
+    transform: Transform
+
+    def to_ours(self, theirs: Sequence[Tensor], config: Config) -> list[Tensor]:
+        return self.transform.to_theirs(theirs, config)
+
+    def to_theirs(self, ours: Sequence[Tensor], config: Config) -> list[Tensor]:
+        return self.transform.to_ours(ours, config)
+
+
 class InterleavedQKV:
     """Theirs holds for each key/value group its queries, its key and its value; ours all queries, keys, values.
 
@@ -80,8 +94,20 @@ def join(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     first = parts[0]
     if not first.is_meta:
         return torch.cat(list(parts), dim)
+    dim %= first.dim()
     size = sum(part.shape[dim] for part in parts)
     return first.new_empty((*first.shape[:dim], size, *first.shape[dim + 1 :]))
+
+
+def stack(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """`torch.stack`, on the meta device by the shape alone, as `join`."""
+    parts = [part.unsqueeze(dim) for part in parts]
+    return join(parts, dim)
+
+
+def gate_sizes(config: Config) -> tuple[int, int]:
+    """Rows of the gate and of the linear half where theirs holds both, one below the other."""
+    return config.intermediate_size, config.intermediate_size
 
 
 def qkv_sizes(config: Config) -> tuple[int, int, int]:
@@ -92,15 +118,32 @@ def qkv_sizes(config: Config) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class Rule:
-    """Tensors of ours that are made of tensors of theirs and the other way round. See the module's docstring."""
+    """Tensors of ours that are made of tensors of theirs and the other way round. See the module's docstring.
+
+    `when` says for which configurations; without it, for all.
+    """
 
     ours: str | tuple[str, ...]
     theirs: str | tuple[str, ...]
     transform: Transform = Same()  # noqa: RUF009 - it has no state
+    when: Callable[[Config], bool] = lambda config: True
 
     def side(self, ours: bool) -> tuple[str, ...]:
+        """The name templates of one side."""
         names = self.ours if ours else self.theirs
         return (names,) if isinstance(names, str) else names
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether theirs holds all experts in one tensor. Then our side is the experts' tensors, template by template."""
+        return EXPERT in self.side(True)[0] and EXPERT not in self.side(False)[0]
+
+    def names(self, ours: bool, kind: str, numbers: Sequence[str], config: Config) -> tuple[str, ...]:
+        """The names of one side, placeholders filled with numbers that do not count the expert of a stacked rule."""
+        if not (ours and self.is_stacked):
+            return tuple(_fill(template, kind, numbers) for template in self.side(ours))
+        experts = [str(expert) for expert in range(config.n_expert)]
+        return tuple(_fill(template, kind, [*numbers, expert]) for template in self.side(True) for expert in experts)
 
 
 @dataclass(frozen=True)
@@ -128,34 +171,26 @@ class RuleTable:
         Raises:
             ValueError: Names that no rule knows, or pieces that never came; all of them.
         """
-        return self._translate(tensors, config, self._theirs, True, done)
+        return self._translate(tensors, config, True, done)
 
     def to_theirs(
         self, tensors: Iterable[Named], config: Config, done: Release = lambda tensor: None
     ) -> Iterator[Named]:
         """The other direction of `to_ours`."""
-        return self._translate(tensors, config, self._ours, False, done)
+        return self._translate(tensors, config, False, done)
 
     def is_ignored(self, name: str) -> bool:
         """Whether a tensor of a Hugging Face file is none of the model's weights."""
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
 
-    @cached_property
-    def _ours(self) -> dict[str, tuple[Rule, int, str]]:
-        return _index(self.rules, ours=True)
-
-    @cached_property
-    def _theirs(self) -> dict[str, tuple[Rule, int, str]]:
-        return _index(self.rules, ours=False)
-
     def _translate(
         self,
         tensors: Iterable[Named],
         config: Config,
-        index: dict[str, tuple[Rule, int, str]],
         to_ours: bool,
         done: Release,
     ) -> Iterator[Named]:
+        index = _index([rule for rule in self.rules if rule.when(config)], ours=not to_ours)
         pending: dict[tuple[str, ...], dict[int, Tensor]] = {}
         unknown = []
         for name, tensor in tensors:
@@ -164,10 +199,14 @@ class RuleTable:
             if rule is None:
                 unknown.append(name)
                 continue
-            targets = tuple(_fill(template, kind, numbers) for template in rule.side(to_ours))
+            wanted = len(rule.side(not to_ours))
+            if rule.is_stacked and not to_ours:
+                *numbers, expert = numbers
+                slot, wanted = slot * config.n_expert + int(expert), wanted * config.n_expert
+            targets = rule.names(to_ours, kind, numbers, config)
             pieces = pending.setdefault(targets, {})
             pieces[slot] = tensor
-            if len(pieces) < len(rule.side(not to_ours)):
+            if len(pieces) < wanted:
                 continue
             ordered = [piece for _, piece in sorted(pending.pop(targets).items())]
             transform = rule.transform.to_ours if to_ours else rule.transform.to_theirs
@@ -180,7 +219,7 @@ class RuleTable:
             raise ValueError("The weights do not fit the architecture:\n  " + "\n  ".join(lines))
 
 
-def _index(rules: tuple[Rule, ...], ours: bool) -> dict[str, tuple[Rule, int, str]]:
+def _index(rules: Sequence[Rule], ours: bool) -> dict[str, tuple[Rule, int, str]]:
     """Rules by the shape of each name on one side: `{p}` filled, other placeholders as `#`."""
     index = {}
     for rule in rules:
