@@ -7,8 +7,8 @@ A rule ties tensors of ours to tensors of a Hugging Face checkpoint by name temp
 
 `{p}` stands for `weight` and `bias`; any other placeholder for a number. A rule may name tensors that a model does not
 have (biases): what must be there follows from the model itself, not from the table. Where `{expert}` stands on our side
-alone, theirs holds all experts in one tensor. A transform is a pair of inverse functions between the two sides, exact to
-the bit.
+alone, theirs holds all experts in one tensor. A transform is a pair of inverse functions between the two sides, exact
+to the bit.
 """
 
 import re
@@ -135,7 +135,7 @@ class Rule:
 
     @property
     def is_stacked(self) -> bool:
-        """Whether theirs holds all experts in one tensor. Then our side is the experts' tensors, template by template."""
+        """Whether theirs holds all experts in one tensor; our side is then every expert's, template by template."""
         return EXPERT in self.side(True)[0] and EXPERT not in self.side(False)[0]
 
     def names(self, ours: bool, kind: str, numbers: Sequence[str], config: Config) -> tuple[str, ...]:

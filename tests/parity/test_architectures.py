@@ -174,7 +174,7 @@ ROWS = {
         EXPERTS | GROUPS | LATENT | {"n_group": 1, "topk_group": 1, "attention_bias": True, "rope_interleave": False},
     ),
 }
-# Of bfloat16: by how much the mean error of ours may exceed that of the reference, both against float32.
+# By how much the rounding error of ours in bfloat16 may exceed that of the reference.
 BFLOAT16_BOUND = 1.1
 
 
@@ -246,14 +246,17 @@ def test_cached_decode(pair):
 
 
 @torch.inference_mode()
-def test_bfloat16_rounds_no_worse_than_the_reference(pair, tmp_path):
-    """Mean error against float32 over many tokens; the two round in different places, so that single ones may differ."""
+def test_bfloat16_rounds_no_worse_than_the_reference(pair):
+    """Mean error of a token's logits against float32, the median over many tokens: in a mixture, rounding sends a few
+    tokens to other experts, and these, different ones in the two, have errors of their own."""
     idx = tokens(8, 60)
     exact = pair.reference(idx).logits
+
+    def error(logits: torch.Tensor) -> torch.Tensor:
+        return (logits[..., :VOCABULARY].float() - exact).abs().mean(-1).median()
+
     rounded = type(pair.reference).from_pretrained(pair.path, dtype=torch.bfloat16).eval()
-    theirs = (rounded(idx).logits.float() - exact).abs().mean()
-    ours = load_model(pair.path, dtype=torch.bfloat16)
-    assert (ours(idx)[..., :VOCABULARY].float() - exact).abs().mean() <= BFLOAT16_BOUND * theirs
+    assert error(load_model(pair.path, dtype=torch.bfloat16)(idx)) <= BFLOAT16_BOUND * error(rounded(idx).logits)
 
 
 @torch.inference_mode()
