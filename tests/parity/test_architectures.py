@@ -148,6 +148,10 @@ ROWS = {
             "attention_bias": True,
         },
     ),
+    "SeedOss": (
+        "SeedOss",
+        {"head_dim": 16, "attention_out_bias": True, "residual_dropout": 0.0, "attention_dropout": 0.0},
+    ),
     "Glm4": ("Glm4", {"head_dim": 16}),
     "Glm4Moe": ("Glm4Moe", EXPERTS | GROUPS | {"head_dim": 16, "attention_bias": True, "use_qk_norm": True}),
     "Glm4Moe one group": ("Glm4Moe", EXPERTS | GROUPS | {"n_group": 1, "topk_group": 1, "norm_topk_prob": False}),
