@@ -13,7 +13,8 @@ from torch import Tensor
 from litgpt.checkpoint import Release, copy_companion_files, write_state_dict
 from litgpt.config import Config
 from litgpt.convert.architectures import ARCHITECTURES
-from litgpt.convert.hf_config import architecture_of, config_from_hf, config_to_hf, differences
+from litgpt.convert.hf_config import config_from_hf, config_to_hf, differences
+from litgpt.convert.recognition import architecture_of, text_model
 from litgpt.convert.safetensors_file import write_safetensors
 from litgpt.convert.source import HEAD, Source, open_checkpoint
 
@@ -69,7 +70,8 @@ def export_hf(
 def export_config(config: Config, files: Path, dtype: torch.dtype) -> dict[str, Any]:
     """The `config.json` of an exported model.
 
-    That of the checkpoint, if it has one that still says the same; then every other entry of it is kept.
+    That of the checkpoint, if it has one that still says the same; then every other entry of it is kept, except that
+    the weights were quantised: they no longer are.
     """
     original = _original_config(files)
     try:
@@ -90,7 +92,9 @@ def _original_config(files: Path) -> dict[str, Any]:
         content = json.loads((files / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        return {}
+    return {key: value for key, value in text_model(content).items() if key != "quantization_config"}
 
 
 def _special_tokens(files: Path, original: dict[str, Any]) -> dict[str, Any]:

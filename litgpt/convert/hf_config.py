@@ -6,38 +6,16 @@ from typing import Any
 from litgpt.config import Config
 from litgpt.convert.architecture import Architecture
 from litgpt.convert.architectures import ARCHITECTURES
+from litgpt.convert.quantised_weights import check_method
+from litgpt.convert.recognition import architecture_of, text_model
 from litgpt.models import find_known
-from litgpt.suggest import did_you_mean
 
 # Fields of Config that say nothing about what the model computes, or (vocab_size) nothing that config.json knows.
 _LABELS = ("name", "hf_config", "padding_multiple", "vocab_size")
 
 
-def architecture_of(config_json: dict[str, Any]) -> Architecture:
-    """The architecture that a `config.json` names, by `architectures` or, without that, by `model_type`.
-
-    Raises:
-        ValueError: It is not supported; says which are.
-    """
-    names = config_json.get("architectures") or []
-    for name in names:
-        if name in ARCHITECTURES:
-            return ARCHITECTURES[name]
-    model_type = config_json.get("model_type")
-    if not names:
-        for architecture in ARCHITECTURES.values():
-            if architecture.model_type == model_type:
-                return architecture
-    given = ", ".join(map(str, names)) or (f"model_type '{model_type}'" if model_type else "none named")
-    hint = did_you_mean(str(names[0]), ARCHITECTURES) if names else ""
-    raise ValueError(
-        f"The architecture of this checkpoint ({given}) is not supported.{hint} "
-        f"Supported: {', '.join(sorted(ARCHITECTURES))}."
-    )
-
-
 def config_from_hf(config_json: dict[str, Any], name: str | None = None) -> Config:
-    """The configuration that a `config.json` describes.
+    """The configuration that a `config.json` describes; of a multimodal checkpoint, that of its text model.
 
     Args:
         config_json: Its content; the spellings of transformers 4 (`rope_theta`, `rope_scaling`) and 5
@@ -50,14 +28,12 @@ def config_from_hf(config_json: dict[str, Any], name: str | None = None) -> Conf
             supported; or a figure is missing. Names it.
     """
     architecture = architecture_of(config_json)
+    config_json = text_model(config_json)
     values: dict[str, Any] = {}
     problems = []
-    if config_json.get("quantization_config"):
-        method = config_json["quantization_config"].get("quant_method", "unknown")
-        problems.append(f"quantization_config with quant_method '{method}' is not supported")
-    for entry in architecture.config:
+    for read in (check_method, *(entry.read for entry in architecture.config)):
         try:
-            values.update(entry.read(config_json))
+            values.update(read(config_json) or {})
         except ValueError as error:
             problems.append(str(error))
     if problems:

@@ -3,7 +3,7 @@
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from litgpt.checkpoint import (
 )
 from litgpt.config import Config
 from litgpt.convert.architecture import Architecture
-from litgpt.convert.hf_config import architecture_of, config_from_hf, config_to_hf
+from litgpt.convert.hf_config import config_from_hf, config_to_hf
+from litgpt.convert.quantised_weights import Quantised, Weights, dequantised_type, read_quantised
+from litgpt.convert.recognition import architecture_of, text_model, text_name
 from litgpt.convert.safetensors_file import read_safetensors
 from litgpt.model import GPT, RotaryEmbedding
 
@@ -37,11 +39,13 @@ class Source(ABC):
         config: The shape of the model, with `tie_embeddings` as the weights have it.
         files: A directory with the tokenizer's and the JSON files.
         dtype: The type of the weights (of the first one).
+        note: What of the checkpoint is left out or changed by loading it, for the user to know; None if nothing.
     """
 
     config: Config
     files: Path
     dtype: torch.dtype
+    note: str | None = None
 
     @abstractmethod
     def layout(self) -> dict[str, Tensor]:
@@ -190,7 +194,8 @@ class LitSource(Source):
 
 def _says_tied(path: Path) -> bool:
     try:
-        return bool(json.loads((path / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings"))
+        config_json = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        return bool(text_model(config_json).get("tie_word_embeddings"))
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -215,41 +220,93 @@ def plain_names(tensors: MappedTensors) -> MappedTensors:
 
 
 class HFSource(Source):
-    """A directory of a supported Hugging Face architecture, in `.safetensors` or `.bin` files."""
+    """A directory of a supported Hugging Face architecture, in `.safetensors` or `.bin` files.
+
+    Of a multimodal checkpoint, the text model; quantised weights come de-quantised.
+    """
 
     def __init__(self, path: Path, name: str | None = None) -> None:
         self.files = path
-        self.config_json = _read_json(path / "config.json") if (path / "config.json").is_file() else _usual_json(name)
+        given = _read_json(path / "config.json") if (path / "config.json").is_file() else _usual_json(name)
+        self.config_json = text_model(given)
         self.architecture: Architecture = architecture_of(self.config_json)
         self.config = config_from_hf(self.config_json, name or _label(path))
         self.shards = [_read_shard(file) for file in hf_weight_files(path)]
+        notes: list[str] = []
+        tensors = {name: tensor for shard in self.shards for name, tensor in shard.items()}
+        if self.config_json is not given:
+            tensors = self._text_alone(tensors, given, notes)
+        tensors = self._without_predictors(tensors, notes)
         ignored = self.architecture.weights.is_ignored
-        self.found = {name: tensor for shard in self.shards for name, tensor in shard.items() if not ignored(name)}
-        self.dtype = _first_dtype(self.found)
+        self.found = self._dequantised({name: t for name, t in tensors.items() if not ignored(name)}, notes)
+        self.note = " ".join(notes) or None
         self._untie_if_different()
         named = shapes_of(self.config).items()
         if self.config.tie_embeddings:
             named = [(name, tensor) for name, tensor in named if name != HEAD]
         wanted = dict(self.architecture.weights.to_theirs(named, self.config))
-        problems = compare_shapes(wanted, self.found, "config.json", "the files")
-        if problems:
-            raise ValueError(misfit(path, f"'{path}/config.json'", problems))
+        self._check(compare_shapes(wanted, self._shapes(), "config.json", "the files"))
 
     def layout(self) -> dict[str, Tensor]:
-        return dict(self._translated({name: on_meta(tensor) for name, tensor in self.found.items()}))
+        return dict(self._translated(self._shapes().items()))
 
     def weights(self) -> Iterator[Named]:
-        return self._translated(self.found, self.release)
+        return self._translated(((name, self._value(name)) for name in self.found), self.release)
 
     def release(self, tensor: Tensor) -> None:
         for shard in self.shards:
             shard.release(tensor)
 
-    def _translated(self, found: dict[str, Tensor], done: Release = lambda tensor: None) -> Iterator[Named]:
-        for name, tensor in self.architecture.weights.to_ours(found.items(), self.config, done):
+    def _shapes(self) -> dict[str, Tensor]:
+        return {name: on_meta(w) if isinstance(w, Tensor) else w.like for name, w in self.found.items()}
+
+    def _value(self, name: str) -> Tensor:
+        weight = self.found[name]
+        return weight.read(self.release) if isinstance(weight, Quantised) else weight
+
+    def _translated(self, theirs: Iterable[Named], done: Release = lambda tensor: None) -> Iterator[Named]:
+        for name, tensor in self.architecture.weights.to_ours(theirs, self.config, done):
             yield name, tensor
             if name == EMBEDDING and self.config.tie_embeddings:
                 yield HEAD, tensor
+            del tensor  # it may be a view of one that is computed anew for the next
+
+    def _text_model_alone(
+        self, tensors: dict[str, Tensor], whole: dict[str, Any], notes: list[str]
+    ) -> dict[str, Tensor]:
+        named = [(text_name(name), tensor) for name, tensor in tensors.items()]
+        text = {name: tensor for name, tensor in named if name is not None}
+        notes.append(
+            f"Of {whole['architectures'][0]}, only the text model is used ({self.architecture.name}); "
+            f"{len(tensors) - len(text)} tensors of its other parts are left out."
+        )
+        return text
+
+    def _without_predictors(self, tensors: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+        """Leaves out the layers after the last, which DeepSeek-V3 and GLM-4.5 have for predicting tokens further on."""
+        count, layers = self.config_json.get("num_nextn_predict_layers") or 0, self.config.n_layer
+        prefixes = tuple(f"model.layers.{layer}." for layer in range(layers, layers + count))
+        kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
+        if len(kept) < len(tensors):
+            left_out = f"{len(tensors) - len(kept)} tensors for predicting several tokens at once"
+            notes.append(f"{left_out} (num_nextn_predict_layers: {count}) are left out.")
+        return kept
+
+    def _dequantised(self, tensors: dict[str, Tensor], notes: list[str]) -> Weights:
+        try:
+            weights = read_quantised(tensors, self.config_json)
+        except ValueError as error:
+            self._check(str(error).splitlines())
+        self.dtype = _first_dtype(tensors)
+        if any(isinstance(weight, Quantised) for weight in weights.values()):
+            self.dtype = dequantised_type(self.config_json)
+            method = self.config_json["quantization_config"]["quant_method"]
+            notes.append(f"Its {method} weights are de-quantised to {str(self.dtype).removeprefix('torch.')}.")
+        return weights
+
+    def _check(self, problems: list[str]) -> None:
+        if problems:
+            raise ValueError(misfit(self.files, f"'{self.files}/config.json'", problems))
 
     def _untie_if_different(self) -> None:
         """Files may hold a head that the config ties: a copy is dropped; other values mean that it is not tied."""
@@ -257,12 +314,11 @@ class HFSource(Source):
             return
         empty = torch.empty(0, device="meta")
         renamed = self.architecture.weights.to_theirs([(EMBEDDING, empty), (HEAD, empty)], self.config)
-        (embedding_name, _), (head_name, _) = renamed
-        embedding, head = self.found.get(embedding_name), self.found.get(head_name)
-        if head is None:
+        (embedding, _), (head, _) = renamed
+        if head not in self.found:
             return
-        if embedding is None or same_values(head, embedding, self.release):
-            del self.found[head_name]
+        if embedding not in self.found or same_values(self._value(head), self._value(embedding), self.release):
+            del self.found[head]
         else:
             self.config.tie_embeddings = False
 
