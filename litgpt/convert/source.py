@@ -271,13 +271,12 @@ class HFSource(Source):
                 yield HEAD, tensor
             del tensor  # it may be a view of one that is computed anew for the next
 
-    def _text_model_alone(
-        self, tensors: dict[str, Tensor], whole: dict[str, Any], notes: list[str]
-    ) -> dict[str, Tensor]:
+    def _text_alone(self, tensors: dict[str, Tensor], whole: dict[str, Any], notes: list[str]) -> dict[str, Tensor]:
         named = [(text_name(name), tensor) for name, tensor in tensors.items()]
         text = {name: tensor for name, tensor in named if name is not None}
+        of = (whole.get("architectures") or [whole.get("model_type")])[0]
         notes.append(
-            f"Of {whole['architectures'][0]}, only the text model is used ({self.architecture.name}); "
+            f"Of {of}, only the text model is used ({self.architecture.name}); "
             f"{len(tensors) - len(text)} tensors of its other parts are left out."
         )
         return text
