@@ -289,8 +289,11 @@ class RopeByLayer:
             fields["rope_condense_ratio"],
             fields["rope_adjustments"],
         )
-        local_fields = {"rope_local_base_freq": float(theta), "rope_indices": indices}
-        return fields | (local_fields if differ else dict.fromkeys(local_fields))
+        if not differ:
+            return fields | {"rope_local_base_freq": None, "rope_indices": None}
+        if fields["rope_condense_ratio"] != 1:  # which says nothing about whom it is for; adjustments are for rope_base
+            fields |= {"rope_condense_ratio": 1, "rope_adjustments": {"factor": float(fields["rope_condense_ratio"])}}
+        return fields | {"rope_local_base_freq": float(theta), "rope_indices": indices}
 
     def write(self, config: Config) -> HFConfig:
         theirs = self.full.write(config)
