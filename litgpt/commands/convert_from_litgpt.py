@@ -5,7 +5,7 @@ from typing import Literal
 
 from litgpt.checkpoint import atomic_directory, resolve_checkpoint_dir
 from litgpt.convert import export_hf, open_checkpoint
-from litgpt.convert.options import Progress, dtype_from_name
+from litgpt.convert.options import Progress, dtype_from_name, tell_note
 
 
 def setup(
@@ -30,6 +30,7 @@ def setup(
     """
     target_dtype = dtype_from_name(dtype)
     source = open_checkpoint(resolve_checkpoint_dir(checkpoint_dir))
+    tell_note(source)
     with atomic_directory(output_dir) as directory:
         export_hf(
             source,

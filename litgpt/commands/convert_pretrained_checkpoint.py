@@ -4,7 +4,7 @@ from pathlib import Path
 
 from litgpt.checkpoint import atomic_directory, copy_companion_files, resolve_checkpoint_dir, save_model
 from litgpt.convert import open_checkpoint
-from litgpt.convert.options import Progress
+from litgpt.convert.options import Progress, tell_note
 
 
 def setup(checkpoint_dir: Path, output_dir: Path) -> None:
@@ -19,6 +19,7 @@ def setup(checkpoint_dir: Path, output_dir: Path) -> None:
         output_dir: The directory to create.
     """
     source = open_checkpoint(resolve_checkpoint_dir(checkpoint_dir))
+    tell_note(source)
     with atomic_directory(output_dir) as directory:
         copy_companion_files(source.files, directory)
         save_model(directory, Progress(source)(source.weights()), source.config, source.release)

@@ -10,7 +10,7 @@ from litgpt.checkpoint import (
     save_model,
 )
 from litgpt.convert import open_checkpoint
-from litgpt.convert.options import Progress, dtype_from_name
+from litgpt.convert.options import Progress, dtype_from_name, tell_note
 
 
 def setup(
@@ -41,6 +41,7 @@ def setup(
     target_dtype = dtype_from_name(dtype)
     path = resolve_checkpoint_dir(checkpoint_dir)
     source = open_checkpoint(path, model_name, converted=False)
+    tell_note(source)
     if out_dir is None:
         out_dir = path if path.is_dir() else path.with_suffix("")
     progress = Progress(source, bool(verbose or debug_mode), target_dtype)

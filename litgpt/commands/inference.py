@@ -89,6 +89,8 @@ def load_assistant(
     style = choose_prompt_style(source.files, explicit=prompt_style, config=source.config, tokenizer=tokenizer)
     name = source.config.name or path.stem
     say(f"Loading {name} ({precision}, {device.type})")
+    if source.note:
+        say(source.note)
     model = load_model(source, dtype=weights_dtype, device=device)
     engine = Engine(model, compile=compile, autocast=autocast, keep_prefix=True)
     return Assistant(name, source.config, tokenizer, style, engine, device, style.stop_sequences(tokenizer))

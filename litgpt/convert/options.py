@@ -1,5 +1,6 @@
 """What the conversion commands share: names of data types, and showing progress."""
 
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -37,18 +38,27 @@ def dtype_from_name(name: str | None) -> torch.dtype | None:
     return dtype
 
 
+def tell_note(source: Source) -> None:
+    """Says on stderr what of a checkpoint is left out or changed by loading it, if anything is."""
+    if source.note:
+        print(source.note, file=sys.stderr)
+
+
 class Progress:
     """Wraps a stream of weights: a bar when it takes more than two seconds, or a line for each tensor."""
 
-    def __init__(self, source: Source, verbose: bool = False, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, source: Source, verbose: bool = False, dtype: torch.dtype | None = None, title: str = "Converting"
+    ) -> None:
         self.total = sum(tensor.numel() * tensor.dtype.itemsize for tensor in source.layout().values())
         self.verbose = verbose
         self.dtype = dtype
+        self.title = title
 
     def __call__(self, weights: Iterator[Named]) -> Iterator[Named]:
         """The same stream, converted to `dtype` if one was given."""
         hidden = True if self.verbose else None  # None: hidden where stderr is no terminal
-        with tqdm(total=self.total, desc="Converting", unit="B", unit_scale=True, delay=2, disable=hidden) as bar:
+        with tqdm(total=self.total, desc=self.title, unit="B", unit_scale=True, delay=2, disable=hidden) as bar:
             previous = converted = None
             for name, tensor in weights:
                 if self.verbose:

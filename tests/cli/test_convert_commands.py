@@ -5,7 +5,15 @@ import subprocess
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from litgpt.checkpoint import CONFIG, WEIGHTS, read_state_dict, save_model
 from litgpt.config import Config
@@ -75,6 +83,22 @@ def test_a_gguf_file_is_converted_beside_itself(litgpt, smollm2_gguf, tmp_path):
     assert config == Config.from_name("SmolLM2-135M-Instruct")
     assert load_model(out).num_parameters() == 134_515_008
     assert (out / WEIGHTS).stat().st_size < 2.01 * 134_515_008
+
+
+def test_that_only_the_text_model_is_used_is_said(litgpt, hf, tmp_path):
+    whole = tmp_path / "Whole"
+    vision = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = LlavaConfig(text_config=LlamaConfig(**SIZES), vision_config=CLIPVisionConfig(**vision, image_size=32))
+    LlavaForConditionalGeneration(config).save_pretrained(whole)
+    tokenizer_files.byte_level(whole, {})
+    note = "Of LlavaForConditionalGeneration, only the text model is used (LlamaForCausalLM); "
+    converted = litgpt("convert_to_litgpt", whole, "--out_dir", tmp_path / "out")
+    assert (converted.code, converted.err.count(note)) == (0, 1)
+    exported = litgpt("convert_from_litgpt", whole, tmp_path / "text")
+    assert (exported.code, exported.err.count(note)) == (0, 1)
+    answered = litgpt("generate", whole, "--prompt", "Hello", "--max_new_tokens", "2")
+    assert (answered.code, answered.err.count(note)) == (0, 1)
+    assert "only the text model" not in litgpt("convert_to_litgpt", hf).err
 
 
 @pytest.mark.parametrize("format", ["both", "safetensors", "pth"])
