@@ -22,7 +22,10 @@ from litgpt.prompts import find_chat_template
 if TYPE_CHECKING:
     import torch
 
+_FLAGS = ("lstrip", "rstrip", "single_word")  # of an added token: the white space that it swallows
 PROTECTED = "\ufdd0"  # a Unicode noncharacter: put inside a control token's text, it keeps it text
+# How the vendors spell what their chat templates write. DeepSeek's files do not mark `<｜User｜>` as special.
+MARKER = re.compile(r"<([|｜])[^|｜<>]+\1>")
 MODEL_FILES = ("tokenizer.json", "tokenizer.model")
 # sentencepiece's ModelProto { normalizer_spec { add_dummy_prefix: false } }, serialised. A protobuf message takes what
 # is appended to it as an amendment.
@@ -33,9 +36,9 @@ class Tokenizer:
     """The tokenizer of a checkpoint directory.
 
     A *control token* is one that the checkpoint marks as special: BOS, EOS, chat markers. In `encode` the text of one
-    is ordinary text unless `allow_special` is set, so that what a user types can never end a turn or open another.
-    Prompts rendered by a chat template are encoded with `allow_special=True`, after `protect` made the user's part
-    safe.
+    is ordinary text unless `allow_special` is set, so that what a user types can never end a turn or open another;
+    so is that of any other token spelled like a marker (`<|fim_prefix|>`), though `decode` shows those. Prompts
+    rendered by a chat template are encoded with `allow_special=True`, after `protect` made the user's part safe.
 
     Attributes:
         bos_id, eos_id: ids, or None where the checkpoint names no such token.
@@ -102,12 +105,12 @@ class Tokenizer:
         """`encode_ids` of many texts; with `tokenizer.json` on all cores."""
         if allow_special:
             return [self.encode_ids(text, bos=bos, eos=eos, allow_special=True) for text in texts]
-        return [self._surround(ids, bos, eos) for ids in self._backend.encode_batch(texts)]
+        return [self._surround(ids, bos, eos) for ids in self._backend.encode_batch(list(map(_well_formed, texts)))]
 
     def protect(self, text: str) -> str:
         """`text`, marked so that `encode(..., allow_special=True)` reads the control tokens spelled in it as text."""
         text = text.replace(PROTECTED, "")
-        return self._control_pattern.sub(lambda match: match[0][0] + PROTECTED + match[0][1:], text)
+        return self._marker_pattern.sub(lambda match: match[0][0] + PROTECTED + match[0][1:], text)
 
     def token_to_id(self, token: str) -> int:
         """The id of one token; ValueError where the vocabulary has none of that name."""
@@ -155,27 +158,28 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """A hash that is the same exactly where texts become the same ids; for caches of tokenised text."""
         digest = hashlib.sha256(self._file.read_bytes())
-        facts = [self.bos_id, self.eos_id, self._prefix, self._suffix, sorted(self._backend.control.items())]
+        facts = [self.bos_id, self.eos_id, self._prefix, self._suffix, sorted(self._backend.markers.items())]
         digest.update(json.dumps(facts).encode())
         return digest.hexdigest()
 
     # -- inside
 
     def _encode_plain_or_special(self, text: str, allow_special: bool) -> list[int]:
+        text = _well_formed(text)
         if not allow_special:
             return self._backend.encode_batch([text])[0]
         segments: list[str | int] = []
         end = 0
-        for match in self._control_pattern.finditer(text):
-            segments += [text[end : match.start()].replace(PROTECTED, ""), self._backend.control[match[0].strip()]]
+        for match in self._marker_pattern.finditer(text):
+            segments += [text[end : match.start()].replace(PROTECTED, ""), self._backend.markers[match[0].strip()]]
             end = match.end()
         segments.append(text[end:].replace(PROTECTED, ""))
         return self._backend.encode_segments([segment for segment in segments if segment != ""])
 
     @cached_property
-    def _control_pattern(self) -> re.Pattern[str]:
-        """Matches the text of a control token, with the white space that the token is declared to swallow."""
-        backend, longest_first = self._backend, sorted(self._backend.control, key=len, reverse=True)
+    def _marker_pattern(self) -> re.Pattern[str]:
+        """Matches the text of a marker, with the white space that the token is declared to swallow."""
+        backend, longest_first = self._backend, sorted(self._backend.markers, key=len, reverse=True)
         alternatives = [
             (r"\s*" if token in backend.strips_left else "")
             + re.escape(token)
@@ -236,10 +240,16 @@ class Tokenizer:
 
 
 class _Backend(ABC):
-    """What both kinds of file offer; `control` maps the text of each control token to its id."""
+    """What both kinds of file offer.
+
+    Attributes:
+        control: text and id of each control token.
+        markers: the same of every token that only `allow_special` makes of its text, the control tokens among them.
+    """
 
     vocab_size: int
     control: dict[str, int]
+    markers: dict[str, int]
     strips_left: set[str]
     strips_right: set[str]
     bos_id: int | None = None
@@ -300,9 +310,7 @@ class _JsonBackend(_Backend):
         import tokenizers
 
         try:
-            text = file.read_text(encoding="utf-8")
-            self._layout = json.loads(text)
-            self._tokenizer = tokenizers.Tokenizer.from_str(text)
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
             raise _damaged(file, error) from error
         self._tokenizer.no_truncation()
@@ -315,8 +323,11 @@ class _JsonBackend(_Backend):
         special = {token_id: token for token_id, token in added.items() if token.special}
         self.control = {token.content: token_id for token_id, token in special.items()}
         self._declare_tokens_of_the_config(settings.get("added_tokens", {}))
-        self.strips_left = {token.content for token in special.values() if token.lstrip}
-        self.strips_right = {token.content for token in special.values() if token.rstrip}
+        markers = {token_id: token for token_id, token in added.items() if MARKER.fullmatch(token.content)} | special
+        self._declare_special(token for token_id, token in markers.items() if token_id not in special)
+        self.markers = self.control | {token.content: token_id for token_id, token in markers.items()}
+        self.strips_left = {token.content for token in markers.values() if token.lstrip}
+        self.strips_right = {token.content for token in markers.values() if token.rstrip}
         self._surroundings = self._probe_post_processor()
         # From here on no control token is recognised in a text: `encode_segments` puts them in by id, each held by a
         # slot whose name nobody can guess.
@@ -324,20 +335,43 @@ class _JsonBackend(_Backend):
         self._slot = f"\ufdd1{secrets.token_hex(8)}"
         self._tokenizer.add_tokens([tokenizers.AddedToken(self._slot, special=False, normalized=False)])
         self._slot_id = self._tokenizer.token_to_id(self._slot)
-        self._steps, self.leading_space = _decoder_steps(self._layout.get("decoder"), file)
+        self._steps, self.leading_space = _decoder_steps(self._decoder_layout(), file)
         self._is_byte_level = _from_byte_level in self._steps
         self._bytes: dict[int, bytes] = {}
+
+    def _decoder_layout(self) -> dict[str, Any] | None:
+        """The decoder as tokenizer.json writes it; the state that it is pickled by (reading the whole file again takes
+        as long as the library needs for it)."""
+        decoder = self._tokenizer.decoder
+        return None if decoder is None else json.loads(decoder.__getstate__())
 
     def _declare_named_tokens(self, settings: dict[str, Any]) -> None:
         """Tokens that tokenizer_config.json names as special are so, whatever tokenizer.json calls them."""
         import tokenizers
 
         known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
-        for _, token in _named_tokens(settings):
-            if token["content"] not in known and self.token_to_id(token["content"]) is not None:
-                flags = {key: token[key] for key in ("lstrip", "rstrip", "single_word") if key in token}
-                added = tokenizers.AddedToken(token["content"], special=True, normalized=False, **flags)
-                self._tokenizer.add_special_tokens([added])
+        named = {token["content"]: token for _, token in _named_tokens(settings)}
+        self._declare_special(
+            tokenizers.AddedToken(content, **{key: token[key] for key in _FLAGS if key in token})
+            for content, token in named.items()
+            if content not in known and self.token_to_id(content) is not None
+        )
+
+    def _declare_special(self, tokens: Iterable[Any]) -> None:
+        """Makes them tokens that a text cannot spell, the library's word for which is special."""
+        import tokenizers
+
+        self._tokenizer.add_special_tokens(
+            [
+                tokenizers.AddedToken(
+                    token.content,
+                    special=True,
+                    normalized=False,
+                    **{flag: getattr(token, flag) for flag in _FLAGS},
+                )
+                for token in tokens
+            ]
+        )
 
     def _declare_tokens_of_the_config(self, added: dict[str, int]) -> None:
         """Some checkpoints (InternLM2) name their chat markers in tokenizer_config.json only, on unused ids."""
@@ -400,6 +434,7 @@ class _SentencePieceBackend(_Backend):
         if unknown >= 0:
             self.control[self._pieces[unknown]] = unknown
         self.control.update(self._added)
+        self.markers = self.control
         self.strips_left = self.strips_right = set()
         self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
         self.eos_id = self._model.eos_id() if self._model.eos_id() >= 0 else None
@@ -449,6 +484,15 @@ class _SentencePieceBackend(_Backend):
         if self._model.is_byte(token_id):
             return bytes([int(piece[3:5], 16)])
         return piece.replace("▁", " ").encode()
+
+
+def _well_formed(text: str) -> str:
+    """`text` with U+FFFD for each lone surrogate (half of a character, as JSON and file names can bring it)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 # -- how tokenizer.json turns tokens into text

@@ -84,9 +84,8 @@ class PromptStyle(ABC):
         return [list(sequence) for sequence in dict.fromkeys(map(tuple, sequences))]
 
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Message], **kwargs: Any) -> list[int]:
-        """The conversation's token ids. Control tokens spelled in a message's content stay text."""
-        safe = [{**message, "content": _protected(tokenizer, message.get("content"))} for message in messages]
-        text = self.render(safe, **kwargs)
+        """The conversation's token ids. Control tokens spelled in a message, a tool or a document stay text."""
+        text = self.render(_protected(tokenizer, messages), **_protected(tokenizer, kwargs))
         return tokenizer.encode_ids(text, bos=False if self.adds_bos else None, allow_special=not self.continues_text)
 
     @staticmethod
@@ -103,13 +102,15 @@ class PromptStyle(ABC):
         return style_class(known.prompt_style if known else "Default")()
 
 
-def _protected(tokenizer: Tokenizer, content: Any) -> Any:
-    """A message's content, a text or a list of parts of which some are texts, with its control tokens made harmless."""
-    if isinstance(content, str):
-        return tokenizer.protect(content)
-    if isinstance(content, list):
-        return [{**part, "text": tokenizer.protect(part["text"])} if "text" in part else part for part in content]
-    return content
+def _protected(tokenizer: Tokenizer, value: Any) -> Any:
+    """What is given to a template, a text or anything that holds some, with the control tokens in it made harmless."""
+    if isinstance(value, str):
+        return tokenizer.protect(value)
+    if isinstance(value, Mapping):
+        return {key: _protected(tokenizer, part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_protected(tokenizer, part) for part in value]
+    return value
 
 
 def split_turns(messages: Sequence[Message]) -> tuple[str | None, list[tuple[str, str | None]]]:
