@@ -1,8 +1,12 @@
-"""`litgpt download` and the listings."""
+"""`litgpt download` against a server on loopback, the commands that download by themselves, and the listings."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,58 +15,77 @@ import yaml
 
 from litgpt.config import Config
 from litgpt.models import find_known, known_checkpoints
-from tests.hub_server import Hub, serve_hub
+from tests import tokenizer_files
+from tests.hub_server import Hub, commit_of, serve_hub
+
+LLAMA = {
+    "n_layer": 2, "n_embd": 32, "n_head": 2, "n_query_groups": 1, "vocab_size": 700, "padded_vocab_size": 704,
+    "rotary_percentage": 1.0, "parallel_residual": False, "bias": False, "norm_class_name": "RMSNorm",
+    "mlp_class_name": "LLaMAMLP", "intermediate_size": 64, "block_size": 512,
+}  # fmt: skip
 
 
 @pytest.fixture
-def download(tmp_path):
-    """`litgpt download` in a process of its own, in a directory of its own, with a hub of its own."""
-    hub = Hub()
-    with serve_hub(hub):
+def hub(monkeypatch, tmp_path) -> Iterator[Hub]:
+    """A hub for this process, an empty cache, and an empty working directory; the client reads all of it once."""
+    with serve_hub(Hub()) as hub:
+        constants = "huggingface_hub.constants"
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(f"{constants}.ENDPOINT", hub.url)
+        monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(f"{constants}.HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr("litgpt.hub.transfer.WAITS", (0, 0))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        (tmp_path / "work").mkdir()
+        monkeypatch.chdir(tmp_path / "work")
+        yield hub
 
-        def run(*words: str, **environment: str) -> subprocess.CompletedProcess:
-            env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), **environment}
-            env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), env.get("PYTHONPATH")]))
-            command = [sys.executable, "-m", "litgpt", "download", *words]
-            return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
 
-        run.hub = hub
-        yield run
-
-
-def tiny_llama(directory: Path) -> tuple[dict[str, bytes], Config, dict[str, torch.Tensor]]:
+@pytest.fixture(scope="session")
+def llama_files(tmp_path_factory) -> tuple[dict[str, bytes], Config, dict[str, torch.Tensor]]:
     """A Hugging Face repository's files, with its configuration and weights in our terms."""
     from litgpt.checkpoint import save_model
     from litgpt.convert import export_hf, open_checkpoint
     from litgpt.model import GPT
 
-    config = Config(
-        name="tiny", block_size=32, vocab_size=60, padded_vocab_size=64, n_layer=2, n_head=2, n_embd=16,
-        n_query_groups=1, rotary_percentage=1.0, parallel_residual=False, bias=False, norm_class_name="RMSNorm",
-        mlp_class_name="LLaMAMLP", intermediate_size=24,
-    )  # fmt: skip
+    config = Config(name="tiny", **LLAMA)
     torch.manual_seed(1)
     model = GPT(config)
     model.init_weights()
-    (directory / "ours").mkdir(parents=True)
-    (directory / "theirs").mkdir()
-    save_model(directory / "ours", model, config)
-    export_hf(open_checkpoint(directory / "ours"), directory / "theirs")
-    files = {file.name: file.read_bytes() for file in (directory / "theirs").iterdir()}
-    return files, config, model.state_dict()
+    ours, theirs = tmp_path_factory.mktemp("ours"), tmp_path_factory.mktemp("theirs")
+    tokenizer_files.byte_level(ours, {"chat_template": tokenizer_files.CHATML, "eos_token": "<|im_end|>"})
+    save_model(ours, model, config)
+    export_hf(open_checkpoint(ours), theirs)
+    files = {file.name: file.read_bytes() for file in theirs.iterdir()}
+    return {**files, "README.md": b"hello", "original/consolidated.00.pth": b"x"}, config, model.state_dict()
 
 
-def test_download_and_convert(download, tmp_path):
-    files, config, weights = tiny_llama(tmp_path / "made")
-    download.hub.repositories["org/tiny"] = {**files, "tokenizer.json": b"{}", "README.md": b"hello"}
-    result = download("org/tiny", "--dtype", "bfloat16")
-    assert result.returncode == 0, result.stderr
-    assert "Converting checkpoint files to LitGPT format." in result.stdout
-    assert "Saving converted checkpoint to checkpoints/org/tiny" in result.stdout
-    directory = tmp_path / "checkpoints/org/tiny"
-    present = {path.name for path in directory.iterdir()}
-    assert {"lit_model.pth", "model_config.yaml", "config.json", "model.safetensors", "tokenizer.json"} <= present
-    assert "README.md" not in present
+def in_a_process(hub: Hub, directory: Path, *words: str, **environment: str) -> subprocess.Popen:
+    """`litgpt download` in a process of its own."""
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(directory / "home"), **environment}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), env.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "litgpt", "download", *words]
+    return subprocess.Popen(command, cwd=directory, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def present(directory: str | Path) -> set[str]:
+    return {path.name for path in Path(directory).iterdir()}
+
+
+def test_download_and_convert(litgpt, hub, llama_files):
+    files, config, weights = llama_files
+    hub.repositories["org/tiny"] = files
+    result = litgpt("download", "org/tiny", "--dtype", "bfloat16")
+    assert (result.code, result.err) == (0, "")
+    assert "Converting checkpoint files to LitGPT format." in result.out
+    assert "Saving converted checkpoint to checkpoints/org/tiny" in result.out
+    directory = Path("checkpoints/org/tiny")
+    assert {"lit_model.pth", "model_config.yaml", "config.json", "model.safetensors", "tokenizer.json"} <= present(
+        directory
+    )
+    assert not {"README.md", "original"} & present(directory)
+    assert present("checkpoints/org") == {"tiny"}
     converted = torch.load(directory / "lit_model.pth", weights_only=True)
     assert converted.keys() == weights.keys()
     for name, tensor in weights.items():
@@ -70,41 +93,275 @@ def test_download_and_convert(download, tmp_path):
     assert yaml.safe_load((directory / "model_config.yaml").read_text())["n_embd"] == config.n_embd
 
 
-def test_without_conversion_into_another_directory(download, tmp_path):
-    download.hub.repositories["org/tiny"] = {"config.json": b"{}", "model.safetensors": b"weights"}
-    result = download("org/tiny", "--convert_checkpoint", "false", "--checkpoint_dir", "elsewhere")
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "elsewhere/org/tiny/model.safetensors").read_bytes() == b"weights"
-    assert not (tmp_path / "elsewhere/org/tiny/lit_model.pth").exists()
-    assert not (tmp_path / "checkpoints").exists()
+def test_an_unlisted_repository_downloads_and_generates(litgpt, hub, llama_files):
+    """What a user types first: the id of a repository that is in no list."""
+    hub.repositories["some-org/unlisted-llama"] = llama_files[0]
+    hub.tokens["some-org/unlisted-llama"] = "hf_right"
+    options = ("--prompt", "Hello", "--top_k", 1, "--max_new_tokens", 8, "--access_token", "hf_right")
+    first = litgpt("generate", "some-org/unlisted-llama", *options)
+    assert first.code == 0, first.err
+    assert "Downloading some-org/unlisted-llama" in first.err
+    assert "hf_right" not in first.err + first.out
+    hub.requests.clear()
+    second = litgpt("generate", "some-org/unlisted-llama", *options)
+    assert (second.code, second.out) == (0, first.out)
+    assert hub.requests == []
+    # What `litgpt download` makes of it answers the same.
+    assert litgpt("download", "some-org/unlisted-llama", *options[-2:], "--checkpoint_dir", "other").code == 0
+    assert litgpt("generate", "other/some-org/unlisted-llama", *options).out == first.out
 
 
-def test_short_names_resolve(download, tmp_path):
-    download.hub.repositories["EleutherAI/pythia-14m"] = {"tokenizer.json": b"{}", "model.safetensors": b"weights"}
-    result = download("Pythia-14M", "--tokenizer_only", "true")
-    assert result.returncode == 0, result.stderr
-    directory = tmp_path / "checkpoints/EleutherAI/pythia-14m"
-    assert (directory / "tokenizer.json").exists()
-    assert not (directory / "model.safetensors").exists()
-    assert download.hub.fetched() == ["tokenizer.json"]
+def test_without_conversion_into_another_directory(litgpt, hub, llama_files):
+    hub.repositories["org/tiny"] = llama_files[0]
+    result = litgpt("download", "org/tiny", "--convert_checkpoint", "false", "--checkpoint_dir", "elsewhere")
+    assert (result.code, result.out) == (0, "Saved the checkpoint to elsewhere/org/tiny\n")
+    assert "lit_model.pth" not in present("elsewhere/org/tiny")
+    assert not Path("checkpoints").exists()
+    assert litgpt("generate", "elsewhere/org/tiny", "--prompt", "Hello", "--max_new_tokens", 3).code == 0
+
+
+def test_weights_never_hide_behind_others_that_were_converted(litgpt, hub, llama_files):
+    hub.repositories["org/tiny"] = llama_files[0]
+    assert litgpt("download", "org/tiny").code == 0
+    # Nothing new: nothing is hidden.
+    assert litgpt("download", "org/tiny", "--convert_checkpoint", "false").code == 0
+    hub.revisions["org/tiny", "v2"] = {**llama_files[0], "model.safetensors": b"other"}
+    result = litgpt("download", "org/tiny", "--convert_checkpoint", "false", "--revision", "v2")
+    assert result.code == 1
+    assert "lit_model.pth' exists, and every command would load it instead" in result.err
+
+
+def test_keep_hf_files_false_leaves_the_weights_once(litgpt, hub, llama_files):
+    files, _, weights = llama_files
+    shards = {"model-00001-of-00002.safetensors": files["model.safetensors"]}
+    index = {"weight_map": dict.fromkeys(("a", "b"), "model-00001-of-00002.safetensors")}
+    hub.repositories["org/tiny"] = {name: content for name, content in files.items() if name != "model.safetensors"}
+    hub.repositories["org/tiny"] |= {**shards, "model.safetensors.index.json": json.dumps(index).encode()}
+    result = litgpt("download", "org/tiny", "--keep_hf_files", "false")
+    assert result.code == 0, result.err
+    assert "Removed the downloaded weights" in result.out
+    left = present("checkpoints/org/tiny")
+    assert {"lit_model.pth", "model_config.yaml", "config.json", "tokenizer.json"} <= left
+    assert not {*shards, "model.safetensors.index.json"} & left
+    converted = torch.load("checkpoints/org/tiny/lit_model.pth", weights_only=True)
+    assert all(torch.equal(converted[name], tensor) for name, tensor in weights.items())
+    assert litgpt("generate", "org/tiny", "--prompt", "Hello", "--max_new_tokens", 3).code == 0
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_keep_hf_files_false_compares_first(litgpt, hub, llama_files, monkeypatch, dtype):
+    from litgpt.commands import convert_to_litgpt
+
+    def convert_wrongly(directory: Path, **options: object) -> None:
+        setup(directory, **options)
+        weights = torch.load(directory / "lit_model.pth", weights_only=True)
+        weights["transformer.h.1.mlp.proj.weight"][3, 5] += 1
+        torch.save(weights, directory / "lit_model.pth")
+
+    setup = convert_to_litgpt.setup
+    hub.repositories["org/tiny"] = llama_files[0]
+    monkeypatch.setattr(convert_to_litgpt, "setup", convert_wrongly)
+    options = ("--dtype", dtype) if dtype else ()
+    result = litgpt("download", "org/tiny", "--keep_hf_files", "false", *options)
+    assert result.code == 1
+    assert "lit_model.pth' differs from the downloaded weights (transformer.h.1.mlp.proj.weight)" in result.err
+    assert "model.safetensors" in present("checkpoints/org/tiny")
+
+
+def test_short_names_resolve(litgpt, hub):
+    hub.repositories["EleutherAI/pythia-14m"] = {"tokenizer.json": b"{}", "model.safetensors": b"weights"}
+    result = litgpt("download", "Pythia-14M", "--tokenizer_only", "true")
+    assert result.code == 0, result.err
+    assert present("checkpoints/EleutherAI/pythia-14m") == {"tokenizer.json"}
+    assert hub.fetched() == ["tokenizer.json"]
+
+
+def test_what_is_not_supported_is_said_before_any_weight_comes(litgpt, hub, llama_files):
+    files = llama_files[0]
+    other = {
+        "architectures": ["MambaForCausalLM"],
+        "model_type": "mamba",
+        "state_size": 16,
+        "auto_map": {"x": "evil.py"},
+    }
+    hub.repositories["org/other"] = {**files, "config.json": json.dumps(other).encode(), "evil.py": b"raise SystemExit"}
+    result = litgpt("download", "org/other")
+    assert result.code == 1
+    assert result.err.startswith(
+        "error: org/other is not downloaded: The architecture of this checkpoint (MambaForCausalLM)"
+    )
+    assert "--tokenizer_only true" in result.err
+    assert result.err.count("\n") == 1
+    assert hub.fetched() == ["config.json"]
+    assert not Path("checkpoints").exists()
+    assert litgpt("generate", "org/other", "--prompt", "x").err.endswith(result.err.removeprefix("error: "))
+    assert litgpt("download", "org/other", "--tokenizer_only", "true").code == 0
+    assert not {"evil.py", "model.safetensors"} & present("checkpoints/org/other")
+
+
+def test_a_feature_that_is_not_supported_is_named(litgpt, hub, llama_files):
+    config = {**json.loads(llama_files[0]["config.json"]), "hidden_act": "xielu"}
+    hub.repositories["org/other"] = {**llama_files[0], "config.json": json.dumps(config).encode()}
+    result = litgpt("download", "org/other")
+    assert result.code == 1
+    assert "org/other is not downloaded: config.json (LlamaForCausalLM) cannot be used" in result.err
+    assert "hidden_act" in result.err
+    assert hub.fetched() == ["config.json"]
+
+
+@pytest.fixture
+def known_tiny(monkeypatch):
+    """A known checkpoint as small as ours."""
+    from dataclasses import replace
+
+    known = dict(known_checkpoints())
+    template = find_known("TinyLlama/TinyLlama-1.1B-Chat-v1.0")
+    config = {"name": "tiny", "hf_config": {"org": "known-org", "name": "tiny"}, **LLAMA}
+    known["known-org/tiny"] = replace(template, repo_id="known-org/tiny", name="tiny", config=config)
+    monkeypatch.setattr("litgpt.models.known_checkpoints", lambda: known)
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "config", "options"),
+    [
+        ("known-org/tiny", None, []),
+        ("org/copy", None, ["--model_name", "tiny"]),
+        ("org/copy", {"architectures": ["TheirOwnClass"], "model_type": "own"}, ["--model_name", "tiny"]),
+    ],
+)
+def test_a_known_models_figures_stand_in_for_config_json(
+    litgpt, hub, llama_files, known_tiny, repo_id, config, options
+):
+    files, _, weights = llama_files
+    hub.repositories[repo_id] = {name: content for name, content in files.items() if name != "config.json"}
+    if config:
+        hub.repositories[repo_id]["config.json"] = json.dumps(config).encode()
+    result = litgpt("download", repo_id, *options)
+    assert result.code == 0, result.err
+    assert "The figures of tiny are used in place of config.json." in result.err
+    converted = torch.load(f"checkpoints/{repo_id}/lit_model.pth", weights_only=True)
+    assert all(torch.equal(converted[name], tensor) for name, tensor in weights.items())
+    # Not converted, the files load as well.
+    options += ["--convert_checkpoint", "false", "--checkpoint_dir", "other"]
+    assert litgpt("download", repo_id, *options).code == 0
+    answer = litgpt("generate", f"other/{repo_id}", "--prompt", "Hello", "--max_new_tokens", 3)
+    assert answer.code == 0, answer.err
+
+
+def test_without_config_json_a_name_is_asked_for(litgpt, hub, llama_files):
+    hub.repositories["org/copy"] = {name: content for name, content in llama_files[0].items() if name != "config.json"}
+    for options in ([], ["--model_name", "nobody-knows"]):
+        result = litgpt("download", "org/copy", *options)
+        assert result.code == 1
+        assert "org/copy is not downloaded: it has no config.json." in result.err
+        assert "--model_name" in result.err
 
 
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["microsft/phi-2"], 1, "error: There is no repository 'microsft/phi-2' on the hub (answer 404). Did you mean 'microsoft/phi-2'"),
+        (["microsft/phi-2"], 1, "error: There is no repository 'microsft/phi-2' on the hub (answer 401). Did you mean 'microsoft/phi-2'"),
         (["org/gated"], 1, "error: org/gated is gated: accept its terms"),
+        (["org/gguf"], 1, "error: org/gguf holds GGUF files only: a.gguf."),
         (["org/tiny", "--tokeniser_only"], 2, "error: --tokeniser_only: unknown setting. Did you mean 'tokenizer_only'?"),
         (["--tokenizer_only"], 2, "error: missing: repo_id."),
+        (["org/tiny", "--revision", "v7"], 1, "error: org/tiny has no such revision (--revision v7)"),
+        (["org/tiny", "--dtype", "bf17"], 1, "error: --dtype bf17: there is no such type"),
+        (["org/tiny", "--dtype", "bf16", "--convert_checkpoint", "false"], 1, "error: --dtype bf16 cannot act with --convert_checkpoint false"),
+        (["org/tiny", "--keep_hf_files", "false", "--tokenizer_only", "true"], 1, "error: --keep_hf_files false cannot act with --tokenizer_only true"),
     ],
 )  # fmt: skip
-def test_what_goes_wrong_is_said_clearly(download, words, code, message):
-    download.hub.repositories["org/gated"] = {"config.json": b"{}", "model.safetensors": b"weights"}
-    download.hub.tokens["org/gated"] = "hf_secret"
-    result = download(*words, "--convert_checkpoint", "false")
-    assert result.returncode == code
-    assert result.stderr.startswith(message)
-    assert "Traceback" not in result.stderr
+def test_what_goes_wrong_is_said_clearly(litgpt, hub, llama_files, words, code, message):
+    for repo_id in ("org/gated", "org/tiny"):
+        hub.repositories[repo_id] = llama_files[0]
+    hub.repositories["org/gguf"] = {"a.gguf": b"GGUF", "config.json": llama_files[0]["config.json"]}
+    hub.tokens["org/gated"] = "hf_secret"
+    result = litgpt("download", *words)
+    assert result.code == code
+    assert result.err.startswith(message)
+    assert result.err.count("\n") == 1
+    assert not Path("checkpoints").exists()
+
+
+def test_room_for_the_conversion_is_checked_before(litgpt, hub, llama_files, monkeypatch):
+    from shutil import _ntuple_diskusage
+
+    files, _, weights = llama_files
+    hub.repositories["org/tiny"] = files
+    wanted = sum(len(content) for name, content in files.items() if name != "README.md" and "/" not in name)
+    for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
+        converted = sum(tensor.numel() for tensor in weights.values()) * itemsize
+        monkeypatch.setattr(
+            "shutil.disk_usage", lambda path, free=wanted + converted - 1: _ntuple_diskusage(0, 0, free)
+        )
+        result = litgpt("download", "org/tiny", "--dtype", dtype)
+        assert result.code == 1
+        assert "No room for org/tiny" in result.err
+        assert "for the converted weights" in result.err
+        assert "model.safetensors" not in hub.fetched()
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=wanted + converted: _ntuple_diskusage(0, 0, free))
+        assert litgpt("download", "org/tiny", "--dtype", dtype, "--checkpoint_dir", dtype).code == 0
+        hub.requests.clear()
+
+
+@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_process_is_resumed_by_the_next(hub, llama_files, tmp_path, way):
+    files = llama_files[0]
+    weights = os.urandom(6_000_000)
+    hub.repositories["org/big"] = {**files, "model.safetensors": weights}
+    hub.delay = 0.03
+    words = ("org/big", "--convert_checkpoint", "false")
+    process = in_a_process(hub, tmp_path, *words)
+    deadline = time.monotonic() + 60
+    while hub.sent["model.safetensors"] < 3_000_000 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(way)
+    errors = process.communicate(timeout=60)[1]
+    if way == signal.SIGINT:
+        assert process.returncode == 130
+        assert "The same command goes on where this one stopped." in errors
+        assert "Traceback" not in errors
+    sent = hub.sent["model.safetensors"]
+    assert 3_000_000 <= sent < 5_500_000
+    assert not (tmp_path / "checkpoints/org/big").exists()
+    hub.delay = 0
+    hub.requests.clear()
+    process = in_a_process(hub, tmp_path, *words)
+    assert process.communicate(timeout=60)[1] == ""
+    assert process.returncode == 0
+    assert (tmp_path / "checkpoints/org/big/model.safetensors").read_bytes() == weights
+    # The second sent what was missing, and what was under way when the first one ended (buffers of the connection).
+    assert hub.sent["model.safetensors"] - sent < len(weights) - 1_000_000
+    assert present(tmp_path / "checkpoints/org") == {"big"}
+
+
+def test_two_processes_do_not_disturb_one_another(hub, llama_files, tmp_path):
+    hub.repositories["org/big"] = {**llama_files[0], "model.safetensors": os.urandom(3_000_000)}
+    hub.delay = 0.02
+    both = [in_a_process(hub, tmp_path, "org/big", "--convert_checkpoint", "false") for _ in range(2)]
+    for process in both:
+        assert (process.communicate(timeout=60)[1], process.returncode) == ("", 0)
+    assert hub.sent["model.safetensors"] == 3_000_000
+
+
+def test_offline_from_the_cache_alone(hub, llama_files, tmp_path):
+    files = llama_files[0]
+    hub.repositories["org/tiny"] = {name: content for name, content in files.items() if "/" not in name}
+    fill = "from huggingface_hub import snapshot_download; snapshot_download('org/tiny')"
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    subprocess.run([sys.executable, "-c", fill], env=env, check=True, capture_output=True, timeout=60)
+    hub.requests.clear()
+    process = in_a_process(hub, tmp_path, "org/tiny", "--revision", commit_of("org/tiny"), HF_HUB_OFFLINE="1")
+    errors = process.communicate(timeout=120)[1]
+    assert (process.returncode, errors) == (0, "")
+    assert (tmp_path / "checkpoints/org/tiny/model.safetensors").read_bytes() == files["model.safetensors"]
+    process = in_a_process(hub, tmp_path, "org/absent", HF_HUB_OFFLINE="1")
+    assert (
+        "HF_HUB_OFFLINE is set, and the Hub cache has no org/absent at revision main"
+        in process.communicate(timeout=60)[1]
+    )
+    assert process.returncode == 1
+    assert hub.requests == []
 
 
 def test_download_list(litgpt):
