@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,30 +38,41 @@ class Progress:
     """The last validation loss"""
 
 
-def whole_weights(module: nn.Module) -> dict[str, Tensor]:
-    """All weights by name, gathered where they are sharded. Every rank must call this; tied ones stay one tensor."""
+@dataclass(frozen=True)
+class Saved:
+    """Which of a model's weights a run's checkpoints hold, and in which file; the rest comes from elsewhere."""
+
+    file: str = WEIGHTS
+    wanted: Callable[[str], bool] = lambda name: True
+
+    def of(self, module: nn.Module) -> dict[str, Tensor]:
+        """These weights, by name."""
+        return {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if self.wanted(name)}
+
+
+def whole_weights(module: nn.Module, saved: Saved) -> dict[str, Tensor]:
+    """The saved weights by name, gathered where sharded. Every rank must call this; tied ones stay one tensor."""
     whole: dict[int, Tensor] = {}
     weights = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
+    for name, tensor in saved.of(module).items():
         if id(tensor) not in whole:
             whole[id(tensor)] = gathered(tensor.detach())
         weights[name] = whole[id(tensor)]
     return weights
 
 
-def load_weights(module: nn.Module, checkpoint: Path) -> None:
-    """Put the weights of a checkpoint directory into `module`, which may be sharded."""
-    saved = read_state_dict(checkpoint / WEIGHTS)
-    own = module.state_dict(keep_vars=True)
-    wrong = sorted(saved.keys() ^ own.keys())
-    wrong += [name for name in saved.keys() & own.keys() if saved[name].shape != own[name].shape]
+def load_weights(module: nn.Module, checkpoint: Path, saved: Saved) -> None:
+    """Put the saved weights of a checkpoint directory into `module`, which may be sharded."""
+    found, own = read_state_dict(checkpoint / saved.file), saved.of(module)
+    wrong = sorted(found.keys() ^ own.keys())
+    wrong += [name for name in found.keys() & own.keys() if found[name].shape != own[name].shape]
     if wrong:
         raise ValueError(
             f"The checkpoint {checkpoint} belongs to another model: {', '.join(wrong[:5])} "
             f"({len(wrong)} weight(s) in all) differ. Resume with the settings that the run was started with."
         )
     for name, tensor in own.items():
-        copy_into(tensor, saved[name])
+        copy_into(tensor, found[name])
 
 
 def optimizer_state(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
@@ -101,7 +113,7 @@ def collect(fabric: Fabric, optimizer: Optimizer, progress: Progress) -> dict[st
     return state
 
 
-def restore(fabric: Fabric, module: nn.Module, optimizer: Optimizer, checkpoint: Path) -> Progress:
+def restore(fabric: Fabric, module: nn.Module, optimizer: Optimizer, checkpoint: Path, saved: Saved) -> Progress:
     """Bring model, optimizer and random numbers to where a checkpoint was saved."""
     state = read_training_state(checkpoint)
     if state["optimizer_class"] != type(optimizer).__name__:
@@ -110,7 +122,7 @@ def restore(fabric: Fabric, module: nn.Module, optimizer: Optimizer, checkpoint:
             f"{state['optimizer_class']}. Resume it with the same optimizer, or start from its weights with "
             "--initial_checkpoint_dir."
         )
-    load_weights(module, checkpoint)
+    load_weights(module, checkpoint, saved)
     load_optimizer_state(optimizer, state["optimizer"])
     fabric.strategy.precision.load_state_dict(state["scaler"])
     # With another number of ranks there is no exact continuation: rank 0's numbers then serve those without any.

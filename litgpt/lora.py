@@ -1,0 +1,274 @@
+"""Low-rank adaptation of a GPT, from outside: the model does not know it.
+
+LoRA (https://arxiv.org/abs/2106.09685) adds `scaling * B A` to a frozen weight, A of shape (r, in) and B of (out, r). Here
+also its variants DoRA (https://arxiv.org/abs/2402.09353), which learns the length of each row beside its direction, and
+rank-stabilised scaling (https://arxiv.org/abs/2312.03732), alpha / sqrt(r) instead of alpha / r.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from litgpt.config import Config
+from litgpt.model import GPT, Router
+
+TARGETS = ("query", "key", "value", "projection", "mlp", "head")
+
+
+@dataclass(frozen=True)
+class LoRASettings:
+    """What is adapted, and how."""
+
+    r: int = 8
+    """Rank of the update."""
+    alpha: int | float = 16
+    """The update is scaled by alpha / r."""
+    dropout: float = 0.05
+    """Share of the adapted layers' inputs that is zeroed in training."""
+    query: bool = True
+    key: bool = False
+    value: bool = True
+    projection: bool = False
+    """Of the attention's output."""
+    mlp: bool = False
+    """Every linear layer of the MLPs, those of experts included; routers stay as they are."""
+    head: bool = False
+    dora: bool = False
+    """Learn the length of each weight row, too (DoRA)."""
+    rs: bool = False
+    """Scale by alpha / sqrt(r)."""
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"--lora_r {self.r}: the rank must be at least 1.")
+        if self.alpha <= 0:
+            raise ValueError(f"--lora_alpha {self.alpha}: must be positive; with 0 nothing would be learned.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"--lora_dropout {self.dropout}: must be at least 0 and below 1.")
+        if not self.targets:
+            switches = ", ".join(f"--lora_{target}" for target in TARGETS)
+            raise ValueError(f"Nothing is adapted: set at least one of {switches} to true.")
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The parts of the model that are adapted."""
+        return tuple(target for target in TARGETS if getattr(self, target))
+
+    @property
+    def scaling(self) -> float:
+        """What the product of the two matrices is multiplied by."""
+        return self.alpha / (math.sqrt(self.r) if self.rs else self.r)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class LoRALinear(nn.Module):
+    """A linear layer with low-rank updates to some of its rows.
+
+    The original layer, whatever its class, is `linear`. `lora_A` is (n * r, in) and `lora_B` (rows, r) for n updated
+    parts, one below the other: the names and shapes of LitGPT 0.5.13. Both stay in float32 when the model is converted
+    to 16 bits, where small updates would be rounded away.
+
+    Args:
+        linear: The layer to adapt; it is frozen.
+        settings: Rank, scaling, dropout, DoRA.
+        rows: The parts of the output, in order, as (number of rows, whether they are updated).
+    """
+
+    def __init__(self, linear: nn.Module, settings: LoRASettings, rows: list[tuple[int, bool]]) -> None:
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.rows = rows
+        self.rank, self.scaling = settings.r, settings.scaling
+        updated = [size for size, updates in rows if updates]
+        where = {"device": _device(linear), "dtype": torch.float32}
+        self.lora_A = nn.Parameter(torch.empty(len(updated) * settings.r, linear.in_features, **where))
+        self.lora_B = nn.Parameter(torch.empty(sum(updated), settings.r, **where))
+        self.lora_magnitude = nn.Parameter(torch.empty(sum(updated), **where)) if settings.dora else None
+        self.dropout = nn.Dropout(settings.dropout) if settings.dropout else nn.Identity()
+
+    @property
+    def in_features(self) -> int:
+        return self.linear.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.linear.out_features
+
+    def reset_lora(self) -> None:
+        """A is random (each part as a linear layer of its own), B is zero: the layer does what it did."""
+        for part in self.lora_A.split(self.rank):
+            nn.init.kaiming_uniform_(part, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+        if self.lora_magnitude is not None:
+            with torch.no_grad():
+                self.lora_magnitude.copy_(self._updated(plain_weight(self.linear).float()).norm(dim=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        y = self.linear(x)
+        hidden = F.linear(self.dropout(x), self.lora_A.to(x.dtype)) * self.scaling  # (..., n * r)
+        parts = zip(hidden.split(self.rank, dim=-1), self.lora_B.to(x.dtype).split(self._sizes()), strict=True)
+        update = torch.cat([F.linear(a, b) for a, b in parts], dim=-1)  # (..., updated rows)
+        if self.lora_magnitude is not None:
+            return self._with_magnitude(x, y, update)
+        return y + self._spread(update)
+
+    def _with_magnitude(self, x: Tensor, y: Tensor, update: Tensor) -> Tensor:
+        """DoRA: each updated row is brought to its learned length; the norm itself gets no gradient (section 4.3)."""
+        weight = self._updated(plain_weight(self.linear).float())
+        norm = (weight + self.update().float()).norm(dim=1).detach()
+        factor = (self.lora_magnitude / norm).to(y.dtype)  # (updated rows,)
+        bias = self.linear.bias
+        direction = self._updated(y, dim=-1) - (0 if bias is None else self._updated(bias.to(y.dtype)))
+        return y + self._spread((factor - 1) * direction + factor * update)
+
+    def update(self) -> Tensor:
+        """(updated rows, in) what is added to the weight, without DoRA's lengths."""
+        parts = zip(self.lora_B.split(self._sizes()), self.lora_A.split(self.rank), strict=True)
+        return torch.cat([b @ a for b, a in parts]) * self.scaling
+
+    def merged_weight(self) -> Tensor:
+        """(out, in) the weight that does the same without this class, in the dtype of the original's."""
+        original = plain_weight(self.linear)
+        weight = original.float()
+        rows = self._updated(weight) + self.update().float()
+        if self.lora_magnitude is not None:
+            rows = rows * (self.lora_magnitude / rows.norm(dim=1))[:, None]
+        ordered, taken = [], 0
+        for part, (size, updates) in zip(weight.split([size for size, _ in self.rows]), self.rows, strict=True):
+            ordered.append(rows[taken : taken + size] if updates else part)
+            taken += size * updates
+        return torch.cat(ordered).to(original.dtype)
+
+    def _sizes(self) -> list[int]:
+        return [size for size, updates in self.rows if updates]
+
+    def _updated(self, tensor: Tensor, dim: int = 0) -> Tensor:
+        """The updated parts of what has the layer's rows along `dim`."""
+        if all(updates for _, updates in self.rows):
+            return tensor
+        parts = tensor.split([size for size, _ in self.rows], dim=dim)
+        return torch.cat([part for part, (_, updates) in zip(parts, self.rows, strict=True) if updates], dim=dim)
+
+    def _spread(self, update: Tensor) -> Tensor:
+        """(..., updated rows) -> (..., out), zeros elsewhere."""
+        if all(updates for _, updates in self.rows):
+            return update
+        parts = iter(update.split(self._sizes(), dim=-1))
+        return torch.cat([next(parts) if on else update.new_zeros(*update.shape[:-1], n) for n, on in self.rows], dim=-1)
+
+    def _apply(self, fn, recurse=True):
+        before = {name: p.data for name, p in self.named_parameters(recurse=False)}
+        super()._apply(fn, recurse)
+        for name, p in self.named_parameters(recurse=False):
+            if p.dtype != torch.float32:
+                p.data = before[name].to(p.device)
+        return self
+
+
+def plain_weight(linear: nn.Module) -> Tensor:
+    """(out, in) the weight of a linear layer, also of a quantised one."""
+    if type(linear) is nn.Linear:
+        return linear.weight
+    dequantise = getattr(linear, "plain_weight", None)
+    if dequantise is not None:
+        return dequantise()
+    identity = torch.eye(linear.in_features, device=_device(linear))
+    with torch.no_grad():
+        y = linear(identity)
+    return (y if linear.bias is None else y - linear.bias).T
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def apply_lora(gpt: GPT, settings: LoRASettings) -> None:
+    """Freeze a model and put a `LoRALinear` in the place of each layer that is adapted."""
+    gpt.requires_grad_(False)
+    for name, layer in list(gpt.named_modules()):
+        rows = adapted_rows(name, layer, gpt.config, settings)
+        if rows is not None:
+            replace_module(gpt, name, LoRALinear(layer, settings, rows))
+    reset_lora(gpt)
+
+
+def reset_lora(gpt: GPT) -> None:
+    """Start from a model that does what the original did."""
+    for layer in lora_layers(gpt):
+        if not layer.lora_A.is_meta:
+            layer.reset_lora()
+
+
+def adapted_rows(name: str, layer: nn.Module, config: Config, settings: LoRASettings) -> list[tuple[int, bool]] | None:
+    """The parts of a layer's rows, each with whether it is updated; None for a layer that stays as it is."""
+    if not hasattr(layer, "in_features") or isinstance(layer, (Router, LoRALinear)):
+        return None
+    block, _, last = name.rpartition(".")
+    size = config.head_size
+    if last == "qkv":
+        keys = config.n_query_groups * size
+        parts = [(config.n_head * size, settings.query), (keys, settings.key), (keys, settings.value)]
+        return parts if any(updates for _, updates in parts) else None
+    if name == "lm_head":
+        updates = settings.head
+    elif ".mlp" in block:
+        updates = settings.mlp
+    elif last == "proj":
+        updates = settings.projection
+    elif last.startswith("q_"):  # multi-head latent attention
+        updates = settings.query
+    else:
+        updates = last.startswith("kv_") and (settings.key or settings.value)
+    return [(layer.out_features, True)] if updates else None
+
+
+def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where `root` has one of that name."""
+    parent, _, last = name.rpartition(".")
+    setattr(root.get_submodule(parent), last, module)
+
+
+def lora_layers(gpt: nn.Module) -> Iterator[LoRALinear]:
+    return (module for module in gpt.modules() if isinstance(module, LoRALinear))
+
+
+def is_lora(name: str) -> bool:
+    """Whether a parameter of that name belongs to the adaptation."""
+    return name.rpartition(".")[2].startswith("lora_")
+
+
+@torch.no_grad()
+def merge_lora(gpt: GPT) -> None:
+    """Put the updates into the weights and plain linear layers in the place of the adapted ones."""
+    for name, layer in list(gpt.named_modules()):
+        if not isinstance(layer, LoRALinear):
+            continue
+        weight, bias = layer.merged_weight(), layer.linear.bias
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            plain.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        replace_module(gpt, name, plain)
+        if name == "lm_head":
+            gpt.config.tie_embeddings = False  # the embedding has not learned what the head has
+
+
+def parameter_groups(gpt: GPT, learning_rate: float, ratio: float | None) -> list[dict[str, Any]]:
+    """What the optimizer trains; with `ratio` B learns that many times as fast as A (LoRA+, arXiv 2402.12354)."""
+    trained = [(name, p) for name, p in gpt.named_parameters() if p.requires_grad]
+    if ratio is None:
+        return [{"params": [p for _, p in trained]}]
+    fast = [p for name, p in trained if name.endswith("lora_B")]
+    slow = [p for name, p in trained if not name.endswith("lora_B")]
+    return [{"params": slow}, {"params": fast, "lr": learning_rate * ratio}]
