@@ -1,8 +1,8 @@
 """Low-rank adaptation of a GPT, from outside: the model does not know it.
 
-LoRA (https://arxiv.org/abs/2106.09685) adds `scaling * B A` to a frozen weight, A of shape (r, in) and B of (out, r). Here
-also its variants DoRA (https://arxiv.org/abs/2402.09353), which learns the length of each row beside its direction, and
-rank-stabilised scaling (https://arxiv.org/abs/2312.03732), alpha / sqrt(r) instead of alpha / r.
+LoRA (https://arxiv.org/abs/2106.09685) adds `scaling * B A` to a frozen weight, A of shape (r, in) and B of (out, r).
+Here also its variants DoRA (https://arxiv.org/abs/2402.09353), which learns the length of each row beside its
+direction, and rank-stabilised scaling (https://arxiv.org/abs/2312.03732), alpha / sqrt(r) instead of alpha / r.
 """
 
 from __future__ import annotations
@@ -164,8 +164,10 @@ class LoRALinear(nn.Module):
         """(..., updated rows) -> (..., out), zeros elsewhere."""
         if all(updates for _, updates in self.rows):
             return update
-        parts = iter(update.split(self._sizes(), dim=-1))
-        return torch.cat([next(parts) if on else update.new_zeros(*update.shape[:-1], n) for n, on in self.rows], dim=-1)
+        updated = iter(update.split(self._sizes(), dim=-1))
+        blank = update.shape[:-1]
+        parts = [next(updated) if updates else update.new_zeros(*blank, size) for size, updates in self.rows]
+        return torch.cat(parts, dim=-1)
 
     def _apply(self, fn, recurse=True):
         before = {name: p.data for name, p in self.named_parameters(recurse=False)}
