@@ -39,7 +39,6 @@ TRAIN = TrainArgs(
     micro_batch_size=4,
     lr_warmup_steps=2000,
     max_tokens=3_000_000_000_000,
-    tie_embeddings=False,
     max_norm=1.0,
     min_lr=4e-5,
 )
@@ -138,7 +137,10 @@ def setup(
         fabric.barrier()
     tokenizer = Tokenizer(tokenizer_dir) if tokenizer_dir else None
     config = choose_config(model_name, dict(model_config or {}), source, tokenizer, makes_tokenizer)
-    config.tie_embeddings = bool(train.tie_embeddings or (source and source.config.tie_embeddings))
+    if train.tie_embeddings is not None:
+        config.tie_embeddings = train.tie_embeddings
+    elif source is not None:
+        config.tie_embeddings = source.config.tie_embeddings
     tokens = sequence_length(train, config)
     data.connect(tokenizer, train.micro_batch_size, tokens)
     if fabric.local_rank == 0:

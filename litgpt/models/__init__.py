@@ -26,12 +26,22 @@ class KnownCheckpoint:
     """Short name."""
     family: str
     """The file in `litgpt/models` it is listed in."""
+    series: str
+    """What it and the ones published with it are called together, such as `Llama 3.2`. Default: the family."""
+    architecture: str
+    """The class of its text model, as its `config.json` names it."""
+    license: str | None
+    """SPDX identifier or usual short name of the licence of the weights; None where it is not certain."""
     parameters: int
-    """Number of parameters, with an untied head and the padded vocabulary."""
+    """Number of parameters of the text model; a head that shares the embedding's weight counts once."""
     prompt_style: str
     """Name of the prompt style to use where the checkpoint brings no chat template."""
     config: dict[str, Any]
     """The fields of `Config` that differ from the defaults."""
+
+
+# What may stand at every level of a family file beside the fields of `Config`.
+LABELS = ("series", "architecture", "license", "prompt_style")
 
 
 @lru_cache(maxsize=1)
@@ -49,20 +59,25 @@ def known_checkpoints() -> dict[str, KnownCheckpoint]:
 def _read_family(family: str, content: dict[str, Any]) -> Iterator[KnownCheckpoint]:
     """The checkpoints of a family file.
 
-    Fields of `Config` may stand at every level, the inner ones winning: `config` of the file, `config` of a group, the
-    sizes of that group, each with its `parameters`, and the checkpoints, each with its `size` or only that as text.
+    The levels are the file, its groups, the sizes of a group, each with its `parameters`, and the checkpoints, each
+    with its `size` or only that as text. Labels and fields of `Config` (under `config` in the outer two) may stand at
+    every level, the inner ones winning.
     """
+    usual = {"series": family, "license": None, "prompt_style": "Default"}
     for group in content["groups"]:
+        outer = {**usual, **_settings(content), **_settings(group)}
         for repo_id, entry in group["checkpoints"].items():
             entry = {"size": entry} if isinstance(entry, str) else dict(entry)
-            size = dict(group["sizes"][entry.pop("size")])
-            parameters = size.pop("parameters")
             org, repo = repo_id.split("/")
-            name = entry.pop("name", repo)
-            style = entry.pop("prompt_style", group.get("prompt_style", "Default"))
-            shared = {**content.get("config", {}), **group.get("config", {})}
-            config = {"name": name, "hf_config": {"org": org, "name": repo}, **shared, **size, **entry}
-            yield KnownCheckpoint(repo_id, name, family, parameters, style, config)
+            origin = {"name": repo, "hf_config": {"org": org, "name": repo}}
+            config = {**origin, **outer, **group["sizes"][entry.pop("size")], **entry}
+            labels = {label: config.pop(label) for label in (*LABELS, "parameters")}
+            yield KnownCheckpoint(repo_id, config["name"], family, config=config, **labels)
+
+
+def _settings(level: dict[str, Any]) -> dict[str, Any]:
+    labels = {label: level[label] for label in LABELS if label in level}
+    return {**level.get("config", {}), **labels}
 
 
 def find_known(name: str) -> KnownCheckpoint | None:

@@ -36,7 +36,7 @@ class TrainArgs:
     max_seq_length: int | None = None
     """Tokens per sequence; null takes the model's context length"""
     tie_embeddings: bool | None = None
-    """Whether the output head shares the token embedding's weights"""
+    """Whether the output head shares the token embedding's weights; null takes what the model or checkpoint has"""
     max_norm: float | None = None
     """Gradients are scaled down to at most this norm; null does not clip"""
     min_lr: float = 6e-5

@@ -158,6 +158,25 @@ def test_continued_pretraining_on_another_text(place, capsys, tokenizer):
     assert "does not fit the model" in error
 
 
+def test_the_head_is_tied_as_the_model_has_it(place):
+    """By name as it was published, from a checkpoint as that has it, and otherwise where the settings say so."""
+    recipe = TINY.replace("model_name: tiny", "model_name: SmolLM2-135M\nn_query_groups: 2")
+    Path("known.yaml").write_text(recipe.replace("max_steps: 3", "max_steps: 1"))
+    start = ["--initial_checkpoint_dir", "named/final", "--tokenizer_dir", "named/final"]
+    for out_dir, words, tied in (
+        ("named", [], True),
+        ("named and untied", ["--train.tie_embeddings", "false"], False),
+        ("continued", start, True),
+        ("continued and untied", [*start, "--train.tie_embeddings", "false"], False),
+    ):
+        if start[0] in words:
+            words = [*words, "--tokenizer_vocab_size", "null"]
+        assert run("--config", "known.yaml", "--out_dir", out_dir, *words) == 0
+        weights = torch.load(place / out_dir / "final/lit_model.pth")
+        places = {weights[name].data_ptr() for name in ("lm_head.weight", "transformer.wte.weight")}
+        assert (len(places) == 1) == tied, out_dir
+
+
 def test_a_data_module_of_ones_own(place):
     Path("my_data.py").write_text(
         "import torch\n"

@@ -1,48 +1,99 @@
+import csv
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from litgpt import models
 from litgpt.config import Config
+from litgpt.convert.architectures import ARCHITECTURES
+from litgpt.convert.hf_config import config_from_hf, config_to_hf, differences
 from litgpt.model import GPT
 from litgpt.models import find_known, known_checkpoints
 
+PUBLISHED = Path(__file__).with_name("published_figures.csv")
+KNOWN = list(known_checkpoints())
 
-def architecture(config: Config) -> str:
-    """All that decides the number of parameters (and a little more)."""
-    labels = {"name", "hf_config", "block_size", "rope_base", "vocab_size", "sliding_window_size"}
-    return str({key: value for key, value in vars(config).items() if key not in labels})
+
+@pytest.fixture(autouse=True)
+def nothing_to_fill(monkeypatch):
+    """Building a model on the meta device is quicker without initialising its linear layers, which are thousands."""
+    monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda self: None)
 
 
 @pytest.fixture(scope="module")
 def counts():
+    """Numbers of parameters by shape: most shapes are those of several checkpoints."""
     return {}
 
 
-@pytest.mark.parametrize("repo_id", list(known_checkpoints()))
-def test_number_of_parameters(repo_id, counts, monkeypatch):
-    """Each entry, built on the meta device, has the parameters recorded for it (untied head, padded vocabulary)."""
-    monkeypatch.setattr(
-        torch.nn.Linear, "reset_parameters", lambda self: None
-    )  # nothing to fill, and thousands of them
-    known = known_checkpoints()[repo_id]
+def count(config: Config) -> int:
+    with torch.device("meta"):
+        return GPT(config).num_parameters()
+
+
+def count_by_layers(config: Config) -> int:
+    """The same from models with one and two of the layers that repeat."""
+    dense = config.first_k_dense_replace or 0
+    one, two = (count(Config(**{**vars(config), "n_layer": dense + more})) for more in (1, 2))
+    return one + (two - one) * (config.n_layer - dense - 1)
+
+
+@pytest.mark.parametrize("repo_id", KNOWN)
+def test_number_of_parameters(repo_id, counts):
+    """Each entry has the published number: a tied head counts once, the embedding has the rows of config.json."""
     config = Config.from_name(repo_id)
-    key = architecture(config)
-    if key not in counts:
-        with torch.device("meta"):
-            counts[key] = GPT(config).num_parameters()
-    assert counts[key] == known.parameters
+    labels = {"name", "hf_config", "block_size", "vocab_size", "rope_base", "rope_adjustments", "sliding_window_size"}
+    shape = str({key: value for key, value in vars(config).items() if key not in labels})
+    if shape not in counts:
+        counts[shape] = count_by_layers(config)
+    assert counts[shape] == known_checkpoints()[repo_id].parameters
+
+
+@pytest.mark.parametrize("name", ["pythia-14m", "SmolLM2-135M", "Qwen3-0.6B", "DeepSeek-V2-Lite"])
+def test_counting_by_layers_equals_counting_all(name):
+    config = Config.from_name(name)
+    assert count_by_layers(config) == count(config)
+
+
+def test_figures_are_the_published_ones():
+    """Against the config.json files of the checkpoints, where these were read."""
+    with PUBLISHED.open(newline="") as file:
+        rows = [{key: yaml.safe_load(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    wrong = []
+    for row in rows:
+        repo_id = row.pop("repo_id")
+        parameters = row.pop("parameters")
+        config = Config.from_name(repo_id)
+        wrong += [
+            (repo_id, key, getattr(config, key), value) for key, value in row.items() if getattr(config, key) != value
+        ]
+        wrong += [(repo_id, parameters)] * (known_checkpoints()[repo_id].parameters != parameters)
+    assert not wrong
+    assert len(rows) == 70
 
 
 def test_all_of_them_are_there():
     known = known_checkpoints()
-    assert len(known) == 210
-    assert len({entry.name for entry in known.values()}) == 210
+    assert len(known) == len({entry.name.lower() for entry in known.values()}) == 236
     assert {entry.family for entry in known.values()} >= {"llama_2", "pythia", "gemma", "qwen3", "mistral"}
 
 
-@pytest.mark.parametrize("repo_id", list(known_checkpoints()))
+@pytest.mark.parametrize("repo_id", KNOWN)
+def test_a_config_json_says_it_all(repo_id):
+    """Each entry can be written for its architecture, or for any that fits, and reads back as what it was."""
+    known, config = known_checkpoints()[repo_id], Config.from_name(repo_id)
+    assert known.architecture in ARCHITECTURES
+    for config_json in (config_to_hf(config, known.architecture), config_to_hf(config)):
+        again = config_from_hf(config_json, repo_id)
+        assert not differences(again, config)
+        labels = [(each.name, each.block_size, each.vocab_size) for each in (again, config)]
+        assert labels[0] == labels[1]
+
+
+@pytest.mark.parametrize("repo_id", KNOWN)
 def test_both_names_lead_to_it(repo_id):
     entry = known_checkpoints()[repo_id]
     assert find_known(repo_id) is find_known(entry.name) is find_known(entry.name.upper()) is entry
@@ -110,15 +161,26 @@ def test_names_of_the_weights(name):
 
 def test_inner_levels_of_a_family_file_win():
     group = {
-        "prompt_style": "Default",
+        "license": "mit",
         "config": {"n_layer": 2, "n_embd": 2, "n_head": 2},
-        "sizes": {"1B": {"parameters": 5, "n_embd": 3, "n_head": 3}},
-        "checkpoints": {"org/a": "1B", "org/b": {"size": "1B", "name": "c", "prompt_style": "Phi1", "n_head": 4}},
+        "sizes": {"1B": {"parameters": 5, "n_embd": 3, "n_head": 3}, "2B": {"parameters": 6, "license": "gemma"}},
+        "checkpoints": {
+            "org/a": "1B",
+            "org/b": {"size": "1B", "name": "c", "license": "llama2", "prompt_style": "Phi1", "n_head": 4},
+            "org/d": "2B",
+        },
     }
-    content = {"config": {"n_layer": 1, "bias": False}, "groups": [group]}
-    a, b = models._read_family("family", content)
-    assert (a.repo_id, a.name, a.family, a.parameters, a.prompt_style) == ("org/a", "a", "family", 5, "Default")
+    file = {
+        "architecture": "Llama",
+        "license": "apache-2.0",
+        "config": {"n_layer": 1, "bias": False},
+        "groups": [group],
+    }
+    a, b, d = models._read_family("family", file)
+    assert (a.repo_id, a.name, a.family, a.series) == ("org/a", "a", "family", "family")
+    assert (a.architecture, a.license, a.parameters, a.prompt_style) == ("Llama", "mit", 5, "Default")
     figures = {"bias": False, "n_layer": 2, "n_embd": 3, "n_head": 3}
     assert a.config == {"name": "a", "hf_config": {"org": "org", "name": "a"}, **figures}
-    assert (b.name, b.prompt_style) == ("c", "Phi1")
+    assert (b.name, b.license, b.prompt_style) == ("c", "llama2", "Phi1")
     assert b.config == {"name": "c", "hf_config": {"org": "org", "name": "b"}, **figures, "n_head": 4}
+    assert (d.license, d.parameters, d.config["n_embd"]) == ("gemma", 6, 2)
