@@ -21,9 +21,8 @@ _AT_ONCE = 2**20  # values computed at a time
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _BYTES = (torch.uint8, torch.float8_e8m0fnu)
 _FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])  # E2M1
-_PAIRS = torch.stack(
-    [_FP4.repeat(16), _FP4.repeat_interleave(16)], dim=1
-)  # (256, 2): what a byte holds, low half first
+# The two values of a byte, low half first, as one element of twice the size, to be looked up at once.
+_PAIRS = torch.stack([_FP4.repeat(16), _FP4.repeat_interleave(16)], dim=1).view(torch.int64).view(256)
 
 
 class Quantised(ABC):
@@ -74,12 +73,13 @@ class BlockScaled(Quantised):
         weight = torch.empty(self.values.shape, dtype=self.like.dtype)
         columns = self.values.shape[-1]
         rows_at_once = max(1, _AT_ONCE // max(1, columns))
+        table = torch.arange(256, dtype=torch.uint8).view(self.values.dtype).float()
         block_of_row = torch.arange(self.values.shape[1]) // self.block[0]
         for target, values, scales in zip(weight, self.values, self.scales, strict=True):
             factors = scales.float().repeat_interleave(self.block[1], dim=1)[:, :columns]  # (R / r, C)
             parts = (tensor.split(rows_at_once) for tensor in (target, values, block_of_row))
             for place, part, blocks in zip(*parts, strict=True):
-                place.copy_(part.float() * factors[blocks])
+                place.copy_(_look_up(table, part.view(torch.uint8)).mul_(factors[blocks]))
                 release(part)
         # As a whole, too: reading a part brings in pages of the part before, which was released already.
         release(self.values)
@@ -113,12 +113,17 @@ class PackedFP4(Quantised):
         rows_at_once = max(1, _AT_ONCE // max(1, columns))
         parts = (tensor.split(rows_at_once) for tensor in (weight, self.blocks, self.scales))
         for place, blocks, scales in zip(*parts, strict=True):
-            values = _PAIRS[blocks.int()].flatten(2)  # (rows, C / 32, 32)
-            place.copy_((values * scales.view(torch.float8_e8m0fnu).float()).flatten(1))
+            values = _look_up(_PAIRS, blocks).view(torch.float32)  # (rows, C / 32, 32)
+            place.copy_(values.mul_(scales.view(torch.float8_e8m0fnu).float()).flatten(1))
             release(blocks)
         release(self.blocks)
         release(self.scales)
         return weight.view(experts, rows, columns).transpose(1, 2)
+
+
+def _look_up(table: Tensor, bytes_: Tensor) -> Tensor:
+    """The element of a table of 256 that each byte stands for. (Twice as fast as torch converts float8.)"""
+    return table.index_select(0, bytes_.reshape(-1).int()).view(bytes_.shape)
 
 
 Settings = dict[str, Any]
