@@ -187,27 +187,6 @@ def test_a_tokenizer_of_another_model_is_noticed(litgpt, tmp_path):
     assert "gives the token id 5000, but the model's vocabulary ends at 703" in result.err
 
 
-def test_an_id_that_is_not_here_is_downloaded_first(litgpt, chat_model, monkeypatch, tmp_path):
-    import litgpt.commands.download as download_command
-
-    asked = []
-
-    def download_files(repo_id, directory, *, access_token=None, **options):
-        asked.append((repo_id, access_token))
-        directory.parent.mkdir(parents=True)
-        directory.symlink_to(chat_model)
-        return directory
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(download_command, "download_files", download_files)
-    options = ("--prompt", "Hello", "--top_k", 1, "--max_new_tokens", 5, "--access_token", "secret")
-    result = litgpt("generate", "some-org/some-model", *options)
-    assert result.out == answer(chat_model, "Hello", 5) + "\n"
-    assert asked == [("some-org/some-model", "secret")]
-    assert "Downloading some-org/some-model" in result.err
-    assert "secret" not in result.err + result.out
-
-
 def test_smollm2_knows_the_capital_of_france(litgpt, smollm2_gguf):
     prompt = "What is the capital of France?"
     result = litgpt("generate", smollm2_gguf, "--prompt", prompt, "--top_k", 1, "--precision", "32-true")
