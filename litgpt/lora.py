@@ -8,18 +8,23 @@ direction, and rank-stabilised scaling (https://arxiv.org/abs/2312.03732), alpha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import yaml
 from torch import Tensor
 
+from litgpt.checkpoint import read_state_dict
 from litgpt.config import Config
 from litgpt.model import GPT, Router
 
+LORA_WEIGHTS = "lit_model.pth.lora"
+HYPERPARAMETERS = "hyperparameters.yaml"
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
 
 
@@ -274,3 +279,71 @@ def parameter_groups(gpt: GPT, learning_rate: float, ratio: float | None) -> lis
     fast = [p for name, p in trained if name.endswith("lora_B")]
     slow = [p for name, p in trained if not name.endswith("lora_B")]
     return [{"params": slow}, {"params": fast, "lr": learning_rate * ratio}]
+
+
+def save_lora(directory: Path, weights: dict[str, Tensor], settings: LoRASettings, base: str) -> None:
+    """Writes `lit_model.pth.lora`: the matrices, what they are, and the checkpoint they belong to."""
+    content = {"model": weights, "lora": settings.to_dict(), "base": base}
+    torch.save(content, directory / LORA_WEIGHTS)
+
+
+def read_lora(directory: Path) -> tuple[dict[str, Tensor], LoRASettings, str | None]:
+    """The matrices of a directory, their settings, and the checkpoint they belong to.
+
+    A file of LitGPT 0.5.13 holds the matrices alone; hyperparameters.yaml beside it says the rest.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged, or nothing says what its matrices are.
+    """
+    file = directory / LORA_WEIGHTS
+    if not file.is_file():
+        raise FileNotFoundError(f"{directory} holds no {LORA_WEIGHTS}. Give the directory of a LoRA checkpoint.")
+    weights = dict(read_state_dict(file))
+    try:
+        content = torch.load(file, map_location="meta", weights_only=True)
+        if "lora" in content:
+            return weights, LoRASettings(**content["lora"]), content.get("base")
+        recorded = yaml.safe_load((directory / HYPERPARAMETERS).read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(f"{file} does not say what it is, and there is no {HYPERPARAMETERS} beside it.") from None
+    names = [field.name for field in fields(LoRASettings)]
+    given = {name: recorded[f"lora_{name}"] for name in names if f"lora_{name}" in recorded}
+    base = recorded.get("checkpoint_dir")
+    return weights, LoRASettings(**given), None if base is None else str(base)
+
+
+@torch.no_grad()
+def merged_weights(
+    weights: Iterable[tuple[str, Tensor]], config: Config, update: dict[str, Tensor], settings: LoRASettings
+) -> Iterator[tuple[str, Tensor]]:
+    """A checkpoint's weights with a LoRA update in them, one at a time: memory does not grow with the model.
+
+    Args:
+        weights: Names and tensors of the base.
+        config: Its shape.
+        update: The LoRA matrices by name.
+        settings: What they are.
+
+    Raises:
+        ValueError: The matrices belong to another model.
+    """
+    with torch.device("meta"):
+        model = GPT(config)
+        apply_lora(model, settings)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+    wanted = {name for name in model.state_dict() if is_lora(name)}
+    if wanted != update.keys():
+        wrong = ", ".join(sorted(wanted ^ update.keys())[:4])
+        raise ValueError(f"The LoRA weights do not belong to this model: {wrong} (...) are on one side only.")
+    for name, tensor in weights:
+        layer = layers.get(name.removesuffix(".weight"))
+        if layer is None:
+            yield name, tensor
+            continue
+        prefix = name.removesuffix("weight")
+        for key, _ in layer.named_parameters(recurse=False):
+            setattr(layer, key, nn.Parameter(update[prefix + key].float(), requires_grad=False))
+        layer.linear.weight = nn.Parameter(tensor, requires_grad=False)
+        yield name, layer.merged_weight()
+        layer.linear.weight = None  # its memory may be given back
