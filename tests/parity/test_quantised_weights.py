@@ -26,6 +26,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from litgpt.checkpoint import save_model
 from litgpt.convert import config_from_hf, export_hf, load_model, open_checkpoint
 from litgpt.convert.quantised_weights import BlockScaled, PackedFP4, dequantised_type, read_quantised
+from litgpt.convert.safetensors_file import read_safetensors
 
 IDS = torch.arange(40)[None] % 64
 SIZES = {
@@ -132,6 +133,16 @@ def test_fp4_with_the_scale_that_is_no_number_is_no_number():
     value = PackedFP4(torch.full((1, 1, 2, 16), 0x72, dtype=torch.uint8), scales, torch.float32).read(nothing)
     assert torch.equal(value[0, :32, 0], torch.tensor([1.0, 6.0]).repeat(16))
     assert value[0, 32:].isnan().all()
+
+
+def test_scales_may_be_of_the_type_that_they_are(tmp_path):
+    blocks = torch.randint(0, 256, (2, 8, 3, 16), dtype=torch.uint8)
+    scales = torch.randint(100, 150, (2, 8, 3), dtype=torch.uint8)
+    save_file({"x_blocks": blocks, "x_scales": scales.view(torch.float8_e8m0fnu)}, tmp_path / "model.safetensors")
+    tensors = read_safetensors(tmp_path / "model.safetensors")
+    assert tensors["x_scales"].dtype == torch.float8_e8m0fnu
+    weight = PackedFP4(tensors["x_blocks"], tensors["x_scales"], torch.bfloat16).read(nothing)
+    assert torch.equal(weight, convert_moe_packed_tensors(blocks, scales))
 
 
 def test_every_part_of_the_form_is_released_after_use():
