@@ -73,11 +73,6 @@ def text_model(config_json: dict[str, Any]) -> dict[str, Any]:
     return {**architecture.defaults, **inner, **shared, **names, "tie_word_embeddings": tied}
 
 
-def is_multimodal(config_json: dict[str, Any]) -> bool:
-    """Whether the model that would be loaded is but a part of what this `config.json` describes."""
-    return text_model(config_json) is not config_json
-
-
 def text_name(name: str) -> str | None:
     """The name of a multimodal checkpoint's tensor in the text model alone; None if it belongs to another part."""
     if name.startswith("lm_head."):

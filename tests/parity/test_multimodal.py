@@ -25,6 +25,7 @@ from transformers import (
 
 from litgpt.checkpoint import save_model
 from litgpt.convert import config_from_hf, export_hf, load_model, open_checkpoint
+from litgpt.convert.quantised_weights import dequantised_type
 from litgpt.convert.recognition import architecture_of, text_model, text_name
 
 IDS = torch.arange(40)[None] % 64
@@ -222,6 +223,22 @@ def test_figures_that_the_text_config_leaves_out_are_those_of_its_class():
     assert (config.padded_vocab_size, config.block_size, config.norm_eps) == (32064, 4096, 1e-5)
 
 
+def test_the_text_config_may_name_a_class_without_a_head():
+    inner = TEXT | {"model_type": "llama", "architectures": ["LlamaModel"]}
+    whole = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "text_config": inner}
+    assert architecture_of(whole).name == "LlamaForCausalLM"
+    with pytest.raises(ValueError, match="LlamaModel"):  # alone, it has none
+        config_from_hf(inner)
+
+
+@pytest.mark.parametrize(("whole", "text"), [("dtype", "torch_dtype"), ("torch_dtype", "dtype")])
+def test_the_type_of_the_whole_is_that_of_the_text_model(whole, text):
+    inner = TEXT | {"model_type": "llama", text: "float32"}
+    outer = {"architectures": ["LlavaForConditionalGeneration"], "text_config": inner}
+    assert dequantised_type(text_model(outer | {whole: "float16"})) == torch.float16
+    assert dequantised_type(text_model(outer)) == torch.float32
+
+
 @pytest.mark.parametrize(("whole", "text", "tied"), [(True, False, True), (False, False, False), (False, True, True)])
 def test_whether_the_head_is_tied_the_whole_says_first(whole, text, tied):
     """Llava takes a tied text model's word against its own False."""
@@ -320,7 +337,8 @@ def test_a_text_model_that_is_not_supported_is_named(whole, text, missing):
 
 
 def test_a_supported_architecture_keeps_its_own_figures():
-    plain = TEXT | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "text_config": {"hidden_size": 1}}
+    inner = {"model_type": "llama", "hidden_size": 1}
+    plain = TEXT | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "text_config": inner}
     assert text_model(plain) is plain
     assert architecture_of(plain).name == "LlamaForCausalLM"
     assert config_from_hf(plain).n_embd == 32
