@@ -27,6 +27,7 @@ from litgpt.convert.quantised_weights import Quantised, Weights, dequantised_typ
 from litgpt.convert.recognition import architecture_of, text_model, text_name
 from litgpt.convert.safetensors_file import read_safetensors
 from litgpt.model import GPT, RotaryEmbedding
+from litgpt.models import find_known
 
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 Named = tuple[str, Tensor]
@@ -338,7 +339,8 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _usual_json(name: str | None) -> dict[str, Any]:
     """The `config.json` of a known model; with a tied head, unless the files turn out to hold one."""
-    return config_to_hf(Config.from_name(name or "")) | {"tie_word_embeddings": True}
+    config = Config.from_name(name or "")
+    return config_to_hf(config, find_known(config.name).architecture) | {"tie_word_embeddings": True}
 
 
 def _label(path: Path) -> str:

@@ -4,10 +4,12 @@ import pytest
 import torch
 import transformers
 
+from litgpt import models
 from litgpt.config import Config
-from litgpt.convert.hf_config import config_to_hf
+from litgpt.convert import load_model, open_checkpoint
+from litgpt.convert.hf_config import config_from_hf, config_to_hf
 from litgpt.model import GPT
-from litgpt.models import known_checkpoints
+from litgpt.models import KnownCheckpoint, known_checkpoints
 
 LABELS = {"name", "hf_config", "block_size", "vocab_size", "rope_base", "sliding_window_size"}
 
@@ -34,3 +36,21 @@ def test_same_number_of_unique_parameters(repo_id, monkeypatch):
         ours = GPT(config)
     assert ours.num_parameters() == sum(p.numel() for p in theirs.parameters())
     assert config.tie_embeddings == (theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight)
+
+
+def test_without_a_config_json_the_name_says_how_the_weights_are_held(tmp_path, monkeypatch):
+    """Phi-4 computes what a Llama computes, from weights of other names and shapes."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    reference = transformers.Phi3ForCausalLM(
+        transformers.Phi3Config(**sizes, vocab_size=64, pad_token_id=0, eos_token_id=1)
+    ).eval()
+    reference.save_pretrained(tmp_path)
+    config = config_from_hf(reference.config.to_dict() | {"architectures": ["Phi3ForCausalLM"]}, "Tiny-Phi")
+    assert config_to_hf(config)["architectures"] == ["LlamaForCausalLM"]
+    entry = KnownCheckpoint("org/Tiny-Phi", "Tiny-Phi", "phi", "Phi", "Phi3ForCausalLM", None, 0, "Phi4", vars(config))
+    monkeypatch.setattr(models, "known_checkpoints", lambda: {entry.repo_id: entry})
+    (tmp_path / "config.json").unlink()
+    model = load_model(open_checkpoint(tmp_path, "Tiny-Phi"), dtype=torch.float32)
+    idx = torch.randint(64, (2, 9))
+    with torch.inference_mode():
+        assert (model(idx) - reference(idx).logits).abs().max() < 1e-5
