@@ -47,6 +47,7 @@ COMMANDS = {
         "litgpt.commands.convert_pretrained_checkpoint:setup",
         "Strip the training state off a pretraining checkpoint",
     ),
+    "validate": Command("litgpt.commands.validate:setup", "Check a checkpoint, and estimate the memory it needs"),
 }
 
 # What a user can cause and mend. ImportError is among them only as raised by our own code, with a remedy.

@@ -222,6 +222,22 @@ def memory_used(device: torch.device) -> float:
     return float(peak_rss if sys.platform == "darwin" else peak_rss * 1024)
 
 
+def memory_present(device: torch.device) -> int | None:
+    """Bytes of memory that the device has: of the GPU, or of the machine, as far as its control group lets the process
+    have it. None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    try:
+        present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container; "max" where there is none
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(present, int(text)) if text.isdecimal() else present
+
+
 def seed_everything(seed: int) -> None:
     """Seed python, numpy and torch on every device."""
     import random

@@ -20,13 +20,16 @@ if TYPE_CHECKING:
     from litgpt.model import GPT
 
 
-def resolve_checkpoint_dir(name_or_path: str | Path, *, download: Callable[[str], Path] | None = None) -> Path:
+def resolve_checkpoint_dir(
+    name_or_path: str | Path, *, download: Callable[[str], Path] | None = None, incomplete: bool = False
+) -> Path:
     """Finds the checkpoint that a user means.
 
     Args:
         name_or_path: An existing directory or `.gguf` file, a weight file inside such a directory, the same below
             `checkpoints/`, a known model name (`org/name` or the short name), or a Hub id.
         download: Called with the repository id if nothing is found on this machine.
+        incomplete: Take a directory that is found as it is, whatever it lacks.
 
     Returns:
         A checkpoint directory (ours or Hugging Face's) or a `.gguf` file.
@@ -42,9 +45,11 @@ def resolve_checkpoint_dir(name_or_path: str | Path, *, download: Callable[[str]
         candidates.append(Path("checkpoints") / repo_id)
     for path in candidates:
         if path.is_file():
-            return path if path.suffix == ".gguf" else _complete(path.parent)
+            if path.suffix == ".gguf":
+                return path
+            path = path.parent
         if path.is_dir():
-            return _complete(path)
+            return path if incomplete else _complete(path)
     if download and repo_id and not name.startswith((".", "~", "/")):
         return _complete(Path(download(repo_id)))
     if repo_id and not name.startswith("."):

@@ -18,6 +18,7 @@ from litgpt.generation.sampling import Sampling, next_tokens
 from litgpt.model import GPT, KVCache
 
 CACHE_STEP = 128  # cache lengths are multiples of this, so that few distinct shapes occur
+PREFILL_CHUNK = 1024  # tokens of a prompt that are read at a time
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Engine:
         self,
         model: GPT,
         *,
-        prefill_chunk: int = 1024,
+        prefill_chunk: int = PREFILL_CHUNK,
         compile: bool = False,
         autocast: torch.dtype | None = None,
         keep_prefix: bool = False,

@@ -41,9 +41,13 @@ class NextTokenLoss(nn.Module):
             Scalar in float32. Divide by the number of targets in the whole optimizer step.
         """
         hidden = self.gpt.hidden_states(idx, **inputs)  # (B, T, C)
-        elements = CHUNK_ELEMENTS.get(hidden.device.type, MANY_ELEMENTS)
-        chunk_rows = max(256, elements // self.gpt.config.padded_vocab_size)
+        chunk_rows = rows_per_chunk(hidden.device.type, self.gpt.config.padded_vocab_size)
         return summed_cross_entropy(self.gpt.logits, hidden, targets, self.gpt.lm_head.parameters(), chunk_rows)
+
+
+def rows_per_chunk(device: str, vocabulary: int) -> int:
+    """Rows of logits to hold at a time on a kind of device; `vocabulary` is the width of a row."""
+    return max(256, CHUNK_ELEMENTS.get(device, MANY_ELEMENTS) // vocabulary)
 
 
 def summed_cross_entropy(

@@ -1,0 +1,68 @@
+"""A real run in a process of its own: prints by how many bytes its peak grew over that of the bare program.
+
+    python -m tests.measured_run METHOD MODEL PRECISION BATCH_SIZE CONTEXT
+
+METHOD is inference (prompts, then a few tokens with the cache) or full (two optimizer steps of two micro-batches with
+AdamW, as in training).
+"""
+
+import contextlib
+import sys
+from pathlib import Path
+
+import torch
+
+from litgpt.config import Config
+from litgpt.convert.source import give_memory, meta_model
+from litgpt.distributed import PRECISIONS, memory_used
+from litgpt.generation.engine import Engine, Request
+from litgpt.generation.sampling import Sampling
+from litgpt.model import GPT
+from litgpt.training.loss import NextTokenLoss
+from litgpt.training.optimizers import OptimizerSpec
+
+NEW_TOKENS = 8
+
+
+def make(config: Config, dtype: torch.dtype) -> GPT:
+    model = meta_model(config)
+    give_memory(model, dtype, "cpu")
+    model.init_weights()
+    return model
+
+
+def train(config: Config, precision: str, batch_size: int, context: int) -> None:
+    weights, compute = PRECISIONS[precision]
+    gpt = make(config, weights).train()
+    module = NextTokenLoss(gpt)
+    optimizer = OptimizerSpec("AdamW", {"lr": 1e-4}).build(gpt.parameters())
+    for _ in range(2):
+        for _ in range(2):
+            idx = torch.randint(0, config.vocab_size, (batch_size, context))
+            with torch.autocast("cpu", compute) if compute else contextlib.nullcontext():
+                loss = module(idx, idx)
+            (loss / idx.numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def generate(config: Config, precision: str, batch_size: int, context: int) -> None:
+    weights, compute = PRECISIONS[precision]
+    engine = Engine(make(config, weights).eval(), autocast=compute)
+    prompts = torch.randint(0, config.vocab_size, (batch_size, context - NEW_TOKENS)).tolist()
+    engine.complete([Request(prompt, NEW_TOKENS, Sampling(0.8)) for prompt in prompts])
+
+
+def main(method: str, name: str, precision: str, batch_size: int, context: int) -> None:
+    run = generate if method == "inference" else train
+    run(
+        Config(n_layer=1, n_embd=32, n_head=2, vocab_size=512, block_size=64), precision, 1, 32
+    )  # imports what it needs
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = memory_used(torch.device("cpu"))
+    run(Config.from_name(name, block_size=context), precision, batch_size, context)
+    print(int(memory_used(torch.device("cpu")) - before))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5]))
