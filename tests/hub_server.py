@@ -10,7 +10,7 @@ import re
 import socket
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -49,6 +49,8 @@ class Hub:
     """`METHOD /path` of every request, in order."""
     sent: Counter[str] = field(default_factory=Counter)
     """File name -> bytes of it that were sent."""
+    parts: dict[str, list[list[int]]] = field(default_factory=lambda: defaultdict(list))
+    """File name -> for each time that it was sent, from which byte, and how many bytes."""
     tokens_elsewhere: list[str] = field(default_factory=list)
     """Tokens that were sent to the other host."""
     url: str = ""
@@ -164,6 +166,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if not with_body:
             return
+        sent = [int(re.sub(r"bytes (\d+)-.*", r"\1", (headers or {}).get("Content-Range", "0"))), 0]
+        self.hub.parts[name].append(sent)
         end = self.hub.drop_after[name].pop(0) if self.hub.drop_after.get(name) else None
         for start in range(0, len(body[:end]), CHUNK):
             if name:
@@ -171,6 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
             part = body[:end][start : start + CHUNK]
             self.wfile.write(part)
             self.hub.sent[name] += len(part)
+            sent[1] += len(part)
         if end is not None:
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True

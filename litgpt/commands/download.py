@@ -126,8 +126,6 @@ def download(
     if not convert:
         check_not_hidden(repository, weights, directory)
     weight_bytes = sum(repository.files[name].size for name in weights)
-    if stand_in:
-        names = [name for name in names if name != "config.json"]
     repository.fetch([*names, *weights], directory, converted_size(config, weight_bytes, dtype) if convert else 0)
     if stand_in:
         write_config_json(config, stand_in.architecture, directory)
