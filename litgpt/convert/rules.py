@@ -211,10 +211,8 @@ class RuleTable:
             ordered = [piece for _, piece in sorted(pending.pop(targets).items())]
             transform = rule.transform.to_ours if to_ours else rule.transform.to_theirs
             yield from zip(targets, transform(ordered, config), strict=True)
-            # The next tensor may have to be computed: nothing here may keep this one alive meanwhile.
-            del tensor, pieces
-            while ordered:
-                done(ordered.pop())
+            for piece in ordered:
+                done(piece)
         if unknown or pending:
             lines = [f"no rule for {name}" for name in unknown]
             lines += [f"not all parts of {', '.join(targets)} are there" for targets in pending]

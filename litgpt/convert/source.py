@@ -270,7 +270,6 @@ class HFSource(Source):
             yield name, tensor
             if name == EMBEDDING and self.config.tie_embeddings:
                 yield HEAD, tensor
-            del tensor  # it may be a view of one that is computed anew for the next
 
     def _text_alone(self, tensors: dict[str, Tensor], whole: dict[str, Any], notes: list[str]) -> dict[str, Tensor]:
         named = [(text_name(name), tensor) for name, tensor in tensors.items()]
