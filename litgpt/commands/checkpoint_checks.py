@@ -274,39 +274,44 @@ def _check_tokenizer(findings: Findings, files: Path) -> None:
     if tokenizer is None:
         return
     rows = findings.config.padded_vocab_size if findings.config else None
-    _check_vocabulary(findings, tokenizer, rows)
+    if rows is not None:
+        _check_vocabulary(findings, tokenizer, rows)
     _check_special_tokens(findings, tokenizer, rows)
     with findings.catching("tokenizer"):
         findings.style = choose_prompt_style(files, config=findings.config, tokenizer=tokenizer)
-        ids = findings.style.encode(tokenizer, [{"role": "user", "content": GREETING}])
-        findings.style.stop_sequences(tokenizer)
-        if not ids:
-            raise ValueError("The prompt format makes nothing of a greeting. Correct the chat template.")
-    with findings.catching("tokenizer"):
-        back = tokenizer.decode(tokenizer.encode_ids(GREETING, bos=False))
-        if back != GREETING:
-            remedy = "Copy the model's own tokenizer files there again."
-            findings.warn("tokenizer", f"{GREETING!r} becomes {back!r} when encoded and decoded. {remedy}")
+        _check_prompt(findings.style, tokenizer, rows)
+    back = tokenizer.decode(tokenizer.encode_ids(GREETING, bos=False))
+    if back != GREETING:
+        remedy = "Copy the model's own tokenizer files there again."
+        findings.warn("tokenizer", f"{GREETING!r} becomes {back!r} when encoded and decoded. {remedy}")
 
 
-def _check_vocabulary(findings: Findings, tokenizer: Tokenizer, rows: int | None) -> None:
-    if rows is None:
-        return
-    largest = max(tokenizer.vocab_size - 1, *_added_ids(tokenizer.dir))
-    if largest >= rows:
-        message = f"The tokenizer has {tokenizer.vocab_size} tokens up to id {largest}, the embedding {rows} rows"
+def _check_prompt(style: PromptStyle, tokenizer: Tokenizer, rows: int | None) -> None:
+    """A greeting must become ids that the model knows. Raises `ValueError`."""
+    ids = style.encode(tokenizer, [{"role": "user", "content": GREETING}])
+    style.stop_sequences(tokenizer)
+    largest = max(ids, default=-1)
+    if largest < 0 or (rows is not None and largest >= rows):
+        made = "nothing" if largest < 0 else f"the id {largest}, for which the embedding has no row"
+        raise ValueError(f"The prompt format makes {made} of a greeting. Correct the chat template.")
+
+
+def _check_vocabulary(findings: Findings, tokenizer: Tokenizer, rows: int) -> None:
+    beyond = {token for token in (*range(rows, tokenizer.vocab_size), *_added_ids(tokenizer.dir)) if token >= rows}
+    message = f"The tokenizer has {tokenizer.vocab_size} tokens, the embedding {rows} rows"
+    if any(not tokenizer.is_control(token) for token in beyond):
         findings.fail("tokenizer", f"{message}. Copy the model's own tokenizer files there.")
+    elif beyond:  # no text becomes such a token; published checkpoints have some, for images
+        message = f"The embedding has {rows} rows, and no text may hold the control tokens beyond"
+        findings.warn("tokenizer", f"{message}: {', '.join(map(str, sorted(beyond)))}. Do without them.")
     elif tokenizer.vocab_size < rows / 2:
-        message = f"The tokenizer has {tokenizer.vocab_size} tokens, the embedding {rows} rows"
         findings.warn("tokenizer", f"{message}. Check that the tokenizer is this model's.")
 
 
 def _added_ids(directory: Path) -> list[int]:
     """Ids of tokens that were added to a vocabulary; they may leave gaps before them."""
     file = directory / MODEL_FILES[0]
-    if not file.is_file():
-        return [0]
-    return [0, *(token["id"] for token in _read_json(file).get("added_tokens") or [])]
+    return [token["id"] for token in _read_json(file).get("added_tokens") or []] if file.is_file() else []
 
 
 def _check_special_tokens(findings: Findings, tokenizer: Tokenizer, rows: int | None) -> None:

@@ -250,7 +250,8 @@ def memory_lines(memory: dict[str, Any]) -> Iterator[str]:
     parts = list(dict.fromkeys(part for method in ("inference", "qlora", "full") for part in methods[method]["parts"]))
     for part in parts:
         values = [method["parts"].get(part) for method in methods.values()]
-        yield f"  {part.replace('_', ' '):<16}" + "".join(f"{in_gigabytes(value):>11}" for value in values)
+        cells = "".join(f"{in_gigabytes(value):>11}" for value in values)
+        yield f"  {part.replace('_', ' '):<16}{cells}".rstrip()
     yield f"  {'total':<16}" + "".join(f"{in_gigabytes(method['total']):>11}" for method in methods.values())
     if memory["device_bytes"] is not None:
         fits = ["yes" if method["fits"] else "no" for method in methods.values()]

@@ -326,14 +326,26 @@ def test_no_tokenizer(validate, directory):
     assert only_error(validate(directory))["group"] == "tokenizer"
 
 
-def test_more_tokens_than_rows(validate, directory, tmp_path):
+def add_token(directory, token_id, special):
     tokenizer = json.loads((directory / "tokenizer.json").read_text())
-    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 704, "content": "<|new|>"})
-    tokenizer["model"]["vocab"]["<|new|>"] = 704
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": token_id, "content": "<|new|>"})
+    tokenizer["added_tokens"][-1]["special"] = special
+    tokenizer["model"]["vocab"]["<|new|>"] = token_id
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
-    message = only_error(validate(directory))["message"]
-    assert "401 tokens up to id 704" in message
-    assert "704 rows" in message
+
+
+def test_more_tokens_than_rows(validate, directory):
+    add_token(directory, 704, special=False)
+    assert "401 tokens, the embedding 704 rows" in only_error(validate(directory))["message"]
+
+
+def test_a_control_token_beyond_the_rows_fails_where_it_is_used(validate, directory):
+    add_token(directory, 704, special=True)
+    report = validate(directory)  # as in Gemma 3, whose tokenizer has a token for images
+    assert report["valid"]
+    assert "control tokens beyond: 704" in warnings(report)[0][1]
+    rewrite(directory / "tokenizer_config.json", chat_template="<|new|>{{ messages[0]['content'] }}")
+    assert "the id 704, for which the embedding has no row" in only_error(validate(directory))["message"]
 
 
 def test_special_tokens_that_disagree(validate, directory):
@@ -352,8 +364,10 @@ def test_a_special_token_that_the_vocabulary_lacks(validate, directory):
     assert "names '<pad>' as pad_token" in warnings(validate(directory))[0][1]
 
 
-def test_a_broken_chat_template(validate, directory):
-    rewrite(directory / "tokenizer_config.json", chat_template="{% for message in messages %}")
+@pytest.mark.parametrize("template", ["{% for message in messages %}", "{{ raise_exception('no users') }}"])
+def test_a_broken_chat_template(validate, directory, template):
+    (directory / "chat_template.jinja").unlink(missing_ok=True)
+    rewrite(directory / "tokenizer_config.json", chat_template=template)
     assert only_error(validate(directory))["group"] == "tokenizer"
 
 
