@@ -123,6 +123,31 @@ def test_some_figures_by_hand():
     assert find_known("Llama-2-7b-chat-hf").prompt_style == "Llama2"
     assert find_known("Mixtral-8x7B-v0.1").parameters == 46702792704
     assert Config.from_name("Qwen2.5-14B-Instruct").norm_eps == 1e-6
+    granite = Config.from_name("granite-3.3-8b-instruct")
+    assert granite.attention_scores_scalar**-0.5 == 0.0078125
+    assert granite.to_dict()["logits_scaling"] == 16
+    assert Config.from_name("SmolLM3-3B").nope_indices == [0, 0, 0, 1] * 9
+    assert Config.from_name("gpt-oss-20b").sliding_window_indices == [1, 0] * 12
+    olmo_3 = Config.from_name("Olmo-3-1025-7B")
+    assert olmo_3.rope_indices == olmo_3.sliding_window_indices == [1, 1, 1, 0] * 8
+    assert len(Config.from_name("Phi-3.5-mini-instruct").rope_adjustments["long_factor"]) == 48
+
+
+@pytest.mark.parametrize(
+    ("name", "license"),
+    [
+        ("Llama-3.1-8B", "llama3.1"),
+        ("Llama-3.3-70B-Instruct", "llama3.3"),
+        ("R1-Distill-Llama-8B", "mit"),
+        ("Qwen2.5-3B", "qwen-research"),
+        ("Qwen2.5-7B", "apache-2.0"),
+        ("Qwen2.5-72B", "qwen"),
+        ("falcon-40b", "apache-2.0"),
+        ("falcon-180B", None),
+    ],
+)
+def test_licences(name, license):
+    assert find_known(name).license == license
 
 
 NORMS, BIASED_NORMS = "norm_1.weight norm_2.weight", "norm_1.weight norm_1.bias norm_2.weight norm_2.bias"
