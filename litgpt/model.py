@@ -253,23 +253,18 @@ class CausalSelfAttention(nn.Module):
         self, x: Tensor, rotation: "Rotation | None", plan: "AttentionPlan", cache: "LayerCache | None" = None
     ) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        q, k, v = self.heads(x)
+        qkv = self.qkv(x) if self.clip is None else self.qkv(x).clamp(-self.clip, self.clip)
+        q, k, v = qkv.split([heads * self.head_size for heads in self.sizes], dim=-1)  # (B, T, heads * D)
+        if self.norm_q is not None and self.norm_all_heads:
+            q, k = self.norm_q(q), self.norm_k(k)
+        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in (q, k, v))  # (B, T, H, D), twice (B, T, G, D)
+        if self.norm_q is not None and not self.norm_all_heads:
+            q, k = self.norm_q(q), self.norm_k(k)
         q = rotate(scale_queries(q, rotation), rotation, self.interleave)
         k = rotate(k, rotation, self.interleave)
         if cache is not None:
             k, v = cache.update(plan, k, v)  # (B, S, G, D)
         return self.proj(self.attended(q, k, v, plan.mask).flatten(-2))
-
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, C) -> queries (B, T, H, D), keys and values (B, T, G, D), not rotated yet."""
-        qkv = self.qkv(x) if self.clip is None else self.qkv(x).clamp(-self.clip, self.clip)
-        q, k, v = qkv.split([heads * self.head_size for heads in self.sizes], dim=-1)  # (B, T, heads * D)
-        if self.norm_q is not None and self.norm_all_heads:
-            q, k = self.norm_q(q), self.norm_k(k)
-        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in (q, k, v))
-        if self.norm_q is not None and not self.norm_all_heads:
-            q, k = self.norm_q(q), self.norm_k(k)
-        return q, k, v
 
     def attended(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q (B, T, H, D), k and v (B, S, G, D), rotated -> (B, T, H, D) what each query finds."""
