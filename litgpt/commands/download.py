@@ -124,7 +124,7 @@ def download(
     config, stand_in = supported_config(repository, model_name)
     weights = weight_files(repo_id, repository.files, repository.read)
     if not convert:
-        check_not_hidden(repository, weights, directory)
+        check_not_hidden(directory)
     weight_bytes = sum(repository.files[name].size for name in weights)
     repository.fetch([*names, *weights], directory, converted_size(config, weight_bytes, dtype) if convert else 0)
     if stand_in:
@@ -187,13 +187,13 @@ def write_config_json(config: Config, architecture: str, directory: Path) -> Non
         path.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
-def check_not_hidden(repository: Repository, weights: list[str], directory: Path) -> None:
-    """Refuses to put weights beside a `lit_model.pth` that was made from others and would be loaded instead."""
+def check_not_hidden(directory: Path) -> None:
+    """Refuses to put weights beside a `lit_model.pth`, which may be another revision's and would be loaded instead."""
     converted = directory / "lit_model.pth"
-    if converted.exists() and repository.to_fetch(weights, directory):
+    if converted.exists():
         raise HubError(
-            f"'{converted}' exists, and every command would load it instead of what is downloaded with "
-            "--convert_checkpoint false. Remove it, or choose another --checkpoint_dir."
+            f"'{converted}' exists, and every command would load it instead of what --convert_checkpoint false "
+            "downloads. Remove it, or choose another --checkpoint_dir."
         )
 
 

@@ -76,11 +76,6 @@ class Repository:
             _move_in(gathering, directory)
         return directory
 
-    def to_fetch(self, names: Iterable[str], directory: Path) -> list[str]:
-        """Of some files, those that are missing in a directory or have another size there."""
-        present = {path.name: path.stat().st_size for path in directory.iterdir()} if directory.is_dir() else {}
-        return [name for name in names if present.get(name) != self.files[name].size]
-
     def _transfer(self, bar: tqdm) -> Transfer:
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers
@@ -151,7 +146,7 @@ def open_repository(repo_id: str, revision: str | None = None, access_token: str
     files = [
         RemoteFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id)
         for entry in tree
-        if isinstance(entry, RepoFile)
+        if isinstance(entry, RepoFile) and Path(entry.path).name == entry.path  # it names a file on our disk
     ]
     return Repository(repo_id, commit, files, access_token)
 
@@ -183,7 +178,8 @@ def _alone(directory: Path) -> Iterator[None]:
 
     directory.parent.mkdir(parents=True, exist_ok=True)
     lock = directory.with_name(f".{directory.name}.lock")
-    busy = f"Waiting for another process, which is downloading into '{directory}'."
+    # Some network file systems know no locks that end with their process.
+    busy = f"Waiting for another process to download into '{directory}'. If there is none, remove '{lock}'."
     notice = threading.Timer(2, print, [busy], {"file": sys.stderr, "flush": True})
     notice.start()
     with WeakFileLock(lock):

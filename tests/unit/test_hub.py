@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from litgpt.hub import HubError, Repository, open_repository, tokenizer_files, weight_files
+from litgpt.hub import HubError, open_repository, tokenizer_files, weight_files
 from litgpt.hub.cache import snapshot
 from tests.hub_server import Hub, commit_of, serve_hub
 
@@ -380,10 +380,3 @@ def test_a_failure_stops_the_other_files(hub, tmp_path):
     with pytest.raises(HubError, match="damaged"):
         fetch(tmp_path / "model", "tokenizer.json", *many)
     assert hub.sent.total() < len(WEIGHTS)
-
-
-def test_the_repository_names_what_is_missing(hub, tmp_path):
-    hub.repositories["org/model"] = {"config.json": b"{}", "model.safetensors": WEIGHTS}
-    repository: Repository = open_repository("org/model")
-    (tmp_path / "config.json").write_bytes(b"{}")
-    assert repository.to_fetch(repository.files, tmp_path) == ["model.safetensors"]
