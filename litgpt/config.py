@@ -341,6 +341,8 @@ class Config:
         has_local = self.rope_local_base_freq is not None
         self._require("rope_local_base_freq", has_local or not wants_local, "set, as rope_indices is")
         self._fill_pattern("nope_indices")
+        if self.nope_indices is not None and not any(self.nope_indices):
+            self.nope_indices = None
         if self.rope_adjustments is not None and _rope_kind(self.rope_adjustments) == "longrope":
             self._require("rope_local_base_freq", not has_local, "null, as rope_adjustments is that of LongRoPE")
             for name in ("short_factor", "long_factor"):
