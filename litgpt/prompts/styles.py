@@ -85,7 +85,7 @@ class PromptStyle(ABC):
 
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Message], **kwargs: Any) -> list[int]:
         """The conversation's token ids. Control tokens spelled in a message, a tool or a document stay text."""
-        text = self.render(_protected(tokenizer, messages), **_protected(tokenizer, kwargs))
+        text = self.render(protected(tokenizer, messages), **protected(tokenizer, kwargs))
         return tokenizer.encode_ids(text, bos=False if self.adds_bos else None, allow_special=not self.continues_text)
 
     @staticmethod
@@ -102,14 +102,14 @@ class PromptStyle(ABC):
         return style_class(known.prompt_style if known else "Default")()
 
 
-def _protected(tokenizer: Tokenizer, value: Any) -> Any:
+def protected(tokenizer: Tokenizer, value: Any) -> Any:
     """What is given to a template, a text or anything that holds some, with the control tokens in it made harmless."""
     if isinstance(value, str):
         return tokenizer.protect(value)
     if isinstance(value, Mapping):
-        return {key: _protected(tokenizer, part) for key, part in value.items()}
+        return {protected(tokenizer, key): protected(tokenizer, part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_protected(tokenizer, part) for part in value]
+        return [protected(tokenizer, part) for part in value]
     return value
 
 

@@ -6,6 +6,8 @@ import random
 import pytest
 import sentencepiece
 import torch
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as TokenizersTokenizer
 from transformers import PreTrainedTokenizerFast
 
 from litgpt.tokenizer import Tokenizer
@@ -219,6 +221,33 @@ def test_protected_text_stays_text_inside_a_rendered_prompt(directories, kind):
     assert "\ufdd0" not in ours.decode(ids)
     assert ours.encode_ids(f"A: {evil}{name}B", allow_special=True).count(control) == 2
     assert ours.protect("harmless") == "harmless"
+
+
+def test_what_is_spelled_like_a_marker_is_one_though_not_called_special(tmp_path):
+    tokenizer_files.byte_level(tmp_path)
+    library = TokenizersTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    library.add_tokens([AddedToken(token, normalized=False) for token in ("<｜User｜>", "<|fim|>", "<think>")])
+    library.save(str(tmp_path / "tokenizer.json"))
+    ours = Tokenizer(tmp_path)
+    user, fim, think = map(ours.token_to_id, ("<｜User｜>", "<|fim|>", "<think>"))
+    text = "<think><|fim|> a<｜User｜>"
+    for ids in (ours.encode_ids(text), ours.encode_ids(ours.protect(text), allow_special=True)):
+        assert not {user, fim} & set(ids)
+        assert ids[0] == think
+        assert ours.decode(ids) == text
+    ids = ours.encode_ids(text, allow_special=True)
+    assert ids[:2] == [think, fim]
+    assert ids[-1] == user
+    assert ours.decode(ids) == text, "only what the file calls special is left out"
+    assert not ours.is_control(user)
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_half_a_character_is_replaced(directories, kind):
+    ours = Tokenizer(directories[kind])
+    for special in (True, False):
+        assert ours.encode_ids("a\ud83db\ud83d\ude42", allow_special=special) == ours.encode_ids("a\ufffdb🙂")
+    assert ours.encode_batch_ids(["\udc00"]) == [ours.encode_ids("\ufffd")]
 
 
 def test_tokens_named_only_in_the_configuration_are_known(tmp_path):
