@@ -123,8 +123,9 @@ def test_a_shared_head_is_there_once():
 
 
 def test_lora_parameters_are_the_published_number():
-    # "trainable params: 4,194,304" is what the common LoRA tools print for r=8 on q and v of Llama 2 7B.
+    # "trainable params: ..." as the common LoRA tools print it for r=8 on q and v.
     assert lora_parameters(meta_model(Config.from_name("Llama-2-7b-hf")), 8) == 4_194_304
+    assert lora_parameters(meta_model(Config.from_name("Llama-3-8B")), 8) == 3_407_872
 
 
 def test_lora_and_qlora_train_little_and_qlora_stores_little():
