@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
+from litgpt.adaptation import KeepsFloat32, replace_module
 from litgpt.checkpoint import read_state_dict
 from litgpt.config import Config
 from litgpt.model import GPT, Router
@@ -76,7 +77,7 @@ class LoRASettings:
         return asdict(self)
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(KeepsFloat32):
     """A linear layer with low-rank updates to some of its rows.
 
     The original layer, whatever its class, is `linear`. `lora_A` is (n * r, in) and `lora_B` (rows, r) for n updated
@@ -174,14 +175,6 @@ class LoRALinear(nn.Module):
         parts = [next(updated) if updates else update.new_zeros(*blank, size) for size, updates in self.rows]
         return torch.cat(parts, dim=-1)
 
-    def _apply(self, fn, recurse=True):
-        before = {name: p.data for name, p in self.named_parameters(recurse=False)}
-        super()._apply(fn, recurse)
-        for name, p in self.named_parameters(recurse=False):
-            if p.dtype != torch.float32:
-                p.data = before[name].to(p.device)
-        return self
-
 
 def plain_weight(linear: nn.Module) -> Tensor:
     """(out, in) the weight of a linear layer, also of a quantised one."""
@@ -238,12 +231,6 @@ def adapted_rows(name: str, layer: nn.Module, config: Config, settings: LoRASett
     else:
         updates = last.startswith("kv_") and (settings.key or settings.value)
     return [(layer.out_features, True)] if updates else None
-
-
-def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where `root` has one of that name."""
-    parent, _, last = name.rpartition(".")
-    setattr(root.get_submodule(parent), last, module)
 
 
 def lora_layers(gpt: nn.Module) -> Iterator[LoRALinear]:
