@@ -5,11 +5,40 @@ from typing import Any
 
 _PLACES = {
     "DataModule": "litgpt.data.base",
+    "LengthGroupedSampler": "litgpt.data.base",
     "StreamSampler": "litgpt.data.base",
     "stream_loader": "litgpt.data.base",
     "TextFiles": "litgpt.data.text_files",
+    "SFTData": "litgpt.data.sft",
+    "JSON": "litgpt.data.json_data",
+    "Alpaca": "litgpt.data.alpaca",
+    "Alpaca2k": "litgpt.data.alpaca",
+    "AlpacaGPT4": "litgpt.data.alpaca",
+    "Deita": "litgpt.data.multi_turn",
+    "Dolly": "litgpt.data.dolly",
+    "FLAN": "litgpt.data.flan",
+    "HFDataset": "litgpt.data.hub_data",
+    "LIMA": "litgpt.data.multi_turn",
+    "LongForm": "litgpt.data.longform",
 }
-__all__ = ["DataModule", "StreamSampler", "TextFiles", "stream_loader"]
+__all__ = [
+    "FLAN",
+    "JSON",
+    "LIMA",
+    "Alpaca",
+    "Alpaca2k",
+    "AlpacaGPT4",
+    "DataModule",
+    "Deita",
+    "Dolly",
+    "HFDataset",
+    "LengthGroupedSampler",
+    "LongForm",
+    "SFTData",
+    "StreamSampler",
+    "TextFiles",
+    "stream_loader",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,11 +109,45 @@ class StreamSampler(Sampler[list[int]]):
         return int(self._order[place])
 
 
+class LengthGroupedSampler(StreamSampler):
+    """The same samples in every optimizer step as with `StreamSampler`; within a step, the longest first.
+
+    So a batch holds samples of similar length, and little padding, while what a step learns from stays as random as
+    it was, and depends on neither the number of ranks nor the micro-batch size. (Grouping over more than one step would
+    save more padding, but each step would then see samples of one length only.)
+
+    Args:
+        lengths: Of each sample.
+        samples_per_step: Samples of one optimizer step, over all ranks.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, samples_per_step: int, *, seed: int = 42) -> None:
+        super().__init__(len(lengths), batch_size, seed=seed)
+        self.lengths, self.samples_per_step = lengths, samples_per_step
+        self._step, self._step_samples = -1, []
+
+    def _sample(self, position: int) -> int:
+        step, place = divmod(position, self.samples_per_step)
+        if step != self._step:
+            first = step * self.samples_per_step
+            samples = [super(LengthGroupedSampler, self)._sample(first + i) for i in range(self.samples_per_step)]
+            self._step, self._step_samples = step, sorted(samples, key=lambda sample: -int(self.lengths[sample]))
+        return self._step_samples[place]
+
+
 def stream_loader(
-    dataset: Dataset, batch_size: int, *, seed: int, num_workers: int = 0, shuffle: bool = True, collate_fn: Any = None
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    seed: int,
+    num_workers: int = 0,
+    shuffle: bool = True,
+    collate_fn: Any = None,
+    sampler: StreamSampler | None = None,
 ) -> DataLoader:
-    """An endless loader over `dataset` in the order of `StreamSampler`, with at most one worker per CPU core."""
-    sampler = StreamSampler(len(dataset), batch_size, shuffle=shuffle, seed=seed)
+    """An endless loader over `dataset` in the order of `sampler`, by default a `StreamSampler`, with at most one worker
+    per CPU core."""
+    sampler = sampler or StreamSampler(len(dataset), batch_size, shuffle=shuffle, seed=seed)
     return DataLoader(
         dataset,
         batch_sampler=sampler,

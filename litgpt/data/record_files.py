@@ -1,0 +1,162 @@
+"""Records from files: .json, .jsonl (both also .gz) and .parquet."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from litgpt.data.records import Record
+
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+# What the parts of one JSON object with several splits are called.
+SPLIT_NAMES = {"train": ("train", "training", "data"), "val": ("val", "validation", "valid", "dev")}
+
+
+def is_record_file(name: str) -> bool:
+    """Whether records can be read from a file of that name."""
+    return name.endswith(SUFFIXES)
+
+
+def read_records(paths: Iterable[Path], split: str = "train") -> Iterator[Record]:
+    """The records of all files.
+
+    Args:
+        paths: The files.
+        split: Which part of a JSON object that holds several ({"train": [...], "val": [...]}).
+
+    Raises:
+        ValueError: A damaged file, or one that holds no records.
+    """
+    for path in paths:
+        if path.name.endswith(".parquet"):
+            yield from _parquet_records(path)
+        else:
+            yield from _json_records(path, split)
+
+
+def has_validation_part(path: Path) -> bool:
+    """Whether a .json file is an object that holds validation records beside the training records."""
+    if ".json" not in path.suffixes[-2:]:
+        return False
+    content = _parsed(path)
+    return isinstance(content, dict) and _part(content, "val") is not None and _part(content, "train") is not None
+
+
+def _json_records(path: Path, split: str) -> Iterator[Record]:
+    if ".jsonl" in path.suffixes:
+        yield from _lines(path)
+        return
+    content = _parsed(path)
+    if content is None:  # lines, whatever the file is called
+        yield from _lines(path)
+        return
+    if isinstance(content, dict):
+        records = _part(content, split)
+        if records is None:
+            raise ValueError(
+                f"{path}: holds an object with the keys {', '.join(map(repr, content))}. A list of records is "
+                'expected, or an object {"train": [...], "val": [...]}; records one per line belong into a .jsonl file.'
+            )
+    else:
+        records = content
+    if not isinstance(records, list):
+        raise ValueError(f"{path}: a list of records is expected.")
+    for number, values in enumerate(records, start=1):
+        yield Record(f"{path}, record {number}", values)
+
+
+def _part(content: dict[str, Any], split: str) -> list | None:
+    """The records of a split in a JSON object."""
+    return next((content[name] for name in SPLIT_NAMES[split] if isinstance(content.get(name), list)), None)
+
+
+def _parsed(path: Path) -> Any:
+    """The content of a .json file; None where that is one record per line."""
+    try:
+        with _opened(path) as file:
+            text = file.read()
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, error) from None
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        first_line = text.partition("\n")[0]
+        if error.msg == "Extra data" and _is_json(first_line):
+            return None
+        raise _damaged(path, error) from None
+
+
+def _lines(path: Path) -> Iterator[Record]:
+    with _opened(path) as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    yield Record(f"{path}, line {number}", json.loads(line))
+                except json.JSONDecodeError as error:
+                    error.lineno = number
+                    raise _damaged(path, error) from None
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, error) from None
+
+
+def _opened(path: Path) -> Any:
+    opener = gzip.open if path.suffix == ".gz" else open
+    return opener(path, "rt", encoding="utf-8-sig")
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _damaged(path: Path, error: json.JSONDecodeError) -> ValueError:
+    return ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}, column {error.colno}).")
+
+
+def _not_utf8(path: Path, error: UnicodeDecodeError) -> ValueError:
+    return ValueError(
+        f"{path} is not UTF-8 text ({error.reason}). Convert it, for example with: iconv -f latin1 -t utf-8 {path}"
+    )
+
+
+def _parquet_records(path: Path) -> Iterator[Record]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(
+            f"{path.name} is a parquet file; reading it needs pyarrow: pip install pyarrow (or litgpt[all])."
+        ) from error
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            for values in batch.to_pylist():
+                number += 1
+                yield Record(f"{path}, row {number}", values)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}). Delete it; it will be fetched again.") from error
+
+
+def content_hash(path: Path) -> str:
+    """A hash of what is in a file, computed once as long as it does not change."""
+    status = path.stat()
+    return _content_hash(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=100_000)
+def _content_hash(path: Path, changed: int, size: int) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

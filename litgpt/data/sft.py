@@ -1,0 +1,328 @@
+"""Supervised finetuning data: what every data set of instructions or conversations has in common."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from litgpt.checkpoint import atomic_directory
+from litgpt.data.base import DataModule, LengthGroupedSampler, StreamSampler, stream_loader
+from litgpt.data.packing import Collate, Rows, pack
+from litgpt.data.record_files import content_hash, read_records
+from litgpt.data.records import Conversation, Message, read_conversations
+from litgpt.data.sample_encoding import ConversationEncoder, encode_all, style_identity
+from litgpt.data.sample_file import IGNORE_INDEX, SampleFile, Summary
+from litgpt.data.token_stream import cache_directory
+from litgpt.prompts import PromptStyle, choose_prompt_style
+
+if TYPE_CHECKING:
+    from litgpt.tokenizer import Tokenizer
+
+CACHE_FORMAT = 1  # raise it when the same records and settings would give other samples
+GPU_MULTIPLE = 8  # matrix products on GPUs like such sizes
+HELD_OUT = 0.05  # part of the records held out for validation unless told otherwise
+TRAIN, VAL, CHOICE = "train", "val", "choice.json"
+SPLITS = (TRAIN, VAL)
+
+
+@dataclass(kw_only=True, repr=False)
+class SFTData(DataModule):
+    """Records of instructions or conversations, tokenised once and cached.
+
+    A subclass says in `files` where its records are (and gets them there in `download`). Where nothing is said of them,
+    instructions take the style `single_turn_style` and train on the prompt, too; conversations take the checkpoint's
+    own style and train on the assistant's replies only.
+    """
+
+    prompt_style: str | None = None
+    """Prompt style's name, a class package.module.Class or a .jinja file; null takes the data set's own for
+    instructions, the checkpoint's for conversations"""
+    mask_prompt: bool | None = None
+    """Train on the replies only, not on the prompts; null does so for conversations"""
+    pack: bool = False
+    """Put several samples into one row, none seeing another, instead of padding; rows then count as sequences"""
+    on_long: Literal["truncate", "drop"] = "truncate"
+    """What becomes of samples longer than train.max_seq_length"""
+    ignore_index: int = IGNORE_INDEX
+    """Label of what is not to be predicted; the loss knows -100 alone"""
+    seed: int = 42
+    """Decides the order of the samples, and which are held out for validation"""
+    num_workers: int = 4
+    """Processes that load batches, at most one per CPU core; 0 loads them in the training process"""
+
+    single_turn_style: ClassVar[str] = "alpaca"
+    columns: ClassVar[dict[str, str]] = {}
+    """Key of a form (see `litgpt.data.records`) -> what this data set calls it"""
+
+    def __post_init__(self) -> None:
+        self._tokenizer: Tokenizer | None = None
+        if self.ignore_index != IGNORE_INDEX:
+            raise ValueError(
+                f"--data.ignore_index {self.ignore_index}: the loss ignores {IGNORE_INDEX} alone. Leave it out."
+            )
+        if self.on_long not in ("truncate", "drop"):
+            raise ValueError(f"--data.on_long {self.on_long!r} is neither truncate nor drop.")
+        fraction = getattr(self, "val_split_fraction", None)
+        if fraction is not None and not 0 <= fraction < 1:
+            raise ValueError(f"--data.val_split_fraction {fraction} is not in [0, 1).")
+
+    # -- what a data set says of itself
+
+    def download(self) -> None:
+        """Gets the files, where they are not there yet; runs in one process per node."""
+
+    @abstractmethod
+    def files(self) -> tuple[list[Path], list[Path]]:
+        """The files with the training records and those with the validation records; of the latter there may be none,
+        and `val_split_fraction` is held out. Called after `download`."""
+
+    def conversations(self, split: str) -> list[Conversation]:
+        """The records of one of SPLITS as conversations."""
+        records = read_records(self.files()[SPLITS.index(split)], split)
+        return read_conversations(records, self.columns)
+
+    # -- what a command calls
+
+    def connect(
+        self,
+        tokenizer: Tokenizer | None = None,
+        batch_size: int = 1,
+        max_seq_length: int | None = None,
+        prompt_style: PromptStyle | None = None,
+        samples_per_step: int | None = None,
+    ) -> None:
+        """Take what is known only once the model and the training settings are.
+
+        Args:
+            tokenizer: Tokenizer of the model.
+            batch_size: Sequences per batch on one device.
+            max_seq_length: Most tokens that go into the model at once; a sample may have one more, the last to predict.
+            prompt_style: The checkpoint's own style.
+            samples_per_step: Sequences per optimizer step over all devices; lets batches be grouped by length.
+        """
+        if tokenizer is None:
+            raise ValueError(f"--data {type(self).__name__} needs a tokenizer, and the model has none beside it.")
+        self._tokenizer, self._batch_size, self._max_seq_length = tokenizer, batch_size, max_seq_length
+        self._samples_per_step = samples_per_step
+        self._checkpoint_style = prompt_style or choose_prompt_style(tokenizer.dir, tokenizer=tokenizer)
+        self._single_style = self._named_style(self.prompt_style or self.single_turn_style)
+        if self.pack and max_seq_length is None:
+            raise ValueError("--data.pack true fills rows of --train.max_seq_length tokens: set that, too.")
+
+    def prepare_data(self) -> None:
+        self.download()
+        directory = self._directory()
+        if (directory / CHOICE).is_file():
+            return
+        splits = self._split()
+        is_chat = any(conversation.is_chat for split in splits.values() for conversation in split)
+        mask_prompt = is_chat if self.mask_prompt is None else self.mask_prompt
+        encoder = ConversationEncoder(self._tokenizer, self._style_for(is_chat), mask_prompt, self._max_tokens())
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_directory(directory, overwrite=True) as temporary:
+            for name, conversations in splits.items():
+                encoded = tqdm(
+                    encode_all(encoder, conversations),
+                    desc=f"Tokenising the {name} records",
+                    total=len(conversations),
+                    delay=2,
+                    disable=None,
+                )
+                SampleFile.write(temporary / name, conversations, encoded, encoder, self.on_long == "drop")
+            choice = {"is_chat": is_chat, "mask_prompt": mask_prompt, "end": encoder.end}
+            (temporary / CHOICE).write_text(json.dumps(choice), encoding="utf-8")
+
+    def setup(self, stage: str = "") -> None:
+        directory = self._directory()
+        self._choice = json.loads((directory / CHOICE).read_text(encoding="utf-8"))
+        self._train, self._val = (SampleFile(directory / name) for name in SPLITS)
+        if not len(self._train):
+            summary = self._train.summary
+            reason = f"all {summary.dropped:,} samples are too long" if summary.dropped else "there are no records"
+            raise ValueError(f"--data {type(self).__name__} leaves nothing to train on: {reason}.")
+
+    @property
+    def train_samples(self) -> SampleFile:
+        """What is trained on."""
+        return self._train
+
+    @property
+    def val_samples(self) -> SampleFile:
+        """What is validated on; may be empty."""
+        return self._val
+
+    @property
+    def style(self) -> PromptStyle:
+        """The prompt style in effect."""
+        return self._style_for(self._choice["is_chat"])
+
+    def example(self, index: int) -> list[Message]:
+        """Validation conversation number `index` without its last reply."""
+        return self._val.messages_of(self._checked(index))[:-1]
+
+    def example_prompt(self, index: int) -> list[int]:
+        """The token ids that the last reply of validation conversation number `index` follows in training."""
+        return self._val.prompt_of(self._checked(index))
+
+    def train_dataloader(self) -> DataLoader:
+        rows = self._rows(self._train)
+        sampler: StreamSampler | None = None
+        if not self.pack and self._samples_per_step:
+            lengths = self._train.lengths
+            sampler = LengthGroupedSampler(lengths, self._batch_size, self._samples_per_step, seed=self.seed)
+        return stream_loader(
+            rows,
+            self._batch_size,
+            seed=self.seed,
+            num_workers=self.num_workers,
+            collate_fn=self._collate(),
+            sampler=sampler,
+        )
+
+    def val_dataloader(self) -> DataLoader | list:
+        if not len(self._val):
+            return []
+        return DataLoader(self._rows(self._val), batch_size=self._batch_size, collate_fn=self._collate())
+
+    def describe(self) -> str:
+        """What is trained and validated on, and how."""
+        lines = [f"Training data: {describe_samples(self._train.summary, self._limit_name())}"]
+        if self.pack:
+            rows = len(self._rows(self._train))
+            fill = self._train.summary.tokens / (rows * self._max_tokens())
+            lines.append(f"Packed into {rows:,} rows of {self._max_tokens():,} tokens, {fill:.0%} full.")
+        if len(self._val):
+            held = "" if self.files()[1] else f"Held out: {self._fraction():.1%}. "
+            lines.append(f"Validation data: {held}{describe_samples(self._val.summary, self._limit_name())}")
+        else:
+            lines.append("There is no validation data.")
+        learned = "the replies only" if self._choice["mask_prompt"] else "prompts and replies (mask_prompt false)"
+        lines.append(f"Prompt style: {style_name(self.style)}. The loss is on {learned}.")
+        if self._train.summary.inputs_appended:
+            lines.append("This style has no place for an input: it follows the instruction after an empty line.")
+        if not self._choice["end"]:
+            lines.append("Warning: the tokenizer has no end-of-text token, so the model does not learn to stop.")
+        return "\n".join(lines)
+
+    def settings(self) -> dict[str, Any]:
+        """As in the base class, without an access token."""
+        return {key: value for key, value in super().settings().items() if key != "access_token"}
+
+    # -- inside
+
+    def _named_style(self, name: str) -> PromptStyle:
+        try:
+            return choose_prompt_style(self._tokenizer.dir, explicit=name, tokenizer=self._tokenizer)
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"--data.prompt_style {name}: {error}") from error
+
+    def _style_for(self, is_chat: bool) -> PromptStyle:
+        return self._checkpoint_style if is_chat and self.prompt_style is None else self._single_style
+
+    def _max_tokens(self) -> int | None:
+        return None if self._max_seq_length is None else self._max_seq_length + 1
+
+    def _limit_name(self) -> str:
+        return f"train.max_seq_length {self._max_seq_length}"
+
+    def _fraction(self) -> float:
+        fraction = getattr(self, "val_split_fraction", None)
+        return HELD_OUT if fraction is None else fraction
+
+    def _split(self) -> dict[str, list[Conversation]]:
+        """The training and the validation records, some of the former held out where there are none of the latter."""
+        train = self.conversations(TRAIN)
+        if self.files()[1]:
+            return {TRAIN: train, VAL: self.conversations(VAL)}
+        return dict(zip(SPLITS, hold_out(train, self._fraction(), self.seed), strict=True))
+
+    def _directory(self) -> Path:
+        """Where the samples are cached: what decides them is in its name."""
+        if self._tokenizer is None:
+            raise ValueError(f"{type(self).__name__} is used before connect() was called.")
+        held_out = None if self.files()[1] else [self._fraction(), self.seed]
+        elsewhere = ("prompt_style", "seed", "num_workers", "pack", "val_split_fraction", "download_dir")
+        options = {name: value for name, value in self.settings().items() if name not in elsewhere}
+        facts = [
+            *(CACHE_FORMAT, type(self).__qualname__, options, held_out, self._max_seq_length),
+            self.prompt_style is not None,
+            *(self._tokenizer.fingerprint(), sorted(self._tokenizer.stop_ids)),
+            *(style_identity(style, self._tokenizer) for style in (self._checkpoint_style, self._single_style)),
+            *([content_hash(path) for path in paths] for paths in self.files()),
+        ]
+        digest = hashlib.sha256(json.dumps(facts, default=str, sort_keys=True).encode())
+        return cache_directory() / "samples" / digest.hexdigest()[:32]
+
+    def _rows(self, samples: SampleFile) -> Rows:
+        if not self.pack:
+            return Rows(samples, range_of_rows(len(samples)))
+        return Rows(samples, pack(samples.lengths, self._max_tokens(), self.seed))
+
+    def _collate(self) -> Collate:
+        multiple = GPU_MULTIPLE if torch.accelerator.is_available() else 1
+        return Collate(self.pack, multiple, self._max_seq_length)
+
+    def _checked(self, index: int) -> int:
+        if not 0 <= index < len(self._val):
+            raise ValueError(f"There is no validation example {index}: there are {len(self._val)}, counted from 0.")
+        return index
+
+
+class range_of_rows(Sequence):
+    """Row i holds sample i alone."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> list[int]:
+        return [range(self.count)[index]]
+
+
+def hold_out(
+    conversations: list[Conversation], fraction: float, seed: int
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Splits off a random `fraction`, at least one and never all; both parts keep their order."""
+    count = len(conversations)
+    held = 0 if fraction == 0 or count < 2 else min(max(1, round(fraction * count)), count - 1)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    chosen = set(order[:held].tolist())
+    train = [conversation for i, conversation in enumerate(conversations) if i not in chosen]
+    return train, [conversation for i, conversation in enumerate(conversations) if i in chosen]
+
+
+def describe_samples(summary: Summary, limit: str) -> str:
+    """One line on what became of the records."""
+    several = len(summary.forms) > 1
+    forms = ", ".join(f"{count:,} x {form}" if several else form for form, count in summary.forms.items())
+    mean = summary.tokens / max(summary.samples, 1)
+    parts = [
+        f"{summary.samples:,} samples of {summary.records:,} records ({forms}); {summary.tokens:,} tokens, "
+        f"{summary.targets:,} of them to predict; {mean:.0f} a sample, {summary.longest:,} the longest."
+    ]
+    if summary.truncated:
+        parts.append(f"Truncated to {limit}: {summary.truncated:,}.")
+    if summary.dropped:
+        parts.append(f"Dropped, longer than {limit}: {summary.dropped:,}.")
+    if summary.divided:
+        parts.append(
+            f"Divided, since the style writes earlier turns otherwise than they were said: {summary.divided:,}."
+        )
+    return " ".join(parts)
+
+
+def style_name(style: PromptStyle) -> str:
+    """What a reader knows the style by."""
+    written = getattr(style, "format", None)
+    return written.name if written is not None else f"{type(style).__name__}"
