@@ -85,8 +85,10 @@ class PromptStyle(ABC):
 
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Message], **kwargs: Any) -> list[int]:
         """The conversation's token ids. Control tokens spelled in a message, a tool or a document stay text."""
+        if self.continues_text:  # no control token is read there, so nothing needs protection
+            return tokenizer.encode_ids(self.render(messages, **kwargs), bos=False if self.adds_bos else None)
         text = self.render(protected(tokenizer, messages), **protected(tokenizer, kwargs))
-        return tokenizer.encode_ids(text, bos=False if self.adds_bos else None, allow_special=not self.continues_text)
+        return tokenizer.encode_ids(text, bos=False if self.adds_bos else None, allow_special=True)
 
     @staticmethod
     def from_name(name: str) -> PromptStyle:
