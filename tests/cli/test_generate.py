@@ -16,6 +16,8 @@ from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
 from tests import checkpoint_files
 
+# Greedy, in the precision that the expected answers are computed in, whatever this machine's own choice is.
+GREEDY = ("--top_k", "1", "--precision", "32-true")
 TIMING = r"Time for inference {}: \d+\.\d\d sec total, \d+\.\d\d tokens/sec, {} tokens"
 
 
@@ -37,7 +39,7 @@ def answer(directory, text: str, count: int, style: str | None = "chatml") -> st
 
 
 def test_the_answer_alone_is_on_stdout_and_the_timing_on_stderr(litgpt, chat_model):
-    result = litgpt("generate", chat_model, "--prompt", "Hello", "--top_k", 1, "--max_new_tokens", 12)
+    result = litgpt("generate", chat_model, "--prompt", "Hello", *GREEDY, "--max_new_tokens", 12)
     assert result.code == 0
     assert result.out == answer(chat_model, "Hello", 12) + "\n"
     assert re.search(TIMING.format(1, 12), result.err)
@@ -51,7 +53,7 @@ def test_the_prompt_is_printed_on_request_with_the_space_after_it(litgpt, bare_m
     reply = Engine(model).complete([Request(prompt, 8, Sampling(0))])[0]
     whole = tokenizer.decode([*prompt, *reply])
     assert whole.startswith("To be, or not ")  # this space is dropped where the reply is decoded alone
-    options = ("generate", bare_model, "--prompt", "To be, or not", "--temperature", 0, "--max_new_tokens", 8)
+    options = ("generate", bare_model, "--prompt", "To be, or not", *GREEDY, "--max_new_tokens", 8)
     assert litgpt(*options).out == whole.removeprefix("To be, or not") + "\n"
     assert litgpt(*options, "--include_prompt", "true").out == whole + "\n"
 
@@ -95,7 +97,7 @@ def test_prompt_style_and_system_prompt_act(litgpt, chat_model):
 
 
 def test_a_prompt_may_be_piped_in(chat_model):
-    command = [sys.executable, "-m", "litgpt", "generate", str(chat_model), "--top_k", "1", "--max_new_tokens", "6"]
+    command = [sys.executable, "-m", "litgpt", "generate", str(chat_model), *GREEDY, "--max_new_tokens", "6"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, input="Hello\nworld\n", capture_output=True, text=True, env=environment, check=True)
     assert done.stdout == answer(chat_model, "Hello\nworld", 6) + "\n"
