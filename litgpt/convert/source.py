@@ -28,6 +28,7 @@ from litgpt.convert.recognition import architecture_of, text_model, text_name
 from litgpt.convert.safetensors_file import read_safetensors
 from litgpt.model import GPT, RotaryEmbedding
 from litgpt.models import find_known
+from litgpt.quantize import is_quantized, quantized_layers, replace_linears
 
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 Named = tuple[str, Tensor]
@@ -66,12 +67,16 @@ class Source(ABC):
     def load_into(self, model: GPT) -> None:
         """Copies the weights into a model, converting their type and moving them to its device.
 
+        Quantised layers quantise theirs, in the type that the checkpoint has.
+
         Raises:
             ValueError: The model has other weights than this checkpoint; lists every missing and unexpected name and
                 every wrong shape, and has changed nothing.
         """
-        targets = model.state_dict()
-        problems = compare_shapes(targets, self.layout(), "this model", "the checkpoint")
+        quantized = {f"{name}.weight": layer for name, layer in quantized_layers(model)}
+        targets = {name: tensor for name, tensor in model.state_dict().items() if not is_quantized(name)}
+        wanted = targets | {name: layer.weight_shape() for name, layer in quantized.items()}
+        problems = compare_shapes(wanted, self.layout(), "this model", "the checkpoint")
         if model.config.tie_embeddings and not self.config.tie_embeddings:
             problems.append(f"  {HEAD} and {EMBEDDING} differ in the checkpoint; this model ties them (tie_embeddings)")
         if problems:
@@ -83,8 +88,10 @@ class Source(ABC):
         filled: set[int] = set()
         with torch.no_grad():
             for name, tensor in self.weights():
+                if name in quantized:
+                    quantized[name].load_weight(tensor, self.release)
                 # A tied weight of the model is one tensor under two names: fill it once.
-                if targets[name].data_ptr() not in filled:
+                elif targets[name].data_ptr() not in filled:
                     self._copy(tensor, targets[name])
                     filled.add(targets[name].data_ptr())
 
@@ -123,10 +130,9 @@ def give_memory(model: GPT, dtype: torch.dtype, device: torch.device | str) -> N
 
     (`Module.to_empty` would do, but asks the meta device for it, which imports sympy: a second and 32 MB.)
     """
-    empty = {
-        name: torch.empty(like.shape, dtype=dtype if like.is_floating_point() else like.dtype, device=device)
-        for name, like in model.state_dict().items()
-    }
+    model.to(dtype)  # what keeps its own type, whatever that of the model is, knows it
+    shapes = model.state_dict().items()
+    empty = {name: torch.empty(like.shape, dtype=like.dtype, device=device) for name, like in shapes}
     model.load_state_dict(empty, assign=True)
     model.rope = RotaryEmbedding(model.config).to(device)  # its tables are no weights
     model.tie_weights()
@@ -400,19 +406,27 @@ def open_checkpoint(path: str | Path, model_name: str | None = None, *, converte
 
 
 def load_model(
-    source: Source | str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    source: Source | str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    quantize: str | None = None,
 ) -> GPT:
     """A model with a checkpoint's weights, in evaluation mode.
 
-    Memory stays at the size of the model plus its largest tensor.
+    Memory stays at the size of the model, quantised if it is, plus the checkpoint's largest tensor.
 
     Args:
         source: An opened checkpoint or its path.
         dtype: The type of the weights; None keeps that of the checkpoint.
         device: Where the model goes.
+        quantize: How to quantise the linear layers of the blocks, such as bnb.nf4; see `litgpt.quantize`.
     """
     source = source if isinstance(source, Source) else open_checkpoint(source)
+    dtype = dtype or source.dtype
     model = meta_model(source.config)
-    give_memory(model, dtype or source.dtype, device)
+    if quantize is not None:
+        replace_linears(model, quantize, dtype)
+    give_memory(model, dtype, device)
     source.load_into(model)
     return model.eval()
