@@ -103,10 +103,11 @@ class ConversationEncoder:
 
     def reply_ids(self, messages: list[Message], prompt: list[int], fields: dict[str, str]) -> list[int]:
         """The ids of the last message, a reply, after its prompt."""
-        safe, safe_fields = protected(self.tokenizer, messages), protected(self.tokenizer, fields)
-        opened = self.style.render(safe[:-1], **safe_fields)
-        reply = self._reply_text(safe, opened, safe_fields)
         special = not self.style.continues_text
+        if special:
+            messages, fields = protected(self.tokenizer, messages), protected(self.tokenizer, fields)
+        opened = self.style.render(messages[:-1], **fields)
+        reply = self._reply_text(messages, opened, fields)
         bos = False if self.style.adds_bos else None
         whole = self.tokenizer.encode_ids(opened + reply, bos=bos, allow_special=special)
         if whole[: len(prompt)] == prompt:

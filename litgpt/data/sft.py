@@ -32,6 +32,7 @@ GPU_MULTIPLE = 8  # matrix products on GPUs like such sizes
 HELD_OUT = 0.05  # part of the records held out for validation unless told otherwise
 TRAIN, VAL, CHOICE = "train", "val", "choice.json"
 SPLITS = (TRAIN, VAL)
+CHECKPOINT = "checkpoint"  # what prompt_style calls the checkpoint's own style
 
 
 @dataclass(kw_only=True, repr=False)
@@ -44,8 +45,8 @@ class SFTData(DataModule):
     """
 
     prompt_style: str | None = None
-    """Prompt style's name, a class package.module.Class or a .jinja file; null takes the data set's own for
-    instructions, the checkpoint's for conversations"""
+    """Prompt style's name, a class package.module.Class, a .jinja file, or checkpoint for the checkpoint's own; null
+    takes the data set's own for instructions, the checkpoint's for conversations"""
     mask_prompt: bool | None = None
     """Train on the replies only, not on the prompts; null does so for conversations"""
     pack: bool = False
@@ -220,6 +221,8 @@ class SFTData(DataModule):
     # -- inside
 
     def _named_style(self, name: str) -> PromptStyle:
+        if name == CHECKPOINT:
+            return self._checkpoint_style
         try:
             return choose_prompt_style(self._tokenizer.dir, explicit=name, tokenizer=self._tokenizer)
         except (ValueError, FileNotFoundError) as error:

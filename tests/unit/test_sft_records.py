@@ -1,0 +1,238 @@
+"""Records: their forms, and the files that they come from."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from litgpt.data import JSON
+from litgpt.data.record_files import read_records
+from litgpt.data.records import Record, read_conversations, recognise
+
+ALPACA = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
+
+
+def messages(record: dict, columns: dict | None = None) -> list[tuple[str, str]]:
+    return [(m["role"], m["content"]) for m in recognise(Record("here", record), columns).messages]
+
+
+@pytest.mark.parametrize(
+    ("record", "form", "said"),
+    [
+        ({"instruction": "Hi", "output": "Ho"}, "instruction/input/output", [("user", "Hi"), ("assistant", "Ho")]),
+        ({"prompt": "Hi", "completion": "Ho"}, "prompt/completion", [("user", "Hi"), ("assistant", "Ho")]),
+        (
+            {"instruction": "Hi", "output": "Ho", "system": "Be kind.", "id": 7},
+            "instruction/input/output",
+            [("system", "Be kind."), ("user", "Hi"), ("assistant", "Ho")],
+        ),
+        (
+            {
+                "prompt": "not this",
+                "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}],
+            },
+            "messages",
+            [("user", "Hi"), ("assistant", "Ho")],
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "S"},
+                    {"from": "human", "value": "Hi"},
+                    {"from": "gpt", "value": "Ho"},
+                    {"from": "human", "value": "And?"},
+                    {"from": "gpt", "value": "No."},
+                ]
+            },
+            "conversations (ShareGPT)",
+            [("system", "S"), ("user", "Hi"), ("assistant", "Ho"), ("user", "And?"), ("assistant", "No.")],
+        ),
+        ({"conversations": ["Hi", "Ho"]}, "conversations (ShareGPT)", [("user", "Hi"), ("assistant", "Ho")]),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+                    {"role": "assistant", "content": "Ho"},
+                ]
+            },
+            "messages",
+            [("user", "Hi"), ("assistant", "Ho")],
+        ),
+    ],
+)
+def test_forms_are_recognised_by_their_keys(record, form, said):
+    assert recognise(Record("here", record)).form == form
+    assert messages(record) == said
+
+
+def test_the_input_stands_beside_the_instruction():
+    assert recognise(Record("here", ALPACA)).input == "1 and 2"
+    assert messages(ALPACA) == [("user", "Add."), ("assistant", "3")]
+
+
+def test_columns_rename_what_a_data_set_calls_the_keys():
+    longform = {"input": "Write.", "output": "Once upon"}
+    found = recognise(Record("here", longform), {"instruction": "input", "output": "output"})
+    assert (found.messages[0]["content"], found.input) == ("Write.", "")
+    dolly = {"instruction": "Sum up.", "context": "A text.", "response": "Short.", "category": "summarization"}
+    found = recognise(Record("here", dolly), {"input": "context", "output": "response"})
+    assert (found.input, found.messages[1]["content"]) == ("A text.", "Short.")
+
+
+def test_a_message_keeps_its_tool_calls():
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "add"}}]}
+    record = {"messages": [{"role": "user", "content": "1 + 1"}, call, {"role": "tool", "content": "2"}]}
+    assert recognise(Record("here", record)).messages[1] == {**call, "content": ""}
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"instruction": "a", "response": "b"}, "has no 'output' for the form instruction/input/output .*'response'"),
+        ({"prompt": "a", "answer": "b"}, "has no 'completion' for the form prompt/completion"),
+        ({"text": "a"}, "has no 'instruction', 'output' for the form instruction"),
+        ({"instruction": "a", "output": 3}, "its 'output' is 3, not a text"),
+        ({"instruction": "a", "output": None}, "its 'output' is null, not a text"),
+        ("just text", "a record is an object with keys .* not a text"),
+        ({"messages": []}, "a list of messages is expected, not an empty list"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "nothing to learn: no message of the assistant"),
+        ({"messages": [{"role": "user", "text": "a"}]}, "message 1 has no 'content'; its keys are 'role', 'text'"),
+        ({"messages": [{"role": "narrator", "content": "a"}]}, "message 1 is from 'narrator'; expected user"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "message 1 holds a list; only text"),
+    ],
+)
+def test_what_fits_no_form_is_explained(record, message):
+    with pytest.raises(ValueError, match=message):
+        recognise(Record("here", record))
+    with pytest.raises(ValueError, match="here: has no 'question'; its keys are 'a'"):
+        read_conversations([Record("here", {"a": 1})], {"instruction": "question"})
+
+
+# --- files
+
+
+def write(path: Path, records: object) -> Path:
+    """`records` as lines where the name says so, else as one JSON value."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ".jsonl" in path.suffixes
+    text = "\n".join(map(json.dumps, records)) + "\n" if lines else json.dumps(records)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def records(count: int, start: int = 0) -> list[dict]:
+    return [{"instruction": f"Question {i}", "output": f"Answer {i}"} for i in range(start, start + count)]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz", "a.jsonl.gz"])
+def test_every_kind_of_file_holds_the_same_records(name, tmp_path):
+    path = write(tmp_path / name, records(3))
+    found = list(read_records([path]))
+    assert [record.values for record in found] == records(3)
+    assert found[1].where == f"{path}, {'line' if 'jsonl' in name else 'record'} 2"
+
+
+def test_parquet_holds_the_same_records(tmp_path):
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    chats = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}] * 3
+    parquet.write_table(pyarrow.Table.from_pylist(chats), tmp_path / "a.parquet")
+    found = list(read_records([tmp_path / "a.parquet"]))
+    assert [record.values for record in found] == chats
+    assert found[2].where.endswith("a.parquet, row 3")
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(ValueError, match=r"b\.parquet is damaged"):
+        list(read_records([tmp_path / "b.parquet"]))
+
+
+def test_lines_in_a_json_file_and_a_byte_order_mark_are_read(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("\ufeff" + "\n".join(map(json.dumps, records(2))) + "\n\n", encoding="utf-8")
+    assert [record.values for record in read_records([path])] == records(2)
+
+
+def test_an_object_may_hold_both_splits(tmp_path):
+    path = write(tmp_path / "a.json", {"train": records(3), "validation": records(1, 9)})
+    assert [r.values for r in read_records([path], "val")] == records(1, 9)
+    assert JSON(json_path=path).files() == ([path], [path])
+    other = write(tmp_path / "b.json", {"version": 1, "data": records(2)})
+    assert len(list(read_records([other]))) == 2
+    assert JSON(json_path=other).files() == ([other], [])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"b": \n', r"a\.jsonl, line 2: not valid JSON"),
+        ("a.json", b'[{"a": 1},\n {"b" 2}]', r"a\.json, line 2: not valid JSON .Expecting ':' delimiter, column 7"),
+        ("a.json", b'{"rows": 3}', "an object with the keys 'rows'. A list of records"),
+        ("a.json", b'"text"', "a list of records is expected"),
+        ("a.jsonl", b'{"a": "caf\xe9"}\n', "is not UTF-8 text .*iconv"),
+        ("a.json", b'["caf\xe9"]', "is not UTF-8 text .*iconv"),
+    ],
+)
+def test_damaged_files_are_named(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_records([tmp_path / name]))
+
+
+def test_records_that_fit_no_form_are_named_with_their_line(tmp_path):
+    bad = [{"instruction": "x"}] * 5
+    path = write(tmp_path / "a.jsonl", [*records(2), *bad])
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 3: has no 'output'(.|\n)*line 5.*\(2 more such records\)"):
+        JSON(json_path=path).conversations("train")
+
+
+# --- what a path stands for
+
+
+def test_a_folder_with_train_and_val_files(tmp_path):
+    train, val = write(tmp_path / "train.json", records(3)), write(tmp_path / "val.jsonl", records(1))
+    assert JSON(json_path=tmp_path).files() == ([train], [val])
+
+
+def test_a_folder_with_train_and_val_folders(tmp_path):
+    train = [write(tmp_path / "train" / f"{i}.json", records(2)) for i in range(2)]
+    val = write(tmp_path / "validation/0.jsonl", records(1))
+    assert JSON(json_path=tmp_path).files() == (train, [val])
+
+
+def test_any_other_folder_is_all_for_training(tmp_path):
+    paths = [write(tmp_path / name, records(2)) for name in ("a.json", "b.jsonl", "deeper/c.json")]
+    write(tmp_path / "notes.txt", records(1))
+    assert JSON(json_path=tmp_path).files() == (paths, [])
+    val = write(tmp_path / "val.json", records(1))
+    assert JSON(json_path=tmp_path).files() == (paths, [val])
+
+
+def test_a_validation_path_of_its_own(tmp_path):
+    train, val = write(tmp_path / "a.json", records(3)), write(tmp_path / "b.json", records(1))
+    assert JSON(json_path=train, val_json_path=val).files() == ([train], [val])
+    assert JSON(json_path=tmp_path, val_json_path=val).files() == ([train], [val])
+    with pytest.raises(ValueError, match="nothing is left to train on"):
+        JSON(json_path=train, val_json_path=train).files()
+
+
+def test_contradicting_settings_are_refused(tmp_path):
+    write(tmp_path / "train.json", records(3)), write(tmp_path / "val.json", records(1))
+    with pytest.raises(ValueError, match=r"val_split_fraction 0\.1: there are validation records \(val\.json\)"):
+        JSON(json_path=tmp_path, val_split_fraction=0.1).files()
+    with pytest.raises(ValueError, match=r"--data\.val_json_path .* has validation records of its own"):
+        JSON(json_path=tmp_path, val_json_path=tmp_path / "val.json").files()
+    with pytest.raises(ValueError, match=r"val_split_fraction 1\.0 is not in \[0, 1\)"):
+        JSON(json_path=tmp_path, val_split_fraction=1.0)
+    with pytest.raises(ValueError, match=r"--data\.ignore_index 0"):
+        JSON(json_path=tmp_path, ignore_index=0)
+    with pytest.raises(ValueError, match=r"--data\.on_long 'cut'"):
+        JSON(json_path=tmp_path, on_long="cut")
+
+
+def test_missing_paths_are_explained(tmp_path):
+    with pytest.raises(ValueError, match=r"--data\.json_path FILE_OR_FOLDER is missing"):
+        JSON().files()
+    with pytest.raises(FileNotFoundError, match=r"--data\.json_path nowhere\.json: no such file"):
+        JSON(json_path=Path("nowhere.json")).files()
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(FileNotFoundError, match=r"holds no \.json or \.jsonl file to train on \(it holds notes\.txt\)"):
+        JSON(json_path=tmp_path).files()
