@@ -35,6 +35,11 @@ COMMANDS = {
         "Train a model on text, from scratch or from a checkpoint; `pretrain list` shows the known models",
         "litgpt.commands.download:print_known_models",
     ),
+    "finetune": Command("litgpt.commands.finetune_full:finetune", "Finetune all weights of a model"),
+    "finetune_full": Command("litgpt.commands.finetune_full:setup", "The same, into out/finetune/full"),
+    "finetune_lora": Command(
+        "litgpt.commands.finetune_lora:setup", "Finetune a model with LoRA: small matrices beside frozen weights"
+    ),
     "generate": Command("litgpt.commands.generate:setup", "Print what a model answers to a prompt"),
     "chat": Command("litgpt.commands.chat:setup", "Talk with a model"),
     "convert_to_litgpt": Command(

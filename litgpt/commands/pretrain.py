@@ -287,13 +287,22 @@ def sequence_length(train: TrainArgs, config: Config) -> int:
 
 
 def plan_lines(
-    train: TrainArgs, schedule: Schedule, steps: int | None, tokens: int, world_size: int, optimizer: OptimizerSpec
+    train: TrainArgs,
+    schedule: Schedule,
+    steps: int | None,
+    tokens: int,
+    world_size: int,
+    optimizer: OptimizerSpec,
+    varies: bool = False,
 ) -> list[str]:
-    """What one step is, how many there are, and what may surprise about the schedule."""
-    accumulation = train.accumulation(world_size)
+    """What one step is, how many there are, and what may surprise about the schedule.
+
+    `tokens` are those of a sequence; the most of one where that `varies`.
+    """
+    accumulation, most = train.accumulation(world_size), "up to " if varies else ""
     lines = [
         f"Tokens per step: {train.micro_batch_size} sequences x {accumulation} accumulation x {world_size} device(s) x "
-        f"{tokens} tokens = {train.global_batch_size * tokens:,}",
+        f"{most}{tokens} tokens = {most}{train.global_batch_size * tokens:,}",
         f"Steps: {steps:,}" if steps else f"Steps: not known beforehand (max_time {train.max_time} s)",
     ]
     if steps and schedule.warmup_steps >= steps:

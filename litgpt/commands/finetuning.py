@@ -1,0 +1,304 @@
+"""What all ways of finetuning have in common: before the model is changed, and once it is."""
+
+from __future__ import annotations
+
+import inspect
+import pprint
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from litgpt import cli, distributed
+from litgpt.checkpoint import copy_companion_files, resolve_checkpoint_dir
+from litgpt.commands.download import download
+from litgpt.commands.pretrain import choose_logger, plan_lines, sequence_length, stop_early
+from litgpt.config import Config
+from litgpt.convert import Source, load_model, open_checkpoint
+from litgpt.convert.source import meta_model
+from litgpt.data import Alpaca
+from litgpt.data.base import DataModule
+from litgpt.data.sft import SFTData
+from litgpt.generation.engine import Engine, Request
+from litgpt.generation.sampling import Sampling
+from litgpt.memory import Usage, estimate_memory
+from litgpt.model import GPT
+from litgpt.prompts import choose_prompt_style, save_prompt_style
+from litgpt.tokenizer import Tokenizer
+from litgpt.training.arguments import EvalArgs, LogArgs, TrainArgs
+from litgpt.training.batches import BatchStream
+from litgpt.training.console import Console
+from litgpt.training.loggers import make_logger
+from litgpt.training.loop import Outcome, Run, fit
+from litgpt.training.loss import IGNORE_INDEX, NextTokenLoss
+from litgpt.training.metrics import flops_per_token
+from litgpt.training.optimizers import OptimizerSpec
+from litgpt.training.recorder import Recorder
+from litgpt.training.run_directory import LOGGERS_DIR, LOGS_FILE, RunDirectory
+from litgpt.training.schedule import Schedule
+from litgpt.training.state import Saved
+
+TRAIN = TrainArgs(save_interval=1000, global_batch_size=16, micro_batch_size=1, lr_warmup_steps=100, epochs=5)
+EVAL = EvalArgs(interval=100, max_new_tokens=100)
+OPTIMIZER = OptimizerSpec("torch.optim.AdamW", {})
+LOGGER = "csv"
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+DIMMED = "what is not trained on dimmed" if sys.stdout.isatty() else "what is not trained on in <<...>>"
+
+
+@dataclass
+class Options:
+    """The options that every finetuning command takes; see their help."""
+
+    checkpoint_dir: Path
+    out_dir: Path
+    precision: str | None
+    devices: int | str
+    num_nodes: int
+    strategy: distributed.Strategy
+    resume: bool | str | Path
+    overwrite: bool
+    data: DataModule | None
+    train: TrainArgs
+    eval: EvalArgs
+    log: LogArgs
+    optimizer: OptimizerSpec
+    compile: bool
+    logger_name: str
+    seed: int
+    access_token: str | None
+    dry_run: bool
+
+
+class Finetuning:
+    """A run from its settings on: `load_model`, then change the model, then `train`.
+
+    Making one checks the settings, launches the devices and prepares the data; everything that can be wrong is said
+    before the weights are read.
+
+    Args:
+        options: What was typed.
+        settings: The same and the options of the method, to be shown.
+    """
+
+    def __init__(self, options: Options, settings: dict[str, Any]) -> None:
+        self.options = options
+        train = options.train
+        self.world_size = distributed.count_devices(options.devices, options.num_nodes)
+        train.set_batch_by_accumulation(self.world_size, TRAIN.global_batch_size)
+        train.accumulation(self.world_size)
+        self.optimizer = options.optimizer.with_train_args(train, default=OPTIMIZER)
+        self.logger_name = choose_logger(options.logger_name, train.logger_name, options.log)
+        self.directory = RunDirectory(options.out_dir)
+        is_main = distributed.rank_from_environment() == 0
+        self.checkpoint = self.directory.prepare(options.resume, options.overwrite, may_delete=is_main)
+        fetch = partial(download, access_token=options.access_token)
+        self.source: Source = open_checkpoint(resolve_checkpoint_dir(options.checkpoint_dir, download=fetch))
+        self.config: Config = self.source.config
+        self.tokenizer = Tokenizer(self.source.files)
+        self.tokens = sequence_length(train, self.config)
+
+        self.fabric = distributed.make_fabric(options.devices, options.num_nodes, options.precision, options.strategy)
+        self.fabric.launch()
+        self.console = Console(self.fabric.global_rank == 0)
+        if options.log.save_logs and not options.dry_run:
+            self.console.save_to(options.out_dir / LOGS_FILE, append=self.checkpoint is not None)
+        self.console.print(pprint.pformat(settings))
+        distributed.seed_everything(options.seed)
+        self.console.print(f"Seed set to {options.seed}\n{distributed.describe_devices(self.fabric)}")
+        if self.source.note:
+            self.console.print(self.source.note)
+        if self.checkpoint is not None:
+            self.console.print(f"Resuming from {str(self.checkpoint)!r}")
+        self._prepare_data()
+
+    def _prepare_data(self) -> None:
+        train = self.options.train
+        self.data = self.options.data if self.options.data is not None else Alpaca()
+        if not isinstance(self.data, SFTData):
+            raise ValueError(
+                f"--data {type(self.data).__name__} is for pretraining: it holds no conversations. For your own: "
+                "--data JSON --data.json_path FILE."
+            )
+        own_style = choose_prompt_style(self.source.files, config=self.config, tokenizer=self.tokenizer)
+        self.data.connect(
+            self.tokenizer,
+            train.micro_batch_size,
+            self.tokens,
+            prompt_style=own_style,
+            samples_per_step=train.global_batch_size,
+        )
+        if self.fabric.local_rank == 0:
+            self.data.prepare_data()
+        self.fabric.barrier()
+        self.data.setup()
+        fabric = self.fabric
+        self.batches = BatchStream(
+            self.data.train_dataloader(),
+            train.micro_batch_size,
+            fabric.global_rank,
+            fabric.world_size,
+            seed=self.options.seed,
+        )
+        self.console.print(self.data.describe())
+        if not self.data.pack:  # what no sample needs, no row has
+            self.tokens = min(self.tokens, max(1, self.data.train_samples.summary.longest - 1))
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak of the schedule."""
+        default = inspect.signature(self.optimizer.load_class()).parameters["lr"].default
+        return float(self.optimizer.init_args.get("lr", default))
+
+    def load_model(self) -> GPT:
+        """The checkpoint's model, in the precision of the run."""
+        dtype, _ = distributed.PRECISIONS[distributed.precision_of(self.fabric)]
+        return load_model(self.source, dtype=dtype)
+
+    def train(
+        self,
+        gpt: GPT,
+        usage: Usage,
+        saved: Saved,
+        save: Callable[[Path, dict[str, Tensor]], None],
+        parameters: list[dict[str, Any]] | None = None,
+    ) -> Outcome | None:
+        """Says what will happen, and does it.
+
+        Args:
+            gpt: The model, changed as the method wants; what requires gradients is trained.
+            usage: The method and what belongs to it, for the estimate of the memory needed.
+            saved: Which weights the checkpoints hold.
+            save: Writes these weights into a directory.
+            parameters: Groups for the optimizer; by default all that is trained.
+
+        Returns:
+            How it ended; None after a dry run.
+        """
+        options, train, fabric, console = self.options, self.options.train, self.fabric, self.console
+        trained = gpt.num_parameters(trainable_only=True)
+        console.print(f"Number of trainable parameters: {trained:,}")
+        console.print(f"Number of non-trainable parameters: {gpt.num_parameters() - trained:,}")
+        varies = not self.data.pack
+        per_step = None if varies else train.global_batch_size * self.tokens
+        steps = train.total_steps(per_step, self.batches.samples_per_epoch)
+        schedule = Schedule.of(train, steps)
+        for line in plan_lines(train, schedule, steps, self.tokens, self.world_size, self.optimizer, varies):
+            console.print(line)
+        console.print(self._memory_line(usage))
+        console.print(f"One training sample, {DIMMED}:\n{show_sample(self.data, self.tokenizer)}\n")
+        if options.dry_run:
+            console.print("--dry_run: nothing was trained.")
+            return None
+
+        flops = flops_per_token(gpt, self.tokens)
+        if options.compile:
+            for block in gpt.transformer.h:
+                block.compile()
+        model = fabric.setup_module(NextTokenLoss(gpt))
+        optimizer = fabric.setup_optimizers(
+            self.optimizer.build(parameters or [p for p in gpt.parameters() if p.requires_grad])
+        )
+        logger = None
+        if fabric.global_rank == 0:
+            cli.save_hyperparameters(options.out_dir)
+            logger = make_logger(
+                self.logger_name, options.out_dir / LOGGERS_DIR, options.log, cli.resolved_settings() or {}
+            )
+        recorder = Recorder(
+            console, self.directory, logger, flops_per_token=flops, peak_flops=distributed.peak_flops(fabric)
+        )
+        can_answer = options.eval.max_new_tokens and not distributed.is_sharded(gpt)
+        run = Run(
+            train=train,
+            evaluation=options.eval,
+            schedule=schedule,
+            total_steps=steps,
+            directory=self.directory,
+            recorder=recorder,
+            save=partial(self._save, save),
+            sample=partial(self._answer, gpt) if can_answer else None,
+            resume=self.checkpoint,
+            saved=saved,
+        )
+        try:
+            outcome = fit(fabric, model, optimizer, self.batches, self.data.val_dataloader(), run)
+            if logger is not None and options.log.log_model and not outcome.interrupted:
+                logger.log_checkpoint(outcome.checkpoint, options.log.checkpoint_name or self.config.name or "litgpt")
+        finally:
+            recorder.finish()
+        console.print(f"Training time: {outcome.progress.seconds:.2f}s")
+        console.print(f"Memory used: {distributed.memory_used(fabric.device) / 1e9:.2f} GB")
+        if outcome.interrupted:
+            stop_early(console, outcome)
+        return outcome
+
+    def _memory_line(self, usage: Usage) -> str:
+        """The estimate of the memory needed, beside what the device has."""
+        weights, compute = distributed.PRECISIONS[distributed.precision_of(self.fabric)]
+        usage = replace(
+            usage,
+            weights=weights,
+            compute=compute,
+            batch_size=self.options.train.micro_batch_size,
+            context=self.tokens,
+            device=self.fabric.device.type,
+            devices=self.world_size,
+        )
+        needed = sum(estimate_memory(meta_model(self.config), usage).values())
+        present = distributed.memory_present(self.fabric.device)
+        line = f"Estimated memory: {needed / 1e9:.1f} GB at full length"
+        if present is None:
+            return line
+        line += f"; the device has {present / 1e9:.1f} GB"
+        if needed <= present:
+            return line
+        return f"{line}. To need less: --train.micro_batch_size, --train.max_seq_length, finetune_lora, --quantize"
+
+    def _save(self, save: Callable, directory: Path, weights: dict[str, Tensor]) -> None:
+        """A checkpoint of the run: the weights, and everything that chat needs beside them."""
+        save(directory, weights)
+        copy_companion_files(self.source.files, directory)
+        self.config.save(directory)
+        save_prompt_style(self.data.style, directory)
+        cli.save_hyperparameters(directory)
+
+    @torch.no_grad()
+    def _answer(self, gpt: GPT) -> str:
+        """What the model as it is now answers to a validation sample."""
+        which, count = self.options.eval.evaluate_example, len(self.data.val_samples)
+        index = {"first": 0, "random": random.randrange(count)}.get(which, which)
+        if not 0 <= index < count:
+            raise ValueError(f"--eval.evaluate_example {which}: there are {count} validation samples, from 0 on.")
+        messages = self.data.example(index)
+        _, autocast = distributed.PRECISIONS[distributed.precision_of(self.fabric)]
+        was_training = gpt.training
+        gpt.eval()
+        try:
+            prompt = self.data.style.encode(self.tokenizer, messages)[: self.config.block_size - 1]
+            stops = self.data.style.stop_sequences(self.tokenizer)
+            request = Request(prompt, self.options.eval.max_new_tokens, Sampling(temperature=0), stops)
+            answer = self.tokenizer.decode(Engine(gpt, autocast=autocast).stream(request))
+        finally:
+            gpt.train(was_training)
+        return f"{messages[-1]['content']}\n-> {answer}"
+
+
+def show_sample(data: SFTData, tokenizer: Tokenizer) -> str:
+    """The first training sample as the model will see it, with the part that no loss is on set apart."""
+    sample = data.train_samples[0]
+    before, after = (DIM, PLAIN) if sys.stdout.isatty() else ("<<", ">>")
+    pieces: list[tuple[bool, list[int]]] = []
+    for token, label in zip(sample.input_ids.tolist(), sample.labels.tolist(), strict=True):
+        masked = label == IGNORE_INDEX
+        if not pieces or pieces[-1][0] != masked:
+            pieces.append((masked, []))
+        pieces[-1][1].append(token)
+    texts = [(masked, tokenizer.decode(ids, skip_special=False)) for masked, ids in pieces]
+    return "".join(f"{before}{text}{after}" if masked else text for masked, text in texts)
