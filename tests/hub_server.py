@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-LFS = (".safetensors", ".bin", ".gguf", ".pth")
+LFS = (".safetensors", ".bin", ".gguf", ".pth", ".parquet")
 CHUNK = 2**16
 
 
@@ -26,7 +26,7 @@ class Hub:
     """The repositories of a server, what it demands, what it was asked, and how it misbehaves."""
 
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    """Repository id -> file name -> content, of its main branch."""
+    """Repository id -> file name -> content, of its main branch; a data set's id begins with `datasets/`."""
     revisions: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)
     """Repository id and branch or tag -> file name -> content."""
     tokens: dict[str, str] = field(default_factory=dict)
@@ -112,7 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
         if elsewhere:
             self.hub.tokens_elsewhere += filter(None, [self.headers.get("Authorization")])
             return self._send_file(elsewhere[3], self.hub.files(elsewhere[1], elsewhere[2])[1][elsewhere[3]], with_body)
-        api = re.fullmatch(r"/api/models/(.+?)/(revision|tree)/([^/]+)", path)
+        api = re.fullmatch(r"/api/(?:models/|(?=datasets/))(.+?)/(revision|tree)/(.+)", path)
         file = re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path)
         match = api or file
         repository = match[1] if match else ""
@@ -126,7 +126,9 @@ class _Handler(BaseHTTPRequestHandler):
             status = 403 if self.headers.get("Authorization") else 401
             return self._send(status, b"{}", with_body, {"X-Error-Code": "GatedRepo"})
         if api:
-            return self._send_json(_info(repository, commit, files) if api[2] == "revision" else _tree(files))
+            if api[2] == "revision":
+                return self._send_json(_info(repository, commit, files))
+            return self._send_json(_tree(files, "recursive=true" in self.path.lower()))
         if match[3] not in files:
             return self._send(404, b"", with_body, {"X-Error-Code": "EntryNotFound"})
         name, content = match[3], files[match[3]]
@@ -195,11 +197,11 @@ def _info(repository: str, commit: str, files: dict[str, bytes]) -> dict:
     return {"id": repository, "modelId": repository, "sha": commit, "siblings": siblings, "tags": [], "private": False}
 
 
-def _tree(files: dict[str, bytes]) -> list[dict]:
-    """What stands at the top level."""
+def _tree(files: dict[str, bytes], recursive: bool) -> list[dict]:
+    """What stands at the top level, or everywhere."""
     folders = dict.fromkeys(name.partition("/")[0] for name in files if "/" in name)
     listed = [{"type": "directory", "path": name, "oid": "0" * 40, "size": 0} for name in folders]
-    return listed + [_entry(name, content) for name, content in files.items() if "/" not in name]
+    return listed + [_entry(name, content) for name, content in files.items() if recursive or "/" not in name]
 
 
 def _entry(name: str, content: bytes) -> dict:

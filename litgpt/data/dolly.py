@@ -20,4 +20,4 @@ class Dolly(HubData):
     repo_id: str = "databricks/databricks-dolly-15k"
     """Data set on the Hub"""
 
-    columns: ClassVar[dict[str, str]] = {"input": "context", "output": "response"}
+    key_names: ClassVar[dict[str, str]] = {"input": "context", "output": "response"}

@@ -26,7 +26,7 @@ class FLAN(HubData):
     """Names of tasks, separated by commas; null takes all"""
 
     single_turn_style: ClassVar[str] = "flan"
-    columns: ClassVar[dict[str, str]] = {"instruction": "inputs", "output": "targets"}
+    key_names: ClassVar[dict[str, str]] = {"instruction": "inputs", "output": "targets"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -70,6 +70,10 @@ class HFDataset(HubData):
                 "validation records come from the split. Give only one of them."
             )
 
+    @property
+    def key_names(self) -> dict[str, str]:
+        return self.columns or {}
+
     def splits(self) -> tuple[str, str | None]:
         return self.split, self.val_split
 

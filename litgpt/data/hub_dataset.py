@@ -107,6 +107,7 @@ class HubDataset:
         self.repo_id, self.access_token = repo_id, access_token
         if constants.HF_HUB_OFFLINE:
             raise HubError(f"HF_HUB_OFFLINE is set, and the data set {repo_id} has not been downloaded yet.")
+        revision = revision or "main"
         with clear_errors(f"datasets/{repo_id}", access_token, revision):
             api = HfApi(token=access_token)
             timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT

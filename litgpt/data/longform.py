@@ -20,7 +20,7 @@ class LongForm(SFTData):
     """Where the files are, or go"""
 
     single_turn_style: ClassVar[str] = "longform"
-    columns: ClassVar[dict[str, str]] = {"instruction": "input", "output": "output"}
+    key_names: ClassVar[dict[str, str]] = {"instruction": "input", "output": "output"}
 
     def download(self) -> None:
         for path in self.files()[0] + self.files()[1]:

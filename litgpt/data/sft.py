@@ -61,7 +61,7 @@ class SFTData(DataModule):
     """Processes that load batches, at most one per CPU core; 0 loads them in the training process"""
 
     single_turn_style: ClassVar[str] = "alpaca"
-    columns: ClassVar[dict[str, str]] = {}
+    key_names: ClassVar[dict[str, str]] = {}
     """Key of a form (see `litgpt.data.records`) -> what this data set calls it"""
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ class SFTData(DataModule):
     def conversations(self, split: str) -> list[Conversation]:
         """The records of one of SPLITS as conversations."""
         records = read_records(self.files()[SPLITS.index(split)], split)
-        return read_conversations(records, self.columns)
+        return read_conversations(records, self.key_names)
 
     # -- what a command calls
 
