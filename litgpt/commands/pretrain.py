@@ -22,6 +22,7 @@ from litgpt.generation.sampling import Sampling
 from litgpt.model import GPT
 from litgpt.models import find_known
 from litgpt.tokenizer import MODEL_FILES, Tokenizer
+from litgpt.training.activation_checkpointing import checkpoint_blocks
 from litgpt.training.arguments import EvalArgs, LogArgs, TrainArgs
 from litgpt.training.batches import BatchStream
 from litgpt.training.console import Console
@@ -29,6 +30,7 @@ from litgpt.training.loggers import check_logger, make_logger
 from litgpt.training.loop import Outcome, Run, fit
 from litgpt.training.loss import NextTokenLoss
 from litgpt.training.metrics import flops_per_token
+from litgpt.training.neftune import add_noise
 from litgpt.training.optimizers import OptimizerSpec
 from litgpt.training.recorder import Recorder
 from litgpt.training.run_directory import LOGGERS_DIR, LOGS_FILE, TOKENIZER_DIR, RunDirectory
@@ -164,11 +166,14 @@ def setup(
     console.print(f"Number of trainable parameters: {gpt.num_parameters(trainable_only=True):,}")
     console.print(f"Number of non-trainable parameters: {gpt.num_parameters() - gpt.num_parameters(True):,}")
     flops = flops_per_token(gpt, tokens)
+    checkpoint_blocks(gpt, train.activation_checkpointing)
     if compile:
         for block in gpt.transformer.h:
             block.compile()
-    model = fabric.setup_module(NextTokenLoss(gpt))
-    fabric_optimizer = fabric.setup_optimizers(optimizer.build(gpt.parameters()))
+    loss = NextTokenLoss(gpt)
+    add_noise(loss, train.neftune_noise_alpha)
+    model = fabric.setup_module(loss)
+    fabric_optimizer = fabric.setup_optimizers(optimizer.build(gpt.named_parameters()))
 
     # Training.
     total_steps = train.total_steps(train.global_batch_size * tokens, batches.samples_per_epoch)

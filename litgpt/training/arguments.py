@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
+
+LRSchedule = Literal["cosine", "linear", "constant", "warmup-stable-decay"]
 
 
 @dataclass
@@ -39,10 +42,15 @@ class TrainArgs:
     """Whether the output head shares the token embedding's weights; null takes what the model or checkpoint has"""
     max_norm: float | None = None
     """Gradients are scaled down to at most this norm; null does not clip"""
+    lr_schedule: LRSchedule = "cosine"
+    """How the learning rate goes on after the warmup: down to min_lr along half a cosine or a line, constant, or
+    constant and then down along a line (warmup-stable-decay)"""
     min_lr: float = 6e-5
-    """Learning rate at the end of the cosine decay"""
+    """Learning rate at the end of the decay"""
     lr_decay_iters: int | None = None
     """Optimizer steps over which the learning rate decays to min_lr; null takes the whole run"""
+    lr_cooldown_fraction: float | None = None
+    """Share of the run that the decay of warmup-stable-decay takes, at its end; null is 0.1"""
     learning_rate: float | None = None
     """Peak learning rate; another spelling of --optimizer.lr"""
     weight_decay: float | None = None
@@ -57,6 +65,13 @@ class TrainArgs:
     """Another spelling of --logger_name"""
     keep_last: int | None = None
     """Keep only this many of the newest step-* checkpoints; null keeps all"""
+    keep_best: bool = False
+    """Whether to keep the checkpoint with the lowest validation loss, too, in out_dir/best"""
+    activation_checkpointing: str | int = "none"
+    """Keep only the input of these blocks and compute the rest again in the backward pass: none, full (all blocks), or
+    N for every N-th; takes less memory and up to a third more time"""
+    neftune_noise_alpha: float | None = None
+    """Noise on the embeddings in training (NEFTune), 5 to 15; null is none"""
 
     def __post_init__(self) -> None:
         for name in ("log_interval", "global_batch_size", "micro_batch_size"):
@@ -68,12 +83,36 @@ class TrainArgs:
             _check_at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("lr_warmup_steps", "max_time", "max_norm", "min_lr", "learning_rate", "weight_decay"):
             _check_at_least(f"train.{name}", getattr(self, name), 0)
-        if self.lr_warmup_fraction is not None and not 0 <= self.lr_warmup_fraction <= 1:
-            raise ValueError(f"train.lr_warmup_fraction {self.lr_warmup_fraction} is not between 0 and 1.")
+        for name in ("lr_warmup_fraction", "lr_cooldown_fraction"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"train.{name} {value} is not between 0 and 1.")
+        self._check_schedule()
+        self.activation_checkpointing = _blocks_to_checkpoint(self.activation_checkpointing)
+        if self.neftune_noise_alpha is not None and self.neftune_noise_alpha <= 0:
+            raise ValueError(
+                f"train.neftune_noise_alpha {self.neftune_noise_alpha} must be positive; null is no noise."
+            )
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"train.{name} {value} is not in [0, 1).")
+
+    def _check_schedule(self) -> None:
+        if self.lr_schedule not in get_args(LRSchedule):
+            raise ValueError(
+                f"train.lr_schedule {self.lr_schedule!r} is unknown. Choose one of: {', '.join(get_args(LRSchedule))}."
+            )
+        if self.lr_schedule == "constant" and self.lr_decay_iters is not None:
+            raise ValueError(
+                f"train.lr_decay_iters {self.lr_decay_iters}: with train.lr_schedule constant nothing decays. "
+                "Leave one of them out."
+            )
+        if self.lr_cooldown_fraction is not None and self.lr_schedule != "warmup-stable-decay":
+            raise ValueError(
+                f"train.lr_cooldown_fraction {self.lr_cooldown_fraction} is for train.lr_schedule warmup-stable-decay; "
+                f"it is {self.lr_schedule}."
+            )
 
     def set_batch_by_accumulation(self, devices: int, default_global_batch_size: int) -> None:
         """Let `gradient_accumulation_iters` set `global_batch_size`, unless that was given and says otherwise.
@@ -147,11 +186,14 @@ class EvalArgs:
     """Whether to validate before the first step"""
     final_validation: bool = True
     """Whether to validate after the last step"""
+    patience: int | None = None
+    """Validations without a new lowest loss after which training ends; null trains on. It keeps the best checkpoint,
+    in out_dir/best"""
     evaluate_example: str | int = "first"
     """Which validation example to generate a reply for while finetuning: first, random or its number"""
 
     def __post_init__(self) -> None:
-        for name in ("interval", "max_iters", "max_new_tokens"):
+        for name in ("interval", "max_iters", "max_new_tokens", "patience"):
             _check_at_least(f"eval.{name}", getattr(self, name), 1)
         if isinstance(self.evaluate_example, str) and self.evaluate_example not in ("first", "random"):
             if not self.evaluate_example.isdecimal():
@@ -181,6 +223,17 @@ class LogArgs:
     """Whether to keep the printed lines in logs.txt too"""
     checkpoint_name: str | None = None
     """Name of the uploaded checkpoint (with log_model)"""
+
+
+def _blocks_to_checkpoint(value: str | int) -> str | int:
+    text = str(value)
+    if text in ("none", "full"):
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(
+            f"train.activation_checkpointing {value!r} is not none, full or a number N for every N-th block."
+        )
+    return int(text)
 
 
 def _check_at_least(name: str, value: float | None, low: int) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from litgpt.training.loss import IGNORE_INDEX
 
+MANY = 16  # numbers to show at most
+
 
 class MicroBatch(NamedTuple):
     """What goes into one forward pass on one device."""
@@ -21,6 +23,10 @@ class MicroBatch(NamedTuple):
     """(B, T) int64, the id to predict at each place, -100 for none"""
     inputs: dict[str, Tensor]
     """More inputs of the model, each (B, T)"""
+    num_tokens: int
+    """How many of the ids are no padding"""
+    samples: Tensor | None = None
+    """(B, D) int64 numbers of the samples in each row, -1 for none; None where they have no numbers"""
 
     @property
     def num_targets(self) -> int:
@@ -30,20 +36,33 @@ class MicroBatch(NamedTuple):
     def to(self, device: torch.device) -> MicroBatch:
         # From pinned memory the copy runs beside the computation.
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
-        return MicroBatch(self.idx.to(device, non_blocking=True), self.targets.to(device, non_blocking=True), inputs)
+        idx, targets = (tensor.to(device, non_blocking=True) for tensor in (self.idx, self.targets))
+        return self._replace(idx=idx, targets=targets, inputs=inputs)
 
     def without_targets(self) -> MicroBatch:
         """The same with nothing to predict: adds nothing to any sum."""
         return self._replace(targets=torch.full_like(self.targets, IGNORE_INDEX))
 
+    def described(self) -> str:
+        """Which samples these are, in words."""
+        if self.samples is not None:
+            return f"training sample(s) {_listed(self.samples[self.samples >= 0].tolist())}"
+        rows = "; ".join(_listed(row) for row in self.idx[:MANY, :8].tolist())
+        return f"sequence(s) that begin with the tokens {rows}"
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:MANY])) + (", ..." if len(numbers) > MANY else "")
+
 
 def micro_batch(batch: Tensor | dict[str, Tensor]) -> MicroBatch:
     """Read a loader's batch: tokens (B, T + 1), or a dict with `input_ids` and `labels` (B, T + 1), labels in place.
 
-    In the dict, `document_ids` and `positions` are the model's; anything else is not for the model and left out.
+    In the dict, `document_ids` and `positions` are the model's. `num_tokens` (B,), the tokens of each row that are no
+    padding, and `samples` (B, D), the samples' numbers, are for the record; anything else is left out.
     """
     if isinstance(batch, Tensor):
-        return MicroBatch(batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), {})
+        return MicroBatch(batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), {}, batch[:, 1:].numel())
     if not (isinstance(batch, dict) and "input_ids" in batch and "labels" in batch):
         what = f"a dict with {', '.join(batch)}" if isinstance(batch, dict) else type(batch).__name__
         raise ValueError(
@@ -51,7 +70,9 @@ def micro_batch(batch: Tensor | dict[str, Tensor]) -> MicroBatch:
             "input_ids and labels."
         )
     inputs = {k: batch[k][:, :-1].contiguous() for k in ("document_ids", "positions") if k in batch}
-    return MicroBatch(batch["input_ids"][:, :-1].contiguous(), batch["labels"][:, 1:].contiguous(), inputs)
+    idx = batch["input_ids"][:, :-1].contiguous()
+    num_tokens = int(batch["num_tokens"].clamp(max=idx.size(1)).sum()) if "num_tokens" in batch else idx.numel()
+    return MicroBatch(idx, batch["labels"][:, 1:].contiguous(), inputs, num_tokens, batch.get("samples"))
 
 
 class BatchStream:

@@ -93,7 +93,12 @@ def fit(
     if run.resume is not None:
         progress = restore(fabric, gpt, inner, run.resume, run.saved)
         batches.seek(progress.position)
+    if evaluation.patience and not val_batches:
+        raise ValueError(
+            f"--eval.patience {evaluation.patience}: there is no validation data. Add some, or leave it out."
+        )
     watch = LossWatch(fabric)
+    count = TokenCount(fabric, progress, recorder)
 
     def validation() -> float:
         with recorder.off_the_clock():
@@ -101,7 +106,8 @@ def fit(
 
     def save(directory: Path) -> None:
         with recorder.off_the_clock():
-            watch.check(progress.step, run.directory)
+            watch.check(run.directory)
+            count.settle()
             progress.seconds = recorder.seconds
             save_checkpoint(fabric, gpt, inner, progress, run, directory)
 
@@ -114,30 +120,35 @@ def fit(
             logs = (progress.step + 1) % train.log_interval == 0
             learning_rate = run.schedule.apply(inner, progress.step)
             step_batches = [batches.next() for _ in range(accumulation)]
-            loss_sum, targets = accumulate_gradients(fabric, model, step_batches)
+            losses, targets = accumulate_gradients(fabric, model, step_batches)
             grad_norm = clip_gradients(fabric, model, optimizer, train.max_norm, wanted=logs)
             optimizer.step()
             optimizer.zero_grad()
-            watch.see(loss_sum, progress.step + 1)
-            tokens = sum(batch.idx.numel() for batch in step_batches) * fabric.world_size
             progress.step += 1
             progress.iteration += accumulation
-            progress.tokens += tokens
             progress.position = batches.position
-            recorder.count(accumulation, tokens)
+            watch.see(losses, progress.step, step_batches)
+            count.add(step_batches)
 
             # From here on the device may be waited for, but only in steps that log, validate or save.
+            if logs or fabric.world_size == 1:
+                count.settle()
             stop = stop_reason(fabric, run, progress, signals, ranks_agree=logs)
             final = stop == FINISHED and evaluation.final_validation
             validates = bool(val_batches) and (progress.step % evaluation.interval == 0 or final)
             if logs or validates or stop:
-                watch.check(progress.step, run.directory)
-                loss = (sum_over_ranks(fabric, loss_sum) / targets).item()
+                watch.check(run.directory)
+                count.settle()
+                loss = (sum_over_ranks(fabric, losses.sum()) / targets).item()
                 norm = None if grad_norm is None else gathered(grad_norm).item()
                 row = recorder.step(progress, batches.epoch, loss=loss, learning_rate=learning_rate, grad_norm=norm)
                 if validates:
                     row["val_loss"] = validation()
                 recorder.write(row, progress.val_loss)
+            if validates:
+                if progress.judge(progress.val_loss) and (train.keep_best or evaluation.patience):
+                    save(run.directory.best)
+                stop = stop or out_of_patience(run, progress)
             if stop is None and train.save_interval and progress.step % train.save_interval == 0:
                 save(run.directory.step(progress.step))
 
@@ -152,7 +163,8 @@ def accumulate_gradients(fabric: Fabric, model: nn.Module, batches: list[MicroBa
     """Add up the gradient of one optimizer step: that of the loss per target token over all micro-batches and ranks.
 
     Returns:
-        The loss summed over this rank's targets, and the number of targets on all ranks.
+        The loss of each micro-batch, summed over this rank's targets, (micro-batches,) float32; and the number of
+        targets in all of them on all ranks.
     """
     targets: Tensor | int = sum(batch.num_targets for batch in batches)
     if fabric.world_size > 1:  # stays on the device: reading it would wait for the device
@@ -160,15 +172,15 @@ def accumulate_gradients(fabric: Fabric, model: nn.Module, batches: list[MicroBa
     targets = max(targets, 1) if isinstance(targets, int) else targets.clamp(min=1)
     # Data-parallel training averages gradients over ranks; the sum is wanted.
     scale = fabric.world_size / targets
-    total = torch.zeros((), device=fabric.device)
+    losses = []
     for number, batch in enumerate(batches, start=1):
         waits = number < len(batches)
         with fabric.no_backward_sync(model, enabled=waits) if fabric.world_size > 1 else nullcontext():
             on_device = batch.to(fabric.device)
             loss = model(on_device.idx, on_device.targets, **on_device.inputs)
             fabric.backward(loss * scale)
-        total += loss.detach()
-    return total, targets
+        losses.append(loss.detach().float())
+    return torch.stack(losses), targets
 
 
 def clip_gradients(
@@ -193,6 +205,8 @@ def stop_reason(
         return FINISHED
     if train.max_tokens is not None and progress.tokens >= train.max_tokens:
         return FINISHED
+    if out_of_patience(run, progress):
+        return FINISHED
     if fabric.world_size > 1 and not ranks_agree:
         return None
     reasons = [None, FINISHED, "SIGTERM", "Ctrl-C"]
@@ -206,33 +220,74 @@ def stop_reason(
     return reasons[found]
 
 
+def out_of_patience(run: Run, progress: Progress) -> str | None:
+    """FINISHED if the validation loss has not fallen for as long as `--eval.patience` allows."""
+    patience = run.evaluation.patience
+    return FINISHED if patience is not None and progress.stale_validations >= patience else None
+
+
 def sum_over_ranks(fabric: Fabric, value: Tensor) -> Tensor:
     return fabric.all_reduce(value.clone(), reduce_op="sum") if fabric.world_size > 1 else value
 
 
+class TokenCount:
+    """Adds up the tokens of all ranks, each with batches of lengths of its own, only when the sum is asked for."""
+
+    def __init__(self, fabric: Fabric, progress: Progress, recorder: Recorder) -> None:
+        self.fabric, self.progress, self.recorder = fabric, progress, recorder
+        self.iterations = self.tokens = 0
+
+    def add(self, batches: list[MicroBatch]) -> None:
+        """Count the micro-batches of this rank in one step."""
+        self.iterations += len(batches)
+        self.tokens += sum(batch.num_tokens for batch in batches)
+
+    def settle(self) -> None:
+        """Bring `progress` and the recorder up to date. Every rank must call this."""
+        if not self.iterations:
+            return
+        tokens = self.tokens
+        if self.fabric.world_size > 1:
+            tokens = int(self.fabric.all_reduce(torch.tensor(tokens, device=self.fabric.device), reduce_op="sum"))
+        self.progress.tokens += tokens
+        self.recorder.count(self.iterations, tokens)
+        self.iterations = self.tokens = 0
+
+
 class LossWatch:
-    """Notes the first step whose loss is no number, without waiting for the device in each step."""
+    """Notes the first micro-batch whose loss is no number, without waiting for the device in each step."""
 
     def __init__(self, fabric: Fabric) -> None:
         self.fabric = fabric
-        self.first_bad = torch.tensor(NEVER, device=fabric.device)
+        self.first_bad = torch.tensor(NEVER, device=fabric.device)  # its place in `unchecked`
+        self.unchecked: list[tuple[int, str]] = []
 
-    def see(self, loss: Tensor, step: int) -> None:
-        bad = ~torch.isfinite(loss) & (self.first_bad == NEVER)
-        self.first_bad = torch.where(bad, step, self.first_bad)
+    def see(self, losses: Tensor, step: int, batches: list[MicroBatch]) -> None:
+        """Look at the losses (micro-batches,) of a step."""
+        places = torch.arange(len(batches), device=losses.device) + len(self.unchecked)
+        bad = torch.where(torch.isfinite(losses), NEVER, places)
+        self.first_bad = torch.minimum(self.first_bad, bad.min())
+        self.unchecked += [(step, batch.described()) for batch in batches]
 
-    def check(self, step: int, directory: RunDirectory) -> None:
-        """Stop training if a loss up to `step` was no number. Every rank must call this."""
+    def check(self, directory: RunDirectory) -> None:
+        """Stop training if a loss seen so far was no number. Every rank must call this."""
         first = self.first_bad
         if self.fabric.world_size > 1:
             first = self.fabric.all_reduce(first.clone(), reduce_op="min")
         if int(first) == NEVER:
+            self.unchecked.clear()
             return
+        step, batch = self.unchecked[int(first)]
+        culprits = [batch if int(self.first_bad) == int(first) else None]
+        if self.fabric.world_size > 1:
+            culprits *= self.fabric.world_size
+            torch.distributed.all_gather_object(culprits, culprits[0])
         newest = directory.newest()
         last = f"The last good checkpoint is {newest}; resume from it" if newest else "There is no checkpoint; restart"
         raise TrainingDiverged(
-            f"The loss became NaN or infinite at step {int(first)}. {last} with a smaller --optimizer.lr, a longer "
-            "--train.lr_warmup_steps, or clipped gradients (--train.max_norm 1.0)."
+            f"The loss became NaN or infinite at step {step}, in the {' and the '.join(filter(None, culprits))}. "
+            f"{last} with a smaller --optimizer.lr, a longer --train.lr_warmup_steps, or clipped "
+            "gradients (--train.max_norm 1.0)."
         )
 
 

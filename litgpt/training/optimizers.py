@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from litgpt.suggest import did_you_mean
 from litgpt.training.arguments import TrainArgs
+from litgpt.training.muon import MuonWithAdamW
 
 FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}  # where torch.optim has fused kernels
 
@@ -47,7 +48,10 @@ class OptimizerSpec:
         return spec
 
     def load_class(self) -> type[Optimizer]:
-        """The optimizer class; a ValueError names what is wrong with `class_path`."""
+        """The optimizer class; a ValueError names what is wrong with `class_path`.
+
+        torch's Muon takes matrices alone: `MuonWithAdamW` stands in for it.
+        """
         module_name, _, name = self.class_path.rpartition(".")
         try:
             found = getattr(importlib.import_module(module_name or "torch.optim"), name, None)
@@ -59,7 +63,7 @@ class OptimizerSpec:
                 f"--optimizer {self.class_path} is no optimizer class.{did_you_mean(name, known)} "
                 "Give the name of a torch.optim class or the dotted path of your own."
             )
-        return found
+        return MuonWithAdamW if found is torch.optim.Muon else found
 
     def argument_names(self) -> list[str]:
         """The arguments that the class takes beside the parameters."""
@@ -103,15 +107,26 @@ class OptimizerSpec:
         spec.check()
         return spec
 
-    def build(self, params: Iterable[Parameter]) -> Optimizer:
-        """The optimizer over `params` (parameters or parameter groups), fused where torch can."""
+    def build(self, params: Iterable) -> Optimizer:
+        """The optimizer over `params`, fused where torch can.
+
+        Args:
+            params: Parameters, (name, parameter) pairs, or parameter groups. Names tell Muon which matrices are the
+                embedding and the head.
+        """
         self.check()
-        params = list(params)
+        params, found = list(params), self.load_class()
+        if found is not MuonWithAdamW:
+            params = [item[1] if isinstance(item, tuple) else item for item in params]
         args = {name: _value(name, value) for name, value in self.init_args.items()}
         if "fused" in self.argument_names() and not {"fused", "foreach"} & args.keys() and _can_fuse(params):
             args["fused"] = True
+        if found.__module__.startswith("bitsandbytes.") and any(hasattr(p, "full_tensor") for p in _tensors(params)):
+            raise ValueError(
+                f"--optimizer {self.class_path} keeps no sharded state. Use --strategy ddp, or one of torch."
+            )
         try:
-            return self.load_class()(params, **args)
+            return found(params, **args)
         except (TypeError, ValueError) as error:
             shown = ", ".join(f"{name}={value}" for name, value in self.init_args.items())
             raise ValueError(f"--optimizer {self.class_path} with {shown or 'no arguments'}: {error}") from error
@@ -133,6 +148,9 @@ def _value(name: str, value: Any) -> Any:
     return value
 
 
+def _tensors(params: list) -> list[Parameter]:
+    return [p for group in params for p in (group["params"] if isinstance(group, dict) else [group])]
+
+
 def _can_fuse(params: list) -> bool:
-    tensors = [p for group in params for p in (group["params"] if isinstance(group, dict) else [group])]
-    return all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in tensors)
+    return all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in _tensors(params))

@@ -9,6 +9,7 @@ from pathlib import Path
 from litgpt.training.state import STATE_FILE, saved_step
 
 FINAL = "final"
+BEST = "best"
 METRICS_FILE = "metrics.csv"
 LOGS_FILE = "logs.txt"
 PLOT_FILE = "loss.png"
@@ -18,7 +19,7 @@ STEP_DIR = re.compile(r"step-(\d{8,})")
 
 
 class RunDirectory:
-    """`out_dir` of a run: checkpoints `step-00000100/`, ..., `final/`, and its records beside them."""
+    """`out_dir` of a run: checkpoints `step-00000100/`, ..., `best/`, `final/`, and its records beside them."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
@@ -26,6 +27,11 @@ class RunDirectory:
     @property
     def final(self) -> Path:
         return self.path / FINAL
+
+    @property
+    def best(self) -> Path:
+        """Where the checkpoint with the lowest validation loss belongs."""
+        return self.path / BEST
 
     def step(self, step: int) -> Path:
         """Where the checkpoint of a step belongs."""
@@ -38,15 +44,12 @@ class RunDirectory:
 
     def newest(self) -> Path | None:
         """The checkpoint that went furthest."""
-        if (self.final / STATE_FILE).is_file():
-            last = self.step_checkpoints()[-1:]
-            if not last or saved_step(self.final) >= saved_step(last[0]):
-                return self.final
-        return next(reversed(self.step_checkpoints()), None)
+        found = [p for p in (self.final, *self.step_checkpoints()[-1:], self.best) if (p / STATE_FILE).is_file()]
+        return max(found, key=_step_of) if len(found) > 1 else next(iter(found), None)
 
     def checkpoints(self) -> list[Path]:
         """What training can go on from, complete or not."""
-        return [p for p in self.artifacts() if p.name == FINAL or STEP_DIR.fullmatch(p.name)]
+        return [p for p in self.artifacts() if p.name in (FINAL, BEST) or STEP_DIR.fullmatch(p.name)]
 
     def results(self) -> list[Path]:
         """What would be lost if a new run were started here. A run that never trained (a typo) has left only logs."""
@@ -54,7 +57,7 @@ class RunDirectory:
 
     def artifacts(self) -> list[Path]:
         """Everything that a run has left here."""
-        names = (FINAL, METRICS_FILE, LOGS_FILE, PLOT_FILE, LOGGERS_DIR, TOKENIZER_DIR, "hyperparameters.yaml")
+        names = (FINAL, BEST, METRICS_FILE, LOGS_FILE, PLOT_FILE, LOGGERS_DIR, TOKENIZER_DIR, "hyperparameters.yaml")
         steps = [p for p in self.path.glob("step-*") if STEP_DIR.fullmatch(p.name)]
         return [p for p in (self.path / name for name in names) if p.exists()] + steps
 
@@ -126,3 +129,8 @@ class RunDirectory:
             f"{self.path} already holds a run ({', '.join(sorted(p.name for p in self.artifacts())[:4])}, ...). "
             "Continue it with --resume auto, write elsewhere with --out_dir, or delete it with --overwrite true."
         )
+
+
+def _step_of(checkpoint: Path) -> int:
+    match = STEP_DIR.fullmatch(checkpoint.name)
+    return int(match[1]) if match else saved_step(checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,13 +30,27 @@ class Progress:
     iteration: int = 0
     """Forward passes done on each device"""
     tokens: int = 0
-    """Tokens that went into the model, over all devices"""
+    """Tokens that went into the model, padding left out, over all devices"""
     position: int = 0
     """Place in the stream of training samples, over all devices"""
     seconds: float = 0.0
     """Time spent training"""
     val_loss: float | None = None
     """The last validation loss"""
+    best_val_loss: float | None = None
+    """The lowest validation loss of a trained step"""
+    best_step: int | None = None
+    """The step it is of"""
+    stale_validations: int = 0
+    """Validations since then"""
+
+    def judge(self, val_loss: float) -> bool:
+        """Take note of a validation after this step; whether its loss is the lowest so far."""
+        best = math.isfinite(val_loss) and (self.best_val_loss is None or val_loss < self.best_val_loss)
+        if best:
+            self.best_val_loss, self.best_step = val_loss, self.step
+        self.stale_validations = 0 if best else self.stale_validations + 1
+        return best
 
 
 @dataclass(frozen=True)
@@ -95,6 +110,11 @@ def load_optimizer_state(optimizer: Optimizer, saved: dict[int, dict[str, Any]])
                 values[key] = torch.empty_like(parameters[number], dtype=value.dtype)
                 copy_into(values[key], value)
     optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
+    for number, values in saved.items():  # torch has given them the parameter's type, which may round them
+        loaded = optimizer.state[parameters[number]]
+        for key, value in values.items():
+            if isinstance(value, Tensor) and loaded[key].dtype != value.dtype:
+                loaded[key] = value.to(loaded[key].device)
 
 
 def collect(fabric: Fabric, optimizer: Optimizer, progress: Progress) -> dict[str, Any]:

@@ -1,14 +1,25 @@
-"""A tiny model on a little real text, trained by the command's own function."""
+"""A tiny model on a little real text, trained by the command's own function; and what it means that two runs are equal.
 
+Any command that trains through `fit` can be checked with `killed_in_step`, `on_two_ranks`, `assert_same_run` and
+`assert_close_runs`.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from litgpt.checkpoint import WEIGHTS, read_state_dict
 from litgpt.cli import ConfigOverrides
 from litgpt.commands import pretrain
 from litgpt.data import TextFiles
+from litgpt.training import loop
 from litgpt.training.arguments import EvalArgs, TrainArgs
 from litgpt.training.metrics import read_metrics
 
@@ -74,10 +85,73 @@ def train(text):
     return run
 
 
-def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return torch.load(checkpoint / "lit_model.pth", weights_only=True)
+def weights(checkpoint: Path, file: str = WEIGHTS) -> dict[str, torch.Tensor]:
+    return read_state_dict(checkpoint / file)
 
 
 def deterministic(rows: list[dict]) -> list[dict]:
     """What must be the same in two runs: all but the times."""
     return [{k: v for k, v in row.items() if k not in ("tokens_per_sec", "iter_time", "time", "mfu")} for row in rows]
+
+
+def assert_same_run(one: Path, other: Path, rows: int, file: str = WEIGHTS) -> None:
+    """Two runs in `one` and `other` wrote the same, bit for bit."""
+    first, second = (deterministic(read_metrics(path / "metrics.csv")) for path in (one, other))
+    assert len(first) == rows
+    assert first == second
+    expected, actual = weights(one / "final", file), weights(other / "final", file)
+    assert expected.keys() == actual.keys()
+    for name in expected:
+        assert torch.equal(expected[name], actual[name]), name
+
+
+def assert_close_runs(one: Path, other: Path, steps: range, file: str = WEIGHTS) -> None:
+    """The run in `other` took these steps as the one in `one` did, on another number of ranks."""
+    first = read_metrics(one / "metrics.csv")[steps[0] - 1 :]
+    second = read_metrics(other / "metrics.csv")
+    assert [int(row["step"]) for row in first] == [int(row["step"]) for row in second] == list(steps)
+    for a, b in zip(first, second, strict=True):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-5), a["step"]
+        assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-4), a["step"]
+        assert (a["tokens"], a["epoch"], a["learning_rate"]) == (b["tokens"], b["epoch"], b["learning_rate"])
+        assert bool(a["val_loss"]) == bool(b["val_loss"])
+        if a["val_loss"]:
+            assert float(a["val_loss"]) == pytest.approx(float(b["val_loss"]), rel=1e-5), a["step"]
+    assert any(row["val_loss"] for row in first)
+    single, double = weights(one / "final", file), weights(other / "final", file)
+    assert single.keys() == double.keys()
+    for name, expected in single.items():
+        torch.testing.assert_close(double[name], expected, rtol=1e-3, atol=1e-4, msg=name)
+
+
+class Killed(BaseException):
+    """As good as a SIGKILL: nothing handles it."""
+
+
+@contextmanager
+def killed_in_step(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What trains inside dies before the gradient of its `step`-th step."""
+    real, steps = loop.accumulate_gradients, []
+
+    def accumulate_or_die(*args):
+        steps.append(args)
+        if len(steps) == step:
+            raise Killed
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "accumulate_gradients", accumulate_or_die)
+        with pytest.raises(Killed):
+            yield
+
+
+def on_two_ranks(script: str, directory: Path, *arguments: object) -> str:
+    """Run a program that trains with `devices=2`: two processes, gloo between them. Returns what it printed."""
+    path = directory / "on_two_ranks.py"
+    path.write_text(script)
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, str(path), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

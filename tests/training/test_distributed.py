@@ -1,16 +1,9 @@
-"""Two real processes (gloo) train as one does."""
+"""Two real processes (gloo) train as one does, which holds all activations while they compute theirs again."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
-import torch
-
 from litgpt.training.arguments import EvalArgs
-from litgpt.training.metrics import read_metrics
-from tests.training.conftest import weights
+from tests.training.conftest import assert_close_runs, on_two_ranks, weights
 
 RUN = """
 import sys
@@ -24,7 +17,8 @@ from tests.training.conftest import SHAPE
 
 text, out_dir, strategy = sys.argv[1:4]
 train = replace(pretrain.TRAIN, global_batch_size=8, micro_batch_size=2, lr_warmup_steps=5, max_steps=int(sys.argv[4]),
-                save_interval=6, tie_embeddings=strategy == "fsdp")
+                save_interval=6, tie_embeddings=strategy == "fsdp",
+                activation_checkpointing="full" if strategy == "fsdp" else 2)
 pretrain.setup("tiny", ConfigOverrides(SHAPE), out_dir=Path(out_dir), devices=2, strategy=strategy, train=train,
                data=TextFiles(train_data_path=Path(text), num_workers=0), eval=EvalArgs(interval=4, max_iters=3),
                tokenizer_vocab_size=300, logger_name="csv", resume=sys.argv[5])
@@ -32,31 +26,7 @@ pretrain.setup("tiny", ConfigOverrides(SHAPE), out_dir=Path(out_dir), devices=2,
 
 
 def two_ranks(text: Path, out_dir: Path, strategy: str, steps: int, resume: str = "false") -> str:
-    script = out_dir.parent / "run.py"
-    script.write_text(RUN)
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(script), str(text), str(out_dir), strategy, str(steps), resume]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def assert_close_runs(one: Path, other: Path, steps: range) -> None:
-    first = read_metrics(one / "metrics.csv")[steps[0] - 1 :]
-    second = read_metrics(other / "metrics.csv")
-    assert [int(row["step"]) for row in first] == [int(row["step"]) for row in second] == list(steps)
-    for a, b in zip(first, second, strict=True):
-        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-5), a["step"]
-        assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-4), a["step"]
-        assert (a["tokens"], a["epoch"], a["learning_rate"]) == (b["tokens"], b["epoch"], b["learning_rate"])
-        assert bool(a["val_loss"]) == bool(b["val_loss"]) == (int(a["step"]) % 4 == 0)
-        if a["val_loss"]:
-            assert float(a["val_loss"]) == pytest.approx(float(b["val_loss"]), rel=1e-5), a["step"]
-    single, double = weights(one / "final"), weights(other / "final")
-    assert single.keys() == double.keys()
-    for name, expected in single.items():
-        torch.testing.assert_close(double[name], expected, rtol=1e-3, atol=1e-4, msg=name)
+    return on_two_ranks(RUN, out_dir.parent, text, out_dir, strategy, steps, resume)
 
 
 EVALUATION = EvalArgs(interval=4, max_iters=3)  # 3 batches for 2 ranks: one of them runs out

@@ -39,7 +39,7 @@ def gradient(fabric: Fabric, sizes: list[int]) -> tuple[dict[str, torch.Tensor],
         chosen = [next(samples) for _ in range(size)]
         batches.append(micro_batch({k: torch.stack([s[k] for s in chosen]) for k in ("input_ids", "labels")}))
     loss, targets = accumulate_gradients(fabric, fabric.setup_module(NextTokenLoss(gpt)), batches)
-    return {name: p.grad for name, p in gpt.named_parameters()}, loss.item(), targets
+    return {name: p.grad for name, p in gpt.named_parameters()}, loss.sum().item(), targets
 
 
 def test_accumulation_does_not_change_the_gradient():
@@ -163,7 +163,9 @@ def test_validation_does_not_change_training(train, tmp_path):
 def test_a_diverging_run_stops_and_saves_nothing_bad(train, tmp_path):
     sgd = OptimizerSpec("SGD", {"lr": 1e15})
     with pytest.raises(
-        TrainingDiverged, match=r"NaN or infinite at step \d+. The last good checkpoint is .*step-00000001"
+        TrainingDiverged,
+        match=r"NaN or infinite at step 2, in the sequence\(s\) that begin with the tokens \d+, .*\d. "
+        r"The last good checkpoint is .*step-00000001",
     ):
         train(tmp_path / "run", max_steps=40, log_interval=7, save_interval=1, optimizer=sgd, lr_warmup_steps=0,
               max_norm=None)  # fmt: skip

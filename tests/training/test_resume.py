@@ -12,17 +12,7 @@ import torch
 
 from litgpt.training.arguments import EvalArgs
 from litgpt.training.metrics import read_metrics
-from tests.training.conftest import deterministic, weights
-
-
-def assert_same_run(one: Path, other: Path, rows: int) -> None:
-    first, second = (deterministic(read_metrics(path / "metrics.csv")) for path in (one, other))
-    assert len(first) == rows
-    assert first == second
-    expected, actual = weights(one / "final"), weights(other / "final")
-    assert expected.keys() == actual.keys()
-    for name in expected:
-        assert torch.equal(expected[name], actual[name]), name
+from tests.training.conftest import assert_same_run, killed_in_step
 
 
 @pytest.mark.parametrize(("settings", "workers"), [({}, 0), ({"tie_embeddings": True}, 2)])
@@ -30,21 +20,8 @@ def test_resumed_at_20_equals_40_in_one_go(train, tmp_path, monkeypatch, setting
     data = {"num_workers": workers}
     train(tmp_path / "whole", max_steps=40, data=data, **settings)
 
-    class Killed(BaseException):
-        pass
-
-    from litgpt.training import loop
-
-    def die_at_23(fabric, model, batches, _real=loop.accumulate_gradients, _count=[0]):  # noqa: B006
-        _count[0] += 1
-        if _count[0] == 23:
-            raise Killed
-        return _real(fabric, model, batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "accumulate_gradients", die_at_23)
-        with pytest.raises(Killed):
-            train(tmp_path / "parts", max_steps=40, save_interval=10, data=data, **settings)
+    with killed_in_step(23, monkeypatch):
+        train(tmp_path / "parts", max_steps=40, save_interval=10, data=data, **settings)
     # The killed run has logged steps that no checkpoint knows of.
     assert [int(r["step"]) for r in read_metrics(tmp_path / "parts/metrics.csv")][-1] == 22
     torch.manual_seed(7)  # a new process has other random numbers
