@@ -17,7 +17,6 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -103,7 +102,7 @@ class FourBitWeight(nn.Module):
         if self.nested:
             code = _dynamic_code(self.scales.device)
             outer["state2"] = state(self.scales, code=code, blocksize=SCALES_BLOCK, dtype=torch.float32)
-            outer["offset"] = self.offset
+            outer["offset"] = self.offset[0]
         shape = self.shape if self.has_whole_rows else torch.Size([self.shape.numel()])
         return state(self.absmax, shape, blocksize=BLOCK, quant_type=self.code, dtype=dtype, **outer)
 
@@ -342,7 +341,9 @@ def without_mixing(precision: str) -> str:
 # --- bitsandbytes ----------------------------------------------------------------------------------------------------
 
 
-@cache
+_library: ModuleType | None = None  # no cached function: torch.compile looks into those
+
+
 def import_bitsandbytes() -> ModuleType:
     """The library, without what importing it would do besides.
 
@@ -352,6 +353,13 @@ def import_bitsandbytes() -> ModuleType:
     Raises:
         ValueError: It is not installed, or does not work here; says what to do.
     """
+    global _library
+    if _library is None:
+        _library = _import_quietly()
+    return _library
+
+
+def _import_quietly() -> ModuleType:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     compiler, kernels = torch.compile, sys.modules.get("kernels")
     torch.compile, sys.modules["kernels"] = _not_compiled, None
@@ -372,8 +380,12 @@ def _not_compiled(function: Callable | None = None, **options: Any) -> Callable:
     return _not_compiled if function is None else function
 
 
-@cache
+_dynamic_codes: dict[torch.device, Tensor] = {}
+
+
 def _dynamic_code(device: torch.device) -> Tensor:
     """(256,) what the 8 bits of a quantised scale stand for (https://arxiv.org/abs/1511.04561)."""
-    with torch.inference_mode(False):
-        return import_bitsandbytes().functional.create_dynamic_map().to(device)
+    if device not in _dynamic_codes:
+        with torch.inference_mode(False):
+            _dynamic_codes[device] = import_bitsandbytes().functional.create_dynamic_map().to(device)
+    return _dynamic_codes[device]
