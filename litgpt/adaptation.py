@@ -5,8 +5,9 @@ from torch import nn
 
 
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where `root` has one of that name."""
+    """Put `module` where `root` has one of that name, into the same mode (training or evaluation)."""
     parent, _, last = name.rpartition(".")
+    module.train(root.get_submodule(name).training)
     setattr(root.get_submodule(parent), last, module)
 
 

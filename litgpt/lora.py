@@ -143,8 +143,8 @@ class LoRALinear(KeepsFloat32):
         parts = zip(self.lora_B.split(self._sizes()), self.lora_A.split(self.rank), strict=True)
         return torch.cat([b @ a for b, a in parts]) * self.scaling
 
-    def merged_weight(self) -> Tensor:
-        """(out, in) the weight that does the same without this class, in the dtype of the original's."""
+    def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(out, in) the weight that does the same without this class, by default in the dtype of the original's."""
         original = plain_weight(self.linear)
         weight = original.float()
         rows = self._updated(weight) + self.update().float()
@@ -154,7 +154,7 @@ class LoRALinear(KeepsFloat32):
         for part, (size, updates) in zip(weight.split([size for size, _ in self.rows]), self.rows, strict=True):
             ordered.append(rows[taken : taken + size] if updates else part)
             taken += size * updates
-        return torch.cat(ordered).to(original.dtype)
+        return torch.cat(ordered).to(dtype or original.dtype)
 
     def _sizes(self) -> list[int]:
         return [size for size, updates in self.rows if updates]
@@ -274,8 +274,8 @@ def save_lora(directory: Path, weights: dict[str, Tensor], settings: LoRASetting
     torch.save(content, directory / LORA_WEIGHTS)
 
 
-def read_lora(directory: Path) -> tuple[dict[str, Tensor], LoRASettings, str | None]:
-    """The matrices of a directory, their settings, and the checkpoint they belong to.
+def read_lora(path: Path) -> tuple[dict[str, Tensor], LoRASettings, str | None]:
+    """The matrices of a directory or file, their settings, and the checkpoint they belong to.
 
     A file of LitGPT 0.5.13 holds the matrices alone; hyperparameters.yaml beside it says the rest.
 
@@ -283,15 +283,18 @@ def read_lora(directory: Path) -> tuple[dict[str, Tensor], LoRASettings, str | N
         FileNotFoundError: There is no such file.
         ValueError: It is damaged, or nothing says what its matrices are.
     """
-    file = directory / LORA_WEIGHTS
+    file = path / LORA_WEIGHTS if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(f"{directory} holds no {LORA_WEIGHTS}. Give the directory of a LoRA checkpoint.")
+        raise FileNotFoundError(f"{file.parent} holds no {file.name}. Give the directory of a LoRA checkpoint.")
     weights = dict(read_state_dict(file))
+    strangers = [name for name in weights if not is_lora(name)]
+    if strangers or not weights:
+        raise ValueError(f"{file} holds no LoRA weights: {', '.join(strangers[:3]) or 'it is empty'}.")
+    content = torch.load(file, map_location="meta", weights_only=True)
+    if "lora" in content:
+        return weights, LoRASettings(**content["lora"]), content.get("base")
     try:
-        content = torch.load(file, map_location="meta", weights_only=True)
-        if "lora" in content:
-            return weights, LoRASettings(**content["lora"]), content.get("base")
-        recorded = yaml.safe_load((directory / HYPERPARAMETERS).read_text(encoding="utf-8"))
+        recorded = yaml.safe_load((file.parent / HYPERPARAMETERS).read_text(encoding="utf-8"))
     except OSError:
         raise ValueError(f"{file} does not say what it is, and there is no {HYPERPARAMETERS} beside it.") from None
     names = [field.name for field in fields(LoRASettings)]
@@ -302,7 +305,11 @@ def read_lora(directory: Path) -> tuple[dict[str, Tensor], LoRASettings, str | N
 
 @torch.no_grad()
 def merged_weights(
-    weights: Iterable[tuple[str, Tensor]], config: Config, update: dict[str, Tensor], settings: LoRASettings
+    weights: Iterable[tuple[str, Tensor]],
+    config: Config,
+    update: dict[str, Tensor],
+    settings: LoRASettings,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """A checkpoint's weights with a LoRA update in them, one at a time: memory does not grow with the model.
 
@@ -311,6 +318,7 @@ def merged_weights(
         config: Its shape.
         update: The LoRA matrices by name.
         settings: What they are.
+        dtype: The type of those that are changed, rounded to it once; by default their own.
 
     Raises:
         ValueError: The matrices belong to another model.
@@ -318,11 +326,17 @@ def merged_weights(
     with torch.device("meta"):
         model = GPT(config)
         apply_lora(model, settings)
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, Router) and f"{name}.lora_A" in update:  # LitGPT 0.5.13 adapts these, too
+                replace_module(model, name, LoRALinear(layer, settings, [(layer.out_features, True)]))
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
-    wanted = {name for name in model.state_dict() if is_lora(name)}
-    if wanted != update.keys():
-        wrong = ", ".join(sorted(wanted ^ update.keys())[:4])
-        raise ValueError(f"The LoRA weights do not belong to this model: {wrong} (...) are on one side only.")
+    wanted = {name: p.shape for name, p in model.state_dict().items() if is_lora(name)}
+    wrong = sorted(wanted.keys() ^ update.keys())
+    wrong += [name for name in wanted.keys() & update.keys() if wanted[name] != update[name].shape]
+    if wrong:
+        raise ValueError(
+            f"The LoRA weights do not belong to this model: {', '.join(wrong[:4])} ({len(wrong)} in all) differ."
+        )
     for name, tensor in weights:
         layer = layers.get(name.removesuffix(".weight"))
         if layer is None:
@@ -332,5 +346,5 @@ def merged_weights(
         for key, _ in layer.named_parameters(recurse=False):
             setattr(layer, key, nn.Parameter(update[prefix + key].float(), requires_grad=False))
         layer.linear.weight = nn.Parameter(tensor, requires_grad=False)
-        yield name, layer.merged_weight()
+        yield name, layer.merged_weight(dtype)
         layer.linear.weight = None  # its memory may be given back
