@@ -42,6 +42,9 @@ COMMANDS = {
     ),
     "generate": Command("litgpt.commands.generate:setup", "Print what a model answers to a prompt"),
     "chat": Command("litgpt.commands.chat:setup", "Talk with a model"),
+    "merge_lora": Command(
+        "litgpt.commands.merge_lora:setup", "Put finetuned LoRA weights into the model they belong to"
+    ),
     "convert_to_litgpt": Command(
         "litgpt.commands.convert_to_litgpt:setup", "Convert a Hugging Face directory or a GGUF file to a checkpoint"
     ),

@@ -23,10 +23,13 @@ _ALIASES = {
     "half": "float16",
     "bf16": "bfloat16",
     "bf16-true": "bfloat16",
+    "16-mixed": "float32",  # these train weights in float32
+    "bf16-mixed": "float32",
+    "64-true": "float64",
 }
 
 
-def dtype_from_name(name: str | None) -> torch.dtype | None:
+def dtype_from_name(name: str | None, option: str = "--dtype") -> torch.dtype | None:
     """`bfloat16`, `bf16` or `bf16-true` -> torch.bfloat16. Raises `ValueError` for a name that is none."""
     if name is None:
         return None
@@ -34,7 +37,7 @@ def dtype_from_name(name: str | None) -> torch.dtype | None:
     dtype = DTYPES.get(_ALIASES.get(name, name))
     if dtype is None:
         hint = did_you_mean(name, [*DTYPES, *_ALIASES])
-        raise ValueError(f"--dtype {name}: there is no such type of weights.{hint} Choose {', '.join(DTYPES)}.")
+        raise ValueError(f"{option} {name}: there is no such type of weights.{hint} Choose {', '.join(DTYPES)}.")
     return dtype
 
 
