@@ -127,7 +127,8 @@ def test_every_sample_is_in_one_row_and_rows_are_full():
     assert lengths.sum() / (512 * len(rows)) > 0.99
     assert rows == pack(lengths, 512, seed=0)
     assert rows != pack(lengths, 512, seed=1)
-    assert pack(np.array([5, 5, 5]), 5, seed=0) != []
+    pairs = np.concatenate([np.arange(200, 250), 512 - np.arange(200, 250)])
+    assert len(pack(pairs, 512, seed=0)) == 50  # each with its counterpart
 
 
 def test_a_packed_row_says_where_each_sample_begins():

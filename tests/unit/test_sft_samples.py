@@ -112,10 +112,14 @@ def test_a_reply_goes_on_as_text_where_that_changes_no_token_of_the_prompt(llama
     """Encoded on its own, `Fine.` would begin with a space that nobody wrote."""
     [sample] = encode(llama, style_class("alpaca")(), MULTI_TURN[1:3])
     assert llama.decode(sample.ids).endswith("### Response:\nFine.")
-    [sample] = encode(
-        llama, style_class("default")(), [{"role": "user", "content": "He"}, {"role": "assistant", "content": "llo"}]
-    )
-    assert sample.ids[: sample.answer_start] == llama.encode_ids("He")  # not `Hello`, which may be one token
+
+
+def test_a_reply_that_would_change_the_prompts_tokens_is_encoded_on_its_own(chat):
+    pair = [{"role": "user", "content": "Hel"}, {"role": "assistant", "content": "lo world"}]
+    prompt, reply = (chat.encode_ids(text, bos=False) for text in ("Hel", "lo world"))
+    assert chat.encode_ids("Hello world", bos=False)[: len(prompt)] != prompt
+    [sample] = encode(chat, style_class("default")(), pair)
+    assert sample.ids == [*prompt, *reply, chat.eos_id]
 
 
 def test_a_template_that_rewrites_earlier_turns_gives_a_sample_for_each_reply(chat):
@@ -330,6 +334,10 @@ def test_samples_are_cached_until_something_that_decides_them_changes(chat, tmp_
     path.write_text(path.read_text().replace("Answer 7.", "Answer X."))
     module(path, chat)
     assert len(calls) == made * (len(changes) + 2)
+    chats = chats_file(tmp_path / "b.jsonl")
+    own, alpaca = (module(chats, chat, prompt_style=name).train_samples[0] for name in (None, "alpaca"))
+    assert chat.decode(own.input_ids, skip_special=False).startswith("<|im_start|>")
+    assert "### Instruction:" in chat.decode(alpaca.input_ids)
 
 
 def test_a_damaged_cache_is_named(chat, tmp_path, cache):
