@@ -52,16 +52,10 @@ def module(records: Path, tokenizer: Tokenizer, batch: int = 2, step: int | None
     return data
 
 
-def samples(stream: BatchStream, loader_batches: int) -> list[list[int]]:
-    """What the next batches hold; the stream's own reader leaves these numbers out."""
-    if stream._batches is None:
-        stream._batches = stream._from_position()
-    given = []
-    for _ in range(loader_batches):
-        batch = next(stream._batches)
-        stream.position += stream.batch_size * stream.world_size
-        given.append(batch["samples"][batch["samples"] >= 0].tolist())
-    return given
+def samples(stream: BatchStream, count: int) -> list[list[int]]:
+    """The samples in each of the next batches."""
+    numbers = [stream.next().samples for _ in range(count)]
+    return [batch[batch >= 0].tolist() for batch in numbers]
 
 
 def stream(data: JSON, batch: int, rank: int = 0, world_size: int = 1) -> BatchStream:
