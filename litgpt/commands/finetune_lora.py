@@ -89,7 +89,7 @@ def setup(
     gpt = job.load_model()
     apply_lora(gpt, lora)
     usage = Usage("lora", lora_r=lora.r, lora_targets=lora.targets, lora_dropout=lora.dropout > 0)
-    groups = parameter_groups(gpt, job.learning_rate, lora_plus_ratio)
+    groups = partial(parameter_groups, learning_rate=job.learning_rate, ratio=lora_plus_ratio)
     saved = Saved(LORA_WEIGHTS, is_lora)
     outcome = job.train(gpt, usage, saved, partial(save_lora, settings=lora, base=str(checkpoint_dir)), groups)
 

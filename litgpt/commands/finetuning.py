@@ -167,7 +167,7 @@ class Finetuning:
         usage: Usage,
         saved: Saved,
         save: Callable[[Path, dict[str, Tensor]], None],
-        parameters: list[dict[str, Any]] | None = None,
+        parameters: Callable[[GPT], list[Any]] = lambda gpt: [p for p in gpt.parameters() if p.requires_grad],
     ) -> Outcome | None:
         """Says what will happen, and does it.
 
@@ -176,7 +176,8 @@ class Finetuning:
             usage: The method and what belongs to it, for the estimate of the memory needed.
             saved: Which weights the checkpoints hold.
             save: Writes these weights into a directory.
-            parameters: Groups for the optimizer; by default all that is trained.
+            parameters: Groups for the optimizer, from the model as it is on the devices (sharding replaces its
+                parameters); by default all that is trained.
 
         Returns:
             How it ended; None after a dry run.
@@ -202,9 +203,7 @@ class Finetuning:
             for block in gpt.transformer.h:
                 block.compile()
         model = fabric.setup_module(NextTokenLoss(gpt))
-        optimizer = fabric.setup_optimizers(
-            self.optimizer.build(parameters or [p for p in gpt.parameters() if p.requires_grad])
-        )
+        optimizer = fabric.setup_optimizers(self.optimizer.build(parameters(gpt)))
         logger = None
         if fabric.global_rank == 0:
             cli.save_hyperparameters(options.out_dir)

@@ -1,0 +1,148 @@
+"""Every way of finetuning: exact resume, any micro-batch size, any number of ranks, and what it leaves behind."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from litgpt.checkpoint import WEIGHTS, save_model
+from litgpt.commands import finetune_full, finetune_lora, finetuning
+from litgpt.convert import load_model, open_checkpoint
+from litgpt.data import JSON
+from litgpt.lora import LORA_WEIGHTS, apply_lora, read_lora
+from litgpt.training.arguments import EvalArgs, TrainArgs
+from litgpt.training.metrics import read_metrics
+from tests import checkpoint_files
+from tests.training.conftest import assert_close_runs, assert_same_run, killed_in_step, on_two_ranks, weights
+
+METHODS = {
+    # name: (the command's function, its own options, the file that its checkpoints hold)
+    "full": (finetune_full.setup, {}, WEIGHTS),
+    "lora": (finetune_lora.setup, {"lora_mlp": True, "lora_dropout": 0.1}, LORA_WEIGHTS),
+    "dora": (finetune_lora.setup, {"lora_dora": True, "lora_dropout": 0.0, "lora_plus_ratio": 4.0}, LORA_WEIGHTS),
+}
+TRAIN_FIELDS = TrainArgs.__dataclass_fields__.keys() - {"logger_name"}
+EVALUATION = EvalArgs(interval=4, max_iters=3, max_new_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    directory = checkpoint_files.chat_model(tmp_path_factory.mktemp("base"))
+    model = load_model(directory)
+    torch.manual_seed(0)
+    model.init_weights()  # the weights there are made for definite answers, not for learning
+    save_model(directory, model, model.config)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """Ragged: answers of one to forty words."""
+    path = tmp_path_factory.mktemp("records") / "records.json"
+    rows = [{"instruction": f"Count to {n}.", "output": " ".join(map(str, range(1, n + 1)))} for n in range(1, 41)]
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def run(method: str, base: Path, records: Path, out_dir: Path, data: dict | None = None, **options) -> list[dict]:
+    """Finetunes with tiny settings; keyword arguments change them."""
+    setup, own, _ = METHODS[method]
+    settings = {name: options.pop(name) for name in list(options) if name in TRAIN_FIELDS}
+    small = {"global_batch_size": 8, "micro_batch_size": 4, "lr_warmup_steps": 2, "epochs": None, "max_norm": 1.0}
+    setup(
+        base,
+        out_dir=out_dir,
+        data=JSON(**{"json_path": records, "val_split_fraction": 0.2, "num_workers": 0, **(data or {})}),
+        train=replace(finetuning.TRAIN, **{**small, **settings}),
+        **{"eval": EVALUATION, "optimizer": replace(finetuning.OPTIMIZER, init_args={"lr": 0.01}), **own, **options},
+    )
+    return read_metrics(out_dir / "metrics.csv")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resumed_equals_uninterrupted(method, base, records, tmp_path, monkeypatch):
+    run(method, base, records, tmp_path / "whole", max_steps=12)
+    with killed_in_step(9, monkeypatch):
+        run(method, base, records, tmp_path / "parts", max_steps=12, save_interval=5)
+    torch.manual_seed(7)
+    run(method, base, records, tmp_path / "parts", max_steps=12, save_interval=5, resume="auto")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", rows=12, file=METHODS[method][2])
+
+
+@pytest.mark.parametrize("method", ["full", "dora"])
+def test_one_by_eight_equals_eight_by_one(method, base, records, tmp_path):
+    """Ragged samples: the loss is that per target token of the whole step, however it is divided."""
+    one = run(method, base, records, tmp_path / "one", max_steps=6, micro_batch_size=8, eval=EvalArgs(interval=99))
+    eight = run(method, base, records, tmp_path / "eight", max_steps=6, micro_batch_size=1, eval=EvalArgs(interval=99))
+    for a, b in zip(one, eight, strict=True):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-5)
+        assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-4)
+
+
+ON_TWO_RANKS = """
+import sys
+from pathlib import Path
+from tests.training.test_finetune import run
+method, base, records, out_dir, strategy = sys.argv[1:]
+run(method, Path(base), Path(records), Path(out_dir), max_steps=6, micro_batch_size=2, devices=2, strategy=strategy)
+"""
+
+
+@pytest.mark.parametrize(("method", "strategy"), [("full", "fsdp"), ("dora", "ddp"), ("dora", "fsdp")])
+def test_two_ranks_equal_one(method, strategy, base, records, tmp_path):
+    run(method, base, records, tmp_path / "one", max_steps=6, micro_batch_size=2)
+    on_two_ranks(ON_TWO_RANKS, tmp_path, method, base, records, tmp_path / "two", strategy)
+    assert_close_runs(tmp_path / "one", tmp_path / "two", range(1, 7), METHODS[method][2])
+
+
+def test_packed_rows_train_too(base, records, tmp_path):
+    rows = run("lora", base, records, tmp_path, {"pack": True}, max_steps=8, max_seq_length=128, lr_warmup_steps=1)
+    assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+
+
+def test_what_lora_leaves_behind(base, records, tmp_path):
+    """The matrices say what they are, and the merged model beside them computes what they and the base do."""
+    run("lora", base, records, tmp_path, max_steps=6)
+    final = tmp_path / "final"
+    update, settings, of = read_lora(final)
+    assert (settings.r, settings.mlp, settings.dropout, of) == (8, True, 0.1, str(base))
+    adapted = load_model(base, dtype=torch.float32)
+    apply_lora(adapted, settings)
+    missing, unexpected = adapted.load_state_dict(update, strict=False)
+    assert not unexpected
+    assert not any("lora" in name for name in missing)
+    idx = torch.randint(0, 700, (2, 30), generator=torch.Generator().manual_seed(0))
+    merged, before = load_model(final, dtype=torch.float32), load_model(base, dtype=torch.float32)
+    with torch.inference_mode():
+        torch.testing.assert_close(merged(idx), adapted.eval()(idx), rtol=1e-5, atol=1e-5)
+        assert (merged(idx) - before(idx)).abs().max() > 0.01
+    assert (final / "prompt_style.yaml").is_file()
+    assert weights(final, LORA_WEIGHTS).keys() == update.keys()
+    assert open_checkpoint(final).config == open_checkpoint(base).config
+
+
+def test_a_dry_run_says_everything_and_trains_nothing(base, records, tmp_path, capsys):
+    setup, own, _ = METHODS["lora"]
+    setup(base, out_dir=tmp_path / "out", data=JSON(json_path=records, val_split_fraction=0.2), dry_run=True, **own)
+    out = capsys.readouterr().out
+    for line in (
+        "Number of trainable parameters: ",
+        "Number of non-trainable parameters: ",
+        "Tokens per step: 1 sequences x 16 accumulation x 1 device(s) x up to ",
+        "Steps: 10",  # 5 epochs of 32 records in batches of 16
+        "Estimated memory: ",
+        "One training sample, what is not trained on in <<...>>:\n",
+        "### Response:",
+        "--dry_run: nothing was trained.",
+    ):
+        assert line in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_pretraining_data_is_refused_by_name(base, tmp_path):
+    from litgpt.data import TextFiles
+
+    with pytest.raises(ValueError, match=r"--data TextFiles is for pretraining.*--data JSON"):
+        finetune_full.setup(base, out_dir=tmp_path / "out", data=TextFiles(train_data_path=tmp_path))
