@@ -24,7 +24,7 @@ class MicroBatch(NamedTuple):
     inputs: dict[str, Tensor]
     """More inputs of the model, each (B, T)"""
     num_tokens: int
-    """How many of the ids are no padding"""
+    """How many of the ids are followed by another: padding is not, nor is a row's end"""
     samples: Tensor | None = None
     """(B, D) int64 numbers of the samples in each row, -1 for none; None where they have no numbers"""
 
@@ -71,7 +71,8 @@ def micro_batch(batch: Tensor | dict[str, Tensor]) -> MicroBatch:
         )
     inputs = {k: batch[k][:, :-1].contiguous() for k in ("document_ids", "positions") if k in batch}
     idx = batch["input_ids"][:, :-1].contiguous()
-    num_tokens = int(batch["num_tokens"].clamp(max=idx.size(1)).sum()) if "num_tokens" in batch else idx.numel()
+    # Not the end of a row, whether or not padding follows: the count is the same however rows are put into batches.
+    num_tokens = int((batch["num_tokens"] - 1).clamp(min=0).sum()) if "num_tokens" in batch else idx.numel()
     return MicroBatch(idx, batch["labels"][:, 1:].contiguous(), inputs, num_tokens, batch.get("samples"))
 
 

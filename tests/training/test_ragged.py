@@ -1,0 +1,105 @@
+"""What a step and a validation are does not depend on how ragged samples are divided into batches and over ranks."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+
+from litgpt.config import Config
+from litgpt.model import GPT
+from litgpt.training.arguments import EvalArgs
+from litgpt.training.batches import micro_batch
+from litgpt.training.loop import LossWatch, TokenCount, TrainingDiverged
+from litgpt.training.loss import NextTokenLoss
+from litgpt.training.recorder import Recorder
+from litgpt.training.run_directory import RunDirectory
+from litgpt.training.state import Progress
+from litgpt.training.validation import validate
+from tests.training.conftest import SHAPE, assert_close_runs, on_two_ranks
+from tests.training.ragged import Ragged, ragged_samples
+
+MODEL = {**SHAPE, "vocab_size": 300}
+EVALUATION = EvalArgs(interval=2, max_iters=100)
+OPTIONS = {"shape": MODEL, "tokenizer_vocab_size": None, "eval": EVALUATION, "max_steps": 6}
+
+RUN = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from litgpt.cli import ConfigOverrides
+from litgpt.commands import pretrain
+from tests.training.ragged import Ragged
+from tests.training.test_ragged import EVALUATION, MODEL
+
+out_dir, strategy, packed = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
+train = replace(pretrain.TRAIN, global_batch_size=8, micro_batch_size=2, lr_warmup_steps=5, max_tokens=None,
+                max_norm=1.0, max_steps=6)
+pretrain.setup("tiny", ConfigOverrides(MODEL), out_dir=out_dir, devices=2, strategy=strategy, train=train,
+               data=Ragged(packed), eval=EVALUATION, logger_name="csv")
+"""
+
+
+@pytest.mark.parametrize(("packed", "strategy"), [(False, "ddp"), (True, "fsdp")])
+def test_two_ranks_equal_one(train, tmp_path, packed, strategy):
+    rows = train(tmp_path / "one", module=Ragged(packed), micro_batch_size=4, **OPTIONS)
+    on_two_ranks(RUN, tmp_path, tmp_path / "two", strategy, packed)
+    assert_close_runs(tmp_path / "one", tmp_path / "two", range(1, 7))
+    assert sum(bool(row["val_loss"]) for row in rows) == 3
+
+
+def test_one_batch_of_eight_equals_eight_of_one(train, tmp_path):
+    train(tmp_path / "one", module=Ragged(), micro_batch_size=8, **OPTIONS)
+    rows = train(tmp_path / "eight", module=Ragged(), micro_batch_size=1, **OPTIONS)
+    for row in rows:
+        row["iter"] = str(int(row["iter"]) // 8)
+    assert_close_runs(tmp_path / "one", tmp_path / "eight", range(1, 7))
+    tokens = sum(len(sample.ids) - 1 for sample in ragged_samples(48, seed=1))
+    assert int(rows[-1]["tokens"]) == tokens  # 6 steps of 8 samples are one epoch; padding is not counted
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_validation_is_the_mean_over_all_target_tokens(packed, batch_size):
+    torch.manual_seed(0)
+    gpt = GPT(Config(**MODEL))
+    gpt.init_weights()
+    data = Ragged(packed)
+    data.connect(batch_size=batch_size)
+    losses = []
+    for sample in ragged_samples(9, seed=2):
+        ids, targets = torch.tensor(sample.ids)[None], torch.tensor(sample.targets)
+        losses.append(F.cross_entropy(gpt(ids[:, :-1])[0], ids[0, 1:], reduction="none")[targets[1:]])
+    fabric = Fabric(accelerator="cpu", devices=1)
+    found = validate(fabric, fabric.setup_module(NextTokenLoss(gpt)), data.val_dataloader(), 100)
+    assert found == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+
+
+def test_a_loss_that_is_no_number_names_its_samples(tmp_path):
+    data = Ragged()
+    data.connect(batch_size=2)
+    batches = [micro_batch(batch) for batch in data.val_dataloader()]  # samples 0 and 1, 2 and 3, ...
+    watch = LossWatch(Fabric(accelerator="cpu", devices=1))
+    watch.see(torch.tensor([1.0, 2.0]), 1, batches[:2])
+    watch.check(RunDirectory(tmp_path))
+    watch.see(torch.tensor([1.0, 2.0]), 2, batches[:2])
+    watch.see(torch.tensor([3.0, float("nan")]), 3, batches[2:4])
+    watch.see(torch.tensor([float("inf"), 1.0]), 4, batches[:2])
+    with pytest.raises(TrainingDiverged, match=r"at step 3, in the training sample\(s\) 6, 7\. There is no checkpoint"):
+        watch.check(RunDirectory(tmp_path))
+
+
+def test_tokens_are_counted_without_padding(tmp_path):
+    from litgpt.training.console import Console
+
+    data = Ragged()
+    data.connect(batch_size=3)
+    batches = [micro_batch(batch) for batch in data.val_dataloader()]
+    assert sum(batch.idx.numel() for batch in batches) > sum(batch.num_tokens for batch in batches)
+    fabric, progress = Fabric(accelerator="cpu", devices=1), Progress(tokens=5)
+    count = TokenCount(fabric, progress, Recorder(Console(), RunDirectory(tmp_path)))
+    count.add(batches)
+    assert progress.tokens == 5
+    count.settle()
+    count.settle()
+    assert progress.tokens == 5 + sum(len(sample.ids) - 1 for sample in ragged_samples(9, seed=2))
+    assert micro_batch(torch.zeros(2, 9, dtype=torch.int64)).num_tokens == 16
