@@ -12,6 +12,7 @@ import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from litgpt.quantize import import_bitsandbytes
 from litgpt.suggest import did_you_mean
 from litgpt.training.arguments import TrainArgs
 from litgpt.training.muon import MuonWithAdamW
@@ -53,6 +54,8 @@ class OptimizerSpec:
         torch's Muon takes matrices alone: `MuonWithAdamW` stands in for it.
         """
         module_name, _, name = self.class_path.rpartition(".")
+        if module_name.partition(".")[0] == "bitsandbytes":
+            import_bitsandbytes()
         try:
             found = getattr(importlib.import_module(module_name or "torch.optim"), name, None)
         except ImportError as error:

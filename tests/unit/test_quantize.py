@@ -63,6 +63,10 @@ def make(kind: str) -> GPT:
     torch.manual_seed(0)
     model = GPT(Config(**SIZES, **MODELS[kind]))
     model.init_weights()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # biases would be zero
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model.eval()
 
 
