@@ -42,7 +42,9 @@ class Collector:
 
     def _unknown(self, path: tuple[str, ...], known: list[str], parent: str = "") -> None:
         name = ".".join(path)
-        hint = did_you_mean(name, known)
+        elsewhere = getattr(self.signature.function, "options_elsewhere", {})  # prefix -> the command that has them
+        hint = "".join(f" `{command}` has it." for prefix, command in elsewhere.items() if name.startswith(prefix))
+        hint = hint or did_you_mean(name, known)
         if not hint:  # `micro_batchsize` is close to `train.micro_batch_size` without its group
             last = {entry.rpartition(".")[2]: entry for entry in reversed(known)}
             hint = did_you_mean(path[-1], last)

@@ -75,3 +75,5 @@ _parameters = inspect.signature(setup).parameters
 finetune.__signature__ = inspect.Signature(
     [p.replace(default=Path("out/finetune")) if p.name == "out_dir" else p for p in _parameters.values()]
 )
+for command in (setup, finetune):
+    command.options_elsewhere = {"lora_": "litgpt finetune_lora", "quantize": "litgpt finetune_lora"}

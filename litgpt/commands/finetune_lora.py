@@ -18,6 +18,7 @@ def setup(
     checkpoint_dir: Path,
     out_dir: Path = Path("out/finetune/lora"),
     precision: str | None = None,
+    quantize: str | None = None,
     devices: int | str = 1,
     num_nodes: int = 1,
     strategy: distributed.Strategy = "auto",
@@ -52,6 +53,8 @@ def setup(
         checkpoint_dir: The model to finetune: a checkpoint directory, a known name, or a Hub id, downloaded if need be.
         out_dir: Where checkpoints, metrics.csv, logs.txt and loss.png go.
         precision: 32-true, bf16-true, bf16-mixed or 16-mixed; by default mixed on a GPU and 32-true elsewhere.
+        quantize: Keep the frozen weights in 4 or 8 bits (QLoRA): bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or
+            bnb.int8-training.
         devices: Devices per node; auto takes all.
         num_nodes: Machines.
         strategy: Over several devices, fsdp shards the model (auto is fsdp), ddp copies it.
@@ -88,7 +91,9 @@ def setup(
     job = Finetuning(options, settings)
     gpt = job.load_model()
     apply_lora(gpt, lora)
-    usage = Usage("lora", lora_r=lora.r, lora_targets=lora.targets, lora_dropout=lora.dropout > 0)
+    usage = Usage(
+        "lora" if quantize is None else "qlora", lora_r=lora.r, lora_targets=lora.targets, lora_dropout=lora.dropout > 0
+    )
     groups = partial(parameter_groups, learning_rate=job.learning_rate, ratio=lora_plus_ratio)
     saved = Saved(LORA_WEIGHTS, is_lora)
     outcome = job.train(gpt, usage, saved, partial(save_lora, settings=lora, base=str(checkpoint_dir)), groups)

@@ -30,6 +30,7 @@ from litgpt.generation.sampling import Sampling
 from litgpt.memory import Usage, estimate_memory
 from litgpt.model import GPT
 from litgpt.prompts import choose_prompt_style, save_prompt_style
+from litgpt.quantize import check_quantize, num_parameters, without_mixing
 from litgpt.tokenizer import Tokenizer
 from litgpt.training.arguments import EvalArgs, LogArgs, TrainArgs
 from litgpt.training.batches import BatchStream
@@ -74,6 +75,7 @@ class Options:
     seed: int
     access_token: str | None
     dry_run: bool
+    quantize: str | None = None
 
 
 class Finetuning:
@@ -95,6 +97,10 @@ class Finetuning:
         train.accumulation(self.world_size)
         self.optimizer = options.optimizer.with_train_args(train, default=OPTIMIZER)
         self.logger_name = choose_logger(options.logger_name, train.logger_name, options.log)
+        precision = options.precision or distributed.default_precision()
+        if options.quantize is not None and options.precision is None:
+            precision = without_mixing(precision)
+        check_quantize(options.quantize, precision, training=True)
         self.directory = RunDirectory(options.out_dir)
         is_main = distributed.rank_from_environment() == 0
         self.checkpoint = self.directory.prepare(options.resume, options.overwrite, may_delete=is_main)
@@ -104,7 +110,7 @@ class Finetuning:
         self.tokenizer = Tokenizer(self.source.files)
         self.tokens = sequence_length(train, self.config)
 
-        self.fabric = distributed.make_fabric(options.devices, options.num_nodes, options.precision, options.strategy)
+        self.fabric = distributed.make_fabric(options.devices, options.num_nodes, precision, options.strategy)
         self.fabric.launch()
         self.console = Console(self.fabric.global_rank == 0)
         if options.log.save_logs and not options.dry_run:
@@ -157,9 +163,9 @@ class Finetuning:
         return float(self.optimizer.init_args.get("lr", default))
 
     def load_model(self) -> GPT:
-        """The checkpoint's model, in the precision of the run."""
+        """The checkpoint's model, in the precision of the run, quantised if that was asked for."""
         dtype, _ = distributed.PRECISIONS[distributed.precision_of(self.fabric)]
-        return load_model(self.source, dtype=dtype)
+        return load_model(self.source, dtype=dtype, quantize=self.options.quantize)
 
     def train(
         self,
@@ -185,7 +191,7 @@ class Finetuning:
         options, train, fabric, console = self.options, self.options.train, self.fabric, self.console
         trained = gpt.num_parameters(trainable_only=True)
         console.print(f"Number of trainable parameters: {trained:,}")
-        console.print(f"Number of non-trainable parameters: {gpt.num_parameters() - trained:,}")
+        console.print(f"Number of non-trainable parameters: {num_parameters(gpt) - trained:,}")
         varies = not self.data.pack
         per_step = None if varies else train.global_batch_size * self.tokens
         steps = train.total_steps(per_step, self.batches.samples_per_epoch)

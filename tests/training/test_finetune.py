@@ -21,6 +21,7 @@ METHODS = {
     # name: (the command's function, its own options, the file that its checkpoints hold)
     "full": (finetune_full.setup, {}, WEIGHTS),
     "lora": (finetune_lora.setup, {"lora_mlp": True, "lora_dropout": 0.1}, LORA_WEIGHTS),
+    "qlora": (finetune_lora.setup, {"quantize": "bnb.nf4", "lora_projection": True}, LORA_WEIGHTS),
     "dora": (finetune_lora.setup, {"lora_dora": True, "lora_dropout": 0.0, "lora_plus_ratio": 4.0}, LORA_WEIGHTS),
 }
 TRAIN_FIELDS = TrainArgs.__dataclass_fields__.keys() - {"logger_name"}
