@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from litgpt.adaptation import replace_module
 from litgpt.model import GPT
 
 FOUR_BIT_KINDS = ("bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq")
@@ -276,7 +277,7 @@ def replace_linears(model: GPT, kind: str, dtype: torch.dtype) -> None:
             layer.load_weight(linear.weight.detach())
             if has_bias:
                 layer.bias.data.copy_(linear.bias)
-        model.set_submodule(name, layer)
+        replace_module(model, name, layer)
 
 
 def is_replaced(name: str, module: nn.Module) -> bool:
