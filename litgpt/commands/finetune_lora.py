@@ -91,9 +91,8 @@ def setup(
     job = Finetuning(options, settings)
     gpt = job.load_model()
     apply_lora(gpt, lora)
-    usage = Usage(
-        "lora" if quantize is None else "qlora", lora_r=lora.r, lora_targets=lora.targets, lora_dropout=lora.dropout > 0
-    )
+    method = "lora" if quantize is None else "qlora"
+    usage = Usage(method, lora_r=lora.r, lora_targets=lora.targets, lora_dropout=lora.dropout > 0)
     groups = partial(parameter_groups, learning_rate=job.learning_rate, ratio=lora_plus_ratio)
     saved = Saved(LORA_WEIGHTS, is_lora)
     outcome = job.train(gpt, usage, saved, partial(save_lora, settings=lora, base=str(checkpoint_dir)), groups)

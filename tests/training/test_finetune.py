@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from litgpt.__main__ import main
 from litgpt.checkpoint import WEIGHTS, save_model
 from litgpt.commands import finetune_full, finetune_lora, finetuning
 from litgpt.convert import load_model, open_checkpoint
@@ -147,3 +148,16 @@ def test_pretraining_data_is_refused_by_name(base, tmp_path):
 
     with pytest.raises(ValueError, match=r"--data TextFiles is for pretraining.*--data JSON"):
         finetune_full.setup(base, out_dir=tmp_path / "out", data=TextFiles(train_data_path=tmp_path))
+
+
+@pytest.mark.parametrize("command", ["finetune", "finetune_full"])
+def test_lora_options_point_to_their_command(command, base, capsys):
+    assert main([command, str(base), "--lora_r", "16"]) == 2
+    assert "--lora_r: unknown setting. `litgpt finetune_lora` has it." in capsys.readouterr().err
+
+
+def test_each_command_writes_to_its_own_place(capsys):
+    places = {"finetune": "finetune", "finetune_full": "finetune/full", "finetune_lora": "finetune/lora"}
+    for command, place in places.items():
+        assert main([command, "x", "--print_config"]) == 0
+        assert f"out_dir: out/{place}\n" in capsys.readouterr().out
