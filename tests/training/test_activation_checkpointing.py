@@ -81,15 +81,15 @@ from tests.training.test_activation_checkpointing import MODEL
 torch.set_num_threads(1)
 gpt = GPT(Config(**{**MODEL, "n_layer": 12, "n_embd": 128, "intermediate_size": 512, "block_size": 512}))
 checkpoint_blocks(gpt, sys.argv[1])
-idx = torch.zeros(4, 512, dtype=torch.int64)
+idx = torch.zeros(16, 256, dtype=torch.int64)
 NextTokenLoss(gpt)(idx, idx).backward()
 print("peak", memory_used(torch.device("cpu")) / 1e6)
 """
 
 
 def test_a_process_needs_less_memory():
-    """12 blocks of 2,048 tokens; each keeps about 4 x 128 + 6 x 512 float32 values a token, or only its 128 inputs."""
+    """12 blocks of 4,096 tokens; each keeps about 4 x 128 + 6 x 512 float32 values a token, or only its 128 inputs."""
     command = [sys.executable, "-c", MEMORY]
     runs = [subprocess.Popen([*command, c], stdout=subprocess.PIPE, text=True) for c in ("none", "full")]
     everything, least = (float(re.search(r"peak ([\d.]+)", run.communicate()[0])[1]) for run in runs)
-    assert everything - least > 80, (everything, least)
+    assert everything - least > 150, (everything, least)
