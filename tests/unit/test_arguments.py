@@ -19,11 +19,22 @@ from litgpt.training.schedule import Schedule
         ("lr_warmup_fraction", 1.5),
         ("beta2", 1.0),
         ("keep_last", 0),
+        ("lr_cooldown_fraction", 2),
+        ("lr_schedule", "'cosinus'"),
     ],
 )
 def test_wrong_values_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=rf"train\.{field} {value}"):
-        TrainArgs(**{field: value})
+        TrainArgs(**{field: value.strip("'") if isinstance(value, str) else value})
+
+
+def test_settings_of_another_schedule_are_refused():
+    with pytest.raises(ValueError, match=r"train\.lr_decay_iters 5: with train.lr_schedule constant nothing decays"):
+        TrainArgs(lr_schedule="constant", lr_decay_iters=5)
+    with pytest.raises(ValueError, match=r"train\.lr_cooldown_fraction 0.2 is for .*warmup-stable-decay; it is linear"):
+        TrainArgs(lr_schedule="linear", lr_cooldown_fraction=0.2)
+    with pytest.raises(ValueError, match=r"eval\.patience 0"):
+        EvalArgs(patience=0)
 
 
 def test_eval_example_is_a_number_or_a_name():
@@ -84,6 +95,29 @@ def test_schedule_values():
     assert Schedule(10, 5).learning_rate(4, 1.0) == 0.5  # a run that ends in its warmup
 
 
+def test_other_schedules():
+    linear = Schedule(2, 12, 0.1, "linear")
+    assert [linear.learning_rate(step, 1.0) for step in (0, 1, 2)] == [0.5, 1.0, 1.0]
+    assert [linear.learning_rate(step, 1.0) for step in (5, 11, 12)] == pytest.approx([0.7, 0.1, 0.1])
+    stable = Schedule.of(TrainArgs(lr_warmup_steps=4, min_lr=0.0, lr_schedule="warmup-stable-decay"), 50)
+    rates = [stable.learning_rate(step, 1.0) for step in range(52)]
+    assert rates[3:46] == [1.0] * 43  # the last 5 of 50 steps go down
+    assert rates[46:] == pytest.approx([0.75, 0.5, 0.25, 0, 0, 0])
+    given = TrainArgs(lr_schedule="warmup-stable-decay", lr_cooldown_fraction=0.5, lr_decay_iters=20)
+    assert Schedule.of(given, 50).stable_until == 10
+    constant = Schedule.of(TrainArgs(lr_schedule="constant", lr_warmup_steps=3), 10)
+    assert [constant.learning_rate(step, 0.3) for step in (0, 2, 9, 99)] == pytest.approx([0.1, 0.3, 0.3, 0.3])
+    with pytest.raises(ValueError, match="warmup-stable-decay needs to know when the run ends"):
+        Schedule.of(TrainArgs(lr_schedule="warmup-stable-decay"), None)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant", "warmup-stable-decay"])
+@pytest.mark.parametrize("warmup", [0, 1, 10])
+def test_the_first_step_learns(name, warmup):
+    schedule = Schedule.of(TrainArgs(lr_schedule=name, lr_warmup_steps=warmup, min_lr=0.0), 100)
+    assert schedule.learning_rate(0, 1.0) == pytest.approx(1 / max(warmup, 1))
+
+
 def test_schedule_from_arguments():
     assert Schedule.of(TrainArgs(lr_warmup_steps=7), 100) == Schedule(7, 100, 6e-5)
     assert Schedule.of(TrainArgs(lr_warmup_fraction=0.1, lr_decay_iters=50), 95) == Schedule(10, 50, 6e-5)
@@ -97,6 +131,17 @@ def test_schedule_keeps_the_groups_apart():
     assert Schedule(4).apply(optimizer, 0) == 0.25
     Schedule(4).apply(optimizer, 1)
     assert [g["lr"] for g in optimizer.param_groups] == [0.5, 0.05]
+
+
+def test_groups_keep_their_ratio_down_to_min_lr():
+    """LoRA+: B learns 16 times as fast as A, at the end, too."""
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (1e-3, 16e-3)]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    schedule = Schedule(warmup_steps=2, decay_steps=10, min_lr=1e-4)
+    for step in range(12):
+        assert schedule.apply(optimizer, step) == optimizer.param_groups[0]["lr"]
+        assert optimizer.param_groups[1]["lr"] == pytest.approx(16 * optimizer.param_groups[0]["lr"])
+    assert optimizer.param_groups[1]["lr"] == pytest.approx(16e-4)
 
 
 DEFAULT = OptimizerSpec("torch.optim.AdamW", {"lr": 4e-4, "weight_decay": 0.1, "betas": [0.9, 0.95]})

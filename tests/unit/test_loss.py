@@ -3,8 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from litgpt.config import Config
+from litgpt.lora import LoRALinear, LoRASettings, apply_lora
 from litgpt.model import GPT
 from litgpt.training.loss import NextTokenLoss, summed_cross_entropy
 
@@ -59,6 +61,57 @@ def test_frozen_head_and_nothing_to_predict():
     assert loss.item() == 0
     assert gpt.lm_head.weight.grad is None
     assert gpt.transformer.wte.weight.grad.count_nonzero() == 0
+
+
+def adapted(head: bool, **settings) -> GPT:
+    torch.manual_seed(0)
+    gpt = GPT(Config(**SHAPE))
+    gpt.init_weights()
+    apply_lora(gpt, LoRASettings(r=4, head=head, dropout=0.0, **settings))
+    for name, parameter in gpt.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    return gpt
+
+
+@pytest.mark.parametrize("settings", [{}, {"dora": True}])
+@pytest.mark.parametrize("head", [False, True])
+def test_an_adapted_model_with_its_head_frozen_or_adapted(head, settings):
+    gpt = adapted(head, **settings)
+    assert isinstance(gpt.lm_head, LoRALinear) == head
+    idx, targets = torch.randint(0, 50, (2, 2, 12))
+    plain_loss(gpt, idx, targets).backward()
+    wanted = {name: p.grad.clone() for name, p in gpt.named_parameters() if p.grad is not None}
+    gpt.zero_grad()
+    summed_cross_entropy(gpt.logits, gpt.hidden_states(idx), targets, gpt.lm_head.parameters(), 5).backward()
+    found = {name: p.grad for name, p in gpt.named_parameters() if p.grad is not None}
+    assert found.keys() == wanted.keys() == {name for name in gpt.state_dict() if "lora_" in name}
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[name], msg=name)
+
+
+def test_a_frozen_head_is_neither_copied_nor_differentiated():
+    """What the loss holds until the backward pass is one gradient of the hidden states, and nothing of the head's size."""
+    gpt = adapted(head=False)
+    hidden = gpt.hidden_states(torch.randint(0, 50, (2, 12)))
+    targets = torch.randint(0, 50, (2, 12))
+    loss = summed_cross_entropy(gpt.logits, hidden, targets, gpt.lm_head.parameters(), 5)
+    assert [tuple(g.shape) for g in loss.grad_fn.gradients] == [(24, 16)]
+    products = []
+    for trained in (False, True):
+        gpt.lm_head.requires_grad_(trained)
+        with MatrixProducts() as counter:
+            summed_cross_entropy(gpt.logits, hidden, targets, gpt.lm_head.parameters(), 24)
+        products.append(counter.count)
+    assert products == [2, 3]  # logits and the gradient of their input; that of the weight
+
+
+class MatrixProducts(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return func(*args, **(kwargs or {}))
 
 
 def test_never_holds_all_logits(monkeypatch):

@@ -1,0 +1,74 @@
+"""What LoRA's backward pass computes and keeps: nothing for the weights that are frozen."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from litgpt.config import Config
+from litgpt.lora import LoRASettings, apply_lora
+from litgpt.model import GPT
+from litgpt.training.loss import NextTokenLoss
+
+LLAMA = {
+    **{"block_size": 64, "n_layer": 3, "n_head": 4, "n_query_groups": 2, "n_embd": 64, "intermediate_size": 160},
+    **{"norm_class_name": "RMSNorm", "mlp_class_name": "LLaMAMLP", "rotary_percentage": 1.0, "bias": False},
+    **{"parallel_residual": False, "vocab_size": 300, "padding_multiple": 64},
+}
+IDX = torch.arange(128).view(2, 64)
+
+
+def adapted(dropout: float = 0.0) -> GPT:
+    torch.manual_seed(0)
+    gpt = GPT(Config(**LLAMA))
+    gpt.init_weights()
+    apply_lora(gpt, LoRASettings(r=4, dropout=dropout))
+    return gpt
+
+
+def kept_by_linear_layers(gpt: GPT) -> dict[str, int]:
+    """Bytes that each plain linear layer keeps for the backward pass beside its parameters."""
+    parameters = {p.untyped_storage().data_ptr() for p in gpt.parameters()}
+    kept: dict[str, int] = {}
+    running: list[str] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if running and tensor.untyped_storage().data_ptr() not in parameters:
+            kept[running[-1]] = kept.get(running[-1], 0) + tensor.nbytes
+        return tensor
+
+    for name, module in gpt.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":  # the loss runs the head forwards and backwards at once
+            module.register_forward_pre_hook(lambda *args, name=name: running.append(name))
+            module.register_forward_hook(lambda *args: running.pop() and None)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        NextTokenLoss(gpt)(IDX, IDX)
+    return kept
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_frozen_layers_keep_no_activation(dropout):
+    assert kept_by_linear_layers(adapted(dropout)) == {}
+    trained = adapted()
+    trained.requires_grad_(True)
+    assert len(kept_by_linear_layers(trained)) == 3 * 5  # with gradients of their own, all keep their inputs
+
+
+def test_frozen_weights_get_no_gradient_and_cost_none():
+    gpt = adapted()
+    with FlopCounterMode(display=False) as forward:
+        hidden = gpt.hidden_states(IDX)
+    with FlopCounterMode(display=False) as backward:
+        hidden.sum().backward()
+    assert {name for name, p in gpt.named_parameters() if p.grad is not None} == {
+        name for name in gpt.state_dict() if "lora_" in name
+    }
+    # Gradients of inputs alone: no more than the forward pass, attention (whose backward is 2.5 times as much) apart.
+    products, gradients = (sum_of(counter, "mm") for counter in (forward, backward))
+    lora = 3 * 2 * 128 * 4 * (2 * 64 + 64 + 32)  # of 3 blocks: x A and, for queries and values, its product with B
+    assert gradients <= products + lora
+
+
+def sum_of(counter: FlopCounterMode, operation: str) -> int:
+    totals = counter.get_flop_counts()["Global"]
+    return sum(flops for name, flops in totals.items() if str(name).endswith((f".{operation}", f".add{operation}")))
