@@ -40,6 +40,12 @@ COMMANDS = {
     "finetune_lora": Command(
         "litgpt.commands.finetune_lora:setup", "Finetune a model with LoRA: small matrices beside frozen weights"
     ),
+    "finetune_adapter": Command(
+        "litgpt.commands.finetune_adapter:setup", "Finetune a model with LLaMA-Adapter: learned prompts"
+    ),
+    "finetune_adapter_v2": Command(
+        "litgpt.commands.finetune_adapter_v2:setup", "Finetune a model with Adapter v2: prompts, biases and scales"
+    ),
     "generate": Command("litgpt.commands.generate:setup", "Print what a model answers to a prompt"),
     "chat": Command("litgpt.commands.chat:setup", "Talk with a model"),
     "merge_lora": Command(

@@ -67,7 +67,7 @@ class Engine:
         keep_prefix: bool = False,
     ) -> None:
         self.model = model
-        self.device = model.lm_head.weight.device
+        self.device = model.transformer["wte"].weight.device  # the head may have been replaced
         self.context = model.config.block_size
         self.prefill_chunk = prefill_chunk
         self.autocast = autocast

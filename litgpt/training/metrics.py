@@ -10,6 +10,7 @@ from typing import Any
 
 from litgpt.checkpoint import atomic_file
 from litgpt.model import GPT
+from litgpt.quantize import num_parameters
 
 COLUMNS = (
     *("step", "iter", "epoch", "loss", "val_loss", "learning_rate", "tokens"),
@@ -75,13 +76,15 @@ def plot_losses(metrics: Path, picture: Path) -> None:
 
 def flops_per_token(gpt: GPT, tokens: int) -> float:
     """Operations of a forward and backward pass per token, in sequences of `tokens` (https://arxiv.org/abs/2204.02311,
-    appendix B): 6 per weight that multiplies something, 12 per layer, head, head size and token attended to."""
+    appendix B): 6 per weight that multiplies something (4 where it is frozen and gets no gradient), 12 per layer, head,
+    head size and token attended to."""
     config = gpt.config
-    weights = gpt.num_parameters()
-    if gpt.lm_head.weight is not gpt.transformer["wte"].weight:
+    weights = num_parameters(gpt)
+    per_weight = 4 + 2 * gpt.num_parameters(trainable_only=True) / weights
+    if not config.tie_embeddings:
         weights -= gpt.transformer["wte"].weight.numel()  # a lookup multiplies nothing
     if config.n_expert:  # only the chosen experts work
         experts = sum(p.numel() for n, p in gpt.named_parameters() if ".experts." in n)
         weights -= experts - experts * config.n_expert_per_token // config.n_expert
     attention = 12 * config.n_layer * config.n_head * config.head_size * tokens
-    return 6 * weights + attention
+    return per_weight * weights + attention

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from litgpt.__main__ import main
+from litgpt.adapter import ADAPTER_V2_WEIGHTS, ADAPTER_WEIGHTS
 from litgpt.checkpoint import WEIGHTS, save_model
-from litgpt.commands import finetune_full, finetune_lora, finetuning
+from litgpt.commands import finetune_adapter, finetune_adapter_v2, finetune_full, finetune_lora, finetuning
 from litgpt.convert import load_model, open_checkpoint
 from litgpt.data import JSON
 from litgpt.lora import LORA_WEIGHTS, apply_lora, read_lora
@@ -24,6 +25,8 @@ METHODS = {
     "lora": (finetune_lora.setup, {"lora_mlp": True, "lora_dropout": 0.1}, LORA_WEIGHTS),
     "qlora": (finetune_lora.setup, {"quantize": "bnb.nf4", "lora_projection": True}, LORA_WEIGHTS),
     "dora": (finetune_lora.setup, {"lora_dora": True, "lora_dropout": 0.0, "lora_plus_ratio": 4.0}, LORA_WEIGHTS),
+    "adapter": (finetune_adapter.setup, {"adapter_start_layer": 0}, ADAPTER_WEIGHTS),
+    "adapter v2": (finetune_adapter_v2.setup, {"adapter_start_layer": 1}, ADAPTER_V2_WEIGHTS),
 }
 TRAIN_FIELDS = TrainArgs.__dataclass_fields__.keys() - {"logger_name"}
 EVALUATION = EvalArgs(interval=4, max_iters=3, max_new_tokens=4)
@@ -73,7 +76,7 @@ def test_resumed_equals_uninterrupted(method, base, records, tmp_path, monkeypat
     assert_same_run(tmp_path / "whole", tmp_path / "parts", rows=12, file=METHODS[method][2])
 
 
-@pytest.mark.parametrize("method", ["full", "dora"])
+@pytest.mark.parametrize("method", ["full", "dora", "adapter", "adapter v2"])
 def test_one_by_eight_equals_eight_by_one(method, base, records, tmp_path):
     """Ragged samples: the loss is that per target token of the whole step, however it is divided."""
     one = run(method, base, records, tmp_path / "one", max_steps=6, micro_batch_size=8, eval=EvalArgs(interval=99))
@@ -92,7 +95,10 @@ run(method, Path(base), Path(records), Path(out_dir), max_steps=6, micro_batch_s
 """
 
 
-@pytest.mark.parametrize(("method", "strategy"), [("full", "fsdp"), ("dora", "ddp"), ("dora", "fsdp")])
+@pytest.mark.parametrize(
+    ("method", "strategy"),
+    [("full", "fsdp"), ("dora", "ddp"), ("dora", "fsdp"), ("adapter", "ddp"), ("adapter v2", "fsdp")],
+)
 def test_two_ranks_equal_one(method, strategy, base, records, tmp_path):
     run(method, base, records, tmp_path / "one", max_steps=6, micro_batch_size=2)
     on_two_ranks(ON_TWO_RANKS, tmp_path, method, base, records, tmp_path / "two", strategy)
