@@ -156,13 +156,17 @@ def places_input(style: PromptStyle) -> bool:
 def style_identity(style: PromptStyle, tokenizer: Tokenizer) -> list[Any]:
     """What tells two formats apart: the class and its source, its settings, and how it writes a conversation (which
     may depend on the date)."""
-    kind = type(style)
+    written = [style.encode(tokenizer, PROBE[:1]), style.encode(tokenizer, PROBE[:1], input=INPUT)]
+    return [class_identity(type(style)), repr(sorted(vars(style).items())), written]
+
+
+def class_identity(kind: type) -> list[str]:
+    """What tells two versions of a class apart: its name and its source, where there is one."""
     try:
         source = inspect.getsource(kind)
     except (OSError, TypeError):
         source = ""
-    written = [style.encode(tokenizer, PROBE[:1]), style.encode(tokenizer, PROBE[:1], input=INPUT)]
-    return [f"{kind.__module__}.{kind.__qualname__}", source, repr(sorted(vars(style).items())), written]
+    return [f"{kind.__module__}.{kind.__qualname__}", source]
 
 
 def encode_all(encoder: ConversationEncoder, conversations: Sequence[Conversation]) -> Iterator[list[Encoded]]:

@@ -19,7 +19,7 @@ from litgpt.data.base import DataModule, LengthGroupedSampler, StreamSampler, st
 from litgpt.data.packing import Collate, Rows, pack
 from litgpt.data.record_files import content_hash, read_records
 from litgpt.data.records import Conversation, Message, read_conversations
-from litgpt.data.sample_encoding import ConversationEncoder, encode_all, style_identity
+from litgpt.data.sample_encoding import ConversationEncoder, class_identity, encode_all, style_identity
 from litgpt.data.sample_file import IGNORE_INDEX, SampleFile, Summary
 from litgpt.data.token_stream import cache_directory
 from litgpt.prompts import PromptStyle, choose_prompt_style
@@ -39,7 +39,8 @@ CHECKPOINT = "checkpoint"  # what prompt_style calls the checkpoint's own style
 class SFTData(DataModule):
     """Records of instructions or conversations, tokenised once and cached.
 
-    A subclass says in `files` where its records are (and gets them there in `download`). Where nothing is said of them,
+    A subclass says in `files` where its records are (and gets them there in `download`); if they have another form than
+    those of `litgpt.data.records`, it makes conversations of them in `conversations`. Where nothing is said of them,
     instructions take the style `single_turn_style` and train on the prompt, too; conversations take the checkpoint's
     own style and train on the assistant's replies only.
     """
@@ -145,6 +146,7 @@ class SFTData(DataModule):
     def setup(self, stage: str = "") -> None:
         directory = self._directory()
         self._choice = json.loads((directory / CHOICE).read_text(encoding="utf-8"))
+        self._packed: dict[Path, list[list[int]]] = {}
         self._train, self._val = (SampleFile(directory / name) for name in SPLITS)
         if not len(self._train):
             summary = self._train.summary
@@ -256,7 +258,7 @@ class SFTData(DataModule):
         elsewhere = ("prompt_style", "seed", "num_workers", "pack", "val_split_fraction", "download_dir")
         options = {name: value for name, value in self.settings().items() if name not in elsewhere}
         facts = [
-            *(CACHE_FORMAT, type(self).__qualname__, options, held_out, self._max_seq_length),
+            *(CACHE_FORMAT, class_identity(type(self)), options, held_out, self._max_seq_length),
             self.prompt_style is not None,
             *(self._tokenizer.fingerprint(), sorted(self._tokenizer.stop_ids)),
             *(style_identity(style, self._tokenizer) for style in (self._checkpoint_style, self._single_style)),
@@ -268,7 +270,9 @@ class SFTData(DataModule):
     def _rows(self, samples: SampleFile) -> Rows:
         if not self.pack:
             return Rows(samples, range_of_rows(len(samples)))
-        return Rows(samples, pack(samples.lengths, self._max_tokens(), self.seed))
+        if samples.directory not in self._packed:
+            self._packed[samples.directory] = pack(samples.lengths, self._max_tokens(), self.seed)
+        return Rows(samples, self._packed[samples.directory])
 
     def _collate(self) -> Collate:
         multiple = GPU_MULTIPLE if torch.accelerator.is_available() else 1

@@ -1,6 +1,8 @@
 """Conversations into samples: the ids that inference will feed, loss where it belongs, truncation, the cache."""
 
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -338,6 +340,39 @@ def test_samples_are_cached_until_something_that_decides_them_changes(chat, tmp_
     own, alpaca = (module(chats, chat, prompt_style=name).train_samples[0] for name in (None, "alpaca"))
     assert chat.decode(own.input_ids, skip_special=False).startswith("<|im_start|>")
     assert "### Instruction:" in chat.decode(alpaca.input_ids)
+
+
+def test_a_data_module_of_ones_own_makes_conversations_of_its_records(chat, tmp_path, monkeypatch):
+    """And makes them again when its code changes."""
+    code = """
+from litgpt.data import SFTData
+from litgpt.data.records import Conversation
+
+class Proverbs(SFTData):
+    def files(self):
+        return [PATH], []
+
+    def conversations(self, split):
+        pairs = [line.split(" | ") for line in PATH.read_text().splitlines()]
+        return [
+            Conversation([{"role": "user", "content": a}, {"role": "assistant", "content": b}], "proverbs", f"line {i}")
+            for i, (a, b) in enumerate(pairs, start=1)
+        ]
+"""
+    monkeypatch.syspath_prepend(tmp_path)
+    head = f"from pathlib import Path\nPATH = Path({str(tmp_path / 'proverbs.txt')!r})\n"
+    (tmp_path / "proverbs.txt").write_text("The early bird | catches the worm.\n" * 10)
+    found = []
+    for version in (code, code.replace("(a, b) in", "(b, a) in") + "# the other way round"):
+        (tmp_path / "proverbs.py").write_text(head + version)
+        sys.modules.pop("proverbs", None)
+        data = importlib.import_module("proverbs").Proverbs(num_workers=0)
+        data.connect(chat, 2, 256)
+        data.prepare_data()
+        data.setup()
+        found.append(data.train_samples[0].messages[0]["content"])
+    assert found == ["The early bird", "catches the worm."]
+    assert "(proverbs)" in data.describe()
 
 
 def test_a_damaged_cache_is_named(chat, tmp_path, cache):
