@@ -1,34 +1,45 @@
-"""Export a checkpoint in the format of Hugging Face."""
+"""Export a checkpoint in the format of Hugging Face, or its LoRA weights as a PEFT adapter."""
 
+import re
 from pathlib import Path
 from typing import Literal
 
-from litgpt.checkpoint import atomic_directory, resolve_checkpoint_dir
+import torch
+
+from litgpt.checkpoint import CONFIG, atomic_directory, resolve_checkpoint_dir
+from litgpt.commands.merge_lora import find_lora, open_base
+from litgpt.config import Config
 from litgpt.convert import export_hf, open_checkpoint
+from litgpt.convert.export import export_config
 from litgpt.convert.options import Progress, dtype_from_name, tell_note
+from litgpt.convert.peft import ADAPTER_MODEL, export_peft
+from litgpt.lora import read_lora
 
 
 def setup(
     checkpoint_dir: Path,
     output_dir: Path,
-    format: Literal["both", "safetensors", "pth"] = "both",
+    format: Literal["both", "safetensors", "pth", "peft"] = "both",
     dtype: str | None = None,
     verbose: bool = False,
 ) -> None:
     """Export a checkpoint as a Hugging Face directory.
 
     The directory holds the weights under Hugging Face names, config.json and the tokenizer's files, and loads with
-    transformers' from_pretrained.
+    transformers' from_pretrained. With `--format peft`, it holds the LoRA weights of a finetuned checkpoint as an
+    adapter for peft's PeftModel.from_pretrained.
 
     Args:
         checkpoint_dir: The checkpoint directory.
         output_dir: The directory to create.
         format: What to write the weights as: model.safetensors (in several files above 5 GB), model.pth (a state dict
-            for torch.load), or both, which takes twice the space on disk.
+            for torch.load), or both, which takes twice the space on disk; or peft, the LoRA weights alone.
         dtype: Data type of the exported weights (float32, float16, bfloat16); by default that of the checkpoint.
         verbose: Print every tensor instead of a progress bar.
     """
     target_dtype = dtype_from_name(dtype)
+    if format == "peft":
+        return export_adapter(checkpoint_dir, output_dir, dtype)
     source = open_checkpoint(resolve_checkpoint_dir(checkpoint_dir))
     tell_note(source)
     with atomic_directory(output_dir) as directory:
@@ -45,3 +56,21 @@ def setup(
     print(f"Saved {sizes} to {output_dir}")
     if format == "both":
         print("Both hold the same weights. `--format safetensors` or `--format pth` writes one of them.")
+
+
+def export_adapter(checkpoint_dir: Path, output_dir: Path, dtype: str | None) -> None:
+    """Write the LoRA weights of a checkpoint as a PEFT adapter, in float32 as they are trained."""
+    if dtype is not None:
+        raise ValueError(f"--dtype {dtype} cannot act with --format peft: LoRA weights are float32. Leave it out.")
+    file = find_lora(checkpoint_dir)
+    weights, settings, base = read_lora(file)
+    if (file.parent / CONFIG).is_file():
+        config = Config.from_checkpoint(file.parent)
+    else:
+        config = open_base(base, None, file).config
+    architecture = export_config(config, file.parent, torch.float32)["architectures"][0]
+    # What was downloaded by its id is called by it again.
+    name = re.sub(r"^checkpoints/([\w.-]+/[\w.-]+)/?$", r"\1", base or "")
+    with atomic_directory(output_dir) as directory:
+        export_peft(weights, settings, config, architecture, name, directory)
+    print(f"Saved {ADAPTER_MODEL} and its adapter_config.json to {output_dir}")

@@ -1,4 +1,4 @@
-"""Make a checkpoint directory from Hugging Face weights or a GGUF file."""
+"""Make a checkpoint directory from Hugging Face weights, a GGUF file or a PEFT adapter."""
 
 from pathlib import Path
 
@@ -6,11 +6,15 @@ from litgpt.checkpoint import (
     atomic_additions,
     atomic_directory,
     copy_companion_files,
+    hf_weight_files,
     resolve_checkpoint_dir,
     save_model,
 )
+from litgpt.commands.merge_lora import open_base
 from litgpt.convert import open_checkpoint
 from litgpt.convert.options import Progress, dtype_from_name, tell_note
+from litgpt.convert.peft import base_of, import_peft, is_peft
+from litgpt.lora import LORA_WEIGHTS, save_lora
 
 
 def setup(
@@ -20,15 +24,18 @@ def setup(
     out_dir: Path | None = None,
     verbose: bool = False,
     debug_mode: bool | None = False,
+    pretrained_checkpoint_dir: Path | None = None,
 ) -> None:
-    """Convert a Hugging Face checkpoint or a GGUF file to a LitGPT checkpoint.
+    """Convert a Hugging Face checkpoint, a GGUF file or a PEFT adapter to a LitGPT checkpoint.
 
     The weights are read file by file and written tensor by tensor, so that the memory needed does not grow with the
     model. Every command that takes a checkpoint takes a Hugging Face directory or a GGUF file as it is; converting
-    makes it load faster, and is what other programs that read LitGPT checkpoints need.
+    makes it load faster, and is what other programs that read LitGPT checkpoints need. A PEFT adapter (LoRA, also with
+    DoRA or rank-stabilised scaling) becomes the LoRA weights of a checkpoint, for merge_lora.
 
     Args:
-        checkpoint_dir: A directory with config.json and weights (.safetensors or .bin), or a .gguf file.
+        checkpoint_dir: A directory with config.json and weights (.safetensors or .bin), a .gguf file, or a directory
+            with adapter_config.json and adapter_model.safetensors.
         model_name: What the model is called, where the directory's name does not say it. If there is no config.json,
             its figures are those of the known model of this name.
         dtype: Data type of the converted weights (float32, float16, bfloat16); by default that of the original.
@@ -37,8 +44,20 @@ def setup(
             it that is named like the file.
         verbose: Print every tensor instead of a progress bar.
         debug_mode: The same as verbose.
+        pretrained_checkpoint_dir: The model that an adapter belongs to, where it is another than the adapter says.
     """
     target_dtype = dtype_from_name(dtype)
+    found = resolve_checkpoint_dir(checkpoint_dir, incomplete=True)
+    if found.is_dir() and is_peft(found) and not hf_weight_files(found):
+        for option, value in (("--dtype", dtype), ("--model_name", model_name)):
+            if value is not None:
+                raise ValueError(f"{option} {value} cannot act on a PEFT adapter. Leave it out.")
+        return convert_adapter(found, out_dir or found, pretrained_checkpoint_dir)
+    if pretrained_checkpoint_dir is not None:
+        raise ValueError(
+            f"--pretrained_checkpoint_dir {pretrained_checkpoint_dir} cannot act: '{found}' is no PEFT adapter. "
+            "Leave it out."
+        )
     path = resolve_checkpoint_dir(checkpoint_dir)
     source = open_checkpoint(path, model_name, converted=False)
     tell_note(source)
@@ -51,3 +70,17 @@ def setup(
             copy_companion_files(source.files, directory)
         save_model(directory, progress(source.weights()), source.config, source.release)
     print(f"Saving converted checkpoint to {out_dir}")
+
+
+def convert_adapter(adapter: Path, out_dir: Path, pretrained_checkpoint_dir: Path | None) -> None:
+    """Write the LoRA weights of a PEFT adapter, with what belongs to a checkpoint of its model."""
+    recorded = base_of(adapter)
+    base = open_base(recorded, pretrained_checkpoint_dir, adapter)
+    weights, settings = import_peft(adapter, base)
+    in_place = out_dir.resolve() == adapter.resolve()
+    with atomic_additions(out_dir) if in_place else atomic_directory(out_dir) as directory:
+        copy_companion_files(adapter, directory)
+        copy_companion_files(base.files, directory)
+        base.config.save(directory)
+        save_lora(directory, weights, settings, str(pretrained_checkpoint_dir or recorded))
+    print(f"Saved {LORA_WEIGHTS} to {out_dir}. To put it into the model, run:\nlitgpt merge_lora {out_dir}")

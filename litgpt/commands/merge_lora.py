@@ -41,7 +41,7 @@ def setup(
     """
     dtype = dtype_from_name(precision, "--precision")
     file = find_lora(checkpoint_dir)
-    base = open_base(file, pretrained_checkpoint_dir)
+    base = open_base(read_lora(file)[2], pretrained_checkpoint_dir, file)
     tell_note(base)
     if out_dir is None:
         merged = file.parent.resolve().name + "-merged"
@@ -91,8 +91,8 @@ def find_lora(path: Path) -> Path:
     raise FileNotFoundError(f"There is no '{path}'. Give a directory or file that `litgpt finetune_lora` has written.")
 
 
-def open_base(file: Path, given: Path | None) -> Source:
-    """The model that LoRA weights belong to: the one given, or the one recorded with them.
+def open_base(recorded: str | None, given: Path | None, adapter: Path) -> Source:
+    """The model that an adapter belongs to: the one given, or the one recorded with it.
 
     Raises:
         FileNotFoundError: It is not there.
@@ -100,13 +100,14 @@ def open_base(file: Path, given: Path | None) -> Source:
     """
     if given is not None:
         return open_checkpoint(resolve_checkpoint_dir(given, download=download))
-    recorded = read_lora(file)[2]
     if recorded is None:
-        raise ValueError(f"'{file}' does not say which model it belongs to. Give it with --pretrained_checkpoint_dir.")
+        raise ValueError(
+            f"'{adapter}' does not say which model it belongs to. Give it with --pretrained_checkpoint_dir."
+        )
     try:
         return open_checkpoint(resolve_checkpoint_dir(recorded, download=download))
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{error} It is the model that '{file}' belongs to; where it has moved, say so with "
+            f"{error} It is the model that '{adapter}' belongs to; where it has moved, say so with "
             "--pretrained_checkpoint_dir."
         ) from None

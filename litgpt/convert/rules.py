@@ -14,7 +14,7 @@ to the bit.
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -146,6 +146,14 @@ class Rule:
         return tuple(_fill(template, kind, [*numbers, expert]) for template in self.side(True) for expert in experts)
 
 
+class Family(NamedTuple):
+    """Tensors of ours, those of theirs that they are made of, and the way between them."""
+
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...]
+    transform: Transform
+
+
 @dataclass(frozen=True)
 class RuleTable:
     """The rules of an architecture.
@@ -178,6 +186,23 @@ class RuleTable:
     ) -> Iterator[Named]:
         """The other direction of `to_ours`."""
         return self._translate(tensors, config, False, done)
+
+    def family(self, name: str, config: Config, ours: bool) -> Family | None:
+        """What a tensor is transformed together with; None for a name that no rule knows.
+
+        Args:
+            name: Our name of the tensor, or theirs.
+            config: The shape of the model.
+            ours: Whether the name is ours.
+        """
+        shape, numbers = _shape_of(name)
+        rule, _, kind = _index([rule for rule in self.rules if rule.when(config)], ours).get(shape, (None, 0, ""))
+        if rule is None:
+            return None
+        if rule.is_stacked and ours:
+            numbers.pop()  # the expert's, which theirs does not have
+        sides = (rule.names(side, kind, numbers, config) for side in (True, False))
+        return Family(*sides, rule.transform)
 
     def is_ignored(self, name: str) -> bool:
         """Whether a tensor of a Hugging Face file is none of the model's weights."""
