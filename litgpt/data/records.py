@@ -49,12 +49,14 @@ class Conversation:
         form: Which form the record had.
         where: Where the record stands.
         input: What stands beside the instruction in the form that has such a field.
+        tools: What the assistant may call, as chat templates take it.
     """
 
     messages: list[Message]
     form: str
     where: str
     input: str = ""
+    tools: list[dict[str, Any]] | None = None
 
     @property
     def is_chat(self) -> bool:
@@ -119,7 +121,7 @@ def recognise(record: Record, columns: Mapping[str, str] | None = None) -> Conve
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError(f"has nothing to learn: no message of the assistant in its {FORMS[form][0][0]}.")
     beside = _text(values, "input") if form == INSTRUCTION and values.get("input") else ""
-    return Conversation(messages, form, record.where, beside)
+    return Conversation(messages, form, record.where, beside, _tools(values))
 
 
 def read_messages(value: Any) -> list[Message]:
@@ -160,6 +162,19 @@ def _content(number: int, content: Any) -> str:
     if isinstance(content, (list, tuple)) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):
         return "".join(part["text"] for part in content)
     raise ValueError(f"message {number} holds {_kind(content)}; only text can be trained on.")
+
+
+def _tools(values: Mapping) -> list[dict[str, Any]] | None:
+    """The list of tools beside messages; some files keep it as JSON inside a text."""
+    tools = values.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise ValueError("its 'tools' are a text that is not JSON; a list is expected.") from None
+    if tools and not isinstance(tools, list):
+        raise ValueError(f"its 'tools' are {_kind(tools)}; a list is expected.")
+    return tools or None
 
 
 def _text(values: Mapping, key: str) -> str:

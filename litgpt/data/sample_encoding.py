@@ -17,8 +17,8 @@ from litgpt.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-# Words that no template changes: they tell where it puts a question, a reply and an input.
-QUESTION, REPLY, INPUT = "vqxquestionqxv", "vqxreplyqxv", "vqxinputqxv"
+# Words that no template changes: they tell where it puts a question, a reply, an input and tools.
+QUESTION, REPLY, INPUT, TOOL = "vqxquestionqxv", "vqxreplyqxv", "vqxinputqxv", "vqxtoolqxv"
 PROBE = [
     {"role": "user", "content": QUESTION},
     {"role": "assistant", "content": REPLY},
@@ -63,7 +63,7 @@ class ConversationEncoder:
         self.mask_prompt, self.max_tokens = mask_prompt, max_tokens
         self.closing = closing_text(style)
         self.end = end_of_turn(tokenizer, style, self.closing)
-        self.places_input = places_input(style)
+        self.places_input, self.places_tools = places_input(style), places_tools(style)
 
     def encode(self, conversation: Conversation) -> list[Encoded]:
         """The sequences of one conversation; usually one."""
@@ -90,18 +90,24 @@ class ConversationEncoder:
                 break
         return samples
 
-    def placed(self, conversation: Conversation) -> tuple[list[Message], dict[str, str]]:
-        """The messages, and the input for a style that has a place for it; for others it follows the instruction."""
+    def placed(self, conversation: Conversation) -> tuple[list[Message], dict[str, Any]]:
+        """The messages, and the tools and the input for a style that has a place for them; where it has none for an
+        input, that follows the instruction."""
+        fields: dict[str, Any] = {}
+        if conversation.tools:
+            if not self.places_tools:
+                raise ValueError("has tools, for which the prompt style has no place; take a chat template that has.")
+            fields["tools"] = conversation.tools
         if not conversation.input:
-            return conversation.messages, {}
+            return conversation.messages, fields
         if self.places_input:
-            return conversation.messages, {"input": conversation.input}
+            return conversation.messages, {**fields, "input": conversation.input}
         user = max(i for i, message in enumerate(conversation.messages) if message["role"] == "user")
         messages = [dict(message) for message in conversation.messages]
         messages[user]["content"] += f"\n\n{conversation.input}"
-        return messages, {}
+        return messages, fields
 
-    def reply_ids(self, messages: list[Message], prompt: list[int], fields: dict[str, str]) -> list[int]:
+    def reply_ids(self, messages: list[Message], prompt: list[int], fields: dict[str, Any]) -> list[int]:
         """The ids of the last message, a reply, after its prompt."""
         special = not self.style.continues_text
         if special:
@@ -114,7 +120,7 @@ class ConversationEncoder:
             return whole[len(prompt) :]
         return self.tokenizer.encode_ids(reply, bos=False, allow_special=special)
 
-    def _reply_text(self, messages: list[Message], opened: str, fields: dict[str, str]) -> str:
+    def _reply_text(self, messages: list[Message], opened: str, fields: dict[str, Any]) -> str:
         """The reply as the format writes it: a template writes reasoning and tool calls, too."""
         whole = self.style.render(messages, add_generation_prompt=False, **fields)
         if not whole.startswith(opened):
@@ -158,6 +164,12 @@ def style_identity(style: PromptStyle, tokenizer: Tokenizer) -> list[Any]:
     may depend on the date)."""
     written = [style.encode(tokenizer, PROBE[:1]), style.encode(tokenizer, PROBE[:1], input=INPUT)]
     return [class_identity(type(style)), repr(sorted(vars(style).items())), written]
+
+
+def places_tools(style: PromptStyle) -> bool:
+    """Whether the format says which tools there are."""
+    tool = {"type": "function", "function": {"name": TOOL, "description": TOOL, "parameters": {"type": "object"}}}
+    return TOOL in style.render(PROBE[:1], tools=[tool])
 
 
 def class_identity(kind: type) -> list[str]:

@@ -190,8 +190,8 @@ def _as_line(conversation: Conversation, sequence: Encoded, encoder: Conversatio
     messages, fields = encoder.placed(conversation)
     messages = [dict(message) for message in messages[: sequence.num_messages]]
     for message in messages:
-        if message["role"] == "user" and fields:
-            message.update(fields)
+        if message["role"] == "user" and "input" in fields:
+            message["input"] = fields["input"]
     return json.dumps(messages, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
 
 

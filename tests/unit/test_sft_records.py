@@ -86,6 +86,16 @@ def test_a_message_keeps_its_tool_calls():
     assert recognise(Record("here", record)).messages[1] == {**call, "content": ""}
 
 
+def test_tools_stand_beside_the_messages():
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    assert recognise(Record("here", {**chat, "tools": tools})).tools == tools
+    assert recognise(Record("here", {**chat, "tools": json.dumps(tools)})).tools == tools
+    assert [recognise(Record("here", {**chat, "tools": none})).tools for none in (None, [], "")] == [None] * 3
+    with pytest.raises(ValueError, match="its 'tools' are a text that is not JSON"):
+        recognise(Record("here", {**chat, "tools": "add"}))
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [

@@ -169,6 +169,18 @@ def test_a_style_of_ones_own_may_have_a_place_for_the_input(chat):
     assert chat.decode(sample.ids).startswith("[1 and 2] Add. ->3")
 
 
+def test_tools_are_in_the_prompt_or_refused(chat):
+    template = "{% if tools %}Tools: {{ tools | tojson }}\n{% endif %}" + tokenizer_files.CHATML
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    pair = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}]
+    style = ChatTemplate(template, chat.special_tokens)
+    [sample] = encode(chat, style, pair, tools=tools)
+    assert sample.ids[: sample.answer_start] == style.encode(chat, pair[:1], tools=tools)
+    assert '"name": "add"' in chat.decode(sample.ids)
+    with pytest.raises(ValueError, match="has tools, for which the prompt style has no place"):
+        encode(chat, style_class("chatml")(), pair, tools=tools)
+
+
 def test_what_is_too_long_is_cut_and_said(chat):
     style = style_class("chatml")()
     [whole] = encode(chat, style, MULTI_TURN)
