@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from litgpt.model import Block
+from litgpt.model import GPT, Block, Router
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -76,6 +76,27 @@ def check_precision(precision: str, device: str | None = None) -> None:
         raise ValueError(f"--precision {precision} needs a GPU; this is {device}. {remedy}")
     if precision.startswith("bf16") and device == "cuda" and not torch.cuda.is_bf16_supported():
         raise ValueError(f"--precision {precision} is not supported by {torch.cuda.get_device_name()}. {remedy}")
+
+
+def store_frozen_matrices(gpt: GPT, precision: str) -> None:
+    """In mixed precision, keep frozen linear layers' weights in the type that is computed in.
+
+    The numbers stay the same, bit for bit: autocast rounds these weights in every forward pass anyway, and, since it
+    remembers copies of trained weights only, keeps a copy of each until the backward pass. So a frozen weight takes 2
+    bytes instead of 4 + 2. Routers compute in float32, and a tied head is the embedding, too: they stay.
+
+    Args:
+        gpt: The model, not yet sharded.
+        precision: One of PRECISIONS; nothing happens where it is not mixed.
+    """
+    _, dtype = PRECISIONS[precision]
+    embedding = gpt.transformer["wte"].weight
+    for layer in gpt.modules():
+        if dtype is None or not isinstance(layer, nn.Linear) or isinstance(layer, Router) or layer.weight is embedding:
+            continue
+        for parameter in layer.parameters(recurse=False):
+            if not parameter.requires_grad and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
 
 
 def count_devices(devices: int | str, num_nodes: int = 1) -> int:

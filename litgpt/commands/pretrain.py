@@ -104,6 +104,7 @@ def setup(
     train.set_batch_by_accumulation(world_size, TRAIN.global_batch_size)
     train.accumulation(world_size)
     optimizer = optimizer.with_train_args(train, default=OPTIMIZER)
+    optimizer.check_strategy(sharded=world_size > 1 and strategy != "ddp")
     logger_name = choose_logger(logger_name, train.logger_name, log)
     if data is None:
         raise ValueError("--data is missing. For plain text: --data TextFiles --data.train_data_path FOLDER_OR_FILE.")

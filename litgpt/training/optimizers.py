@@ -84,6 +84,14 @@ class OptimizerSpec:
                     f"It takes: {', '.join(known)}."
                 )
 
+    def check_strategy(self, sharded: bool) -> None:
+        """Refuse an optimizer that cannot train parameters which are spread over devices."""
+        if sharded and self.load_class().__module__.startswith("bitsandbytes."):
+            raise ValueError(
+                f"--optimizer {self.class_path} cannot train weights that are sharded over devices. "
+                "Use --strategy ddp, or an optimizer of torch."
+            )
+
     def with_train_args(self, train: TrainArgs, default: OptimizerSpec) -> OptimizerSpec:
         """Apply `train.learning_rate`, `weight_decay`, `beta1` and `beta2`; refuse them where this says otherwise.
 
@@ -124,10 +132,7 @@ class OptimizerSpec:
         args = {name: _value(name, value) for name, value in self.init_args.items()}
         if "fused" in self.argument_names() and not {"fused", "foreach"} & args.keys() and _can_fuse(params):
             args["fused"] = True
-        if found.__module__.startswith("bitsandbytes.") and any(hasattr(p, "full_tensor") for p in _tensors(params)):
-            raise ValueError(
-                f"--optimizer {self.class_path} keeps no sharded state. Use --strategy ddp, or one of torch."
-            )
+        self.check_strategy(sharded=any(hasattr(p, "full_tensor") for p in _tensors(params)))
         try:
             return found(params, **args)
         except (TypeError, ValueError) as error:

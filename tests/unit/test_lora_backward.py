@@ -6,23 +6,27 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from litgpt.config import Config
+from litgpt.distributed import store_frozen_matrices
 from litgpt.lora import LoRASettings, apply_lora
 from litgpt.model import GPT
 from litgpt.training.loss import NextTokenLoss
 
 LLAMA = {
     **{"block_size": 64, "n_layer": 3, "n_head": 4, "n_query_groups": 2, "n_embd": 64, "intermediate_size": 160},
-    **{"norm_class_name": "RMSNorm", "mlp_class_name": "LLaMAMLP", "rotary_percentage": 1.0, "bias": False},
+    **{"norm_class_name": "RMSNorm", "mlp_class_name": "LLaMAMLP", "rotary_percentage": 1.0},
     **{"parallel_residual": False, "vocab_size": 300, "padding_multiple": 64},
 }
 IDX = torch.arange(128).view(2, 64)
 
 
-def adapted(dropout: float = 0.0) -> GPT:
+def adapted(dropout: float = 0.0, **shape) -> GPT:
     torch.manual_seed(0)
-    gpt = GPT(Config(**LLAMA))
+    gpt = GPT(Config(**{**LLAMA, "bias": False, **shape}))
     gpt.init_weights()
     apply_lora(gpt, LoRASettings(r=4, dropout=dropout))
+    for name, parameter in gpt.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter, std=0.1)
     return gpt
 
 
@@ -67,6 +71,41 @@ def test_frozen_weights_get_no_gradient_and_cost_none():
     products, gradients = (sum_of(counter, "mm") for counter in (forward, backward))
     lora = 3 * 2 * 128 * 4 * (2 * 64 + 64 + 32)  # of 3 blocks: x A and, for queries and values, its product with B
     assert gradients <= products + lora
+
+
+@pytest.mark.parametrize("shape", [{}, {"tie_embeddings": True}, {"bias": True}], ids=["plain", "tied", "bias"])
+def test_mixed_precision_needs_no_second_copy_of_frozen_weights(shape):
+    plain, stored = adapted(**shape), adapted(**shape)
+    store_frozen_matrices(stored, "32-true")
+    assert {p.dtype for p in stored.parameters()} == {torch.float32}
+    store_frozen_matrices(stored, "bf16-mixed")
+    loss, gradients, copies = mixed_precision_run(plain)
+    other_loss, other_gradients, other_copies = mixed_precision_run(stored)
+    assert torch.equal(loss, other_loss)
+    assert gradients.keys() == other_gradients.keys()
+    assert all(torch.equal(gradients[name], other_gradients[name]) for name in gradients)
+    assert copies >= 3 * 4  # fc_1, fc_2 and both projections of each block
+    assert other_copies == 0
+    assert stored.transformer.wte.weight.dtype == stored.transformer.ln_f.weight.dtype == torch.float32
+    matrices = [p for name, p in stored.named_parameters() if "linear" in name or "mlp" in name]
+    assert {p.dtype for p in matrices} == {torch.bfloat16}
+
+
+def mixed_precision_run(gpt: GPT) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+    """Loss, gradients, and how many tensors of a frozen weight's shape are kept beside the weights."""
+    parameters = {p.untyped_storage().data_ptr() for p in gpt.parameters()}
+    shapes = {layer.weight.T.shape for name, layer in gpt.named_modules() if name.endswith(("fc_1", "fc_2", "proj"))}
+    copies: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape in shapes and tensor.untyped_storage().data_ptr() not in parameters:
+            copies.append(tensor)
+        return tensor
+
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = NextTokenLoss(gpt)(IDX, IDX)
+    loss.backward()
+    return loss, {name: p.grad for name, p in gpt.named_parameters() if p.grad is not None}, len(copies)
 
 
 def sum_of(counter: FlopCounterMode, operation: str) -> int:
