@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,10 +81,10 @@ class SFTData(DataModule):
     def download(self) -> None:
         """Gets the files, where they are not there yet; runs in one process per node."""
 
-    @abstractmethod
     def files(self) -> tuple[list[Path], list[Path]]:
         """The files with the training records and those with the validation records; of the latter there may be none,
         and `val_split_fraction` is held out. Called after `download`."""
+        raise TypeError(f"{type(self).__name__} has no files(): a data module must say where its records are.")
 
     def conversations(self, split: str) -> list[Conversation]:
         """The records of one of SPLITS as conversations."""

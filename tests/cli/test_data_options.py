@@ -102,6 +102,16 @@ def test_columns_and_splits_are_taken_and_the_token_is_not_recorded(train):
     assert "hf_x" not in repr(HFDataset("a/b", access_token="hf_x"))
 
 
+def test_a_data_module_of_ones_own_is_found(train):
+    page = (Path(__file__).parents[2] / "tutorials/finetuning_data.md").read_text()
+    code = page[page.index("```python") + 9 :]
+    Path("my_module.py").write_text(code[: code.index("```")])
+    Path("proverbs.txt").write_text("The early bird | catches the worm.\n" * 20)
+    result = train("--data", "my_module.Proverbs", "--data.seed", "3", "--train.max_steps", "2")
+    assert result.code == 0, result.err
+    assert "19 samples of 19 records (proverbs)" in result.out
+
+
 def test_every_data_set_is_offered(litgpt):
     out = litgpt("pretrain", "--data.help").out
     names = [
