@@ -105,9 +105,10 @@ def open_base(recorded: str | None, given: Path | None, adapter: Path) -> Source
             f"'{adapter}' does not say which model it belongs to. Give it with --pretrained_checkpoint_dir."
         )
     try:
-        return open_checkpoint(resolve_checkpoint_dir(recorded, download=download))
-    except FileNotFoundError as error:
+        found = resolve_checkpoint_dir(recorded, download=download)
+    except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{error} It is the model that '{adapter}' belongs to; where it has moved, say so with "
             "--pretrained_checkpoint_dir."
         ) from None
+    return open_checkpoint(found)
