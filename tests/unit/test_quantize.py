@@ -240,8 +240,8 @@ def test_saved_weights_load_into_a_new_model(tmp_path, model, kind):
 EVERYWHERE = LoRASettings(r=4, dropout=0.0, key=True, projection=True, mlp=True)
 
 
-def loss_of(model: GPT) -> torch.Tensor:
-    return NextTokenLoss(model)(IDS[:, :-1], IDS[:, 1:]) / IDS[:, 1:].numel()
+def loss_of(model: GPT, ids: torch.Tensor = IDS) -> torch.Tensor:
+    return NextTokenLoss(model)(ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
