@@ -165,7 +165,9 @@ class Finetuning:
     def load_model(self) -> GPT:
         """The checkpoint's model, in the precision of the run, quantised if that was asked for."""
         dtype, _ = distributed.PRECISIONS[distributed.precision_of(self.fabric)]
-        return load_model(self.source, dtype=dtype, quantize=self.options.quantize)
+        # Quantising is work for the device; whole weights go there when they are sharded.
+        device = self.fabric.device if self.options.quantize else "cpu"
+        return load_model(self.source, dtype=dtype, device=device, quantize=self.options.quantize)
 
     def train(
         self,
