@@ -156,6 +156,8 @@ def fit(
         checkpoint = run.directory.final if interrupted is None else run.directory.step(progress.step)
         if started_as is None or checkpoint != run.resume:
             save(checkpoint)
+    if progress.best_step is not None and run.directory.best.is_dir():
+        recorder.console.print(best_line(run, progress))
     return Outcome(progress, checkpoint, interrupted)
 
 
@@ -224,6 +226,14 @@ def out_of_patience(run: Run, progress: Progress) -> str | None:
     """FINISHED if the validation loss has not fallen for as long as `--eval.patience` allows."""
     patience = run.evaluation.patience
     return FINISHED if patience is not None and progress.stale_validations >= patience else None
+
+
+def best_line(run: Run, progress: Progress) -> str:
+    """Where the best checkpoint is, and whether the run ended because nothing better came."""
+    line = f"Lowest validation loss: {progress.best_val_loss:.3f}, at step {progress.best_step}: {run.directory.best}"
+    if out_of_patience(run, progress):
+        line += f"\nNo lower one came in {progress.stale_validations} validations (--eval.patience): training ends."
+    return line
 
 
 def sum_over_ranks(fabric: Fabric, value: Tensor) -> Tensor:

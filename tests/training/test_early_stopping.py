@@ -13,12 +13,14 @@ STUCK = OptimizerSpec("AdamW", {"lr": 0.0})  # the first validation stays the be
 PATIENT = EvalArgs(interval=2, max_iters=2, patience=2)
 
 
-def test_out_of_patience(train, tmp_path):
+def test_out_of_patience(train, tmp_path, capsys):
     rows = train(tmp_path / "run", max_steps=40, optimizer=STUCK, eval=PATIENT)
     assert [row["step"] for row in rows if row["val_loss"]] == ["2", "4", "6"]
     assert len(rows) == 6
     assert read_training_state(tmp_path / "run/best")["progress"]["step"] == 2
     assert read_training_state(tmp_path / "run/final")["progress"]["stale_validations"] == 2
+    best = f"Lowest validation loss: {float(rows[1]['val_loss']):.3f}, at step 2: {tmp_path / 'run/best'}"
+    assert f"{best}\nNo lower one came in 2 validations (--eval.patience): training ends.\n" in capsys.readouterr().out
     # It stays finished, until it is given more patience.
     before = (tmp_path / "run/final/lit_model.pth").stat().st_mtime_ns
     train(tmp_path / "run", max_steps=40, optimizer=STUCK, eval=PATIENT, resume="auto")
@@ -27,12 +29,15 @@ def test_out_of_patience(train, tmp_path):
     assert len(train(tmp_path / "run", max_steps=40, optimizer=STUCK, eval=more, resume="auto")) == 8
 
 
-def test_a_run_that_learns_is_not_stopped(train, tmp_path):
+def test_a_run_that_learns_is_not_stopped(train, tmp_path, capsys):
     rows = train(tmp_path / "run", max_steps=12, eval=PATIENT, keep_best=True)
     assert len(rows) == 12
     losses = {int(row["step"]): float(row["val_loss"]) for row in rows if row["val_loss"]}
     progress = Progress(**read_training_state(tmp_path / "run/best")["progress"])
     assert (progress.best_step, progress.best_val_loss) == (12, min(losses.values()))
+    output = capsys.readouterr().out
+    assert "at step 12: " in output
+    assert "No lower one" not in output
     for name, tensor in weights(tmp_path / "run/final").items():
         assert torch.equal(tensor, weights(tmp_path / "run/best")[name])
 

@@ -8,12 +8,12 @@ from lightning_fabric import Fabric
 from litgpt.config import Config
 from litgpt.model import GPT
 from litgpt.training.arguments import EvalArgs
-from litgpt.training.batches import micro_batch
+from litgpt.training.batches import MicroBatch, micro_batch
 from litgpt.training.loop import LossWatch, TokenCount, TrainingDiverged
 from litgpt.training.loss import NextTokenLoss
 from litgpt.training.recorder import Recorder
 from litgpt.training.run_directory import RunDirectory
-from litgpt.training.state import Progress
+from litgpt.training.state import Progress, saved_step
 from litgpt.training.validation import validate
 from tests.training.conftest import SHAPE, assert_close_runs, on_two_ranks
 from tests.training.ragged import Ragged, ragged_samples
@@ -33,7 +33,7 @@ from tests.training.test_ragged import EVALUATION, MODEL
 
 out_dir, strategy, packed = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
 train = replace(pretrain.TRAIN, global_batch_size=8, micro_batch_size=2, lr_warmup_steps=5, max_tokens=None,
-                max_norm=1.0, max_steps=6)
+                max_norm=1.0, max_steps=6, keep_best=True)
 pretrain.setup("tiny", ConfigOverrides(MODEL), out_dir=out_dir, devices=2, strategy=strategy, train=train,
                data=Ragged(packed), eval=EVALUATION, logger_name="csv")
 """
@@ -45,6 +45,8 @@ def test_two_ranks_equal_one(train, tmp_path, packed, strategy):
     on_two_ranks(RUN, tmp_path, tmp_path / "two", strategy, packed)
     assert_close_runs(tmp_path / "one", tmp_path / "two", range(1, 7))
     assert sum(bool(row["val_loss"]) for row in rows) == 3
+    best = min((float(row["val_loss"]), int(row["step"])) for row in rows if row["val_loss"])
+    assert saved_step(tmp_path / "two/best") == best[1]
 
 
 def test_one_batch_of_eight_equals_eight_of_one(train, tmp_path):
@@ -74,26 +76,57 @@ def test_validation_is_the_mean_over_all_target_tokens(packed, batch_size):
     assert found == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
 
 
-def test_a_loss_that_is_no_number_names_its_samples(tmp_path):
+def val_batches(batch_size: int) -> list[MicroBatch]:
+    """Samples 0, 1, ... in order."""
     data = Ragged()
-    data.connect(batch_size=2)
-    batches = [micro_batch(batch) for batch in data.val_dataloader()]  # samples 0 and 1, 2 and 3, ...
+    data.connect(batch_size=batch_size)
+    return [micro_batch(batch) for batch in data.val_dataloader()]
+
+
+def test_a_loss_that_is_no_number_names_its_samples(tmp_path):
+    batches = val_batches(2)
     watch = LossWatch(Fabric(accelerator="cpu", devices=1))
     watch.see(torch.tensor([1.0, 2.0]), 1, batches[:2])
     watch.check(RunDirectory(tmp_path))
+    assert watch.unchecked == []
     watch.see(torch.tensor([1.0, 2.0]), 2, batches[:2])
-    watch.see(torch.tensor([3.0, float("nan")]), 3, batches[2:4])
+    watch.see(torch.tensor([3.0, float("nan"), 3.0]), 3, batches[1:4])
     watch.see(torch.tensor([float("inf"), 1.0]), 4, batches[:2])
-    with pytest.raises(TrainingDiverged, match=r"at step 3, in the training sample\(s\) 6, 7\. There is no checkpoint"):
+    with pytest.raises(TrainingDiverged, match=r"at step 3, in the training sample\(s\) 4, 5\. There is no checkpoint"):
         watch.check(RunDirectory(tmp_path))
+
+
+WATCH = """
+import sys, torch
+from pathlib import Path
+from litgpt.distributed import make_fabric
+from litgpt.training.loop import LossWatch, TrainingDiverged
+from litgpt.training.run_directory import RunDirectory
+from tests.training.test_ragged import val_batches
+
+fabric = make_fabric(2, precision="32-true", strategy="ddp")
+fabric.launch()
+watch = LossWatch(fabric)
+bad = [[1.0, 1.0, float("nan")], [1.0, float("inf"), 1.0]][fabric.global_rank]
+watch.see(torch.tensor(bad), 5, val_batches(1)[fabric.global_rank : 6 : 2])
+try:
+    watch.check(RunDirectory(Path(sys.argv[1])))
+except TrainingDiverged as error:
+    print(f"rank {fabric.global_rank}: {error}", flush=True)
+fabric.barrier()
+"""
+
+
+def test_all_ranks_say_whose_loss_was_the_first_that_is_no_number(tmp_path):
+    output = on_two_ranks(WATCH, tmp_path, tmp_path)
+    for rank in (0, 1):  # rank 1 had the samples 1, 3, 5, 7
+        assert f"rank {rank}: The loss became NaN or infinite at step 5, in the training sample(s) 3. There" in output
 
 
 def test_tokens_are_counted_without_padding(tmp_path):
     from litgpt.training.console import Console
 
-    data = Ragged()
-    data.connect(batch_size=3)
-    batches = [micro_batch(batch) for batch in data.val_dataloader()]
+    batches = val_batches(3)
     assert sum(batch.idx.numel() for batch in batches) > sum(batch.num_tokens for batch in batches)
     fabric, progress = Fabric(accelerator="cpu", devices=1), Progress(tokens=5)
     count = TokenCount(fabric, progress, Recorder(Console(), RunDirectory(tmp_path)))
