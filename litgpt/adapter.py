@@ -118,8 +118,8 @@ def apply_adapter(gpt: GPT, prompt_length: int = 10, start_layer: int = 2) -> No
     """
     if start_layer >= gpt.config.n_layer:
         raise ValueError(
-            f"LLaMA-Adapter begins at layer {start_layer}, but the model has only {gpt.config.n_layer} layers: nothing "
-            "would be learned. Use finetune_lora or finetune_adapter_v2."
+            f"--adapter_start_layer {start_layer}: the model has only {gpt.config.n_layer} layers: nothing would "
+            "be learned. Give an earlier layer, or use finetune_lora."
         )
     gpt.requires_grad_(False)
     _add_prompts(gpt, prompt_length, start_layer)
@@ -150,8 +150,10 @@ def _add_prompts(gpt: GPT, prompt_length: int, start_layer: int) -> None:
             "LLaMA-Adapter does not work with multi-head latent attention (DeepSeek V2 and V3), where a learned prompt "
             "has no keys and values. Use finetune_lora."
         )
+    if start_layer < 0:
+        raise ValueError(f"--adapter_start_layer {start_layer}: layers are counted from 0.")
     if prompt_length < 1:
-        raise ValueError(f"The prompt of LLaMA-Adapter has {prompt_length} places. Give it at least one.")
+        raise ValueError(f"--adapter_prompt_length {prompt_length}: a prompt has at least one place.")
     for block in gpt.transformer["h"][start_layer:]:
         attention = block.attn
         device = attention.qkv.weight.device
