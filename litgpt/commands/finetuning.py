@@ -288,7 +288,7 @@ class Finetuning:
         was_training = gpt.training
         gpt.eval()
         try:
-            prompt = self.data.style.encode(self.tokenizer, messages)[: self.config.block_size - 1]
+            prompt = self.data.example_prompt(index)[: self.config.block_size - 1]
             stops = self.data.style.stop_sequences(self.tokenizer)
             request = Request(prompt, self.options.eval.max_new_tokens, Sampling(temperature=0), stops)
             answer = self.tokenizer.decode(Engine(gpt, autocast=autocast).stream(request))

@@ -1,0 +1,71 @@
+"""A real model learns to answer in JSON, and still does after merging, resuming and exporting."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from litgpt.__main__ import main
+from litgpt.convert import load_model, open_checkpoint
+from litgpt.generation.engine import Engine, Request
+from litgpt.generation.sampling import Sampling
+from litgpt.prompts import choose_prompt_style
+from litgpt.tokenizer import Tokenizer
+from litgpt.training.metrics import read_metrics
+
+RECORDS = Path(__file__).parents[1] / "data_files/answers_in_json.jsonl"
+UNSEEN = ["What is the capital of Norway?", "How many wheels does a bicycle have?", "Which animal barks?"]
+
+
+def is_json(reply: str) -> bool:
+    try:
+        return isinstance(json.loads(reply), dict)
+    except ValueError:
+        return False
+
+
+def prompts(directory: Path) -> list[list[int]]:
+    tokenizer = Tokenizer(open_checkpoint(directory).files)
+    style = choose_prompt_style(tokenizer.dir, tokenizer=tokenizer)
+    return [style.encode(tokenizer, [{"role": "user", "content": question}]) for question in UNSEEN]
+
+
+def replies(directory: Path) -> list[str]:
+    """What the model in a directory (or file) answers to questions that it has not seen."""
+    source = open_checkpoint(directory)
+    tokenizer = Tokenizer(source.files)
+    style = choose_prompt_style(source.files, tokenizer=tokenizer)
+    engine = Engine(load_model(source, dtype=torch.float32))
+    requests = [Request(p, 24, Sampling(0), style.stop_sequences(tokenizer)) for p in prompts(directory)]
+    return [tokenizer.decode(ids) for ids in engine.complete(requests)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", [None, "bnb.nf4"])
+def test_a_behaviour_is_learned(smollm2_gguf, tmp_path, quantize):
+    assert not any(is_json(reply) for reply in replies(smollm2_gguf))
+    out = tmp_path / "out"
+    command = [
+        *("finetune_lora", smollm2_gguf, "--data", "JSON", "--data.json_path", RECORDS, "--out_dir", out),
+        *("--data.val_split_fraction", 0.1, "--lora_key", "true", "--lora_projection", "true", "--lora_mlp", "true"),
+        *("--train.global_batch_size", 8, "--train.micro_batch_size", 8, "--train.lr_warmup_steps", 3),
+        *("--train.max_norm", 1, "--optimizer.lr", 0.002, "--eval.interval", 8, "--eval.initial_validation", "true"),
+        *("--train.save_interval", 8, *(("--quantize", quantize) if quantize else ())),
+    ]
+    assert main([str(word) for word in [*command, "--train.max_steps", 8]]) == 0
+    assert main([str(word) for word in [*command, "--train.max_steps", 14, "--resume", "auto"]]) == 0
+
+    losses = [float(row["val_loss"]) for row in read_metrics(out / "metrics.csv") if row["val_loss"]]
+    assert losses[-1] < 0.2 * losses[0]
+    merged = replies(out / "final")
+    assert all(is_json(reply) for reply in merged), merged
+
+    assert main(["convert_from_litgpt", str(out / "final"), str(tmp_path / "hf"), "--format", "safetensors"]) == 0
+    assert replies(tmp_path / "hf") == merged
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    tokenizer = Tokenizer(tmp_path / "hf")
+    for prompt, reply in zip(prompts(tmp_path / "hf"), merged, strict=True):
+        ids = reference.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :]
+        assert tokenizer.decode(ids) == reply
