@@ -52,10 +52,12 @@ COMMANDS = {
         "litgpt.commands.merge_lora:setup", "Put finetuned LoRA weights into the model they belong to"
     ),
     "convert_to_litgpt": Command(
-        "litgpt.commands.convert_to_litgpt:setup", "Convert a Hugging Face directory or a GGUF file to a checkpoint"
+        "litgpt.commands.convert_to_litgpt:setup",
+        "Convert a Hugging Face directory, a GGUF file or a PEFT adapter to a checkpoint",
     ),
     "convert_from_litgpt": Command(
-        "litgpt.commands.convert_from_litgpt:setup", "Export a checkpoint in the Hugging Face format"
+        "litgpt.commands.convert_from_litgpt:setup",
+        "Export a checkpoint in the Hugging Face format, or its LoRA weights in PEFT's",
     ),
     "convert_pretrained_checkpoint": Command(
         "litgpt.commands.convert_pretrained_checkpoint:setup",
