@@ -156,7 +156,7 @@ def _add_prompts(gpt: GPT, prompt_length: int, start_layer: int) -> None:
         raise ValueError(f"--adapter_prompt_length {prompt_length}: a prompt has at least one place.")
     for block in gpt.transformer["h"][start_layer:]:
         attention = block.attn
-        device = attention.qkv.weight.device
+        device = next(attention.parameters()).device
         attention.__class__ = PromptedAttention  # in place, as FSDP2 does it: names and hooks stay
         # Made by hand: as a plain embedding, the meta device's would import torch's compiler to initialise nothing.
         attention.adapter_wte = Prompt.from_pretrained(

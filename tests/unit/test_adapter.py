@@ -18,8 +18,9 @@ from litgpt.adapter import (
     read_adapter,
     save_adapter,
 )
-from litgpt.checkpoint import CONFIG, WEIGHTS
+from litgpt.checkpoint import CONFIG, WEIGHTS, save_model
 from litgpt.config import Config
+from litgpt.convert import load_model
 from litgpt.model import GPT
 from litgpt.training.loss import NextTokenLoss
 
@@ -166,6 +167,21 @@ def test_v2_trains_the_norms_and_the_router():
         "transformer.h.0.mlp.gate.adapter_bias",
     } <= learns
     assert "transformer.h.0.mlp.gate.linear.weight" not in learns
+
+
+@pytest.mark.parametrize("version", APPLY)
+@pytest.mark.parametrize("scheme", ["bnb.nf4", "bnb.int8-training"])
+def test_quantised_layers_are_adapted_alike(version, scheme, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    plain = build()
+    save_model(tmp_path, plain, plain.config)
+    gpt = load_model(tmp_path, quantize=scheme)
+    before = gpt(tokens())
+    APPLY[version](gpt)
+    assert torch.equal(gpt(tokens()), before)
+    NextTokenLoss(gpt)(tokens()[:, :-1], tokens()[:, 1:]).backward()
+    learns = {name for name, p in gpt.named_parameters() if p.grad is not None}
+    assert learns == {name for name in gpt.state_dict() if BELONGS[version](name)}
 
 
 @pytest.mark.parametrize("version", APPLY)
