@@ -258,11 +258,12 @@ def merge_lora(gpt: GPT) -> None:
             gpt.config.tie_embeddings = False  # the embedding has not learned what the head has
 
 
-def parameter_groups(gpt: GPT, learning_rate: float, ratio: float | None) -> list[dict[str, Any]]:
-    """What the optimizer trains; with `ratio` B learns that many times as fast as A (LoRA+, arXiv 2402.12354)."""
+def parameter_groups(gpt: GPT, learning_rate: float, ratio: float | None) -> list[Any]:
+    """What the optimizer trains, by name; with `ratio` in two groups, B learning that many times as fast as A (LoRA+,
+    https://arxiv.org/abs/2402.12354)."""
     trained = [(name, p) for name, p in gpt.named_parameters() if p.requires_grad]
     if ratio is None:
-        return [{"params": [p for _, p in trained]}]
+        return trained
     fast = [p for name, p in trained if name.endswith("lora_B")]
     slow = [p for name, p in trained if not name.endswith("lora_B")]
     return [{"params": slow}, {"params": fast, "lr": learning_rate * ratio}]

@@ -32,6 +32,7 @@ from litgpt.model import GPT
 from litgpt.prompts import choose_prompt_style, save_prompt_style
 from litgpt.quantize import check_quantize, num_parameters, without_mixing
 from litgpt.tokenizer import Tokenizer
+from litgpt.training.activation_checkpointing import checkpoint_blocks
 from litgpt.training.arguments import EvalArgs, LogArgs, TrainArgs
 from litgpt.training.batches import BatchStream
 from litgpt.training.console import Console
@@ -39,6 +40,7 @@ from litgpt.training.loggers import make_logger
 from litgpt.training.loop import Outcome, Run, fit
 from litgpt.training.loss import IGNORE_INDEX, NextTokenLoss
 from litgpt.training.metrics import flops_per_token
+from litgpt.training.neftune import add_noise
 from litgpt.training.optimizers import OptimizerSpec
 from litgpt.training.recorder import Recorder
 from litgpt.training.run_directory import LOGGERS_DIR, LOGS_FILE, RunDirectory
@@ -78,6 +80,11 @@ class Options:
     quantize: str | None = None
 
 
+def trained_parameters(gpt: GPT) -> list[tuple[str, torch.nn.Parameter]]:
+    """What is trained of a model, by name."""
+    return [(name, p) for name, p in gpt.named_parameters() if p.requires_grad]
+
+
 class Finetuning:
     """A run from its settings on: `load_model`, then change the model, then `train`.
 
@@ -96,6 +103,7 @@ class Finetuning:
         train.set_batch_by_accumulation(self.world_size, TRAIN.global_batch_size)
         train.accumulation(self.world_size)
         self.optimizer = options.optimizer.with_train_args(train, default=OPTIMIZER)
+        self.optimizer.check_strategy(sharded=self.world_size > 1 and options.strategy != "ddp")
         self.logger_name = choose_logger(options.logger_name, train.logger_name, options.log)
         precision = options.precision or distributed.default_precision()
         if options.quantize is not None and options.precision is None:
@@ -175,7 +183,7 @@ class Finetuning:
         usage: Usage,
         saved: Saved,
         save: Callable[[Path, dict[str, Tensor]], None],
-        parameters: Callable[[GPT], list[Any]] = lambda gpt: [p for p in gpt.parameters() if p.requires_grad],
+        parameters: Callable[[GPT], list[Any]] = trained_parameters,
     ) -> Outcome | None:
         """Says what will happen, and does it.
 
@@ -207,10 +215,13 @@ class Finetuning:
             return None
 
         flops = flops_per_token(gpt, self.tokens)
+        checkpoint_blocks(gpt, train.activation_checkpointing)
         if options.compile:
             for block in gpt.transformer.h:
                 block.compile()
-        model = fabric.setup_module(NextTokenLoss(gpt))
+        loss = NextTokenLoss(gpt)
+        add_noise(loss, train.neftune_noise_alpha)
+        model = fabric.setup_module(loss)
         optimizer = fabric.setup_optimizers(self.optimizer.build(parameters(gpt)))
         logger = None
         if fabric.global_rank == 0:
@@ -257,6 +268,7 @@ class Finetuning:
             context=self.tokens,
             device=self.fabric.device.type,
             devices=self.world_size,
+            checkpoints_activations=self.options.train.activation_checkpointing == "full",
         )
         needed = sum(estimate_memory(meta_model(self.config), usage).values())
         present = distributed.memory_present(self.fabric.device)

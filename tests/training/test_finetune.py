@@ -167,3 +167,23 @@ def test_each_command_writes_to_its_own_place(capsys):
     for command, place in places.items():
         assert main([command, "x", "--print_config"]) == 0
         assert f"out_dir: out/{place}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter v2"])
+def test_checkpointed_activations_change_nothing(method, base, records, tmp_path):
+    """Dropout draws the same numbers again when a block is computed again."""
+    plain = run(method, base, records, tmp_path / "plain", max_steps=3)
+    again = run(method, base, records, tmp_path / "again", max_steps=3, activation_checkpointing="full")
+    assert [row["loss"] for row in plain] == [row["loss"] for row in again]
+
+
+def test_noise_on_the_embeddings_acts(base, records, tmp_path):
+    plain = run("lora", base, records, tmp_path / "plain", max_steps=2)
+    noisy = run("lora", base, records, tmp_path / "noisy", max_steps=2, neftune_noise_alpha=5.0)
+    assert plain[0]["loss"] != noisy[0]["loss"]
+
+
+def test_muon_trains_matrices_by_their_names(base, records, tmp_path):
+    muon = replace(finetuning.OPTIMIZER, class_path="Muon", init_args={"lr": 0.01})
+    rows = run("full", base, records, tmp_path, max_steps=6, optimizer=muon)
+    assert float(rows[-1]["loss"]) < float(rows[0]["loss"])

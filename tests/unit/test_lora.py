@@ -284,9 +284,10 @@ def test_what_is_in_another_form_is_adapted_and_merged_as_if_it_were_plain(bias)
 
 def test_groups_of_lora_plus():
     gpt = adapted(lora=settings(dora=True))
-    (whole,) = parameter_groups(gpt, 1e-3, None)
+    whole = parameter_groups(gpt, 1e-3, None)
     slow, fast = parameter_groups(gpt, 1e-3, 16)
-    assert len(whole["params"]) == len(slow["params"]) + len(fast["params"])
+    assert [name for name, _ in whole] == [name for name, _ in gpt.named_parameters() if is_lora(name)]
+    assert len(whole) == len(slow["params"]) + len(fast["params"])
     assert fast["lr"] == pytest.approx(1.6e-2)
     fast_ids = {id(p) for p in fast["params"]}
     assert all((id(p) in fast_ids) == name.endswith("lora_B") for name, p in gpt.named_parameters() if is_lora(name))
