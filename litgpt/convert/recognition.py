@@ -5,7 +5,6 @@ from typing import Any
 
 from litgpt.convert.architecture import Architecture
 from litgpt.convert.architectures import ARCHITECTURES
-from litgpt.suggest import did_you_mean
 
 _TEXT_KEYS = ("text_config", "llm_config")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -45,9 +44,8 @@ def architecture_of(config_json: dict[str, Any]) -> Architecture:
         given += f", whose text model is '{inner.get('model_type', 'not named')}'"
     features = dict.fromkeys(feature for key, feature in _FEATURES.items() if (inner or config_json).get(key))
     missing = f" It has {' and '.join(features)}." if features else ""
-    hint = did_you_mean(str(names[0]), ARCHITECTURES) if names and not inner else ""
     raise ValueError(
-        f"The architecture of this checkpoint ({given}) is not supported.{missing}{hint} "
+        f"The architecture of this checkpoint ({given}) is not supported.{missing} "
         f"Supported: {', '.join(sorted(ARCHITECTURES))}."
     )
 
