@@ -19,13 +19,12 @@ import yaml
 from torch import Tensor
 
 from litgpt.adaptation import KeepsFloat32, replace_module
-from litgpt.checkpoint import read_state_dict
+from litgpt.checkpoint import HYPERPARAMETERS, read_state_dict
 from litgpt.model import GPT, CausalSelfAttention, RMSNorm, Router, attend
 
 ADAPTER_WEIGHTS = "lit_model.pth.adapter"
 ADAPTER_V2_WEIGHTS = "lit_model.pth.adapter_v2"
 ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_V2_WEIGHTS)
-HYPERPARAMETERS = "hyperparameters.yaml"
 GATE = "gating_factor"
 PROMPT = re.compile(rf"transformer\.h\.(\d+)\.attn\.({GATE}|adapter_wte\.weight)")
 NORM = re.compile(r"transformer\.(h\.\d+\.norm_[12]|ln_f)\.(weight|bias)")

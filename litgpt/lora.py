@@ -20,12 +20,11 @@ import yaml
 from torch import Tensor
 
 from litgpt.adaptation import KeepsFloat32, replace_module
-from litgpt.checkpoint import read_state_dict
+from litgpt.checkpoint import HYPERPARAMETERS, read_state_dict
 from litgpt.config import Config
 from litgpt.model import GPT, Router
 
 LORA_WEIGHTS = "lit_model.pth.lora"
-HYPERPARAMETERS = "hyperparameters.yaml"
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
 
 

@@ -11,13 +11,14 @@ from litgpt.checkpoint.directory import (
     resolve_checkpoint_dir,
     save_model,
 )
-from litgpt.checkpoint.names import COMPANION_FILES, CONFIG, WEIGHTS
+from litgpt.checkpoint.names import COMPANION_FILES, CONFIG, HYPERPARAMETERS, WEIGHTS
 from litgpt.checkpoint.weights import MappedTensors, Release, read_state_dict, unreadable
 from litgpt.checkpoint.writer import raw_parts, write_state_dict
 
 __all__ = [
     "COMPANION_FILES",
     "CONFIG",
+    "HYPERPARAMETERS",
     "WEIGHTS",
     "MappedTensors",
     "Release",

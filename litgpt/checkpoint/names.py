@@ -2,6 +2,7 @@
 
 WEIGHTS = "lit_model.pth"
 CONFIG = "model_config.yaml"
+HYPERPARAMETERS = "hyperparameters.yaml"
 
 # What belongs to a checkpoint beside weights and model_config.yaml, and follows it when it is finetuned or exported.
 COMPANION_FILES = (

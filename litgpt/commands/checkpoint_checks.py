@@ -14,19 +14,26 @@ import torch
 import yaml
 from torch import Tensor
 
-from litgpt.checkpoint import COMPANION_FILES, CONFIG, WEIGHTS, hf_weight_files, missing_files, read_state_dict
+from litgpt.checkpoint import (
+    COMPANION_FILES,
+    CONFIG,
+    HYPERPARAMETERS,
+    WEIGHTS,
+    hf_weight_files,
+    missing_files,
+    read_state_dict,
+)
 from litgpt.config import Config
 from litgpt.convert import Source, config_from_hf, open_checkpoint
 from litgpt.convert.hf_config import differences
 from litgpt.convert.options import Progress
 from litgpt.convert.safetensors_file import read_safetensors
 from litgpt.convert.source import rows_at_once
+from litgpt.lora import LORA_WEIGHTS
 from litgpt.prompts import PromptStyle, choose_prompt_style
 from litgpt.tokenizer import MODEL_FILES, Tokenizer
 
 GROUPS = ("files", "config", "tokenizer", "weights")
-LORA_WEIGHTS = f"{WEIGHTS}.lora"
-HYPERPARAMETERS = "hyperparameters.yaml"
 JSON_FILES = tuple(name for name in COMPANION_FILES if name.endswith(".json"))
 DECLARING_FILES = ("config.json", "generation_config.json")
 GREETING = "Hello, world! How are you today?"
@@ -160,7 +167,7 @@ def _numbered_with(files: Iterable[Path]) -> set[Path]:
 
 def _missing_message(path: Path, missing: str) -> str:
     if WEIGHTS in missing and (path / LORA_WEIGHTS).is_file():
-        return f"It holds LoRA's matrices ({LORA_WEIGHTS}) only. Merge them into the model they were trained on."
+        return f"It holds LoRA's matrices ({LORA_WEIGHTS}) only. Merge them with `litgpt merge_lora {path}`."
     return f"It lacks {missing}. Download or convert the checkpoint again."
 
 
