@@ -270,6 +270,16 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def draw_apart(rank: int) -> None:
+    """From now on, torch draws other numbers on each rank (dropout, noise), which follow from the seed; rank 0 goes on.
+
+    Called once the initial weights are there, which are the same on all ranks. Python's and numpy's numbers stay the
+    same, too: a data module may shuffle by them, and all ranks must read one order.
+    """
+    if rank:
+        torch.manual_seed(torch.initial_seed() + rank)
+
+
 def rng_state() -> dict[str, Any]:
     """The state of every random number generator of this process, as plain values and tensors."""
     import random

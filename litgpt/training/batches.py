@@ -129,7 +129,7 @@ class BatchStream:
         self._sampler.set_position(self.position, self.rank, self.world_size)
         # The loader draws a seed for its workers; the training's own random numbers must not depend on that.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)  # the CPU's alone: GPUs' are left as they are
             batches = iter(self.loader)
         return batches
 
@@ -138,7 +138,7 @@ class BatchStream:
         while True:
             given = 0
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed + epoch)
+                torch.default_generator.manual_seed(self.seed + epoch)
                 batches = iter(self.loader)
                 first = list(islice(batches, 1))  # a shuffling sampler draws its seed only now
             mine: list[Any] = []

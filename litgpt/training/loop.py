@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from litgpt.checkpoint import SaveError, atomic_directory
-from litgpt.distributed import gathered
+from litgpt.distributed import draw_apart, gathered
 from litgpt.training.arguments import EvalArgs, TrainArgs
 from litgpt.training.batches import BatchStream, MicroBatch
 from litgpt.training.recorder import Recorder
@@ -90,6 +90,7 @@ def fit(
     inner = getattr(optimizer, "optimizer", optimizer)  # the optimizer itself, without Fabric's wrapper
     gpt = getattr(model, "module", model).gpt
     progress = Progress()
+    draw_apart(fabric.global_rank)
     if run.resume is not None:
         progress = restore(fabric, gpt, inner, run.resume, run.saved)
         batches.seek(progress.position)

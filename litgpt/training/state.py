@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from litgpt.checkpoint import WEIGHTS, read_state_dict
-from litgpt.distributed import copy_into, gathered, rng_state, set_rng_state
+from litgpt.distributed import copy_into, draw_apart, gathered, rng_state, set_rng_state
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -145,9 +145,11 @@ def restore(fabric: Fabric, module: nn.Module, optimizer: Optimizer, checkpoint:
     load_weights(module, checkpoint, saved)
     load_optimizer_state(optimizer, state["optimizer"])
     fabric.strategy.precision.load_state_dict(state["scaler"])
-    # With another number of ranks there is no exact continuation: rank 0's numbers then serve those without any.
-    states = state["rng"]
-    set_rng_state(states[fabric.global_rank] if fabric.global_rank < len(states) else states[0])
+    # With another number of ranks there is no exact continuation: ranks that were not there begin with new numbers.
+    states, rank = state["rng"], fabric.global_rank
+    set_rng_state(states[rank] if rank < len(states) else states[0])
+    if rank >= len(states):
+        draw_apart(rank)
     return Progress(**state["progress"])
 
 
