@@ -39,17 +39,21 @@ class LoRASettings:
     dropout: float = 0.05
     """Share of the adapted layers' inputs that is zeroed in training."""
     query: bool = True
+    """Adapt the attention's queries."""
     key: bool = False
+    """Adapt its keys."""
     value: bool = True
+    """Adapt its values."""
     projection: bool = False
-    """Of the attention's output."""
+    """Adapt its output projection."""
     mlp: bool = False
-    """Every linear layer of the MLPs, those of experts included; routers stay as they are."""
+    """Adapt every linear layer of the MLPs, those of experts included; routers stay as they are."""
     head: bool = False
+    """Adapt the output head."""
     dora: bool = False
-    """Learn the length of each weight row, too (DoRA)."""
+    """Learn the length of each weight row beside its direction (DoRA)."""
     rs: bool = False
-    """Scale by alpha / sqrt(r)."""
+    """Scale by alpha / sqrt(r) (rank-stabilised)."""
 
     def __post_init__(self) -> None:
         if self.r < 1:

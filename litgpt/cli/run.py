@@ -7,6 +7,7 @@ from litgpt.cli import record
 from litgpt.cli.arguments import Arguments, split
 from litgpt.cli.config_files import read_config
 from litgpt.cli.errors import UsageError
+from litgpt.cli.flat import flattened
 from litgpt.cli.help import class_help, help_text
 from litgpt.cli.resolve import resolve
 from litgpt.cli.settings import Collector, Layer, default_layer, merge, refuse, settle_classes
@@ -28,6 +29,7 @@ def run(function: Callable[..., Any], argv: list[str], prog: str) -> Any:
     Raises:
         UsageError: unknown names (all of them at once, with suggestions), wrong types, missing values.
     """
+    function = flattened(function)
     signature = Signature(function)
     arguments = split(argv, signature)
     if arguments.help:

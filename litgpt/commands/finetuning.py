@@ -7,7 +7,7 @@ import pprint
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,34 +50,47 @@ from litgpt.training.state import Saved
 TRAIN = TrainArgs(save_interval=1000, global_batch_size=16, micro_batch_size=1, lr_warmup_steps=100, epochs=5)
 EVAL = EvalArgs(interval=100, max_new_tokens=100)
 OPTIMIZER = OptimizerSpec("torch.optim.AdamW", {})
-LOGGER = "csv"
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 DIMMED = "what is not trained on dimmed" if sys.stdout.isatty() else "what is not trained on in <<...>>"
 
 
 @dataclass
 class Options:
-    """The options that every finetuning command takes; see their help."""
+    """The options that every finetuning command takes."""
 
-    checkpoint_dir: Path
-    out_dir: Path
-    precision: str | None
-    devices: int | str
-    num_nodes: int
-    strategy: distributed.Strategy
-    resume: bool | str | Path
-    overwrite: bool
-    data: DataModule | None
-    train: TrainArgs
-    eval: EvalArgs
-    log: LogArgs
-    optimizer: OptimizerSpec
-    compile: bool
-    logger_name: str
-    seed: int
-    access_token: str | None
-    dry_run: bool
-    quantize: str | None = None
+    precision: str | None = None
+    """32-true, bf16-true, bf16-mixed or 16-mixed; by default mixed on a GPU and 32-true elsewhere."""
+    devices: int | str = 1
+    """Devices per node; auto takes all."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: distributed.Strategy = "auto"
+    """Over several devices, fsdp shards the model (auto is fsdp), ddp copies it."""
+    resume: bool | str | Path = False
+    """true continues from the newest checkpoint in out_dir; auto does so where there is one and starts afresh
+    otherwise; a path continues from that checkpoint."""
+    overwrite: bool = False
+    """Delete the run that out_dir holds."""
+    data: DataModule | None = None
+    """What to train on, for example `--data JSON --data.json_path FILE`; by default Alpaca."""
+    train: TrainArgs = field(default_factory=lambda: replace(TRAIN))
+    """How long, in which batches, with which schedule."""
+    eval: EvalArgs = field(default_factory=lambda: replace(EVAL))
+    """When to validate."""
+    log: LogArgs = field(default_factory=LogArgs)
+    """For the loggers."""
+    optimizer: OptimizerSpec = field(default_factory=lambda: OPTIMIZER)
+    """A torch.optim class or your own, and its arguments (--optimizer.lr 0.001)."""
+    compile: bool = False
+    """Compile the model's blocks with torch.compile; the first step then takes long."""
+    logger_name: str = "csv"
+    """csv, tensorboard, wandb, mlflow, or the dotted path of a logger class."""
+    seed: int = 1337
+    """Decides all random numbers."""
+    access_token: str | None = None
+    """For downloading a gated model."""
+    dry_run: bool = False
+    """Stop before training: show what would be done, the memory needed and a training sample."""
 
 
 def trained_parameters(gpt: GPT) -> list[tuple[str, torch.nn.Parameter]]:
@@ -92,12 +105,23 @@ class Finetuning:
     before the weights are read.
 
     Args:
-        options: What was typed.
-        settings: The same and the options of the method, to be shown.
+        checkpoint_dir: The model to finetune.
+        out_dir: Where the run's files go.
+        options: What all methods take.
+        settings: All settings of the command, to be shown.
+        quantize: How frozen weights are stored.
     """
 
-    def __init__(self, options: Options, settings: dict[str, Any]) -> None:
-        self.options = options
+    def __init__(
+        self,
+        checkpoint_dir: Path,
+        out_dir: Path,
+        options: Options,
+        settings: dict[str, Any],
+        quantize: str | None = None,
+    ) -> None:
+        self.options = options = replace(options, train=replace(options.train))  # the batch is settled below
+        self.out_dir, self.quantize = out_dir, quantize
         train = options.train
         self.world_size = distributed.count_devices(options.devices, options.num_nodes)
         train.set_batch_by_accumulation(self.world_size, TRAIN.global_batch_size)
@@ -106,14 +130,14 @@ class Finetuning:
         self.optimizer.check_strategy(sharded=self.world_size > 1 and options.strategy != "ddp")
         self.logger_name = choose_logger(options.logger_name, train.logger_name, options.log)
         precision = options.precision or distributed.default_precision()
-        if options.quantize is not None and options.precision is None:
+        if quantize is not None and options.precision is None:
             precision = without_mixing(precision)
-        check_quantize(options.quantize, precision, training=True)
-        self.directory = RunDirectory(options.out_dir)
+        check_quantize(quantize, precision, training=True)
+        self.directory = RunDirectory(self.out_dir)
         is_main = distributed.rank_from_environment() == 0
         self.checkpoint = self.directory.prepare(options.resume, options.overwrite, may_delete=is_main)
         fetch = partial(download, access_token=options.access_token)
-        self.source: Source = open_checkpoint(resolve_checkpoint_dir(options.checkpoint_dir, download=fetch))
+        self.source: Source = open_checkpoint(resolve_checkpoint_dir(checkpoint_dir, download=fetch))
         self.config: Config = self.source.config
         self.tokenizer = Tokenizer(self.source.files)
         self.tokens = sequence_length(train, self.config)
@@ -122,8 +146,8 @@ class Finetuning:
         self.fabric.launch()
         self.console = Console(self.fabric.global_rank == 0)
         if options.log.save_logs and not options.dry_run:
-            self.console.save_to(options.out_dir / LOGS_FILE, append=self.checkpoint is not None)
-        self.console.print(pprint.pformat(settings))
+            self.console.save_to(self.out_dir / LOGS_FILE, append=self.checkpoint is not None)
+        self.console.print(pprint.pformat(dict(sorted(settings.items()))))
         distributed.seed_everything(options.seed)
         self.console.print(f"Seed set to {options.seed}\n{distributed.describe_devices(self.fabric)}")
         if self.source.note:
@@ -174,8 +198,8 @@ class Finetuning:
         """The checkpoint's model, in the precision of the run, quantised if that was asked for."""
         dtype, _ = distributed.PRECISIONS[distributed.precision_of(self.fabric)]
         # Quantising is work for the device; whole weights go there when they are sharded.
-        device = self.fabric.device if self.options.quantize else "cpu"
-        return load_model(self.source, dtype=dtype, device=device, quantize=self.options.quantize)
+        device = self.fabric.device if self.quantize else "cpu"
+        return load_model(self.source, dtype=dtype, device=device, quantize=self.quantize)
 
     def train(
         self,
@@ -225,9 +249,9 @@ class Finetuning:
         optimizer = fabric.setup_optimizers(self.optimizer.build(parameters(gpt)))
         logger = None
         if fabric.global_rank == 0:
-            cli.save_hyperparameters(options.out_dir)
+            cli.save_hyperparameters(self.out_dir)
             logger = make_logger(
-                self.logger_name, options.out_dir / LOGGERS_DIR, options.log, cli.resolved_settings() or {}
+                self.logger_name, self.out_dir / LOGGERS_DIR, options.log, cli.resolved_settings() or {}
             )
         recorder = Recorder(
             console, self.directory, logger, flops_per_token=flops, peak_flops=distributed.peak_flops(fabric)

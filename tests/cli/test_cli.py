@@ -1,12 +1,14 @@
 """The program and its command-line layer, with small commands made here."""
 
+import importlib
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
@@ -15,6 +17,8 @@ import litgpt as package
 from litgpt import __main__ as program
 from litgpt import cli
 from litgpt.__main__ import COMMANDS, Command
+from litgpt.cli.flat import flattened
+from litgpt.cli.signature import Signature
 
 
 @dataclass
@@ -371,6 +375,51 @@ def test_settings_exist_only_while_a_command_runs(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+# --- options that several commands have in common --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What both commands take."""
+
+    speed: int = 3
+    """Steps a second."""
+    train: TrainArgs = field(default_factory=TrainArgs)
+    """How long."""
+
+    def __post_init__(self) -> None:
+        if self.speed < 1:
+            raise ValueError(f"--go_speed {self.speed}: too slow.")
+
+
+def with_shared(
+    place: Path, shared: Annotated[Shared, cli.Flat("go_")] = Shared(speed=5), last: str = "z"
+) -> dict[str, object]:
+    """Go.
+
+    Args:
+        place: Where to.
+        last: The end.
+    """
+    return cli.spread(with_shared, locals())
+
+
+def test_fields_of_a_flat_group_are_options(capsys):
+    assert cli.run(with_shared, ["there"], "go") == {
+        "place": Path("there"), "go_speed": 5, "go_train": TrainArgs(), "last": "z",
+    }  # fmt: skip
+    given = cli.run(with_shared, ["there", "--go_speed", "7", "--go_train.max_steps", "9"], "go")
+    assert (given["go_speed"], given["go_train"].max_steps) == (7, 9)
+    with pytest.raises(cli.UsageError, match=r"--go_sped: unknown setting\. Did you mean 'go_speed'"):
+        cli.run(with_shared, ["there", "--go_sped", "7"], "go")
+    with pytest.raises(ValueError, match="--go_speed 0: too slow"):
+        cli.run(with_shared, ["there", "--go_speed", "0"], "go")
+    cli.run(with_shared, ["--help"], "go")
+    help_text = capsys.readouterr().out
+    assert help_text.index("Where to.") < help_text.index("Steps a second. (type: int, default: 5)")
+    assert help_text.index("Steps a second.") < help_text.index("The end.")
+
+
 # --- the program ----------------------------------------------------------------------------------------------------
 
 
@@ -381,6 +430,21 @@ def test_overview(litgpt):
         for name, row in COMMANDS.items():
             assert f"  {name} " in result.out
             assert row.help in result.out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_has_its_help(command, litgpt):
+    result = litgpt(command, "--help")
+    assert result.code == 0, result.err
+    module, function = COMMANDS[command].target.split(":")
+    parameters = Signature(flattened(getattr(importlib.import_module(module), function))).parameters.values()
+    assert parameters
+    for parameter in parameters:
+        if parameter.kind == "value":
+            words = " ".join(result.out.split())
+            entry = re.search(rf"--{parameter.name} ([A-Z_0-9]+|\{{.*?\}}) (.*?)\((required|type)", words)
+            assert entry, f"--{parameter.name} is not in the help"
+            assert entry[2], f"--{parameter.name} is without a word of help"
 
 
 def test_version(litgpt):

@@ -10,6 +10,7 @@ import torch
 from litgpt.__main__ import main
 from litgpt.adapter import ADAPTER_V2_WEIGHTS, ADAPTER_WEIGHTS
 from litgpt.checkpoint import WEIGHTS, save_model
+from litgpt.cli.flat import flattened
 from litgpt.commands import finetune_adapter, finetune_adapter_v2, finetune_full, finetune_lora, finetuning
 from litgpt.convert import load_model, open_checkpoint
 from litgpt.data import JSON
@@ -56,8 +57,8 @@ def run(method: str, base: Path, records: Path, out_dir: Path, data: dict | None
     setup, own, _ = METHODS[method]
     settings = {name: options.pop(name) for name in list(options) if name in TRAIN_FIELDS}
     small = {"global_batch_size": 8, "micro_batch_size": 4, "lr_warmup_steps": 2, "epochs": None, "max_norm": 1.0}
-    setup(
-        base,
+    flattened(setup)(
+        checkpoint_dir=base,
         out_dir=out_dir,
         data=JSON(**{"json_path": records, "val_split_fraction": 0.2, "num_workers": 0, **(data or {})}),
         train=replace(finetuning.TRAIN, **{**small, **settings}),
@@ -133,7 +134,8 @@ def test_what_lora_leaves_behind(base, records, tmp_path):
 
 def test_a_dry_run_says_everything_and_trains_nothing(base, records, tmp_path, capsys):
     setup, own, _ = METHODS["lora"]
-    setup(base, out_dir=tmp_path / "out", data=JSON(json_path=records, val_split_fraction=0.2), dry_run=True, **own)
+    data = JSON(json_path=records, val_split_fraction=0.2)
+    flattened(setup)(checkpoint_dir=base, out_dir=tmp_path / "out", data=data, dry_run=True, **own)
     out = capsys.readouterr().out
     for line in (
         "Number of trainable parameters: ",
@@ -153,7 +155,7 @@ def test_pretraining_data_is_refused_by_name(base, tmp_path):
     from litgpt.data import TextFiles
 
     with pytest.raises(ValueError, match=r"--data TextFiles is for pretraining.*--data JSON"):
-        finetune_full.setup(base, out_dir=tmp_path / "out", data=TextFiles(train_data_path=tmp_path))
+        finetune_full.setup(base, tmp_path / "out", finetuning.Options(data=TextFiles(train_data_path=tmp_path)))
 
 
 @pytest.mark.parametrize("command", ["finetune", "finetune_full"])
