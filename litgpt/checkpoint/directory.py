@@ -38,8 +38,9 @@ def resolve_checkpoint_dir(
         FileNotFoundError: Nothing is found, or a directory is found that lacks something; says what, and what to do.
     """
     name = str(name_or_path)
-    known = find_known(name)
-    repo_id = known.repo_id if known else name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
+    model = name.removeprefix("checkpoints/")  # recipes name the directory that a download goes to
+    known = find_known(model)
+    repo_id = known.repo_id if known else model if re.fullmatch(r"[\w.-]+/[\w.-]+", model) else None
     candidates = [Path(name).expanduser(), Path("checkpoints") / name]
     if known:
         candidates.append(Path("checkpoints") / repo_id)

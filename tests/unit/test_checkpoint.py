@@ -401,12 +401,16 @@ def test_what_is_not_here_is_downloaded(checkpoint):
 
     assert resolve_checkpoint_dir("pythia-31m", download=download) == checkpoint
     assert resolve_checkpoint_dir("someone/some-model", download=download) == checkpoint
-    assert asked == ["EleutherAI/pythia-31m", "someone/some-model"]
+    assert resolve_checkpoint_dir("checkpoints/EleutherAI/pythia-31m", download=download) == checkpoint
+    assert resolve_checkpoint_dir("checkpoints/someone/some-model", download=download) == checkpoint
+    assert asked == ["EleutherAI/pythia-31m", "someone/some-model"] * 2
     with pytest.raises(FileNotFoundError, match="litgpt download EleutherAI/pythia-31m"):
         resolve_checkpoint_dir("pythia-31m")
     with pytest.raises(FileNotFoundError):
         resolve_checkpoint_dir("./not/here", download=download)
-    assert len(asked) == 2
+    with pytest.raises(FileNotFoundError):
+        resolve_checkpoint_dir("checkpoints/mine", download=download)
+    assert len(asked) == 4
 
 
 def test_a_near_miss_is_suggested(checkpoint):
