@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+
 LFS = (".safetensors", ".bin", ".gguf", ".pth", ".parquet")
 CHUNK = 2**16
 
@@ -86,6 +89,15 @@ def serve_hub(hub: Hub) -> Iterator[Hub]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def connect(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have this process, which has imported the hub's client already, ask `hub`."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr("huggingface_hub.hf_api.ENDPOINT", hub.url, raising=False)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", hub.url, raising=False)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -18,7 +18,7 @@ from litgpt.hub import HubError
 from litgpt.prompts import ChatTemplate
 from litgpt.tokenizer import Tokenizer
 from tests import tokenizer_files
-from tests.hub_server import Hub, serve_hub
+from tests.hub_server import Hub, connect, serve_hub
 
 TOKEN = "hf_secret"
 CHAT = [
@@ -49,14 +49,8 @@ def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
     """A hub on loopback; data sets go below the test's own directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LITGPT_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with serve_hub(Hub()) as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr("huggingface_hub.hf_api.ENDPOINT", server.url, raising=False)
-        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", server.url, raising=False)
+        connect(server, monkeypatch)
         yield server
 
 
