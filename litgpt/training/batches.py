@@ -12,6 +12,7 @@ from torch import Tensor
 from litgpt.training.loss import IGNORE_INDEX
 
 MANY = 16  # numbers to show at most
+PER_TOKEN, PER_ROW = ("document_ids", "positions"), ("reference_log_probs",)  # inputs that a batch may have
 
 
 class MicroBatch(NamedTuple):
@@ -22,7 +23,7 @@ class MicroBatch(NamedTuple):
     targets: Tensor
     """(B, T) int64, the id to predict at each place, -100 for none"""
     inputs: dict[str, Tensor]
-    """More inputs of the model, each (B, T)"""
+    """More inputs of the model, each (B, T), and of the loss, each (B,)"""
     num_tokens: int
     """How many of the ids are followed by another: padding is not, nor is a row's end"""
     samples: Tensor | None = None
@@ -58,8 +59,9 @@ def _listed(numbers: list[int]) -> str:
 def micro_batch(batch: Tensor | dict[str, Tensor]) -> MicroBatch:
     """Read a loader's batch: tokens (B, T + 1), or a dict with `input_ids` and `labels` (B, T + 1), labels in place.
 
-    In the dict, `document_ids` and `positions` are the model's. `num_tokens` (B,), the tokens of each row that are no
-    padding, and `samples` (B, D), the samples' numbers, are for the record; anything else is left out.
+    In the dict, `document_ids` and `positions` are the model's, `reference_log_probs` (B,) the loss's. `num_tokens`
+    (B,), the tokens of each row that are no padding, and `samples` (B, D), the samples' numbers, are for the record;
+    anything else is left out.
     """
     if isinstance(batch, Tensor):
         return MicroBatch(batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), {}, batch[:, 1:].numel())
@@ -69,7 +71,8 @@ def micro_batch(batch: Tensor | dict[str, Tensor]) -> MicroBatch:
             f"The data module's loader gave {what}. A batch must be an int64 tensor (B, T + 1), or a dict with "
             "input_ids and labels."
         )
-    inputs = {k: batch[k][:, :-1].contiguous() for k in ("document_ids", "positions") if k in batch}
+    inputs = {k: batch[k][:, :-1].contiguous() for k in PER_TOKEN if k in batch}
+    inputs |= {k: batch[k] for k in PER_ROW if k in batch}
     idx = batch["input_ids"][:, :-1].contiguous()
     # Not the end of a row, whether or not padding follows: the count is the same however rows are put into batches.
     num_tokens = int((batch["num_tokens"] - 1).clamp(min=0).sum()) if "num_tokens" in batch else idx.numel()

@@ -18,7 +18,9 @@ from litgpt.checkpoint import SaveError, atomic_directory
 from litgpt.distributed import draw_apart, gathered
 from litgpt.training.arguments import EvalArgs, TrainArgs
 from litgpt.training.batches import BatchStream, MicroBatch
-from litgpt.training.recorder import Recorder
+from litgpt.training.loss import NATS_PER_TOKEN
+from litgpt.training.metrics import val_column
+from litgpt.training.recorder import Recorder, figures_in_words
 from litgpt.training.run_directory import RunDirectory
 from litgpt.training.schedule import Schedule
 from litgpt.training.signals import StopSignals
@@ -75,7 +77,7 @@ def fit(
 
     Args:
         fabric: The devices, launched.
-        model: A `NextTokenLoss`, set up by `fabric`.
+        model: A `LossModule`, set up by `fabric`.
         optimizer: Over the model's trainable parameters, set up by `fabric`.
         batches: This rank's training micro-batches.
         val_batches: Validation batches, the same on every rank; empty for none.
@@ -88,7 +90,8 @@ def fit(
     train, evaluation, recorder = run.train, run.evaluation, run.recorder
     accumulation = train.accumulation(fabric.world_size)
     inner = getattr(optimizer, "optimizer", optimizer)  # the optimizer itself, without Fabric's wrapper
-    gpt = getattr(model, "module", model).gpt
+    loss_module = getattr(model, "module", model)
+    gpt = loss_module.gpt
     progress = Progress()
     draw_apart(fabric.global_rank)
     if run.resume is not None:
@@ -101,7 +104,7 @@ def fit(
     watch = LossWatch(fabric)
     count = TokenCount(fabric, progress, recorder)
 
-    def validation() -> float:
+    def validation() -> dict[str, float]:
         with recorder.off_the_clock():
             return validate_and_tell(fabric, model, val_batches, run, progress)
 
@@ -115,20 +118,20 @@ def fit(
     model.train()
     with StopSignals() as signals, recorder.running(progress, run.total_steps, resumed=run.resume is not None):
         if evaluation.initial_validation and val_batches and progress.step == 0:
-            recorder.write({"step": 0, "val_loss": validation()}, None)
+            recorder.write({"step": 0, **validation()}, None)
         stop = started_as = stop_reason(fabric, run, progress, signals)
         while stop is None:
             logs = (progress.step + 1) % train.log_interval == 0
             learning_rate = run.schedule.apply(inner, progress.step)
             step_batches = [batches.next() for _ in range(accumulation)]
-            losses, targets = accumulate_gradients(fabric, model, step_batches)
+            sums, terms = accumulate_gradients(fabric, model, step_batches)
             grad_norm = clip_gradients(fabric, model, optimizer, train.max_norm, wanted=logs)
             optimizer.step()
             optimizer.zero_grad()
             progress.step += 1
             progress.iteration += accumulation
             progress.position = batches.position
-            watch.see(losses, progress.step, step_batches)
+            watch.see(sums[:, 0], progress.step, step_batches)
             count.add(step_batches)
 
             # From here on the device may be waited for, but only in steps that log, validate or save.
@@ -140,11 +143,12 @@ def fit(
             if logs or validates or stop:
                 watch.check(run.directory)
                 count.settle()
-                loss = (sum_over_ranks(fabric, losses.sum()) / targets).item()
+                loss, *figures = (sum_over_ranks(fabric, sums.sum(dim=0)) / terms).tolist()
                 norm = None if grad_norm is None else gathered(grad_norm).item()
                 row = recorder.step(progress, batches.epoch, loss=loss, learning_rate=learning_rate, grad_norm=norm)
+                row |= zip(loss_module.figures, figures, strict=True)
                 if validates:
-                    row["val_loss"] = validation()
+                    row |= validation()
                 recorder.write(row, progress.val_loss)
             if validates:
                 if progress.judge(progress.val_loss) and (train.keep_best or evaluation.patience):
@@ -163,27 +167,29 @@ def fit(
 
 
 def accumulate_gradients(fabric: Fabric, model: nn.Module, batches: list[MicroBatch]) -> tuple[Tensor, Tensor | int]:
-    """Add up the gradient of one optimizer step: that of the loss per target token over all micro-batches and ranks.
+    """Add up the gradient of one optimizer step: that of the loss per term (target token) over all micro-batches and
+    ranks.
 
     Returns:
-        The loss of each micro-batch, summed over this rank's targets, (micro-batches,) float32; and the number of
-        targets in all of them on all ranks.
+        The loss and the further figures of each micro-batch, summed over this rank's terms, (micro-batches, 1 + F)
+        float32; and the number of terms in all of them on all ranks.
     """
-    targets: Tensor | int = sum(batch.num_targets for batch in batches)
+    loss_module = getattr(model, "module", model)
+    terms: Tensor | int = sum(loss_module.num_terms(batch) for batch in batches)
     if fabric.world_size > 1:  # stays on the device: reading it would wait for the device
-        targets = fabric.all_reduce(torch.tensor(targets, device=fabric.device), reduce_op="sum")
-    targets = max(targets, 1) if isinstance(targets, int) else targets.clamp(min=1)
+        terms = fabric.all_reduce(torch.tensor(terms, device=fabric.device), reduce_op="sum")
+    terms = max(terms, 1) if isinstance(terms, int) else terms.clamp(min=1)
     # Data-parallel training averages gradients over ranks; the sum is wanted.
-    scale = fabric.world_size / targets
-    losses = []
+    scale = fabric.world_size / terms
+    sums = []
     for number, batch in enumerate(batches, start=1):
         waits = number < len(batches)
         with fabric.no_backward_sync(model, enabled=waits) if fabric.world_size > 1 else nullcontext():
             on_device = batch.to(fabric.device)
-            loss = model(on_device.idx, on_device.targets, **on_device.inputs)
-            fabric.backward(loss * scale)
-        losses.append(loss.detach().float())
-    return torch.stack(losses), targets
+            batch_sums = model(on_device.idx, on_device.targets, **on_device.inputs).reshape(-1)  # (1 + F,)
+            fabric.backward(batch_sums[0] * scale)
+        sums.append(batch_sums.detach().float())
+    return torch.stack(sums), terms
 
 
 def clip_gradients(
@@ -302,18 +308,23 @@ class LossWatch:
         )
 
 
-def validate_and_tell(fabric: Fabric, model: nn.Module, val_batches: Any, run: Run, progress: Progress) -> float:
-    """Validate, print the result and, where wanted, a text that the model writes now."""
-    start, console = time.perf_counter(), run.recorder.console
-    loss = validate(fabric, model, val_batches, run.evaluation.max_iters)
+def validate_and_tell(
+    fabric: Fabric, model: nn.Module, val_batches: Any, run: Run, progress: Progress
+) -> dict[str, float]:
+    """Validate, print the result and, where wanted, a text that the model writes now; the columns of the record."""
+    start, console, loss_module = time.perf_counter(), run.recorder.console, getattr(model, "module", model)
+    loss, *values = validate(fabric, model, val_batches, run.evaluation.max_iters)
     progress.val_loss = loss
     seconds = time.perf_counter() - start
-    perplexity = f"{math.exp(loss):.2f}" if loss < 100 else "huge"
-    console.print(f"step {progress.step} | loss val: {loss:.3f}, perplexity: {perplexity} | val time: {seconds:.2f} s")
+    figures = dict(zip(loss_module.figures, values, strict=True))
+    shown = figures_in_words(figures)
+    if loss_module.unit == NATS_PER_TOKEN:
+        shown = f", perplexity: {math.exp(loss):.2f}" if loss < 100 else ", perplexity: huge"
+    console.print(f"step {progress.step} | loss val: {loss:.3f}{shown} | val time: {seconds:.2f} s")
     if run.sample is not None and run.evaluation.max_new_tokens and fabric.global_rank == 0:
         with torch.random.fork_rng():
             console.print(run.sample())
-    return loss
+    return {"val_loss": loss, **{val_column(name): value for name, value in figures.items()}}
 
 
 def save_checkpoint(

@@ -6,7 +6,7 @@ Letters: B batch, T tokens, C embedding width, V padded vocabulary, N = B * T ro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,20 +14,40 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from litgpt.model import GPT
+    from litgpt.training.batches import MicroBatch
 
 IGNORE_INDEX = -100
+NATS_PER_TOKEN = "nats per token"
 # Logits held at a time. Measured on CPU: from about 256 rows on, a chunk costs no more than the plain loss, and large
 # vocabularies less; below that, adding up the head's gradient once per chunk shows.
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}
 MANY_ELEMENTS = 1 << 26
 
 
-class NextTokenLoss(nn.Module):
-    """A GPT and its loss as one module, so that data-parallel wrappers see the whole forward pass, head included."""
+class LossModule(nn.Module):
+    """What `fit` trains: a GPT and its loss as one module, so that data-parallel wrappers see the whole forward pass,
+    head included.
+
+    `forward(idx, targets, **inputs)` gives a sum over the terms of a micro-batch, in float32: a scalar, or (1 + F,),
+    after the loss F further figures for the record. All are divided by the number of terms in the whole optimizer step.
+    """
+
+    unit: ClassVar[str] = NATS_PER_TOKEN
+    """What the loss is in, once divided"""
+    figures: ClassVar[tuple[str, ...]] = ()
+    """Names of the further figures"""
 
     def __init__(self, gpt: GPT) -> None:
         super().__init__()
         self.gpt = gpt
+
+    def num_terms(self, batch: MicroBatch) -> int:
+        """How many terms the sum over a micro-batch has; counted where the batch lies, before it goes to a device."""
+        return batch.num_targets
+
+
+class NextTokenLoss(LossModule):
+    """The cross-entropy of the next token; its terms are the target tokens."""
 
     def forward(self, idx: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
         """The loss summed over target tokens.

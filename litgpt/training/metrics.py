@@ -5,17 +5,30 @@ from __future__ import annotations
 import csv
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from litgpt.checkpoint import atomic_file
 from litgpt.model import GPT
 from litgpt.quantize import num_parameters
+from litgpt.training.loss import NATS_PER_TOKEN
 
 COLUMNS = (
     *("step", "iter", "epoch", "loss", "val_loss", "learning_rate", "tokens"),
     *("tokens_per_sec", "grad_norm", "iter_time", "mfu", "time"),
 )
+
+
+def val_column(figure: str) -> str:
+    """The column of a further figure (see `LossModule`) on the validation data."""
+    return f"val_{figure}"
+
+
+def columns_with(figures: Sequence[str]) -> tuple[str, ...]:
+    """The columns of a run whose loss gives further figures: these stand after the losses."""
+    place = COLUMNS.index("learning_rate")
+    return (*COLUMNS[:place], *figures, *map(val_column, figures), *COLUMNS[place:])
 
 
 class MetricsFile:
@@ -28,20 +41,21 @@ class MetricsFile:
     Args:
         path: The file.
         after_step: Keep rows up to this step (a resumed run says the later ones again); None starts a new file.
+        figures: Names of what the loss gives beside itself.
     """
 
-    def __init__(self, path: Path, after_step: int | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path, after_step: int | None = None, figures: Sequence[str] = ()) -> None:
+        self.path, self.columns = path, columns_with(figures)
         kept = [] if after_step is None else [r for r in read_metrics(path) if int(r["step"]) <= after_step]
         with atomic_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(kept)
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row; it is on disk when this returns."""
         with open(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, COLUMNS).writerow({k: "" if v is None else v for k, v in row.items()})
+            csv.DictWriter(file, self.columns).writerow({k: "" if v is None else v for k, v in row.items()})
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
@@ -52,7 +66,7 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if row.get("step", "").isdecimal() and row[COLUMNS[-1]] is not None]
 
 
-def plot_losses(metrics: Path, picture: Path) -> None:
+def plot_losses(metrics: Path, picture: Path, unit: str = NATS_PER_TOKEN) -> None:
     """Draw the losses in a metrics.csv over the steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -65,7 +79,7 @@ def plot_losses(metrics: Path, picture: Path) -> None:
         points = [(x, y) for x, y in points if math.isfinite(y)]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=4)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes.set(xlabel="optimizer step", ylabel=f"loss ({unit})")
     if axes.lines:
         axes.legend()
     axes.grid(alpha=0.3)

@@ -9,6 +9,7 @@ from typing import Any
 
 from litgpt.training.console import Console
 from litgpt.training.loggers import Logger
+from litgpt.training.loss import LossModule
 from litgpt.training.metrics import MetricsFile, plot_losses
 from litgpt.training.run_directory import METRICS_FILE, PLOT_FILE, RunDirectory
 from litgpt.training.state import Progress
@@ -23,6 +24,7 @@ class Recorder:
         logger: Where metrics go beside that; None for nowhere (and on ranks other than 0).
         flops_per_token: Operations of a forward and backward pass per token, for the MFU.
         peak_flops: Operations per second of all devices; None where it is not known, and then there is no MFU.
+        loss: Says what the loss is in, and which figures come with it.
     """
 
     def __init__(
@@ -33,9 +35,11 @@ class Recorder:
         *,
         flops_per_token: float = 0.0,
         peak_flops: float | None = None,
+        loss: LossModule | type[LossModule] = LossModule,
     ) -> None:
         self.console, self.directory, self.logger = console, directory, logger
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.figures, self.unit = loss.figures, loss.unit
         self._metrics: MetricsFile | None = None
         self._iterations = self._tokens = 0
         self._window_start = self._start = time.perf_counter()
@@ -47,7 +51,7 @@ class Recorder:
         self._earlier, self._start = progress.seconds, time.perf_counter()
         if self.console.active:
             path = self.directory.path / METRICS_FILE
-            self._metrics = MetricsFile(path, after_step=progress.step if resumed else None)
+            self._metrics = MetricsFile(path, progress.step if resumed else None, self.figures)
             self.console.start_bar(total_steps, progress.step)
         self._window_start = time.perf_counter()
         try:
@@ -55,7 +59,7 @@ class Recorder:
         finally:
             self.console.close_bar()
             if self._metrics is not None:
-                plot_losses(self._metrics.path, self.directory.path / PLOT_FILE)
+                plot_losses(self._metrics.path, self.directory.path / PLOT_FILE, self.unit)
 
     def finish(self) -> None:
         """Nothing more will be logged."""
@@ -123,10 +127,16 @@ class Recorder:
         # The epoch that the step's last sample was of: 1.0 is the end of the first.
         epoch = max(1, -int(-row["epoch"] // 1))
         line = (
-            f"Epoch {epoch} | iter {row['iter']} step {row['step']} | loss train: {row['loss']:.3f}, val: {val} | "
+            f"Epoch {epoch} | iter {row['iter']} step {row['step']} | loss train: {row['loss']:.3f}, val: {val}"
+            f"{figures_in_words({name: row[name] for name in self.figures})} | "
             f"iter time: {row['iter_time'] * 1000:.2f} ms (step)"
         )
         figures = {"loss": f"{row['loss']:.3f}", "val": val, "tok/s": f"{row['tokens_per_sec']:,.0f}"}
         if row["mfu"] is not None:
             figures["MFU"] = f"{row['mfu']:.1%}"
         self.console.step(row["step"], line, **figures)
+
+
+def figures_in_words(figures: dict[str, float]) -> str:
+    """Further figures of the loss, to follow it on a line; nothing where there are none."""
+    return "".join(f", {name.replace('_', ' ')}: {value:.3f}" for name, value in figures.items())

@@ -16,36 +16,38 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def validate(fabric: Fabric, model: nn.Module, batches: Iterable, max_batches: int) -> float:
-    """The loss per target token over the first `max_batches` of `batches`, shared out among the ranks.
+def validate(fabric: Fabric, model: nn.Module, batches: Iterable, max_batches: int) -> list[float]:
+    """The loss and its further figures per term (target token) over the first `max_batches` of `batches`, shared out
+    among the ranks.
 
     Args:
         fabric: The devices.
-        model: A `NextTokenLoss`, set up by `fabric`.
+        model: A `LossModule`, set up by `fabric`.
         batches: The same on every rank; each takes its share.
         max_batches: How many batches to use over all ranks.
     """
     was_training = model.training
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64)  # loss, targets
-    losses, targets = [], 0
-    for batch in _share(map(micro_batch, islice(batches, max_batches)), fabric.global_rank, fabric.world_size):
-        targets += batch.num_targets
+    loss_module = getattr(model, "module", model)
+    total = torch.zeros(2 + len(loss_module.figures), dtype=torch.float64)  # terms, loss, figures
+    sums = []
+    for batch in share_out(map(micro_batch, islice(batches, max_batches)), fabric.global_rank, fabric.world_size):
+        total[0] += loss_module.num_terms(batch)
         on_device = batch.to(fabric.device)
-        losses.append(model(on_device.idx, on_device.targets, **on_device.inputs).float())
-    if losses:
-        total = torch.tensor([torch.stack(losses).cpu().double().sum().item(), targets], dtype=torch.float64)
+        sums.append(model(on_device.idx, on_device.targets, **on_device.inputs).float().reshape(-1))
+    if sums:
+        total[1:] = torch.stack(sums).cpu().double().sum(dim=0)
     total = _sum_over_ranks(fabric, total)
     model.train(was_training)
-    if total[1] == 0:
+    if total[0] == 0:
         raise ValueError(
-            "The validation data holds no token to predict. Add validation data, or leave validation out with a larger "
+            "The validation data holds nothing to predict. Add validation data, or leave validation out with a larger "
             "--eval.interval and --eval.final_validation false."
         )
-    return (total[0] / total[1]).item()
+    return (total[1:] / total[0]).tolist()
 
 
-def _share(batches: Iterable[MicroBatch], rank: int, world_size: int) -> Iterable[MicroBatch]:
+def share_out(batches: Iterable[MicroBatch], rank: int, world_size: int) -> Iterable[MicroBatch]:
     """Every world_size-th batch from `rank` on. All ranks get equally many, since a sharded model needs all of them
     for each forward pass: a rank that has run out gets a batch without targets."""
     group: list[MicroBatch] = []

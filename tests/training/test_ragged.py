@@ -72,7 +72,7 @@ def test_validation_is_the_mean_over_all_target_tokens(packed, batch_size):
         ids, targets = torch.tensor(sample.ids)[None], torch.tensor(sample.targets)
         losses.append(F.cross_entropy(gpt(ids[:, :-1])[0], ids[0, 1:], reduction="none")[targets[1:]])
     fabric = Fabric(accelerator="cpu", devices=1)
-    found = validate(fabric, fabric.setup_module(NextTokenLoss(gpt)), data.val_dataloader(), 100)
+    [found] = validate(fabric, fabric.setup_module(NextTokenLoss(gpt)), data.val_dataloader(), 100)
     assert found == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
 
 
