@@ -15,6 +15,7 @@ Letters of the shapes written beside the tensors:
 
 import math
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -95,7 +96,7 @@ class GPT(nn.Module):
         scale = math.sqrt(self.config.n_embd) if self.config.scale_embeddings else self.config.embedding_multiplier
         x = x if scale == 1 else x * scale
         places = torch.arange(idx.size(1), device=idx.device)[None] if positions is None else positions
-        rotations = self.rope(places, idx.size(1) if cache is None else cache.max_length)
+        rotations = self.rope(places, idx.size(1) if cache is None else cache.lengths)
         plans = self._plan_attention(idx, positions, document_ids, cache, x.dtype)
         for layer, block in enumerate(self.transformer["h"]):
             layer_cache = None if cache is None else cache.layers[layer]
@@ -555,8 +556,9 @@ class RotaryEmbedding(nn.Module):
         frequencies, self.magnitudes = rope_frequencies(config)
         self.register_buffer("frequencies", frequencies, persistent=False)  # (bases, P)
 
-    def forward(self, positions: Tensor, length: int) -> list[Rotation | None]:
-        """(B or 1, T) positions in sequences of up to `length` -> the rotations, in the order `rotation_of` counts."""
+    def forward(self, positions: Tensor, length: int | Tensor) -> list[Rotation | None]:
+        """(B or 1, T) positions in sequences of up to `length`, of each row (B, 1), -> the rotations, in the order
+        `rotation_of` counts."""
         if self.frequencies.device != positions.device:  # the weights were given to a model built without memory
             self.frequencies = rope_frequencies(self.config)[0].to(positions.device)
         positions = positions.clamp(min=0)
@@ -567,8 +569,12 @@ class RotaryEmbedding(nn.Module):
             for of_base, magnitude in zip(angles, self.magnitudes, strict=True)
         ]
         if self.config.rope_kind == "longrope":
-            # A property of the call, not of the token: keys that are cached must fit the queries still to come.
-            rotations = rotations[length > self.config.rope_adjustments["original_max_seq_len"] :][:1]
+            # A property of the sequence, not of the token: keys that are cached must fit the queries still to come.
+            is_long = torch.as_tensor(length > self.config.rope_adjustments["original_max_seq_len"])[..., None, None]
+            (short, long), is_long = rotations, is_long.to(positions.device)
+            rotations = [
+                Rotation(*(torch.where(is_long, *pair) for pair in zip(long[:2], short[:2], strict=True)), scale)
+            ]
         return [*rotations, None]
 
     def _apply(self, fn, recurse=True):
@@ -821,41 +827,52 @@ class Ring:
 
     def __init__(self, batch_size: int, length: int, device: torch.device | str) -> None:
         slots = -(-(length + 1) // 8) * 8
-        self.length = slots - 1
-        self.positions = torch.full((batch_size, slots), -1, dtype=torch.int64, device=device)  # (B, slots), -1 = empty
-        self.rows = torch.arange(batch_size, device=device)[:, None]  # (B, 1)
+        self.table = torch.full((batch_size, slots), -1, dtype=torch.int64, device=device)  # -1 = empty
+        self.chosen: slice | Tensor = slice(None)  # the rows that this call is about
+        self.rows = torch.arange(batch_size, device=device)[:, None]  # (B, 1), the same as indices
         self.read_length: int | None = None
+
+    @property
+    def length(self) -> int:
+        return self.table.size(1) - 1
+
+    @property
+    def positions(self) -> Tensor:
+        """(B, slots)."""
+        return self.table[self.chosen]
 
     def claim(self, positions: Tensor) -> Tensor:
         """Marks the slots of these (B, T) positions as theirs and returns them, (B, T)."""
         newest = positions.amax(dim=1, keepdim=True)
         keep = (positions >= 0) & (positions > newest - self.length)
         slots = torch.where(keep, positions % self.length, self.length)
-        self.positions.scatter_(1, slots, torch.where(keep, positions, -1))
+        self.table[self.rows, slots] = torch.where(keep, positions, -1)
         return slots
+
+    def select(self, rows: slice | Tensor) -> "Ring":
+        selected = copy(self)
+        selected.chosen = rows
+        selected.rows = torch.arange(self.table.size(0), device=self.table.device)[rows, None]
+        return selected
 
 
 class LayerCache:
     """What one layer remembers: tensors of shape (B, slots, G, D), in slots shared by the layers of its kind."""
 
-    def __init__(self, ring: Ring, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> None:
-        batch_size, slots = ring.positions.shape
-        device = ring.positions.device
-        # Zeros, not empty: a hidden slot is multiplied by 0, which must not meet a NaN.
-        self.tensors = [torch.zeros(batch_size, slots, *shape, dtype=dtype, device=device) for shape in shapes]
-        self.rows = ring.rows
+    def __init__(self, ring: Ring, tensors: Sequence[Tensor]) -> None:
+        self.ring = ring
+        self.tensors = tensors
 
     def update(self, plan: AttentionPlan, *new: Tensor) -> tuple[Tensor, ...]:
         """Stores tensors (B, T, G, D) of this call and returns those to attend to, (B, S, G, D)."""
         read = new
         if plan.reads == "both":
             pairs = zip(self.tensors, new, strict=True)
-            read = tuple(torch.cat((stored.to(fresh.dtype), fresh), dim=1) for stored, fresh in pairs)
+            read = tuple(torch.cat((stored[self.ring.chosen].to(fresh.dtype), fresh), dim=1) for stored, fresh in pairs)
         for stored, fresh in zip(self.tensors, new, strict=True):
-            stored[self.rows, plan.slots] = fresh.detach().to(stored.dtype)
+            stored[self.ring.rows, plan.slots] = fresh.detach().to(stored.dtype)
         if plan.reads == "cache":
-            length = self.tensors[0].size(1) if plan.read_length is None else plan.read_length
-            read = tuple(stored[:, :length] for stored in self.tensors)
+            read = tuple(stored[self.ring.chosen, : plan.read_length] for stored in self.tensors)
         return read
 
 
@@ -874,25 +891,80 @@ class KVCache:
         self.batch_size = batch_size
         self.max_length = max_length
         self.is_empty = True
-        windows = [window_of(config, layer) for layer in range(config.n_layer)]
-        self.rings = {window: Ring(batch_size, min(window or max_length, max_length), device) for window in windows}
+        # How long each row will get at most: the rotations of some models depend on it.
+        self.lengths = torch.full((batch_size, 1), max_length, dtype=torch.int64, device=device)
+        self.windows = [window_of(config, layer) for layer in range(config.n_layer)]
+        self.rings = {
+            window: Ring(batch_size, min(window or max_length, max_length), device) for window in self.windows
+        }
         latent = config.latent_attention
         if latent is None:
             shapes = [(config.n_query_groups, config.head_size)] * 2
         else:
             shapes = [(1, latent["kv_lora_rank"] + latent["qk_rope_head_dim"])]
-        self.layers = [LayerCache(self.rings[window], shapes, dtype) for window in windows]
+        # Zeros, not empty: a hidden slot is multiplied by 0, which must not meet a NaN.
+        self.layers = [
+            LayerCache(ring, [torch.zeros(*ring.table.shape, *shape, dtype=dtype, device=device) for shape in shapes])
+            for ring in (self.rings[window] for window in self.windows)
+        ]
+
+    def select(self, rows: slice | Tensor, is_empty: bool = False) -> "KVCache":
+        """A cache of some of the rows, in the same memory; for a slice attention reads it without a copy.
+
+        Args:
+            rows: A slice, or indices (B',) of rows.
+            is_empty: Whether nothing that these rows hold is to be seen.
+        """
+        selected = copy(self)
+        selected.rings = {window: ring.select(rows) for window, ring in self.rings.items()}
+        layers = zip(self.windows, self.layers, strict=True)
+        selected.layers = [LayerCache(selected.rings[window], layer.tensors) for window, layer in layers]
+        selected.lengths = self.lengths[rows]
+        selected.batch_size = selected.lengths.size(0)
+        selected.is_empty = is_empty
+        return selected
 
     def reset(self, rows: Sequence[int] | Tensor | None = None) -> None:
         """Forgets some rows, or everything."""
         for ring in self.rings.values():
-            ring.positions[slice(None) if rows is None else rows] = -1
+            ring.table[slice(None) if rows is None else rows] = -1
         self.is_empty = self.is_empty or rows is None
 
-    def tensors(self) -> Iterator[Tensor]:
-        """Every tensor that the model changes in place, for what needs to know their addresses (CUDA graphs)."""
+    def can_rewind(self, held: int, length: int) -> bool:
+        """Whether a row that holds the positions below `held` still has all that position `length` is to see: sliding
+        windows drop earlier positions for later ones.
+        """
+        return length == held or all(held <= ring.length for ring in self.rings.values())
+
+    def rewind(self, row: int, length: int) -> None:
+        """Forgets the positions of a row from `length` on."""
         for ring in self.rings.values():
-            yield ring.positions
+            ring.table[row].masked_fill_(ring.table[row] >= length, -1)
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Gives one row what another holds."""
+        for tensor in self.tensors():
+            tensor[target] = tensor[source]
+
+    def grow(self, batch_size: int, max_length: int) -> None:
+        """Makes room for more rows, and for more positions in each; what is held stays."""
+        # The slot of a position stays the same: positions wrap around in windows only, which stay as long as they are.
+        device = self.lengths.device
+        rings = {window: Ring(batch_size, min(window or max_length, max_length), device) for window in self.rings}
+        for window, ring in self.rings.items():
+            put_first(ring.table, rings[window].table)
+        for window, layer in zip(self.windows, self.layers, strict=True):
+            for index, old in enumerate(layer.tensors):
+                layer.tensors[index] = put_first(old, old.new_zeros(*rings[window].table.shape, *old.shape[2:]))
+            layer.ring = rings[window]
+        self.rings = rings
+        self.lengths = put_first(self.lengths, torch.full((batch_size, 1), max_length, device=device))
+        self.batch_size, self.max_length = batch_size, max_length
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor of (B, ...) that the model changes in place."""
+        for ring in self.rings.values():
+            yield ring.table
         for layer in self.layers:
             yield from layer.tensors
 
@@ -903,3 +975,9 @@ class KVCache:
         """
         if None in self.rings:
             self.rings[None].read_length = length
+
+
+def put_first(old: Tensor, new: Tensor) -> Tensor:
+    """Puts a tensor at the beginning of a larger one, in the first two dimensions, and returns that."""
+    new[: old.size(0), : old.size(1)] = old
+    return new
