@@ -98,6 +98,7 @@ class LoRALinear(KeepsFloat32):
         self.linear = linear.requires_grad_(False)
         self.rows = rows
         self.rank, self.scaling = settings.r, settings.scaling
+        self.enabled = True  # without it, the layer does what the original did
         updated = [size for size, updates in rows if updates]
         where = {"device": _device(linear), "dtype": torch.float32}
         self.lora_A = nn.Parameter(torch.empty(len(updated) * settings.r, linear.in_features, **where))
@@ -125,6 +126,8 @@ class LoRALinear(KeepsFloat32):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         y = self.linear(x)
+        if not self.enabled:
+            return y
         hidden = F.linear(self.dropout(x), self.lora_A.to(x.dtype)) * self.scaling  # (..., n * r)
         parts = zip(hidden.split(self.rank, dim=-1), self.lora_B.to(x.dtype).split(self._sizes()), strict=True)
         update = torch.cat([F.linear(a, b) for a, b in parts], dim=-1)  # (..., updated rows)
