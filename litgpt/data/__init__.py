@@ -18,8 +18,10 @@ _PLACES = {
     "Dolly": "litgpt.data.dolly",
     "FLAN": "litgpt.data.flan",
     "HFDataset": "litgpt.data.hub_data",
+    "HFPreferences": "litgpt.data.preferences",
     "LIMA": "litgpt.data.multi_turn",
     "LongForm": "litgpt.data.longform",
+    "Preferences": "litgpt.data.preferences",
 }
 __all__ = [
     "FLAN",
@@ -32,8 +34,10 @@ __all__ = [
     "Deita",
     "Dolly",
     "HFDataset",
+    "HFPreferences",
     "LengthGroupedSampler",
     "LongForm",
+    "Preferences",
     "SFTData",
     "StreamSampler",
     "TextFiles",

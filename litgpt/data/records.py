@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 INSTRUCTION, COMPLETION = "instruction/input/output", "prompt/completion"
 MESSAGES, CONVERSATIONS = "messages", "conversations (ShareGPT)"
@@ -30,6 +30,7 @@ ROLES = {
 SHOWN_ERRORS = 3
 
 Message = dict[str, Any]
+Recognised = TypeVar("Recognised")
 
 
 class Record(NamedTuple):
@@ -73,10 +74,20 @@ class Conversation:
 
 
 def read_conversations(records: Iterable[Record], columns: Mapping[str, str] | None = None) -> list[Conversation]:
-    """The conversation of every record.
+    """The conversation of every record; see `recognise_all`."""
+    return recognise_all(records, recognise, columns)
+
+
+def recognise_all(
+    records: Iterable[Record],
+    recognise_one: Callable[[Record, Mapping[str, str] | None], Recognised],
+    columns: Mapping[str, str] | None = None,
+) -> list[Recognised]:
+    """What every record says.
 
     Args:
         records: The records.
+        recognise_one: Reads one.
         columns: Key of a form -> what the records call it.
 
     Raises:
@@ -85,7 +96,7 @@ def read_conversations(records: Iterable[Record], columns: Mapping[str, str] | N
     found, errors = [], []
     for record in records:
         try:
-            found.append(recognise(record, columns))
+            found.append(recognise_one(record, columns))
         except ValueError as error:
             errors.append(f"{record.where}: {error}")
     if errors:
@@ -96,15 +107,7 @@ def read_conversations(records: Iterable[Record], columns: Mapping[str, str] | N
 
 def recognise(record: Record, columns: Mapping[str, str] | None = None) -> Conversation:
     """The conversation of one record; ValueError where it fits no form."""
-    values = record.values
-    if not isinstance(values, Mapping):
-        raise ValueError(f"a record is an object with keys such as instruction and output, not {_kind(values)}.")
-    if columns:
-        missing = [source for source in columns.values() if source not in values]
-        if missing:
-            raise ValueError(f"has no {_listed(missing)}; its keys are {_listed(values)}.")
-        renamed = {key: values[source] for key, source in columns.items()}
-        values = {key: value for key, value in values.items() if key not in columns.values()} | renamed
+    values = keyed_values(record, columns)
     form = next((form for form, (needed, _) in FORMS.items() if all(key in values for key in needed)), None)
     if form is None:
         raise ValueError(_fits_none(values))
@@ -113,15 +116,35 @@ def recognise(record: Record, columns: Mapping[str, str] | None = None) -> Conve
     else:
         question, answer = FORMS[form][0]
         messages = [
-            {"role": "user", "content": _text(values, question)},
-            {"role": "assistant", "content": _text(values, answer)},
+            {"role": "user", "content": text_of(values, question)},
+            {"role": "assistant", "content": text_of(values, answer)},
         ]
-    if values.get("system") and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": _text(values, "system")}, *messages]
+    messages = with_system(messages, values)
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError(f"has nothing to learn: no message of the assistant in its {FORMS[form][0][0]}.")
-    beside = _text(values, "input") if form == INSTRUCTION and values.get("input") else ""
-    return Conversation(messages, form, record.where, beside, _tools(values))
+    beside = text_of(values, "input") if form == INSTRUCTION and values.get("input") else ""
+    return Conversation(messages, form, record.where, beside, tools_of(values))
+
+
+def keyed_values(record: Record, columns: Mapping[str, str] | None) -> Mapping[str, Any]:
+    """A record's values by the keys of a form; ValueError where it is no object or lacks a column."""
+    values = record.values
+    if not isinstance(values, Mapping):
+        raise ValueError(f"a record is an object with keys such as instruction and output, not {kind_of(values)}.")
+    if not columns:
+        return values
+    missing = [source for source in columns.values() if source not in values]
+    if missing:
+        raise ValueError(f"has no {listed(missing)}; its keys are {listed(values)}.")
+    renamed = {key: values[source] for key, source in columns.items()}
+    return {key: value for key, value in values.items() if key not in columns.values()} | renamed
+
+
+def with_system(messages: list[Message], values: Mapping[str, Any]) -> list[Message]:
+    """Messages with the `system` text that may stand beside them, unless they begin with one of their own."""
+    if values.get("system") and messages[0]["role"] != "system":
+        return [{"role": "system", "content": text_of(values, "system")}, *messages]
+    return messages
 
 
 def read_messages(value: Any) -> list[Message]:
@@ -132,7 +155,7 @@ def read_messages(value: Any) -> list[Message]:
         except ValueError:
             raise ValueError("its messages are a text that is not JSON; a list of messages is expected.") from None
     if not isinstance(value, (list, tuple)) or not value:
-        raise ValueError(f"a list of messages is expected, not {_kind(value)}.")
+        raise ValueError(f"a list of messages is expected, not {kind_of(value)}.")
     if all(isinstance(entry, str) for entry in value):
         return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(value)]
     return [_message(number, entry) for number, entry in enumerate(value, start=1)]
@@ -140,11 +163,11 @@ def read_messages(value: Any) -> list[Message]:
 
 def _message(number: int, entry: Any) -> Message:
     if not isinstance(entry, Mapping):
-        raise ValueError(f"message {number} is {_kind(entry)}; {{role, content}} is expected.")
+        raise ValueError(f"message {number} is {kind_of(entry)}; {{role, content}} is expected.")
     role_key, text_key = ("from", "value") if "from" in entry else ("role", "content")
     if role_key not in entry or (text_key not in entry and not entry.get("tool_calls")):
         missing = role_key if role_key not in entry else text_key
-        raise ValueError(f"message {number} has no {missing!r}; its keys are {_listed(entry)}.")
+        raise ValueError(f"message {number} has no {missing!r}; its keys are {listed(entry)}.")
     role = str(entry[role_key]).lower()
     role = ROLES.get(role, role)
     if role not in ("system", "developer", "user", "assistant", "tool", "function", "ipython"):
@@ -161,10 +184,10 @@ def _content(number: int, content: Any) -> str:
         return content
     if isinstance(content, (list, tuple)) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):
         return "".join(part["text"] for part in content)
-    raise ValueError(f"message {number} holds {_kind(content)}; only text can be trained on.")
+    raise ValueError(f"message {number} holds {kind_of(content)}; only text can be trained on.")
 
 
-def _tools(values: Mapping) -> list[dict[str, Any]] | None:
+def tools_of(values: Mapping) -> list[dict[str, Any]] | None:
     """The list of tools beside messages; some files keep it as JSON inside a text."""
     tools = values.get("tools")
     if isinstance(tools, str) and tools.strip():
@@ -173,14 +196,14 @@ def _tools(values: Mapping) -> list[dict[str, Any]] | None:
         except ValueError:
             raise ValueError("its 'tools' are a text that is not JSON; a list is expected.") from None
     if tools and not isinstance(tools, list):
-        raise ValueError(f"its 'tools' are {_kind(tools)}; a list is expected.")
+        raise ValueError(f"its 'tools' are {kind_of(tools)}; a list is expected.")
     return tools or None
 
 
-def _text(values: Mapping, key: str) -> str:
+def text_of(values: Mapping, key: str) -> str:
     value = values[key]
     if not isinstance(value, str):
-        raise ValueError(f"its {key!r} is {_kind(value)}, not a text.")
+        raise ValueError(f"its {key!r} is {kind_of(value)}, not a text.")
     return value
 
 
@@ -189,13 +212,13 @@ def _fits_none(values: Mapping) -> str:
     form = max(FORMS, key=lambda form: (sum(key in values for key in FORMS[form][0]), form == INSTRUCTION))
     missing = [key for key in FORMS[form][0] if key not in values]
     others = ", ".join(other for other in FORMS if other != form)
-    return f"has no {_listed(missing)} for the form {form} (others: {others}). Its keys are {_listed(values)}."
+    return f"has no {listed(missing)} for the form {form} (others: {others}). Its keys are {listed(values)}."
 
 
-def _listed(names: Iterable[Any]) -> str:
+def listed(names: Iterable[Any]) -> str:
     return ", ".join(repr(str(name)) for name in names) or "none"
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     names = {dict: "an object", list: "an empty list" if value == [] else "a list", str: "a text", type(None): "null"}
     return names.get(type(value), f"{value!r}"[:40])

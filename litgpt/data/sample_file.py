@@ -70,7 +70,7 @@ class SampleFile(Sequence[Sample]):
     def write(
         cls,
         directory: Path,
-        conversations: Sequence[Conversation],
+        conversations: Iterable[Conversation],
         encoded: Iterable[list[Encoded]],
         encoder: ConversationEncoder,
         drop_long: bool,
@@ -118,7 +118,7 @@ class SampleFile(Sequence[Sample]):
                     summary.targets += sum(sequence.targets)
                     summary.longest = max(summary.longest, len(sequence.ids))
         if empty:
-            raise ValueError(_nothing_to_learn(empty, summary.records, encoder.max_tokens))
+            raise ValueError(nothing_to_learn(empty, summary.records, encoder.max_tokens))
         summary.samples, summary.tokens, summary.forms = len(answers), starts[-1], dict(forms)
         for name, values in ((STARTS, starts), (MESSAGE_STARTS, message_starts), (ANSWERS, answers)):
             np.save(directory / name, np.asarray(values, dtype=np.int64))
@@ -195,7 +195,8 @@ def _as_line(conversation: Conversation, sequence: Encoded, encoder: Conversatio
     return json.dumps(messages, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
 
 
-def _nothing_to_learn(empty: list[tuple[str, int]], records: int, max_tokens: int | None) -> str:
+def nothing_to_learn(empty: list[tuple[str, int]], records: int, max_tokens: int | None) -> str:
+    """What is wrong with records that leave nothing to predict: where each stands, and the tokens of its prompt."""
     where, prompt = empty[0]
     if max_tokens is None or prompt < max_tokens:
         return f"{len(empty):,} of {records:,} records have nothing to learn; the first is {where}: its reply is empty."

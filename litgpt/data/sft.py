@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -18,8 +18,8 @@ from litgpt.data.base import DataModule, LengthGroupedSampler, StreamSampler, st
 from litgpt.data.packing import Collate, Rows, pack
 from litgpt.data.record_files import content_hash, read_records
 from litgpt.data.records import Conversation, Message, read_conversations
-from litgpt.data.sample_encoding import ConversationEncoder, class_identity, encode_all, style_identity
-from litgpt.data.sample_file import IGNORE_INDEX, SampleFile, Summary
+from litgpt.data.sample_encoding import ConversationEncoder, Encoded, class_identity, encode_all, style_identity
+from litgpt.data.sample_file import IGNORE_INDEX, Sample, SampleFile, Summary
 from litgpt.data.token_stream import cache_directory
 from litgpt.prompts import PromptStyle, choose_prompt_style
 
@@ -61,6 +61,9 @@ class SFTData(DataModule):
     """Processes that load batches, at most one per CPU core; 0 loads them in the training process"""
 
     single_turn_style: ClassVar[str] = "alpaca"
+    encoder: ClassVar[type[ConversationEncoder]] = ConversationEncoder
+    rows_per_sample: ClassVar[int] = 1
+    """Rows of a batch that one sample takes"""
     key_names: ClassVar[dict[str, str]] = {}
     """Key of a form (see `litgpt.data.records`) -> what this data set calls it"""
 
@@ -127,7 +130,7 @@ class SFTData(DataModule):
         splits = self._split()
         is_chat = any(conversation.is_chat for split in splits.values() for conversation in split)
         mask_prompt = is_chat if self.mask_prompt is None else self.mask_prompt
-        encoder = ConversationEncoder(self._tokenizer, self._style_for(is_chat), mask_prompt, self._max_tokens())
+        encoder = self.encoder(self._tokenizer, self._style_for(is_chat), mask_prompt, self._max_tokens())
         directory.parent.mkdir(parents=True, exist_ok=True)
         with atomic_directory(directory, overwrite=True) as temporary:
             for name, conversations in splits.items():
@@ -138,7 +141,7 @@ class SFTData(DataModule):
                     delay=2,
                     disable=None,
                 )
-                SampleFile.write(temporary / name, conversations, encoded, encoder, self.on_long == "drop")
+                self._write(temporary / name, conversations, encoded, encoder)
             choice = {"is_chat": is_chat, "mask_prompt": mask_prompt, "end": encoder.end}
             (temporary / CHOICE).write_text(json.dumps(choice), encoding="utf-8")
 
@@ -148,9 +151,7 @@ class SFTData(DataModule):
         self._packed: dict[Path, list[list[int]]] = {}
         self._train, self._val = (SampleFile(directory / name) for name in SPLITS)
         if not len(self._train):
-            summary = self._train.summary
-            reason = f"all {summary.dropped:,} samples are too long" if summary.dropped else "there are no records"
-            raise ValueError(f"--data {type(self).__name__} leaves nothing to train on: {reason}.")
+            raise ValueError(f"--data {type(self).__name__} leaves nothing to train on: {self._why_empty()}.")
 
     @property
     def train_samples(self) -> SampleFile:
@@ -167,6 +168,15 @@ class SFTData(DataModule):
         """The prompt style in effect."""
         return self._style_for(self._choice["is_chat"])
 
+    @property
+    def num_examples(self) -> int:
+        """How many validation conversations there are."""
+        return len(self._val)
+
+    def shown(self) -> dict[str, Sample]:
+        """What is shown of the training data before a run, by what it is."""
+        return {"One training sample": self._train[0]}
+
     def example(self, index: int) -> list[Message]:
         """Validation conversation number `index` without its last reply."""
         return self._val.messages_of(self._checked(index))[:-1]
@@ -179,21 +189,21 @@ class SFTData(DataModule):
         rows = self._rows(self._train)
         sampler: StreamSampler | None = None
         if not self.pack and self._samples_per_step:
-            lengths = self._train.lengths
+            lengths = self._train.lengths.reshape(-1, self.rows_per_sample).max(axis=1)
             sampler = LengthGroupedSampler(lengths, self._batch_size, self._samples_per_step, seed=self.seed)
         return stream_loader(
             rows,
             self._batch_size,
             seed=self.seed,
             num_workers=self.num_workers,
-            collate_fn=self._collate(),
+            collate_fn=self._collate(self._train),
             sampler=sampler,
         )
 
     def val_dataloader(self) -> DataLoader | list:
         if not len(self._val):
             return []
-        return DataLoader(self._rows(self._val), batch_size=self._batch_size, collate_fn=self._collate())
+        return DataLoader(self._rows(self._val), batch_size=self._batch_size, collate_fn=self._collate(self._val))
 
     def describe(self) -> str:
         """What is trained and validated on, and how."""
@@ -249,6 +259,21 @@ class SFTData(DataModule):
             return {TRAIN: train, VAL: self.conversations(VAL)}
         return dict(zip(SPLITS, hold_out(train, self._fraction(), self.seed), strict=True))
 
+    def _write(
+        self,
+        directory: Path,
+        conversations: list[Conversation],
+        encoded: Iterable[list[Encoded]],
+        encoder: ConversationEncoder,
+    ) -> None:
+        """Write the samples of a split."""
+        SampleFile.write(directory, conversations, encoded, encoder, self.on_long == "drop")
+
+    def _why_empty(self) -> str:
+        """Why there are no training samples."""
+        dropped = self._train.summary.dropped
+        return f"all {dropped:,} samples are too long" if dropped else "there are no records"
+
     def _directory(self) -> Path:
         """Where the samples are cached: what decides them is in its name."""
         if self._tokenizer is None:
@@ -273,13 +298,13 @@ class SFTData(DataModule):
             self._packed[samples.directory] = pack(samples.lengths, self._max_tokens(), self.seed)
         return Rows(samples, self._packed[samples.directory])
 
-    def _collate(self) -> Collate:
+    def _collate(self, samples: SampleFile) -> Collate:
         multiple = GPU_MULTIPLE if torch.accelerator.is_available() else 1
         return Collate(self.pack, multiple, self._max_seq_length)
 
     def _checked(self, index: int) -> int:
-        if not 0 <= index < len(self._val):
-            raise ValueError(f"There is no validation example {index}: there are {len(self._val)}, counted from 0.")
+        if not 0 <= index < self.num_examples:
+            raise ValueError(f"There is no validation example {index}: there are {self.num_examples}, counted from 0.")
         return index
 
 
