@@ -941,10 +941,16 @@ class KVCache:
         for ring in self.rings.values():
             ring.table[row].masked_fill_(ring.table[row] >= length, -1)
 
-    def copy_row(self, source: int, target: int) -> None:
-        """Gives one row what another holds."""
-        for tensor in self.tensors():
-            tensor[target] = tensor[source]
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Gives one row what another holds of the positions below `length`."""
+        for window, ring in self.rings.items():
+            slots = slice(length if window is None else None)
+            ring.table[target, slots] = ring.table[source, slots]
+            for layer in self.layers:
+                if layer.ring is ring:
+                    for tensor in layer.tensors:
+                        tensor[target, slots] = tensor[source, slots]
+        self.rewind(target, length)
 
     def grow(self, batch_size: int, max_length: int) -> None:
         """Makes room for more rows, and for more positions in each; what is held stays."""

@@ -92,7 +92,7 @@ def load_assistant(
     if source.note:
         say(source.note)
     model = load_model(source, dtype=weights_dtype, device=device)
-    engine = Engine(model, compile=compile, autocast=autocast, keep_prefix=True)
+    engine = Engine(model, compile=compile, autocast=autocast)
     return Assistant(name, source.config, tokenizer, style, engine, device, style.stop_sequences(tokenizer))
 
 

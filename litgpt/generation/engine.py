@@ -1,106 +1,148 @@
 """The one generation engine: prompts in, token ids out as they come.
 
-A prompt is read in chunks (prefill), then every step gives each row of the batch one token (decode). The rows stand at
-different positions, and each stops on its own. Shapes: B rows, T tokens of a chunk, V the padded vocabulary.
+Requests enter and leave at any step (continuous batching, https://www.usenix.org/conference/osdi22/presentation/yu).
+Each has a slot: a row of the KV cache, at a position of its own. A step gives every running request one token (decode)
+and reads one chunk of the prompts of those that came in (prefill). What a slot holds stays when its request is done,
+and the next one that begins with the same tokens, as a conversation does, need not read them again.
+
+Shapes: B rows, T tokens of a chunk, C the width of the model, V the padded vocabulary.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from litgpt.generation.sampling import Sampling, next_tokens
+from litgpt.generation.request import Output, Progress, Request, TokenLogprob
+from litgpt.generation.sampling import Sampler
 from litgpt.model import GPT, KVCache
 
-CACHE_STEP = 128  # cache lengths are multiples of this, so that few distinct shapes occur
-PREFILL_CHUNK = 1024  # tokens of a prompt that are read at a time
+__all__ = ["Engine", "Output", "Request"]
 
-
-@dataclass
-class Request:
-    """One prompt and how it is to be continued."""
-
-    prompt: Sequence[int]
-    max_new_tokens: int = 50
-    sampling: Sampling = field(default_factory=Sampling)
-    stops: Sequence[Sequence[int]] = ()
-    """Token sequences that end the generation; they are not part of the output."""
-    seed: int | None = None
-    """Of this request's own random generator; None takes one from torch's global generator."""
-
-
-@dataclass(frozen=True)
-class Output:
-    """What one step gave one request."""
-
-    request: int
-    """Index of the request."""
-    token_ids: list[int]
-    """New tokens: usually one; none while they may be the beginning of a stop sequence, then several at once."""
-    finish_reason: str | None = None
-    """None while it goes on; "stop" at a stop sequence, "length" at max_new_tokens or the end of the context."""
+SLOTS = 32  # requests that run at a time
+CACHE_STEP = 128  # attention reads the cache in multiples of this, so that few distinct shapes occur
+PREFILL_CHUNK = 1024  # tokens of prompts that are read in a step
+WORTH_COPYING = 16  # a beginning that another slot holds is copied from this many tokens on
 
 
 class Engine:
-    """Generates with one model.
+    """Generates with one model. Not for several threads at a time: these share one through a `Worker`.
 
     Args:
         model: in eval mode, on its device, in its dtype.
-        prefill_chunk: how many tokens of the prompts are read at a time; bounds the memory of a long prompt.
+        slots: how many requests run at a time; others wait. The cache grows up to that as it is needed.
+        prefill_chunk: how many tokens of the prompts are read in a step; bounds the memory of a long prompt, and how
+            long it holds up the requests that are running.
         compile: compile the decode step with torch.compile. The first tokens wait for it.
         autocast: a dtype to compute in where the weights are kept in another (mixed precision).
-        keep_prefix: keep the cache of a lone request, for the next one that begins with the same tokens, as in a chat.
     """
 
     def __init__(
         self,
         model: GPT,
         *,
+        slots: int = SLOTS,
         prefill_chunk: int = PREFILL_CHUNK,
         compile: bool = False,
         autocast: torch.dtype | None = None,
-        keep_prefix: bool = False,
     ) -> None:
         self.model = model
         self.device = model.transformer["wte"].weight.device  # the head may have been replaced
         self.context = model.config.block_size
+        self.most_slots = slots
         self.prefill_chunk = prefill_chunk
         self.autocast = autocast
         self.compiles = compile
-        self._forward: Callable[..., Tensor] = _compiled(model, self.device) if compile else model
-        self._prefix = _Prefix() if keep_prefix else None
+        self._decoder: Callable[..., Tensor] = _compiled(model, self.device) if compile else model
+        self._numbers = itertools.count()
+        self._waiting: deque[Progress] = deque()
+        self._reading: deque[Slot] = deque()  # part of their prompt is not read yet
+        self._writing: list[Slot] = []  # get a token each step
+        self._slots: list[Slot] = []
+        self._cache: KVCache | None = None
+        self._batch: Batch | None = None  # that of the last step
+
+    # -- one by one
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step has anything to do."""
+        return bool(self._waiting or self._reading or self._writing)
+
+    @property
+    def running(self) -> int:
+        """How many requests have a slot."""
+        return len(self._reading) + len(self._writing)
+
+    @property
+    def waiting(self) -> int:
+        """How many requests have none yet."""
+        return len(self._waiting)
+
+    def submit(self, request: Request) -> int:
+        """Queues a request, and returns the number that its outputs bear.
+
+        Raises:
+            ValueError: the prompt is empty or leaves no room in the context.
+        """
+        room = self._room(request)
+        number = next(self._numbers)
+        self._waiting.append(Progress(request, number, room, self.device, self.model.config.padded_vocab_size))
+        return number
+
+    def cancel(self, number: int) -> None:
+        """Forgets a request, wherever it is; its slot is free at once."""
+        for progress in self._waiting:
+            if progress.number == number:
+                self._waiting.remove(progress)
+                return
+        for slot in (*self._reading, *self._writing):
+            if slot.progress.number == number:
+                self._release(slot)
+                return
+
+    @torch.inference_mode()
+    def step(self) -> list[Output]:
+        """Gives every running request a token, and reads one chunk of the prompts of new ones.
+
+        After an exception in the middle of it (Ctrl-C, too little memory) the requests that took part are gone.
+        """
+        self._admit()
+        outputs = self._write()
+        outputs += self._read()
+        return outputs
+
+    # -- all at once
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Output]:
-        """Runs the requests as one batch and yields what comes, row by row in each step, until all are finished.
+        """Runs the requests and yields what comes, step by step, until all are finished.
 
-        Closing the iterator ends the generation.
+        Closing the iterator ends the generation. Meanwhile nobody else may call `step`.
 
         Raises:
             ValueError: a prompt is empty or leaves no room in the context.
         """
-        rows = [_Row(request, self._room(request), self.device) for request in requests]
-        if not rows:
-            return
-        cache, known = self._cache_for(rows)
-        logits = self._prefill(rows, cache, known)  # (B, V)
-        samplings, generators = [row.request.sampling for row in rows], [row.generator for row in rows]
-        positions = torch.tensor([[len(row.request.prompt)] for row in rows], device=self.device)  # (B, 1)
-        while True:
-            tokens = self._sample(logits, samplings, generators)  # (B,)
-            for index, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
-                if row.finish_reason is None:
-                    yield Output(index, row.take(token), row.finish_reason)
-                    if row.finish_reason is not None:
-                        positions[index] = -1
-            if all(row.finish_reason is not None for row in rows):
-                return
-            logits = self._decode(tokens[:, None], positions, cache, rows)
-            positions = torch.where(positions < 0, positions, positions + 1)
+        for request in requests:
+            self._room(request)
+        index_of = {self.submit(request): index for index, request in enumerate(requests)}
+        try:
+            while index_of:
+                for output in self.step():
+                    if output.request in index_of:
+                        index = index_of[output.request]
+                        if output.finish_reason is not None:
+                            del index_of[output.request]
+                        yield replace(output, request=index)
+        finally:
+            for number in index_of:
+                self.cancel(number)
 
     def stream(self, request: Request) -> Iterator[int]:
         """The token ids of one request as they come."""
@@ -114,7 +156,7 @@ class Engine:
             results[output.request] += output.token_ids
         return results
 
-    # -- inside
+    # -- slots
 
     def _room(self, request: Request) -> int:
         """How many tokens the context leaves for the answer, at most max_new_tokens."""
@@ -130,74 +172,209 @@ class Engine:
             )
         return min(request.max_new_tokens, self.context - length)
 
-    def _cache_for(self, rows: list[_Row]) -> tuple[KVCache, int]:
-        """A cache that holds the batch to its end, and how many tokens of a lone prompt it already knows."""
-        longest = max(len(row.request.prompt) + row.room for row in rows)
-        if self._prefix is not None and len(rows) == 1:
-            known = self._prefix.find(rows[0].request.prompt, longest)
-            if known:
-                return self._prefix.cache, known
-            longest *= 2  # the conversation goes on
-        if self.compiles:  # another length compiles anew
-            longest = max(1024, 1 << (longest - 1).bit_length())
-        length = min(self.context, -(-longest // CACHE_STEP) * CACHE_STEP)
-        cache = self.model.new_cache(len(rows), length, dtype=self.autocast)
-        if self._prefix is not None and len(rows) == 1:
-            self._prefix.begin(cache)
-        return cache, 0
+    def _admit(self) -> None:
+        """Gives free slots to those who wait, in their order."""
+        while self._waiting and self.running < self.most_slots:
+            progress = self._waiting.popleft()
+            length = len(progress.request.prompt) + progress.room
+            self._make_room(length)
+            slot, known = self._slot_for(progress.request.prompt, length)
+            self._cache.rewind(slot.row, known)
+            self._cache.lengths[slot.row] = length
+            del slot.tokens[known:]
+            slot.length, slot.progress = length, progress
+            progress.read = progress.cached = known
+            self._reading.append(slot)
 
-    @torch.inference_mode()
-    def _prefill(self, rows: list[_Row], cache: KVCache, known: int) -> Tensor:
-        """Reads the prompts from token `known` on; the (B, V) logits after each prompt's last token."""
-        prompts = [row.request.prompt for row in rows]
-        ends: list[Tensor] = [torch.empty(0)] * len(rows)  # (C,) hidden state of each prompt's last token
-        for start in range(known, max(map(len, prompts)), self.prefill_chunk):
-            chunks = [prompt[start : start + self.prefill_chunk] for prompt in prompts]
-            width = max(map(len, chunks))
-            idx = torch.tensor([[*chunk, *[0] * (width - len(chunk))] for chunk in chunks], device=self.device)
-            counts = torch.tensor([[len(chunk)] for chunk in chunks], device=self.device)  # (B, 1)
-            columns = torch.arange(width, device=self.device)
-            # Where no row is padded the model needs no positions at the start, and takes its fastest attention kernel.
-            plain = start == 0 and all(len(chunk) == width for chunk in chunks)
-            positions = None if plain else torch.where(columns < counts, columns + start, -1)  # (B, T)
-            with self._running(cache, start + width, rows, chunks):
-                hidden = self.model.hidden_states(idx, positions, cache=cache)  # (B, T, C)
-            for row, chunk in enumerate(chunks):
-                if chunk and start + len(chunk) == len(prompts[row]):
-                    ends[row] = hidden[row, len(chunk) - 1]
+    def _make_room(self, length: int) -> None:
+        """Sees to it that there is a free slot, and that slots hold so many tokens."""
+        rows = len(self._slots) if self.running < len(self._slots) else _power_of_two(self.running + 1)
+        rows = min(rows, self.most_slots)
+        longest = max(length, self._cache.max_length if self._cache else 0)
+        longest = min(self.context, _power_of_two(max(longest, 1024 if self.compiles else CACHE_STEP)))
+        if self._cache is None:
+            self._cache = self.model.new_cache(rows, longest, dtype=self.autocast)
+        elif rows > len(self._slots) or longest > self._cache.max_length:
+            self._cache.grow(rows, longest)
+        else:
+            return
+        self._slots += [Slot(row) for row in range(len(self._slots), rows)]
+        self._batch = None
+
+    def _slot_for(self, prompt: Sequence[int], length: int) -> tuple[Slot, int]:
+        """A free slot and how many tokens of the prompt it holds already.
+
+        The last token is always read anew: the answer begins with what the model says after it.
+        """
+        source, known = max(
+            ((slot, self._known(slot, prompt[:-1], length)) for slot in self._slots), key=lambda pair: pair[1]
+        )
+        free = [slot for slot in self._slots if slot.progress is None]
+        if known and source in free and (2 * known >= len(source.tokens) or len(free) == 1):
+            return source, known
+        busy = [slot.row for slot in (*self._reading, *self._writing)]
+
+        def span(slot: Slot) -> int:  # decoding runs all rows from the first busy one to the last
+            return max([*busy, slot.row]) - min([*busy, slot.row])
+
+        slot = min(free, key=lambda slot: (span(slot), slot.released))
+        if known < WORTH_COPYING:
+            slot.tokens = []
+            return slot, 0
+        self._cache.copy_row(source.row, slot.row, known)
+        slot.tokens = source.tokens[:known]
+        return slot, known
+
+    def _known(self, slot: Slot, prompt: Sequence[int], length: int) -> int:
+        """How many of its first tokens a slot can give to a prompt."""
+        known = common_length(slot.tokens, prompt)
+        if not self._cache.can_rewind(len(slot.tokens), known):
+            return 0  # a sliding window has dropped earlier tokens for later ones
+        if self.model.config.rope_kind == "longrope":  # short and long sequences are rotated differently
+            limit = self.model.config.rope_adjustments["original_max_seq_len"]
+            return known if (slot.length > limit) == (length > limit) else 0
+        return known
+
+    def _release(self, slot: Slot) -> None:
+        """Its request is done; what it holds stays."""
+        slot.progress = None
+        slot.released = next(self._numbers)
+        if slot in self._reading:
+            self._reading.remove(slot)
+        if slot in self._writing:
+            self._writing.remove(slot)
+
+    # -- the model
+
+    def _read(self) -> list[Output]:
+        """Reads one chunk of the prompts that are not read yet, and draws the first token of those that then are."""
+        if not self._reading:
+            return []
+        slots = self._next_to_read()
+        prompts, starts = [slot.progress.request.prompt for slot in slots], [slot.progress.read for slot in slots]
+        chunks = [
+            list(prompt[start : start + self.prefill_chunk]) for prompt, start in zip(prompts, starts, strict=True)
+        ]
+        width = max(map(len, chunks))
+        idx = torch.tensor([[*chunk, *[0] * (width - len(chunk))] for chunk in chunks], device=self.device)
+        # Where all prompts are whole and as long, the model needs no positions, and takes its fastest attention kernel.
+        is_empty = not any(starts)
+        positions = None
+        if not is_empty or any(len(chunk) < width for chunk in chunks):
+            places = ([*range(start, start + len(chunk))] for start, chunk in zip(starts, chunks, strict=True))
+            positions = torch.tensor(
+                [[*of_row, *[-1] * (width - len(of_row))] for of_row in places], device=self.device
+            )
+        rows = [slot.row for slot in slots]
+        cache = self._cache.select(
+            slice(rows[0], rows[0] + 1) if len(rows) == 1 else torch.tensor(rows, device=self.device), is_empty
+        )
+        with self._running(cache, max(starts) + width, slots, chunks):
+            hidden = self.model.hidden_states(idx, positions, cache=cache)  # (B, T, C)
+        for slot, chunk in zip(slots, chunks, strict=True):
+            slot.progress.read += len(chunk)
+        done = [index for index, slot in enumerate(slots) if slot.progress.read == len(prompts[index])]
+        self._reading.extend(slot for index, slot in enumerate(slots) if index not in done)
+        if not done:
+            return []
+        ends = torch.stack([hidden[index, len(chunks[index]) - 1] for index in done])  # (B', C)
         with self._precision():
-            return self.model.logits(torch.stack(ends))
+            logits = self.model.logits(ends)
+        ready = [slots[index] for index in done]
+        self._writing += ready
+        tokens, logprobs = self._draw(logits, ready, self._sampler(ready))
+        return self._take(ready, tokens.tolist(), logprobs)
 
-    @torch.inference_mode()
-    def _decode(self, tokens: Tensor, positions: Tensor, cache: KVCache, rows: list[_Row]) -> Tensor:
-        """One token of each row, (B, 1), at its position, -1 where the row is finished -> (B, V) logits."""
-        for row in rows:
-            row.length += row.finish_reason is None
-        with self._running(cache, max(row.length for row in rows), rows, [[row.last] for row in rows]):
-            return self._forward(tokens, positions, cache=cache)[:, -1]
+    def _next_to_read(self) -> list[Slot]:
+        """Takes those off the queue whose next chunks fit into one call, padded to the longest."""
+        slots, width = [], 0
+        while self._reading:
+            progress = self._reading[0].progress
+            wider = max(width, min(self.prefill_chunk, len(progress.request.prompt) - progress.read))
+            if slots and wider * (len(slots) + 1) > self.prefill_chunk:
+                break
+            width = wider
+            slots.append(self._reading.popleft())
+        return slots
 
-    @torch.inference_mode()
-    def _sample(self, logits: Tensor, samplings: list[Sampling], generators: list[torch.Generator]) -> Tensor:
-        return next_tokens(logits, samplings, generators)
+    def _write(self) -> list[Output]:
+        """One more token for each request whose prompt is read."""
+        if not self._writing:
+            return []
+        if self._batch is None or self._batch.numbers != [slot.progress.number for slot in self._writing]:
+            self._batch = self._new_batch(list(self._writing))
+        batch = self._batch
+        longest = max(slot.progress.length for slot in batch.slots)
+        with self._running(batch.cache, longest, batch.slots, [[slot.progress.last] for slot in batch.slots]):
+            logits = self._decoder(batch.tokens, batch.positions, cache=batch.cache)[:, -1]  # (B, V)
+        tokens, logprobs = self._draw(logits if batch.is_full else logits[batch.rows], batch.slots, batch.sampler)
+        batch.tokens[batch.rows, 0] = tokens
+        batch.positions[batch.rows, 0] += 1
+        return self._take(batch.slots, tokens.tolist(), logprobs)
+
+    def _new_batch(self, slots: list[Slot]) -> Batch:
+        """The rows from the first of these slots to the last, their number a power of two: few distinct shapes."""
+        first, last = min(slot.row for slot in slots), max(slot.row for slot in slots)
+        count = min(_power_of_two(last - first + 1), len(self._slots))
+        first = min(first, len(self._slots) - count)
+        tokens, positions = torch.zeros(count, 1, dtype=torch.int64), torch.full((count, 1), -1)
+        for slot in slots:
+            tokens[slot.row - first] = slot.progress.last
+            positions[slot.row - first] = slot.progress.length - 1
+        return Batch(
+            slots,
+            self._cache.select(slice(first, first + count)),
+            tokens.to(self.device),
+            positions.to(self.device),
+            torch.tensor([slot.row - first for slot in slots], device=self.device),
+            self._sampler(slots),
+        )
+
+    def _sampler(self, slots: list[Slot]) -> Sampler:
+        samplings = [slot.progress.request.sampling for slot in slots]
+        return Sampler(samplings, [slot.progress.generator for slot in slots], self.device)
+
+    def _draw(self, logits: Tensor, slots: list[Slot], sampler: Sampler) -> tuple[Tensor, list[TokenLogprob | None]]:
+        """The next token of each slot, (B,) on the device, from (B, V) logits."""
+        logits = logits.float()
+        changed = logits
+        if any(slot.progress.changes_logits for slot in slots):
+            changed = torch.stack([slot.progress.changed(row) for slot, row in zip(slots, logits, strict=True)])
+        tokens = sampler(changed)
+        for slot, token in zip(slots, tokens, strict=True):
+            slot.progress.note(token)
+        counts = [slot.progress.request.logprobs for slot in slots]
+        return tokens, [
+            None if count is None else _logprob(row, token, count)
+            for count, row, token in zip(counts, logits, tokens, strict=True)
+        ]
+
+    def _take(self, slots: list[Slot], tokens: list[int], logprobs: list[TokenLogprob | None]) -> list[Output]:
+        outputs = []
+        for slot, token, logprob in zip(list(slots), tokens, logprobs, strict=True):
+            outputs.append(slot.progress.take(token, logprob))
+            if outputs[-1].finish_reason is not None:
+                self._release(slot)
+        return outputs
 
     @contextlib.contextmanager
-    def _running(self, cache: KVCache, length: int, rows: list[_Row], fed: list[Sequence[int]]) -> Iterator[None]:
-        """A call of the model that makes the longest row `length` tokens long.
+    def _running(self, cache: KVCache, length: int, slots: list[Slot], fed: list[list[int]]) -> Iterator[None]:
+        """A call of the model that makes the longest row `length` tokens long, and feeds each slot some tokens.
 
         Attention reads that much of the cache, rounded up; a compiled step reads all of it, to keep one shape.
         """
         whole = self.compiles or length > cache.max_length - CACHE_STEP
         cache.read_only(None if whole else -(-length // CACHE_STEP) * CACHE_STEP)
-        keeps = self._prefix is not None and self._prefix.cache is cache
         try:
             with self._precision():
                 yield
         except BaseException:  # KeyboardInterrupt too: some layers have stored their keys, others have not
-            if keeps:
-                self._prefix.forget()
+            for slot in slots:
+                slot.tokens = []
+                self._release(slot)
             raise
-        if keeps:
-            self._prefix.tokens += fed[0]
+        for slot, tokens in zip(slots, fed, strict=True):
+            slot.tokens += tokens
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         if self.autocast is None:
@@ -205,84 +382,58 @@ class Engine:
         return torch.autocast(self.device.type, self.autocast)
 
 
-class _Row:
-    """A request on its way: its generator, and what it has produced."""
+@dataclass(eq=False)
+class Slot:
+    """A row of the cache."""
 
-    def __init__(self, request: Request, room: int, device: torch.device) -> None:
-        self.request = request
-        self.room = room
-        self.length = len(request.prompt)
-        self.last = -1
-        self.produced = 0
-        self.pending: list[int] = []  # the beginning of what may become a stop sequence
-        self.finish_reason: str | None = None
-        self.generator = torch.Generator(device)
-        seed = request.seed if request.seed is not None else int(torch.randint(2**62, ()))
-        self.generator.manual_seed(seed)
-
-    def take(self, token: int) -> list[int]:
-        """Counts the next token in, and returns those that are certain to be part of the output."""
-        self.last = token
-        self.produced += 1
-        self.pending.append(token)
-        for stop in self.request.stops:
-            if len(stop) and self.pending[-len(stop) :] == list(stop):
-                self.finish_reason = "stop"
-                return self._release(len(self.pending) - len(stop))
-        if self.produced >= self.room:
-            self.finish_reason = "length"
-            return self._release(len(self.pending))
-        return self._release(len(self.pending) - self._held_back())
-
-    def _held_back(self) -> int:
-        """Length of the longest end of `pending` that begins a stop sequence."""
-        longest = max((len(stop) for stop in self.request.stops), default=0) - 1
-        for length in range(min(longest, len(self.pending)), 0, -1):
-            if any(list(stop[:length]) == self.pending[-length:] for stop in self.request.stops if len(stop) > length):
-                return length
-        return 0
-
-    def _release(self, count: int) -> list[int]:
-        released, self.pending = self.pending[:count], self.pending[count:]
-        return released
+    row: int
+    tokens: list[int] = field(default_factory=list)
+    """What the cache holds of it."""
+    progress: Progress | None = None
+    """The request that has it."""
+    length: int = 0
+    """How long its sequence may get."""
+    released: int = -1
+    """When its last request was done; a larger number is later."""
 
 
-class _Prefix:
-    """The cache of the last lone request and the tokens it holds."""
+@dataclass
+class Batch:
+    """The rows that one decode step runs, and what it needs of them on the device. It serves until others run."""
 
-    def __init__(self) -> None:
-        self.forget()
+    slots: list[Slot]
+    cache: KVCache
+    tokens: Tensor
+    """(B, 1) the last token of each row."""
+    positions: Tensor
+    """(B, 1) where it stands, -1 for rows between the slots that are idle."""
+    rows: Tensor
+    """(slots,) which of the rows are those of the slots."""
+    sampler: Sampler
 
-    def forget(self) -> None:
-        self.cache: KVCache | None = None
-        self.tokens: list[int] = []
+    def __post_init__(self) -> None:
+        self.numbers = [slot.progress.number for slot in self.slots]
+        self.is_full = self.rows.tolist() == list(range(self.tokens.size(0)))
 
-    def begin(self, cache: KVCache) -> None:
-        self.cache, self.tokens = cache, []
 
-    def find(self, prompt: Sequence[int], length: int) -> int:
-        """How many tokens of the prompt are known; the cache is then wound back to these. 0 where it cannot serve.
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences have in common at their beginning."""
+    for index, (one, other) in enumerate(zip(a, b, strict=False)):
+        if one != other:
+            return index
+    return min(len(a), len(b))
 
-        The last token is always read anew: the answer begins with what the model says after it.
-        """
-        if self.cache is None or length > self.cache.max_length:
-            return 0
-        common = 0
-        for known, wanted in zip(self.tokens, prompt[:-1], strict=False):
-            if known != wanted:
-                break
-            common += 1
-        return common if common and self._wind_back(common) else 0
 
-    def _wind_back(self, length: int) -> bool:
-        """Forgets the tokens from `length` on; False where a sliding window has dropped earlier ones for them."""
-        rings = self.cache.rings.values()
-        if len(self.tokens) > length and any(len(self.tokens) > ring.length for ring in rings):
-            return False
-        for ring in rings:
-            ring.positions.masked_fill_(ring.positions >= length, -1)
-        del self.tokens[length:]
-        return True
+def _power_of_two(number: int) -> int:
+    """The smallest that is at least so large."""
+    return 1 << (number - 1).bit_length()
+
+
+def _logprob(logits: Tensor, token: Tensor, count: int) -> TokenLogprob:
+    """What to tell of a token drawn where the (V,) logits stood."""
+    logprobs = logits.log_softmax(dim=-1)
+    values, ids = logprobs.topk(count) if count else (logprobs[:0], logprobs[:0])
+    return TokenLogprob(int(token), float(logprobs[token]), list(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 def _compiled(model: GPT, device: torch.device) -> Callable[..., Tensor]:

@@ -1,12 +1,13 @@
-"""From logits to the next token: pure functions of tensors, and of the random generator that is passed in.
+"""From logits to the next token: pure functions of tensors, and of the random generators that are passed in.
 
 Shapes: B rows, V the vocabulary, K the candidates that are left of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. The filters act in this order, each on what the one before left.
+    """How the next token is drawn. The penalties change the logits; the filters act in this order, each on what the one
+    before left.
 
     Raises:
         ValueError: a value outside its range, by name.
@@ -28,6 +30,15 @@ class Sampling:
     """Only the most likely tokens that together reach this probability (nucleus, https://arxiv.org/abs/1904.09751)."""
     min_p: float = 0.0
     """Only tokens at least this fraction as likely as the most likely one (https://arxiv.org/abs/2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens that were in the prompt or the answer, and multiplies the negative ones
+    (https://arxiv.org/abs/1909.05858)."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of every token that the answer has had."""
+    frequency_penalty: float = 0.0
+    """Taken off a token's logit for each time that the answer has had it."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these tokens."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -38,52 +49,117 @@ class Sampling:
             raise ValueError(f"top_p {self.top_p} is not possible: it is a probability, between 0 and 1.")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p {self.min_p} is not possible: it is a fraction, between 0 and 1.")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(
+                f"repetition_penalty {self.repetition_penalty} is not possible: give more than 0, 1 for none."
+            )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not abs(getattr(self, name)) < float("inf"):
+                raise ValueError(f"{name} {getattr(self, name)} is not possible: give a number, 0 for none.")
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0 or self.top_k == 1 or self.top_p == 0
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the logits are changed before a token is drawn from them."""
+        penalties = (self.repetition_penalty != 1, self.presence_penalty, self.frequency_penalty, self.logit_bias)
+        return any(map(bool, penalties))
+
+
+class Filters(NamedTuple):
+    """The settings of some rows, each (B, 1); None where no row has such a filter."""
+
+    temperature: Tensor
+    top_k: Tensor | None
+    top_p: Tensor | None
+    min_p: Tensor | None
+    candidates: list[int] | None
+    """top_k again, known without asking the device."""
+
+    @classmethod
+    def of(cls, samplings: Sequence[Sampling], device: torch.device | str) -> Filters:
+        def column(values: list, wanted: bool = True) -> Tensor | None:
+            return torch.tensor(values, device=device)[:, None] if wanted else None
+
+        top_k = [sampling.top_k or 0 for sampling in samplings]
+        # Of rows without a nucleus nothing is left out, not even by rounding.
+        top_p = [sampling.top_p if sampling.top_p < 1 else float("inf") for sampling in samplings]
+        min_p = [sampling.min_p for sampling in samplings]
+        return cls(
+            column([sampling.temperature for sampling in samplings]),
+            column(top_k, wanted=any(top_k)),
+            column(top_p, wanted=min(top_p) < 1),
+            column(min_p, wanted=any(min_p)),
+            top_k if any(top_k) else None,
+        )
+
+
+class Sampler:
+    """Draws the next token of each row of a batch, with the row's own settings and its own generator: the rows beside
+    it do not matter. The settings are brought to the device once, and nothing waits for the device.
+    """
+
+    def __init__(
+        self, samplings: Sequence[Sampling], generators: Sequence[torch.Generator], device: torch.device | str
+    ) -> None:
+        kinds: dict[str, list[int]] = {}
+        for row, sampling in enumerate(samplings):
+            if not sampling.is_greedy:
+                kind = "top_k" if sampling.top_k else "top_p" if sampling.top_p < 1 else "all"
+                kinds.setdefault(kind, []).append(row)
+        self.parts: list[tuple[Tensor | None, Filters, list[torch.Generator]]] = []
+        for rows in kinds.values():
+            index = None if len(rows) == len(samplings) else torch.tensor(rows, device=device)
+            filters = Filters.of([samplings[row] for row in rows], device)
+            self.parts.append((index, filters, [generators[row] for row in rows]))
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """(B, V) logits -> (B,) int64."""
+        logits = logits.float()
+        if len(self.parts) == 1 and self.parts[0][0] is None:
+            return sample(logits, *self.parts[0][1:])
+        tokens = logits.argmax(dim=-1)
+        for rows, filters, generators in self.parts:
+            tokens[rows] = sample(logits[rows], filters, generators)
+        return tokens
+
 
 def next_tokens(logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator]) -> Tensor:
-    """The next token of each row: (B, V) logits -> (B,) int64.
-
-    A row is drawn with its own settings and its own generator, so the rows beside it do not matter.
-    """
-    logits = logits.float()
-    tokens = logits.argmax(dim=-1)
-    for sampling in dict.fromkeys(samplings):
-        if not sampling.is_greedy:
-            rows = [row for row, other in enumerate(samplings) if other == sampling]
-            tokens[rows] = sample(logits[rows], sampling, [generators[row] for row in rows])
-    return tokens
+    """The next token of each row: (B, V) logits -> (B,) int64."""
+    return Sampler(samplings, generators, logits.device)(logits)
 
 
-def sample(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
+def sample(logits: Tensor, filters: Filters, generators: Sequence[torch.Generator]) -> Tensor:
     """Draws one token per row, one generator per row: (B, V) float logits -> (B,) int64."""
-    scores, candidates = filtered(logits / sampling.temperature, sampling)  # (B, K), (B, K) or None
-    choice = draw(scores, generators)  # (B,)
+    scores, candidates = filtered(logits / filters.temperature, filters)  # (B, K), (B, K) or None
+    choice = draw(scores, generators, filters.candidates)  # (B,)
     return choice if candidates is None else candidates.gather(-1, choice[:, None])[:, 0]
 
 
-def filtered(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+def filtered(logits: Tensor, filters: Filters) -> tuple[Tensor, Tensor | None]:
     """What top-k, top-p and min-p leave: scores (B, K), -inf where excluded, and the tokens (B, K) they belong to.
 
     None for the tokens means all of the vocabulary in order; otherwise the most likely come first.
     """
     candidates = None
-    size = logits.size(-1)
-    if sampling.top_k and sampling.top_k < size:
-        logits, candidates = logits.topk(sampling.top_k, dim=-1)
-    elif sampling.top_p < 1:
+    if filters.top_k is not None:
+        most = min(max(filters.candidates), logits.size(-1))
+        logits, candidates = logits.topk(most, dim=-1)
+        if min(filters.candidates) < most:
+            excluded = torch.arange(most, device=logits.device) >= filters.top_k
+            logits = logits.masked_fill(excluded, float("-inf"))
+    elif filters.top_p is not None:
         logits, candidates = logits.sort(dim=-1, descending=True)
-    if sampling.top_p < 1:
-        logits = keep_top_p(logits, sampling.top_p)
-    if sampling.min_p > 0:
-        logits = keep_min_p(logits, sampling.min_p)
+    if filters.top_p is not None:
+        logits = keep_top_p(logits, filters.top_p)
+    if filters.min_p is not None:
+        logits = keep_min_p(logits, filters.min_p)
     return logits, candidates
 
 
-def keep_top_p(sorted_logits: Tensor, top_p: float) -> Tensor:
+def keep_top_p(sorted_logits: Tensor, top_p: float | Tensor) -> Tensor:
     """Excludes what comes after the tokens that reach `top_p` together; (B, K), most likely first.
 
     The token that crosses the threshold stays, so at least one does.
@@ -95,21 +171,55 @@ def keep_top_p(sorted_logits: Tensor, top_p: float) -> Tensor:
     return sorted_logits.masked_fill(excluded, float("-inf"))
 
 
-def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
+def keep_min_p(logits: Tensor, min_p: float | Tensor) -> Tensor:
     """Excludes tokens less than `min_p` times as likely as the most likely one; (B, K) in any order."""
     probabilities = logits.softmax(dim=-1)
     excluded = probabilities < min_p * probabilities.amax(dim=-1, keepdim=True)
     return logits.masked_fill(excluded, float("-inf"))
 
 
-def draw(scores: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+def draw(scores: Tensor, generators: Sequence[torch.Generator], counts: Sequence[int] | None = None) -> Tensor:
     """Draws an index per row with probability softmax(scores): (B, K) -> (B,).
 
     The argmax of p / Exp(1) noise is distributed as p (the Gumbel trick): no synchronisation with the device, and a
-    row's noise comes from its own generator.
+    row's noise comes from its own generator. Where only the first `counts` scores of a row are not -inf, only these
+    get noise: how much a row draws must not depend on the rows beside it.
     """
-    noise = torch.empty_like(scores)
+    noise = torch.ones_like(scores)
     for row, generator in enumerate(generators):
-        noise[row].exponential_(generator=generator)
+        noise[row, : counts and counts[row]].exponential_(generator=generator)
     noise.clamp_min_(torch.finfo(noise.dtype).tiny)  # 0 / 0 would win the argmax
     return (scores.softmax(dim=-1) / noise).argmax(dim=-1)
+
+
+class Penalties:
+    """What a request's penalties and biases make of the logits, token by token.
+
+    Args:
+        sampling: The settings.
+        prompt: The tokens of the prompt.
+        size: V.
+        device: Where the logits are.
+    """
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int], size: int, device: torch.device | str) -> None:
+        self.sampling = sampling
+        self.seen = torch.zeros(size, dtype=torch.bool, device=device)
+        self.seen[torch.tensor(prompt, device=device)] = True
+        self.counts = torch.zeros(size, device=device)
+        self.biased = torch.tensor(list(sampling.logit_bias), dtype=torch.int64, device=device)
+        self.biases = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32, device=device)
+
+    def count(self, token: Tensor) -> None:
+        """Takes note of a token of the answer, () or (1,) int64."""
+        self.seen[token] = True
+        self.counts[token] += 1
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """(V,) float logits -> (V,)."""
+        sampling = self.sampling
+        if sampling.repetition_penalty != 1:
+            factor = torch.where(logits > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty)
+            logits = torch.where(self.seen, logits * factor, logits)
+        logits = logits - sampling.frequency_penalty * self.counts - sampling.presence_penalty * (self.counts > 0)
+        return logits.index_add(0, self.biased, self.biases)

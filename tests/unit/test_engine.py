@@ -1,5 +1,8 @@
 """The engine against the plain model: whole forward passes, one token at a time."""
 
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 from litgpt.config import Config
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
+from litgpt.generation.worker import Worker
 from litgpt.model import GPT
 
 GREEDY = Sampling(temperature=0)
@@ -158,7 +162,7 @@ def test_rows_may_be_sampled_differently(model):
 @pytest.mark.parametrize("kind", ["model", "windowed"])
 def test_a_conversation_reuses_what_is_in_the_cache(request, kind):
     model = request.getfixturevalue(kind)
-    engine, prompt, reads = Engine(model, keep_prefix=True), list(range(20)), []
+    engine, prompt, reads = Engine(model), list(range(20)), []
     handle = model.transformer["wte"].register_forward_hook(lambda _, args, __: reads.append(args[0].size(1)))
     try:
         for turn in range(3):
@@ -182,7 +186,7 @@ def test_a_conversation_reuses_what_is_in_the_cache(request, kind):
 @pytest.mark.parametrize("in_prefill", [True, False])
 def test_an_interrupt_inside_the_model_spoils_nothing(request, kind, in_prefill):
     model = request.getfixturevalue(kind)
-    engine = Engine(model, keep_prefix=True)
+    engine = Engine(model)
     prompt = [*PROMPTS[1], *engine.stream(Request(PROMPTS[1], 5, GREEDY))]
     stream = engine.stream(Request([*prompt, *range(60, 80)], 20, GREEDY))
     if not in_prefill:
@@ -229,6 +233,186 @@ def test_mixed_precision_keeps_the_weights_and_computes_in_half(model):
     assert set(dtypes) == {torch.bfloat16}
     assert model.lm_head.weight.dtype == torch.float32
     assert tokens[0] == plain(model, PROMPTS[1], 1)[0]
+
+
+# --- requests that come and go ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["model", "windowed"])
+def test_requests_enter_and_leave_at_any_step_and_none_notices(request, kind):
+    """Of 40 requests with beginnings in common on 5 slots some are cancelled; the others are as if alone."""
+    model = request.getfixturevalue(kind)
+    draws = random.Random(0)
+    conversation = [draws.randrange(97) for _ in range(60)]
+    prompts = [[*conversation[: draws.randrange(61)], draws.randrange(97), *[draws.randrange(97)] * draws.randrange(9)]
+               for _ in range(40)]  # fmt: skip
+    counts = [draws.randrange(1, 25) for _ in prompts]
+    engine = Engine(model, slots=5, prefill_chunk=32)
+    answers: dict[int, list[int]] = {}
+    index_of, cancelled, coming = {}, set(), list(range(40))
+    while coming or engine.busy:
+        for _ in range(draws.randrange(3)):
+            if coming:
+                index = coming.pop(0)
+                index_of[engine.submit(Request(prompts[index], counts[index], GREEDY))] = index
+        for output in engine.step():
+            assert index_of[output.request] not in cancelled
+            answers.setdefault(index_of[output.request], []).extend(output.token_ids)
+        assert engine.running <= 5
+        if draws.random() < 0.2 and index_of:
+            number = draws.choice(list(index_of))
+            engine.cancel(number)
+            cancelled.add(index_of[number])
+    whole = set(range(40)) - cancelled
+    assert len(whole) > 20
+    assert {index: answers[index] for index in whole} == {
+        index: plain(model, prompts[index], counts[index]) for index in whole
+    }
+    assert engine.running == engine.waiting == 0
+
+
+def test_what_another_slot_holds_is_not_read_again(model):
+    engine, reads = Engine(model, slots=4), []
+    system = list(range(40))
+    one = engine.submit(Request([*system, 50], 30, GREEDY))
+    answers = {one: engine.step()[0].token_ids}
+    handle = model.transformer["wte"].register_forward_hook(lambda _, args, __: reads.append(tuple(args[0].shape)))
+    try:
+        two = engine.submit(Request([*system, 51, 52], 30, GREEDY))
+        outputs = engine.step()
+    finally:
+        handle.remove()
+    assert reads == [(1, 1), (1, 2)]  # a token of the first, what is new of the second
+    assert [output.cached_tokens for output in outputs] == [0, 40]
+    while outputs or engine.busy:
+        for output in outputs:
+            answers.setdefault(output.request, []).extend(output.token_ids)
+        outputs = engine.step() if engine.busy else []
+    assert answers[one] == plain(model, [*system, 50], 30)
+    assert answers[two] == plain(model, [*system, 51, 52], 30)
+
+
+def test_a_long_prompt_holds_others_up_for_one_chunk_at_a_time(model):
+    engine = Engine(model, prefill_chunk=16)
+    first = engine.submit(Request([1], 60, GREEDY))
+    engine.step()
+    second = engine.submit(Request(list(range(80)), 5, GREEDY))
+    for _ in range(4):
+        assert [output.request for output in engine.step()] == [first]
+    assert [output.request for output in engine.step()] == [first, second]
+
+
+def test_short_and_long_sequences_are_rotated_each_in_its_way():
+    factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 6.0, 9.0], "attention_factor": 1.2}
+    model = tiny_model(rope_adjustments={**factors, "original_max_seq_len": 32})
+    requests = [Request(list(range(12)), count, GREEDY) for count in (8, 60, 8)]
+    engine = Engine(model)
+    expected = []
+    for request in requests:
+        cache = model.new_cache(1, 12 + request.max_new_tokens)
+        ids, logits = [], model(torch.tensor([request.prompt]), cache=cache)
+        for place in range(12, 12 + request.max_new_tokens):
+            ids.append(int(logits[0, -1].argmax()))
+            logits = model(torch.tensor([ids[-1:]]), torch.tensor([[place]]), cache=cache)
+        expected.append(ids)
+    assert engine.complete(requests) == expected
+    assert engine.complete(requests[::-1]) == expected[::-1]
+    assert expected[0] == expected[2] != expected[1][:8]
+
+
+@torch.inference_mode()
+def test_logprobs_are_those_of_the_model(model):
+    outputs = list(Engine(model).generate([Request(PROMPTS[1], 4, Sampling(0.5, 5), seed=1, logprobs=3)]))
+    ids = [token for output in outputs for token in output.token_ids]
+    expected = model(torch.tensor([PROMPTS[1] + ids]))[0, len(PROMPTS[1]) - 1 : -1].log_softmax(-1)
+    logprobs = [logprob for output in outputs for logprob in output.logprobs]
+    assert [logprob.token for logprob in logprobs] == ids
+    for row, token, logprob in zip(expected, ids, logprobs, strict=True):
+        assert logprob.logprob == pytest.approx(float(row[token]), abs=1e-4)
+        assert [token for token, _ in logprob.likeliest] == row.topk(3).indices.tolist()
+        assert [value for _, value in logprob.likeliest] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+
+
+def test_penalties_and_biases_act_on_their_own_row(model):
+    plainly = plain(model, PROMPTS[0], 20)
+    forbidden = Sampling(0, logit_bias={plainly[3]: -100.0})
+    never_again = Sampling(0, presence_penalty=1000.0)
+    requests = [Request(PROMPTS[0], 20, sampling) for sampling in (GREEDY, forbidden, never_again)]
+    answers = Engine(model).complete(requests)
+    assert answers[0] == plainly
+    assert answers[1][:3] == plainly[:3]
+    assert plainly[3] not in answers[1]
+    assert len(set(answers[2])) == 20
+
+
+class Alternating:
+    """Even and odd tokens in turn."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def mask(self) -> torch.Tensor:
+        return torch.arange(90) % 2 == len(self.tokens) % 2
+
+    def accept(self, token: int) -> None:
+        self.tokens.append(token)
+
+
+def test_a_constraint_is_kept(model):
+    constraint = Alternating()
+    requests = [Request(PROMPTS[0], 20, Sampling(5.0), seed=1, constraint=constraint), Request(PROMPTS[0], 20, GREEDY)]
+    constrained, free = Engine(model).complete(requests)
+    assert [token % 2 for token in constrained] == [0, 1] * 10
+    assert constraint.tokens == constrained
+    assert max(constrained) < 90
+    assert free == plain(model, PROMPTS[0], 20)
+
+
+# --- many callers ----------------------------------------------------------------------------------------------------
+
+
+def test_callers_from_many_threads_share_one_engine(model):
+    worker = Worker(Engine(model, slots=4))
+    prompts = [[index, *range(index)] for index in range(1, 17)]
+    with ThreadPoolExecutor(16) as threads:
+        answers = list(threads.map(lambda prompt: list(worker.stream(Request(prompt, 12, GREEDY))), prompts))
+    assert answers == [plain(model, prompt, 12) for prompt in prompts]
+    with pytest.raises(ValueError, match="The prompt is empty"):
+        next(worker.generate(Request([], 5)))
+    worker.close()
+    with pytest.raises(RuntimeError, match="shut down"):
+        next(worker.generate(Request([1], 5)))
+
+
+def test_a_caller_that_goes_away_frees_its_slot(model):
+    worker = Worker(Engine(model, slots=1))
+    stream = worker.stream(Request([1], 120, GREEDY))
+    next(stream)
+    stream.close()
+    assert list(worker.stream(Request([2], 5, GREEDY))) == plain(model, [2], 5)
+    worker.close()
+    assert not worker.engine.busy
+
+
+def test_what_goes_wrong_in_a_step_ends_its_requests_and_no_others(model):
+    worker = Worker(Engine(model))
+
+    def fail(*_):
+        raise MemoryError("no more")
+
+    handle = model.transformer["h"][1].register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(MemoryError, match="no more"):
+            list(worker.stream(Request(PROMPTS[1], 5, GREEDY)))
+    finally:
+        handle.remove()
+    assert list(worker.stream(Request(PROMPTS[1], 5, GREEDY))) == plain(model, PROMPTS[1], 5)
+    stream = worker.stream(Request([1], 100, GREEDY))
+    next(stream)
+    closing = threading.Thread(target=worker.close, args=(True,))
+    closing.start()
+    assert len(list(stream)) == 99  # what has begun is finished
+    closing.join()
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

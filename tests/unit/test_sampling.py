@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from litgpt.generation.sampling import Sampling, draw, filtered, keep_min_p, keep_top_p, next_tokens
+from litgpt.generation.sampling import Filters, Penalties, Sampling, draw, filtered, keep_min_p, keep_top_p, next_tokens
 
 PROBABILITIES = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])
 LOGITS = PROBABILITIES.log()
@@ -48,13 +48,23 @@ def test_greedy_takes_the_most_likely(sampling):
 
 
 def test_a_row_does_not_depend_on_its_batch_mates():
-    torch.manual_seed(0)
-    logits = torch.randn(4, 100)
-    samplings = [Sampling(0.7, 20), Sampling(0), Sampling(1.2, None, 0.9), Sampling(0.7, 20)]
-    together = next_tokens(logits, samplings, [generator(row) for row in range(4)])
-    alone = [next_tokens(logits[[row]], [samplings[row]], [generator(row)]).item() for row in range(4)]
-    assert together.tolist() == alone
-    assert together[1] == logits[1].argmax()
+    filters = [
+        (0.7, 20),
+        (0,),
+        (1.2, None, 0.9),
+        (0.7, 5, 0.8),
+        (2.0, None, 0.5, 0.1),
+        (1.0,),
+        (1.5, None, 1.0, 0.3),
+        (3, 60),
+    ]
+    samplings = [Sampling(*one) for one in filters]
+    for seed in range(20):
+        logits = torch.randn(8, 100, generator=generator(seed))
+        together = next_tokens(logits, samplings, [generator(row) for row in range(8)])
+        alone = [next_tokens(logits[[row]], [samplings[row]], [generator(row)]).item() for row in range(8)]
+        assert together.tolist() == alone
+        assert together[1] == logits[1].argmax()
 
 
 def test_the_generator_decides():
@@ -81,13 +91,40 @@ def test_filters_leave_at_least_one():
     ordered = LOGITS.sort(descending=True).values[None]
     assert keep_top_p(ordered, 0.0).isfinite().sum() == 1
     assert keep_min_p(LOGITS[None], 1.0).isfinite().sum() == 1
-    scores, candidates = filtered(LOGITS[None], Sampling(top_k=2))
+    scores, candidates = filtered(LOGITS[None], Filters.of([Sampling(top_k=2)], "cpu"))
     assert scores.shape == candidates.shape == (1, 2)
     assert candidates.tolist() == [[1, 3]]
 
 
+def test_penalties():
+    """By the formulas of the papers, worked out by hand: token 0 was in the prompt, 1 twice in the answer, 2 once."""
+    logits = torch.tensor([2.0, 3.0, -1.0, 4.0])
+    penalties = {}
+    for name, value in {"repetition": 2.0, "presence": 0.5, "frequency": 0.25}.items():
+        penalties[name] = Penalties(Sampling(**{f"{name}_penalty": value}), [0, 0], 4, "cpu")
+        for token in (1, 2, 1):
+            penalties[name].count(torch.tensor(token))
+    assert penalties["repetition"](logits).tolist() == [1.0, 1.5, -2.0, 4.0]
+    assert penalties["presence"](logits).tolist() == [2.0, 2.5, -1.5, 4.0]
+    assert penalties["frequency"](logits).tolist() == [2.0, 2.5, -1.25, 4.0]
+    biased = Penalties(Sampling(logit_bias={3: -100.0, 0: 1.5}), [0], 4, "cpu")
+    assert biased(logits).tolist() == [3.5, 3.0, -1.0, -96.0]
+    assert Sampling(logit_bias={3: 1.0}).has_penalties
+    assert not Sampling(0.5, 3, 0.5, 0.5).has_penalties
+
+
 @pytest.mark.parametrize(
-    ("name", "value"), [("temperature", -1), ("temperature", float("nan")), ("top_k", -1), ("top_p", 1.5), ("min_p", 2)]
+    ("name", "value"),
+    [
+        ("temperature", -1),
+        ("temperature", float("nan")),
+        ("top_k", -1),
+        ("top_p", 1.5),
+        ("min_p", 2),
+        ("repetition_penalty", 0),
+        ("presence_penalty", float("nan")),
+        ("frequency_penalty", float("inf")),
+    ],
 )
 def test_a_value_out_of_range_is_named(name, value):
     with pytest.raises(ValueError, match=f"{name} {value} is not possible"):
