@@ -70,6 +70,12 @@ def rows_per_chunk(device: str, vocabulary: int) -> int:
     return max(256, CHUNK_ELEMENTS.get(device, MANY_ELEMENTS) // vocabulary)
 
 
+def even_rows(rows: int, at_most: int) -> int:
+    """Rows of a chunk when so many are shared out evenly: no last chunk of a few that reads the head's whole weight."""
+    chunks = max(1, -(-rows // at_most))
+    return max(1, -(-rows // chunks))
+
+
 def summed_cross_entropy(
     head: Callable[[Tensor], Tensor],
     hidden: Tensor,
@@ -84,10 +90,11 @@ def summed_cross_entropy(
         hidden: (B, T, C).
         targets: (B, T) int64.
         parameters: The parameters that `head` uses; those that require gradients get them.
-        chunk_rows: Rows of logits to hold at a time.
+        chunk_rows: Rows of logits to hold at a time, at most.
     """
     rows, labels = hidden.reshape(-1, hidden.size(-1)), targets.reshape(-1)  # (N, C), (N,)
     trained = [p for p in parameters if p.requires_grad]
+    chunk_rows = even_rows(len(rows), chunk_rows)
     if not torch.is_grad_enabled():
         pairs = zip(rows.split(chunk_rows), labels.split(chunk_rows), strict=True)
         return torch.stack([_cross_entropy(head(x), y) for x, y in pairs]).sum()
@@ -96,6 +103,16 @@ def summed_cross_entropy(
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def _loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """`_cross_entropy` and its gradient (n, V), the one in the place of the other: autograd would hold three of that
+    size in float32."""
+    work = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+    loss = F.nll_loss(work, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    counted = (targets != IGNORE_INDEX)[:, None]
+    gradient = work.exp_().scatter_add_(1, targets.clamp(min=0)[:, None], -counted.float()).mul_(counted)
+    return loss, gradient.to(logits.dtype)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -113,10 +130,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + chunk_rows)
             with torch.enable_grad():
                 x = rows[chunk].detach().requires_grad_()
-                loss = _cross_entropy(head(x), labels[chunk])
-            row_gradient[chunk], *gradients = torch.autograd.grad(loss, [x, *parameters])
+                logits = head(x)
+            loss, gradient = _loss_and_gradient(logits.detach(), labels[chunk])
+            row_gradient[chunk], *gradients = torch.autograd.grad(logits, [x, *parameters], gradient)
             sums = [g if s is None else s.add_(g) for s, g in zip(sums, gradients, strict=True)]
-            total += loss.detach()
+            total += loss
         ctx.gradients = [row_gradient, *sums]
         return total
 
