@@ -137,7 +137,14 @@ class Tokenizer:
         The cost of a token does not grow with the text before it. `after` are ids that stand before these: the pieces
         then continue their text, with the leading space that `decode(ids)` alone would drop (sentencepiece).
         """
-        return self._backend.decode_stream(ids, skip_special, after)
+        decoder = self.stream_decoder(skip_special=skip_special, after=after)
+        yield from filter(None, map(decoder.push, ids))
+        if rest := decoder.finish():
+            yield rest
+
+    def stream_decoder(self, *, skip_special: bool = True, after: Sequence[int] = ()) -> StreamDecoder:
+        """The same where the ids do not come from one place: one at a time."""
+        return StreamDecoder(self._backend, skip_special, after)
 
     # -- what else a checkpoint's tokenizer says
 
@@ -281,26 +288,32 @@ class _Backend(ABC):
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes that a token stands for, possibly a part of a character."""
 
-    def decode_stream(self, ids: Iterable[int], skip_special: bool, after: Sequence[int]) -> Iterator[str]:
-        control_ids = self.control_ids if skip_special else frozenset()
-        spaces = self.leading_space
-        if any(token_id not in control_ids for token_id in after):
-            spaces = 0
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for token_id in ids:
-            if token_id in control_ids:
-                continue
-            piece = decoder.decode(self.token_bytes(token_id))
-            while piece and spaces:
-                spaces -= 1
-                if not piece.startswith(" "):
-                    spaces = 0
-                    break
-                piece = piece[1:]
-            if piece:
-                yield piece
-        if rest := decoder.decode(b"", final=True):
-            yield rest
+
+class StreamDecoder:
+    """Text as token ids come, in pieces that never split a character. Made by `Tokenizer.stream_decoder`."""
+
+    def __init__(self, backend: _Backend, skip_special: bool, after: Sequence[int]) -> None:
+        self._backend = backend
+        self._skipped = backend.control_ids if skip_special else frozenset()
+        self._spaces = backend.leading_space if all(token_id in self._skipped for token_id in after) else 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain with one more id, "" where it ends within a character."""
+        if token_id in self._skipped:
+            return ""
+        piece = self._decoder.decode(self._backend.token_bytes(token_id))
+        while piece and self._spaces:
+            self._spaces -= 1
+            if not piece.startswith(" "):
+                self._spaces = 0
+                break
+            piece = piece[1:]
+        return piece
+
+    def finish(self) -> str:
+        """What stands for the bytes of a character that was never completed."""
+        return self._decoder.decode(b"", final=True)
 
 
 class _JsonBackend(_Backend):
