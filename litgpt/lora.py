@@ -137,8 +137,9 @@ class LoRALinear(KeepsFloat32):
 
     def _with_magnitude(self, x: Tensor, y: Tensor, update: Tensor) -> Tensor:
         """DoRA: each updated row is brought to its learned length; the norm itself gets no gradient (section 4.3)."""
-        weight = self._updated(plain_weight(self.linear).float())
-        norm = (weight + self.update().float()).norm(dim=1).detach()
+        with torch.no_grad():  # `detach` at the end would keep the sum, as large as the weight, until the backward pass
+            weight = self._updated(plain_weight(self.linear).float())
+            norm = (weight + self.update().float()).norm(dim=1)
         factor = (self.lora_magnitude / norm).to(y.dtype)  # (updated rows,)
         bias = self.linear.bias
         direction = self._updated(y, dim=-1) - (0 if bias is None else self._updated(bias.to(y.dtype)))

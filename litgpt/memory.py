@@ -24,74 +24,48 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 
+from litgpt.adapter import AdapterV2Linear, PromptedAttention, TrainedLayerNorm
 from litgpt.config import Config
 from litgpt.generation.engine import PREFILL_CHUNK
-from litgpt.model import GPT, QUERY_BLOCK, KVCache
-from litgpt.training.loss import rows_per_chunk
-
-Method = Literal["inference", "lora", "qlora", "full"]
-METHODS: tuple[Method, ...] = ("inference", "lora", "qlora", "full")
+from litgpt.lora import LoRALinear
+from litgpt.model import GPT, QUERY_BLOCK, KVCache, LLaMAMoE
+from litgpt.quantize import QuantizedLinear
+from litgpt.training.activation_checkpointing import checkpointed_blocks
+from litgpt.training.loss import even_rows, rows_per_chunk
 
 PROGRAM_BYTES = 750_000_000  # Python with torch and what training imports, or a GPU's context: before any tensor
-NF4_BYTES = 0.5 + 4 / 64  # of one weight: 4 bits, and a float32 scale for every 64 (https://arxiv.org/abs/2305.14314)
-LORA_TARGETS = ("query", "value")
 SAMPLING_BYTES = 32  # of one logit while a token is drawn: probabilities, sorted ones and their places
 HELD_BACK = 0.4  # of what comes and goes in training: what the C library keeps from a CPU's next allocation (measured)
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What is done with a model, and how.
+    """What is done with a model; what is trained of it, and in which types it is, the model itself says.
 
     Attributes:
-        method: inference, full finetuning (pretraining is the same), LoRA, or QLoRA (LoRA on 4-bit weights, nf4).
-        weights: The type of the weights.
-        compute: The type to compute in where that is another one (mixed precision).
+        trains: Whether it is trained, or answers.
+        compute: The type to compute in where that is not the weights' (mixed precision).
         batch_size: Sequences at a time on one device.
         context: Tokens of each sequence; at inference prompt and answer together.
         device: Kind of device, as in torch.device.
         devices: Devices that share weights, gradients and optimizer state in training (FSDP2).
-        lora_r: Rank of the LoRA matrices.
-        lora_targets: Linear layers that have them: query, key, value, projection, mlp, head.
-        lora_dropout: Whether LoRA drops some of its input.
         optimizer_states: Tensors the optimizer keeps for each trained parameter: 2 for Adam and AdamW, 0 for plain SGD.
-        checkpoints_activations: Keep only the input of each block and compute the rest again in the backward pass.
+        checkpointed: The blocks of which only the input is kept, and the rest computed again afterwards: none, full
+            (all), or N for every N-th.
     """
 
-    method: Method
-    weights: torch.dtype = torch.float32
+    trains: bool
     compute: torch.dtype | None = None
     batch_size: int = 1
     context: int = 4096
     device: str = "cpu"
     devices: int = 1
-    lora_r: int = 8
-    lora_targets: tuple[str, ...] = LORA_TARGETS
-    lora_dropout: bool = True
     optimizer_states: int = 2
-    checkpoints_activations: bool = False
-
-    @property
-    def trains(self) -> bool:
-        return self.method != "inference"
-
-    @property
-    def uses_lora(self) -> bool:
-        return self.method in ("lora", "qlora")
-
-    @property
-    def weight_bytes(self) -> int:
-        return self.weights.itemsize
-
-    @property
-    def compute_bytes(self) -> int:
-        """Of one value inside a block."""
-        return (self.compute or self.weights).itemsize
+    checkpointed: str | int = "none"
 
     @property
     def tokens(self) -> int:
@@ -105,20 +79,26 @@ def estimate_memory(model: GPT, usage: Usage) -> dict[str, int]:
     while the activations of the next one are. A step of one micro-batch may stay below it.
 
     Args:
-        model: The model, on any device (the meta device will do) and in any dtype.
+        model: The model on any device (the meta device will do) in the types that it will have: adapted, quantised, and
+            what is not trained frozen.
         usage: What is done with it.
     """
-    parts = {"program": PROGRAM_BYTES, "weights": _weights(model, usage)}
+    whole = weight_bytes(model)
+    parts = {"program": PROGRAM_BYTES}
     if not usage.trains:
-        parts["kv_cache"] = cache_bytes(model.config, usage)
-        parts["working"] = _inference_working(model.config, usage)
+        parts["weights"] = whole
+        parts["kv_cache"] = cache_bytes(model, usage)
+        parts["working"] = _inference_working(model, usage)
         return parts
-    trained = _trained_parameters(model, usage)
-    if usage.uses_lora:
-        parts["lora_weights"] = trained * usage.weight_bytes // usage.devices
-    parts["gradients"] = trained * usage.weight_bytes // usage.devices
-    parts["optimizer"] = trained * usage.weight_bytes * usage.optimizer_states // usage.devices
-    parts["activations"] = activation_bytes(model.config, usage) + _cast_weights(model, usage)
+    trained = weight_bytes(model, trained=True)
+    if trained < whole:
+        parts["weights"] = (whole - trained) // usage.devices
+        parts["trained_weights"] = trained // usage.devices
+    else:
+        parts["weights"] = whole // usage.devices
+    parts["gradients"] = trained // usage.devices
+    parts["optimizer"] = trained * usage.optimizer_states // usage.devices
+    parts["activations"] = activation_bytes(model, usage) + _cast_weights(model, usage)
     parts["working"] = _training_working(model, usage)
     if usage.device == "cpu":
         parts["allocator"] = int((parts["activations"] + parts["working"]) * HELD_BACK)
@@ -128,198 +108,229 @@ def estimate_memory(model: GPT, usage: Usage) -> dict[str, int]:
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def _weights(model: GPT, usage: Usage) -> int:
-    """The model's own weights on one device."""
-    count = model.num_parameters()
-    if usage.method == "qlora":
-        quantised = sum(layer.weight.numel() for layer in _block_linears(model))
-        return int(((count - quantised) * usage.weight_bytes + quantised * NF4_BYTES) / usage.devices)
-    return count * usage.weight_bytes // (usage.devices if usage.trains else 1)
+def weight_bytes(module: nn.Module, trained: bool = False) -> int:
+    """Of all parameters, or of the trained ones; a shared one counts once."""
+    return sum(p.numel() * p.itemsize for p in module.parameters() if p.requires_grad or not trained)
 
 
-def _block_linears(model: GPT) -> Iterable[nn.Linear]:
-    """The linear layers that quantisation replaces: all but the head and the routers of experts."""
-    return (module for module in model.transformer["h"].modules() if type(module) is nn.Linear)
+def _stream_bytes(model: GPT) -> int:
+    """Of one value of the residual stream: autocast leaves it in the embedding's type."""
+    return model.transformer["wte"].weight.itemsize
 
 
-def _trained_parameters(model: GPT, usage: Usage) -> int:
-    return lora_parameters(model, usage.lora_r, usage.lora_targets) if usage.uses_lora else model.num_parameters()
-
-
-def lora_parameters(model: GPT, rank: int, targets: Iterable[str] = LORA_TARGETS) -> int:
-    """Parameters of LoRA's matrices A (r x inputs) and B (outputs x r), https://arxiv.org/abs/2106.09685."""
-    targets = set(targets)
-    count = 0
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear):
-            outputs = _lora_outputs(name, layer, model.config, targets)
-            count += sum(rank * (layer.in_features + output) for output in outputs)
-    return count
-
-
-def _lora_outputs(name: str, layer: nn.Linear, config: Config, targets: set[str]) -> list[int]:
-    """Output widths of the LoRA products that a layer gets; several where it is several in one, as qkv is."""
-    inner, size = name.rpartition(".")[2], config.head_size
-    if inner == "qkv":
-        keys = config.n_query_groups * size
-        rows = {"query": config.n_head * size, "key": keys, "value": keys}
-        return [outputs for target, outputs in rows.items() if target in targets]
-    if name == "lm_head":
-        target = "head"
-    elif ".attn" not in name:
-        target = "mlp"
-    else:
-        target = "projection" if inner == "proj" else "query" if inner.startswith("q_") else "value"
-    return [layer.out_features] if target in targets else []
+def _compute_bytes(model: GPT, usage: Usage) -> int:
+    """Of one value inside a block."""
+    return usage.compute.itemsize if usage.compute else _stream_bytes(model)
 
 
 def _cast_weights(model: GPT, usage: Usage) -> int:
-    """Mixed precision: the backward pass needs the copies of the weights that were computed with."""
-    if usage.compute is None or usage.method == "qlora":
-        return 0
-    return sum(layer.weight.numel() for layer in _block_linears(model)) * usage.compute_bytes
+    """The backward pass needs the copies of the weights that were computed with, where they are of another type."""
+    element = _compute_bytes(model, usage)
+    matrices: list[nn.Parameter] = []
+    for module in model.transformer["h"].modules():
+        if type(module) is nn.Linear:
+            matrices.append(module.weight)
+        elif isinstance(module, LoRALinear):
+            matrices += [module.lora_A, module.lora_B]
+    return sum(p.numel() for p in matrices if p.itemsize != element) * element
 
 
 # --- inference -------------------------------------------------------------------------------------------------------
 
 
-def cache_bytes(config: Config, usage: Usage) -> int:
+def cache_bytes(model: GPT, usage: Usage) -> int:
     """The cache of keys and values: a window's worth where a layer has one, latents where attention is latent."""
-    cache = KVCache(config, usage.batch_size, usage.context, "meta", usage.compute or usage.weights)
+    dtype = usage.compute or model.transformer["wte"].weight.dtype
+    cache = KVCache(model.config, usage.batch_size, usage.context, "meta", dtype)
     return sum(tensor.numel() * tensor.dtype.itemsize for tensor in cache.tensors())
 
 
-def _inference_working(config: Config, usage: Usage) -> int:
+def _inference_working(model: GPT, usage: Usage) -> int:
     """What comes and goes while a prompt is read in chunks, and a token drawn from the logits."""
+    config = model.config
     chunk = min(PREFILL_CHUNK, usage.context)
-    rows, element = usage.batch_size * chunk, usage.compute_bytes
+    rows, element = usage.batch_size * chunk, _compute_bytes(model, usage)
     attention = _attention_width(config) * element * 2 + _rotation_bytes(config)
     widest = max(attention, max(_mlp_values(config, layer) for layer in range(config.n_layer)) * element)
     stream = config.n_embd * (2 * element + 8)  # the stream, its norm, and the norm's float32 within
     distances = 0 if chunk == usage.context else rows * usage.context * (8 + 1 + element)  # who sees whom
     logits = usage.batch_size * config.padded_vocab_size * SAMPLING_BYTES
-    return max(rows * (widest + stream) + distances + _scores(config, usage, chunk), logits)
+    return max(rows * (widest + stream) + distances + _scores(config, usage, chunk, element), logits)
 
 
-def _scores(config: Config, usage: Usage, queries: int) -> int:
+def _scores(config: Config, usage: Usage, queries: int, element: int) -> int:
     """Attention scores where no kernel computes without holding them, for one layer."""
     if not _holds_scores(config, usage.device):
         return 0
     queries = min(queries, QUERY_BLOCK)
-    return usage.batch_size * config.n_head * queries * usage.context * (2 * 4 + usage.compute_bytes)
+    return usage.batch_size * config.n_head * queries * usage.context * (2 * 4 + element)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def activation_bytes(config: Config, usage: Usage) -> int:
+def activation_bytes(model: GPT, usage: Usage) -> int:
     """What is kept for the backward pass between the two, for the whole model."""
-    stream = usage.tokens * config.n_embd * _stream_bytes(usage)
-    layers = [_kept_by_layer(config, usage, layer) for layer in range(config.n_layer)]
-    kept = max(layers) + config.n_layer * stream if usage.checkpoints_activations else sum(layers)
-    masks = usage.context**2 * usage.compute_bytes if config.sliding_window_size else 0
-    return kept + masks + usage.tokens * _kept_by_norm(config, usage, config.n_embd)
+    return Activations(model, usage).total()
 
 
-def _kept_by_layer(config: Config, usage: Usage, layer: int) -> int:
-    """Bytes of one block, for all tokens."""
-    norms = [config.norm_1, config.norm_2 and not config.shared_attention_norm]
-    norms += [config.post_attention_norm, config.post_mlp_norm]
-    per_token = sum(norms) * _kept_by_norm(config, usage, config.n_embd)
-    if config.parallel_residual and sum(norms[:2]) == 2 and config.norm_class_name == "LayerNorm":
-        per_token -= config.n_embd * _stream_bytes(usage)  # both read the same tensor
-    attention = _kept_by_attention if config.latent_attention is None else _kept_by_latent_attention
-    per_token += attention(config, usage) + _kept_by_mlp(config, usage, layer)
-    return usage.tokens * per_token
+class Activations:
+    """What a forward pass keeps for the backward pass, in bytes. Methods give them per token but for `total`.
+
+    Args:
+        model: The model as it is trained.
+        usage: How.
+    """
+
+    def __init__(self, model: GPT, usage: Usage) -> None:
+        self.model, self.config, self.usage = model, model.config, usage
+        self.stream, self.element = _stream_bytes(model), _compute_bytes(model, usage)
+        self.mixed = usage.compute is not None
+        self.holds_scores = _holds_scores(model.config, usage.device)
+
+    def total(self) -> int:
+        """For the whole model and all tokens."""
+        config, usage = self.config, self.usage
+        again = [id(block) for block in checkpointed_blocks(self.model, usage.checkpointed)]
+        kept, recomputed, deep = 0, 0, _is_trained(self.model.transformer["wte"])
+        for block in self.model.transformer["h"]:
+            if not deep and not _is_trained(block):
+                continue  # no gradient goes so far back
+            size = self.block(block, deep)
+            if id(block) in again:
+                recomputed, size = max(recomputed, size), config.n_embd * self.stream
+            kept, deep = kept + size, True
+        kept += recomputed
+        masks = usage.context**2 * self.element if config.sliding_window_size else 0
+        return masks + usage.tokens * (kept + self.norm(self.model.transformer["ln_f"]))
+
+    def block(self, block: nn.Module, deep: bool) -> int:
+        """One block; `deep` is whether its input needs a gradient, too."""
+        config = self.config
+        attention_counts = deep or _is_trained(block.attn)
+        before_mlp = deep or (attention_counts and not config.parallel_residual)
+        norms = [(block.norm_1, deep), (getattr(block, "norm_2", None), before_mlp)]
+        norms += [(block.post_attention_norm, attention_counts), (block.post_mlp_norm, True)]
+        kept = sum(
+            self.norm(norm)
+            for norm, counts in norms
+            if norm is not None and not isinstance(norm, nn.Identity) and (counts or _is_trained(norm))
+        )
+        two = not config.shared_attention_norm and config.norm_1 and config.norm_2
+        if deep and config.parallel_residual and two and config.norm_class_name == "LayerNorm":
+            kept -= config.n_embd * self.stream  # both read the same tensor
+        if attention_counts:
+            latent = config.latent_attention is not None
+            kept += self.latent_attention(block.attn) if latent else self.attention(block.attn, deep)
+        return kept + (self.mlp(block) if before_mlp or _is_trained(block.mlp) else 0)
+
+    def norm(self, norm: nn.Module, width: int | None = None, element: int | None = None) -> int:
+        """Its input of that element size and, on a CPU, where RMSNorm is no single kernel, the normalised values."""
+        width, element = width or self.config.n_embd, element or self.stream
+        if isinstance(norm, nn.LayerNorm):
+            return width * (4 if isinstance(norm, TrainedLayerNorm) else element) + 8
+        if self.usage.device != "cpu":
+            return width * (4 if self.config.norm_unit_offset else element) + 4
+        return width * 4 * (2 if _is_trained(norm) else 1) + 4
+
+    def linears(self, layers: Iterable[nn.Module], width: int, *, kept: bool = False, inner: bool = False) -> int:
+        """Linear layers that read one tensor of that width: what they keep of it, and what is theirs alone.
+
+        Args:
+            layers: The layers.
+            width: Of their input.
+            kept: Whether their input is kept anyway.
+            inner: Whether it is in the type that is computed in; autocast makes a copy of others for each layer.
+        """
+        layers, readers, result = list(layers), 0, 0
+        for layer in layers:
+            if isinstance(layer, AdapterV2Linear):
+                result += layer.out_features * self.element  # what the scale is multiplied with
+                layer = layer.linear
+            if isinstance(layer, LoRALinear):
+                result += self.update(layer)
+                if isinstance(layer.dropout, nn.Dropout):  # what is left of the input and, on a CPU, the factors of it
+                    source = self.element if inner else self.stream
+                    result += width * (self.element + (source if self.usage.device == "cpu" else 1))
+                    continue
+            readers += self.reads(layer)
+        copied = self.mixed and not inner
+        return result + width * self.element * (readers if copied else min(readers, 1) * (not kept))
+
+    def reads(self, layer: nn.Module) -> bool:
+        """Whether a layer's gradient needs its input as it is."""
+        if isinstance(layer, LoRALinear):
+            return not isinstance(layer.dropout, nn.Dropout)
+        return not isinstance(layer, QuantizedLinear) and _is_trained(layer)
+
+    def update(self, layer: LoRALinear) -> int:
+        """Between LoRA's matrices, and what DoRA scales: the product and what it is added to."""
+        rows = layer.lora_B.size(0)
+        return (layer.lora_A.size(0) + (2 * rows if layer.lora_magnitude is not None else 0)) * self.element
+
+    def attention(self, attention: nn.Module, deep: bool) -> int:
+        config, element, size = self.config, self.element, self.config.head_size
+        queries, keys = config.n_head * size, config.n_query_groups * size
+        prompt = queries * element + config.n_head * 4 if isinstance(attention, PromptedAttention) else 0
+        if prompt and not deep and not _is_trained(attention.qkv):
+            return prompt + queries * element  # what the queries find in the prompt, and themselves
+        kept = prompt + self.linears([attention.qkv], config.n_embd)
+        kept += self.linears([attention.proj], queries, kept=not self.holds_scores, inner=True)
+        if config.norm_qk:
+            shared = config.norm_class_name == "RMSNorm" and self.usage.device == "cpu" and element == 4
+            # ... with what qkv gave
+            kept += self.norm(attention.norm_q, queries + keys, element) - shared * (queries + keys) * 4
+        if not self.holds_scores:
+            qkv = (queries + 2 * keys) + (queries + keys if config.rope_n_elem else 0)
+            return kept + (qkv + queries) * element + config.n_head * 4
+        scores = self.usage.context + config.attention_sinks
+        kept += 3 * queries * element
+        kept += config.n_head * scores * 4  # the softmax
+        kept += config.n_head * scores * element * ((config.attention_logit_softcapping is not None) + (element != 4))
+        return kept
+
+    def latent_attention(self, attention: nn.Module) -> int:
+        config, element, latent, heads = self.config, self.element, self.config.latent_attention, self.config.n_head
+        query_rank, rank = latent.get("q_lora_rank"), latent["kv_lora_rank"]
+        query_size, value_size = latent["qk_nope_head_dim"] + latent["qk_rope_head_dim"], latent["v_head_dim"]
+        down = attention.q_proj if query_rank is None else attention.q_a_proj
+        kept = self.linears([down, attention.kv_a_proj_with_mqa], config.n_embd)
+        if query_rank is not None:
+            kept += self.norm(attention.q_a_norm, query_rank, element)
+            kept += self.linears([attention.q_b_proj], query_rank, inner=True)
+        kept += self.norm(attention.kv_a_norm, rank, element) + self.linears([attention.kv_b_proj], rank, inner=True)
+        kept += self.linears([attention.proj], heads * value_size, kept=not self.holds_scores, inner=True)
+        values = heads * (2 * query_size + value_size)  # queries, keys, values
+        if not self.holds_scores:
+            return kept + (values + heads * value_size) * element + heads * 4
+        return kept + (values + heads * self.usage.context) * 4  # in float32
+
+    def mlp(self, block: nn.Module) -> int:
+        config, mlp, chosen = self.config, block.mlp, self.config.n_expert_per_token
+        if not isinstance(mlp, LLaMAMoE):
+            # A norm shared with the attention gives both one tensor.
+            return self.unit(mlp, kept=config.shared_attention_norm and not self.mixed and self.reads(block.attn.qkv))
+        kept = chosen * (self.unit(mlp.experts[0]) + config.n_embd * self.element)
+        kept += chosen * 3 * 8 + config.n_expert * 2 * 4  # the order of the choices, the router's scores
+        kept += config.n_embd * 4 if self.element != 4 and _is_trained(mlp.gate) else 0  # it computes in float32
+        return kept + (self.unit(mlp.shared_experts) if mlp.shared_experts is not None else 0)
+
+    def unit(self, unit: nn.Module, kept: bool = False) -> int:
+        """A feed-forward unit: its input, unless that is kept anyway, the values inside it, and its last layer's."""
+        first = [unit.fc] if self.config.mlp_class_name == "GptNeoxMLP" else [unit.fc_1, unit.fc_2]
+        width = unit.proj.in_features
+        inputs = self.linears(first, self.config.n_embd, kept=kept) + self.linears([unit.proj], width, inner=True)
+        return inputs + _inner_values(self.config) * width * self.element
 
 
-def _stream_bytes(usage: Usage) -> int:
-    """Of one value of the residual stream: autocast leaves it in the weights' type."""
-    return usage.weight_bytes
-
-
-def _kept_by_norm(config: Config, usage: Usage, width: int, element: int | None = None) -> int:
-    """Its input of that element size and, on a CPU, where RMSNorm is no single kernel, the normalised values."""
-    element = element or _stream_bytes(usage)
-    if config.norm_class_name == "LayerNorm":
-        return width * element + 8
-    if usage.device != "cpu":
-        return width * (4 if config.norm_unit_offset else element) + 4
-    return width * 4 * (1 if usage.uses_lora else 2) + 4
-
-
-def _kept_by_inputs(usage: Usage, width: int, layers: int) -> int:
-    """The input that so many linear layers share: autocast makes a copy for each, frozen layers need none."""
-    if usage.uses_lora:
-        return 0
-    return width * usage.compute_bytes * (layers if usage.compute else 1)
-
-
-def _kept_by_attention(config: Config, usage: Usage) -> int:
-    element, size = usage.compute_bytes, config.head_size
-    queries, keys = config.n_head * size, config.n_query_groups * size
-    kept = _kept_by_inputs(usage, config.n_embd, 1) + _kept_by_lora(config, usage)
-    if config.norm_qk:
-        shared = config.norm_class_name == "RMSNorm" and usage.device == "cpu" and element == 4  # with what qkv gave
-        kept += _kept_by_norm(config, usage, queries + keys, element) - shared * (queries + keys) * 4
-    if not _holds_scores(config, usage.device):
-        qkv = (queries + 2 * keys) + (queries + keys if config.rope_n_elem else 0)
-        return kept + (qkv + queries) * element + config.n_head * 4
-    scores = usage.context + config.attention_sinks
-    kept += 3 * queries * element + _kept_by_inputs(usage, queries, 1)
-    kept += config.n_head * scores * 4  # the softmax
-    kept += config.n_head * scores * element * ((config.attention_logit_softcapping is not None) + (element != 4))
-    return kept
-
-
-def _kept_by_latent_attention(config: Config, usage: Usage) -> int:
-    element, latent, heads = usage.compute_bytes, config.latent_attention, config.n_head
-    query_rank, rank = latent.get("q_lora_rank"), latent["kv_lora_rank"]
-    query_size, value_size = latent["qk_nope_head_dim"] + latent["qk_rope_head_dim"], latent["v_head_dim"]
-    kept = _kept_by_inputs(usage, config.n_embd, 2) + _kept_by_lora(config, usage)
-    for width in (query_rank, rank):
-        if width is not None:
-            kept += _kept_by_norm(config, usage, width, element) + _kept_by_inputs(usage, width, 1)
-    values = heads * (2 * query_size + value_size)  # queries, keys, values
-    if not _holds_scores(config, usage.device):
-        return kept + (values + heads * value_size) * element + heads * 4
-    return kept + _kept_by_inputs(usage, heads * value_size, 1) + (values + heads * usage.context) * 4  # in float32
+def _is_trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
 
 
 def _holds_scores(config: Config, device: str) -> bool:
     """Whether attention is written out, so that all its scores are held."""
     uneven = config.latent_attention is not None and device == "cpu"  # its kernel wants queries and values of one size
     return config.attention_logit_softcapping is not None or config.attention_sinks or uneven
-
-
-def _kept_by_lora(config: Config, usage: Usage) -> int:
-    """The input of the LoRA products and, with dropout, what is left of it and which part that is."""
-    if not usage.uses_lora or not set(usage.lora_targets) & {"query", "key", "value"}:
-        return 0
-    return config.n_embd * (usage.compute_bytes + usage.lora_dropout)
-
-
-def _kept_by_mlp(config: Config, usage: Usage, layer: int) -> int:
-    element, chosen = usage.compute_bytes, config.n_expert_per_token
-    dense = config.mlp_class_name != "LLaMAMoE" or layer < (config.first_k_dense_replace or 0)
-    if dense:
-        shares_input = config.shared_attention_norm and not usage.compute  # with the attention
-        return _kept_by_unit(config, usage, config.intermediate_size, 0 if shares_input else config.n_embd)
-    width = config.moe_intermediate_size or config.intermediate_size
-    kept = chosen * (_kept_by_unit(config, usage, width, config.n_embd) + config.n_embd * element)
-    kept += chosen * 3 * 8 + config.n_expert * 2 * 4  # the order of the choices, the router's scores
-    kept += 0 if element == 4 or usage.uses_lora else config.n_embd * 4  # the router computes in float32
-    if config.n_shared_expert:
-        kept += _kept_by_unit(config, usage, width * config.n_shared_expert, config.n_embd)
-    return kept
-
-
-def _kept_by_unit(config: Config, usage: Usage, width: int, inputs: int) -> int:
-    """A feed-forward unit: its input, the values inside it, and the input of its last layer."""
-    values = _inner_values(config)
-    gates = 1 if config.mlp_class_name == "GptNeoxMLP" else 2
-    kept = _kept_by_inputs(usage, inputs, gates) + _kept_by_inputs(usage, width, 1)
-    return kept + values * width * usage.compute_bytes
 
 
 def _inner_values(config: Config) -> int:
@@ -331,24 +342,38 @@ def _inner_values(config: Config) -> int:
 
 def _training_working(model: GPT, usage: Usage) -> int:
     """What comes and goes: a chunk of logits with the head's gradient, or a block's gradients on their way back."""
-    config, element = model.config, usage.compute_bytes
-    rows = min(usage.tokens, rows_per_chunk(usage.device, config.padded_vocab_size))
-    logits = rows * config.padded_vocab_size * 12  # probabilities and two gradients, in float32
-    head = 0 if usage.uses_lora else model.lm_head.weight.numel() * usage.weight_bytes
+    config, element = model.config, _compute_bytes(model, usage)
+    rows = even_rows(usage.tokens, rows_per_chunk(usage.device, config.padded_vocab_size))
+    # The logits, in float32 where they are not, and probabilities, which become the gradient.
+    logits = rows * config.padded_vocab_size * (8 if element == 4 else element + 8)
+    head = weight_bytes(model.lm_head, trained=True)
     loss = logits + head * (2 if rows < usage.tokens else 1) + 2 * usage.tokens * config.n_embd * element
     widest = max(_mlp_values(config, layer) for layer in range(config.n_layer))
-    largest = max(parameter.numel() for parameter in model.transformer["h"].parameters())
-    backward = usage.tokens * (widest + 2 * config.n_embd) * element + largest * usage.weight_bytes
+    matrices = max(_matrix_bytes(layer, element) for layer in model.transformer["h"].modules())
+    backward = usage.tokens * (widest + 2 * config.n_embd) * element + matrices
     return max(loss, backward) + _gathered(model, usage)
+
+
+def _matrix_bytes(layer: nn.Module, element: int) -> int:
+    """What a layer makes of the size of its weight for a moment: its gradient, or the weight de-quantised; with DoRA
+    the weight, the update and their sum in float32."""
+    if isinstance(layer, LoRALinear):
+        return 3 * layer.in_features * layer.out_features * 4 if layer.lora_magnitude is not None else 0
+    if isinstance(layer, QuantizedLinear):
+        return layer.in_features * layer.out_features * element
+    return max((p.numel() * p.itemsize for p in layer.parameters(recurse=False) if p.requires_grad), default=0)
 
 
 def _gathered(model: GPT, usage: Usage) -> int:
     """FSDP2: two blocks at a time, and what is in no block, are whole on each device, with their gradients."""
     if usage.devices == 1:
         return 0
-    blocks = sum(parameter.numel() for parameter in model.transformer["h"].parameters())
-    whole = 2 * blocks // model.config.n_layer + model.num_parameters() - blocks
-    return whole * usage.compute_bytes * (1 if usage.uses_lora else 2)
+    blocks = model.transformer["h"]
+    whole, trained = (
+        weight_bytes(model, only) - weight_bytes(blocks, only) * max(0, len(blocks) - 2) // len(blocks)
+        for only in (False, True)
+    )
+    return whole + trained
 
 
 def _mlp_values(config: Config, layer: int) -> int:

@@ -262,11 +262,10 @@ def replace_linears(model: GPT, kind: str, dtype: torch.dtype) -> None:
         dtype: The type that the model computes in.
 
     Raises:
-        ValueError: bitsandbytes is not installed, or there is no such kind.
+        ValueError: There is no such kind; or bitsandbytes, which quantises weights that are there, is not installed.
     """
     if kind not in (*TRAINING_KINDS, *INFERENCE_KINDS):
         raise ValueError(f"--quantize {kind} is unknown. Choose one of: {', '.join(TRAINING_KINDS)}, bnb.int8.")
-    import_bitsandbytes()
     for name, linear in list(model.named_modules()):
         if not is_replaced(name, linear):
             continue

@@ -2,22 +2,26 @@
 
     python -m tests.measured_run METHOD MODEL PRECISION BATCH_SIZE CONTEXT
 
-METHOD is inference (prompts, then a few tokens with the cache) or full (two optimizer steps of two micro-batches with
-AdamW, as in training).
+METHOD is inference (prompts, then a few tokens with the cache), full, lora, qlora or adapter_v2 (two optimizer steps of
+two micro-batches with AdamW, as in training).
 """
 
 import contextlib
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from litgpt.adapter import apply_adapter_v2
 from litgpt.config import Config
 from litgpt.convert.source import give_memory, meta_model
-from litgpt.distributed import PRECISIONS, memory_used
+from litgpt.distributed import PRECISIONS, memory_used, store_frozen_matrices
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
+from litgpt.lora import LoRASettings, apply_lora
 from litgpt.model import GPT
+from litgpt.quantize import replace_linears
 from litgpt.training.loss import NextTokenLoss
 from litgpt.training.optimizers import OptimizerSpec
 
@@ -31,11 +35,23 @@ def make(config: Config, dtype: torch.dtype) -> GPT:
     return model
 
 
-def train(config: Config, precision: str, batch_size: int, context: int) -> None:
+def change(model: GPT, method: str, precision: str) -> GPT:
+    """As the finetuning commands do, with LoRA on all linear layers."""
+    if method == "qlora":
+        replace_linears(model, "bnb.nf4", PRECISIONS[precision][0])
+    if method in ("lora", "qlora"):
+        apply_lora(model, LoRASettings(key=True, projection=True, mlp=True))
+    elif method == "adapter_v2":
+        apply_adapter_v2(model, start_layer=0)
+    store_frozen_matrices(model, precision)
+    return model
+
+
+def train(method: str, config: Config, precision: str, batch_size: int, context: int) -> None:
     weights, compute = PRECISIONS[precision]
-    gpt = make(config, weights).train()
+    gpt = change(make(config, weights).train(), method, precision)
     module = NextTokenLoss(gpt)
-    optimizer = OptimizerSpec("AdamW", {"lr": 1e-4}).build(gpt.parameters())
+    optimizer = OptimizerSpec("AdamW", {"lr": 1e-4}).build([p for p in gpt.parameters() if p.requires_grad])
     for _ in range(2):
         for _ in range(2):
             idx = torch.randint(0, config.vocab_size, (batch_size, context))
@@ -54,7 +70,7 @@ def generate(config: Config, precision: str, batch_size: int, context: int) -> N
 
 
 def main(method: str, name: str, precision: str, batch_size: int, context: int) -> None:
-    run = generate if method == "inference" else train
+    run = generate if method == "inference" else partial(train, method)
     run(
         Config(n_layer=1, n_embd=32, n_head=2, vocab_size=512, block_size=64), precision, 1, 32
     )  # imports what it needs

@@ -7,7 +7,6 @@ from typing import Annotated
 from litgpt import cli
 from litgpt.adapter import ADAPTER_WEIGHTS, apply_adapter, is_adapter, save_adapter
 from litgpt.commands.finetuning import Finetuning, Options
-from litgpt.memory import Usage
 from litgpt.training.state import Saved
 
 
@@ -32,7 +31,6 @@ def setup(
     gpt = job.load_model()
     apply_adapter(gpt, adapter_prompt_length, adapter_start_layer)
     saved = Saved(ADAPTER_WEIGHTS, is_adapter)
-    usage = Usage("lora" if quantize is None else "qlora")  # about as many parameters are trained
-    outcome = job.train(gpt, usage, saved, partial(save_adapter, base=str(checkpoint_dir)))
+    outcome = job.train(gpt, saved, partial(save_adapter, base=str(checkpoint_dir)))
     if outcome is not None and not outcome.interrupted:
         job.console.print(f"Saved adapter weights to {str(outcome.checkpoint / saved.file)!r}")

@@ -7,7 +7,6 @@ from typing import Annotated
 from litgpt import cli
 from litgpt.adapter import ADAPTER_V2_WEIGHTS, apply_adapter_v2, is_adapter_v2, save_adapter
 from litgpt.commands.finetuning import Finetuning, Options
-from litgpt.memory import Usage
 from litgpt.training.state import Saved
 
 
@@ -33,7 +32,6 @@ def setup(
     gpt = job.load_model()
     apply_adapter_v2(gpt, adapter_prompt_length, adapter_start_layer)
     saved = Saved(ADAPTER_V2_WEIGHTS, is_adapter_v2)
-    usage = Usage("lora" if quantize is None else "qlora")  # about as many parameters are trained
-    outcome = job.train(gpt, usage, saved, partial(save_adapter, base=str(checkpoint_dir)))
+    outcome = job.train(gpt, saved, partial(save_adapter, base=str(checkpoint_dir)))
     if outcome is not None and not outcome.interrupted:
         job.console.print(f"Saved adapter weights to {str(outcome.checkpoint / saved.file)!r}")

@@ -7,7 +7,6 @@ from typing import Annotated
 from litgpt import cli
 from litgpt.checkpoint import save_model
 from litgpt.commands.finetuning import Finetuning, Options
-from litgpt.memory import Usage
 from litgpt.training.state import Saved
 
 
@@ -24,7 +23,7 @@ def setup(
     """
     job = Finetuning(checkpoint_dir, out_dir, options, cli.spread(setup, locals()))
     gpt = job.load_model().requires_grad_(True)
-    outcome = job.train(gpt, Usage("full"), Saved(), partial(save_model, config=job.config))
+    outcome = job.train(gpt, Saved(), partial(save_model, config=job.config))
     if outcome is not None and not outcome.interrupted:
         job.console.print(f"To talk with it, run:\nlitgpt chat {outcome.checkpoint}")
 

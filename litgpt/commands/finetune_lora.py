@@ -8,7 +8,6 @@ from litgpt import cli
 from litgpt.commands.finetuning import Finetuning, Options
 from litgpt.commands.merge_lora import merge_into
 from litgpt.lora import LORA_WEIGHTS, LoRASettings, apply_lora, is_lora, parameter_groups, save_lora
-from litgpt.memory import Usage
 from litgpt.training.state import Saved
 
 
@@ -32,11 +31,9 @@ def setup(
     job = Finetuning(checkpoint_dir, out_dir, options, cli.spread(setup, locals()), quantize)
     gpt = job.load_model()
     apply_lora(gpt, lora)
-    method = "lora" if quantize is None else "qlora"
-    usage = Usage(method, lora_r=lora.r, lora_targets=lora.targets, lora_dropout=lora.dropout > 0)
     groups = partial(parameter_groups, learning_rate=job.learning_rate, ratio=lora_plus_ratio)
     saved = Saved(LORA_WEIGHTS, is_lora)
-    outcome = job.train(gpt, usage, saved, partial(save_lora, settings=lora, base=str(checkpoint_dir)), groups)
+    outcome = job.train(gpt, saved, partial(save_lora, settings=lora, base=str(checkpoint_dir)), groups)
 
     if outcome is not None and not outcome.interrupted and job.fabric.global_rank == 0:
         job.console.print(f"Saved LoRA weights to {str(outcome.checkpoint / LORA_WEIGHTS)!r}")

@@ -21,7 +21,6 @@ from litgpt.commands.download import download
 from litgpt.commands.pretrain import choose_logger, plan_lines, sequence_length, stop_early
 from litgpt.config import Config
 from litgpt.convert import Source, load_model, open_checkpoint
-from litgpt.convert.source import meta_model
 from litgpt.data import Alpaca
 from litgpt.data.base import DataModule
 from litgpt.data.sft import SFTData
@@ -204,7 +203,6 @@ class Finetuning:
     def train(
         self,
         gpt: GPT,
-        usage: Usage,
         saved: Saved,
         save: Callable[[Path, dict[str, Tensor]], None],
         parameters: Callable[[GPT], list[Any]] = trained_parameters,
@@ -213,7 +211,6 @@ class Finetuning:
 
         Args:
             gpt: The model, changed as the method wants; what requires gradients is trained.
-            usage: The method and what belongs to it, for the estimate of the memory needed.
             saved: Which weights the checkpoints hold.
             save: Writes these weights into a directory.
             parameters: Groups for the optimizer, from the model as it is on the devices (sharding replaces its
@@ -223,6 +220,7 @@ class Finetuning:
             How it ended; None after a dry run.
         """
         options, train, fabric, console = self.options, self.options.train, self.fabric, self.console
+        distributed.store_frozen_matrices(gpt, distributed.precision_of(fabric))
         trained = gpt.num_parameters(trainable_only=True)
         console.print(f"Number of trainable parameters: {trained:,}")
         console.print(f"Number of non-trainable parameters: {num_parameters(gpt) - trained:,}")
@@ -232,7 +230,7 @@ class Finetuning:
         schedule = Schedule.of(train, steps)
         for line in plan_lines(train, schedule, steps, self.tokens, self.world_size, self.optimizer, varies):
             console.print(line)
-        console.print(self._memory_line(usage))
+        console.print(self._memory_line(gpt))
         console.print(f"One training sample, {DIMMED}:\n{show_sample(self.data, self.tokenizer)}\n")
         if options.dry_run:
             console.print("--dry_run: nothing was trained.")
@@ -281,20 +279,19 @@ class Finetuning:
             stop_early(console, outcome)
         return outcome
 
-    def _memory_line(self, usage: Usage) -> str:
+    def _memory_line(self, gpt: GPT) -> str:
         """The estimate of the memory needed, beside what the device has."""
-        weights, compute = distributed.PRECISIONS[distributed.precision_of(self.fabric)]
-        usage = replace(
-            usage,
-            weights=weights,
+        train, (_, compute) = self.options.train, distributed.PRECISIONS[distributed.precision_of(self.fabric)]
+        usage = Usage(
+            trains=True,
             compute=compute,
-            batch_size=self.options.train.micro_batch_size,
+            batch_size=train.micro_batch_size,
             context=self.tokens,
             device=self.fabric.device.type,
-            devices=self.world_size,
-            checkpoints_activations=self.options.train.activation_checkpointing == "full",
+            devices=1 if self.options.strategy == "ddp" else self.world_size,  # ddp: a copy of all on each
+            checkpointed=train.activation_checkpointing,
         )
-        needed = sum(estimate_memory(meta_model(self.config), usage).values())
+        needed = sum(estimate_memory(gpt, usage).values())
         present = distributed.memory_present(self.fabric.device)
         line = f"Estimated memory: {needed / 1e9:.1f} GB at full length"
         if present is None:

@@ -30,9 +30,12 @@ from litgpt.commands.inference import parse_precision
 from litgpt.config import Config
 from litgpt.convert import Source, config_to_hf
 from litgpt.convert.source import meta_model
-from litgpt.distributed import accelerator, inference_precision, memory_present
-from litgpt.memory import METHODS, Usage, estimate_memory
+from litgpt.distributed import accelerator, inference_precision, memory_present, store_frozen_matrices
+from litgpt.lora import LoRASettings, apply_lora
+from litgpt.memory import Usage, estimate_memory
+from litgpt.model import GPT
 from litgpt.prompts import ChatTemplate, PromptStyle, WrittenStyle
+from litgpt.quantize import replace_linears
 from litgpt.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 4096
@@ -165,15 +168,29 @@ def estimate(
 ) -> dict[str, Any]:
     """The memory that each use of the model needs on this kind of device, beside what there is."""
     weights, compute = parse_precision(precision, device)
-    model, present = meta_model(config), memory_present(device)
+    present = memory_present(device)
     methods = {}
-    for method in METHODS:
-        usage = Usage(method, weights, compute, batch_size, context, device.type, devices, lora_r)
+    for method in METHOD_TITLES:
+        mixed = None if method == "qlora" else compute  # its products are in the type of the other weights
+        model = model_for(method, config, compute or weights if method == "qlora" else weights, lora_r)
+        if mixed is not None and method == "lora":
+            store_frozen_matrices(model, precision)
+        usage = Usage(method != "inference", mixed, batch_size, context, device.type, devices)
         parts = estimate_memory(model, usage)
         total = sum(parts.values())
         methods[method] = {"parts": parts, "total": total, "fits": None if present is None else total <= present}
     settings = {"precision": precision, "batch_size": batch_size, "context": context, "devices": devices}
     return {**settings, "lora_r": lora_r, "device": device.type, "device_bytes": present, "methods": methods}
+
+
+def model_for(method: str, config: Config, dtype: torch.dtype, lora_r: int) -> GPT:
+    """The model as it is used, without memory for its weights."""
+    model = meta_model(config).to(dtype)
+    if method == "qlora":
+        replace_linears(model, "bnb.nf4", dtype)
+    if method in ("lora", "qlora"):
+        apply_lora(model, LoRASettings(r=lora_r))
+    return model
 
 
 # --- how it is told --------------------------------------------------------------------------------------------------

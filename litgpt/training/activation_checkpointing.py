@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from litgpt.model import GPT
+from litgpt.model import GPT, Block
 
 
 def checkpoint_blocks(gpt: GPT, choice: str | int) -> None:
@@ -22,10 +22,13 @@ def checkpoint_blocks(gpt: GPT, choice: str | int) -> None:
         gpt: The model, not yet sharded.
         choice: "none", "full" for all blocks, or N for the first and every N-th from there.
     """
-    if choice == "none":
-        return
-    for block in list(gpt.transformer["h"])[:: 1 if choice == "full" else int(choice)]:
+    for block in checkpointed_blocks(gpt, choice):
         block.forward = _computed_again(block.forward)
+
+
+def checkpointed_blocks(gpt: GPT, choice: str | int) -> list[Block]:
+    """The blocks that `choice` means."""
+    return [] if choice == "none" else list(gpt.transformer["h"])[:: 1 if choice == "full" else int(choice)]
 
 
 def _computed_again(forward: Callable) -> Callable:

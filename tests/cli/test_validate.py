@@ -116,8 +116,8 @@ def test_the_memory_is_estimated_for_what_is_asked(litgpt, validate, directory):
     assert settings.items() <= memory.items()
     assert memory["methods"]["inference"]["parts"]["weights"] == 2 * PARAMETERS
     assert memory["methods"]["full"]["parts"]["weights"] == 2 * PARAMETERS // 2
-    # Two layers; A and B of queries (32 -> 32) and values (32 -> 16); shared by two devices.
-    assert memory["methods"]["lora"]["parts"]["lora_weights"] == 2 * 2 * 4 * (64 + 48) // 2
+    # Two layers; A and B of queries (32 -> 32) and values (32 -> 16), in float32; shared by two devices.
+    assert memory["methods"]["lora"]["parts"]["trained_weights"] == 4 * 2 * 4 * (64 + 48) // 2
     for method in memory["methods"].values():
         assert method["total"] == sum(method["parts"].values())
         assert method["fits"] == (method["total"] <= memory["device_bytes"])

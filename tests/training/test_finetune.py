@@ -189,3 +189,22 @@ def test_muon_trains_matrices_by_their_names(base, records, tmp_path):
     muon = replace(finetuning.OPTIMIZER, class_path="Muon", init_args={"lr": 0.01})
     rows = run("full", base, records, tmp_path, max_steps=6, optimizer=muon)
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+
+
+MIXED_ON_TWO_RANKS = """
+import sys
+from pathlib import Path
+from tests.training.test_finetune import run
+base, records, out_dir, strategy = sys.argv[1:]
+run("dora", Path(base), Path(records), Path(out_dir), max_steps=3, micro_batch_size=2, devices=2, strategy=strategy,
+    precision="bf16-mixed")
+"""
+
+
+def test_mixed_precision_with_frozen_weights_on_two_ranks(base, records, tmp_path):
+    """FSDP2 shards blocks whose frozen matrices are in bfloat16, and the rest in float32."""
+    run("dora", base, records, tmp_path / "one", max_steps=3, micro_batch_size=2, precision="bf16-mixed")
+    on_two_ranks(MIXED_ON_TWO_RANKS, tmp_path, base, records, tmp_path / "two", "fsdp")
+    one, two = (read_metrics(tmp_path / name / "metrics.csv") for name in ("one", "two"))
+    assert [float(row["loss"]) for row in two] == pytest.approx([float(row["loss"]) for row in one], rel=1e-3)
+    assert weights(tmp_path / "two/final", LORA_WEIGHTS).keys() == weights(tmp_path / "one/final", LORA_WEIGHTS).keys()
