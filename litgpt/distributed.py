@@ -259,6 +259,20 @@ def memory_present(device: torch.device) -> int | None:
     return min(present, int(text)) if text.isdecimal() else present
 
 
+def memory_free(device: torch.device) -> int | None:
+    """Bytes of memory that nobody uses now. None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    present = memory_present(device)
+    if device.type == "mps":
+        return present - torch.mps.driver_allocated_memory()
+    meminfo = Path("/proc/meminfo")
+    if present is None or not meminfo.exists():
+        return present
+    available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+    return min(present, int(available.split()[1]) * 1024)
+
+
 def seed_everything(seed: int) -> None:
     """Seed python, numpy and torch on every device."""
     import random

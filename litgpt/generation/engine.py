@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -42,6 +43,7 @@ class Engine:
             long it holds up the requests that are running.
         compile: compile the decode step with torch.compile. The first tokens wait for it.
         autocast: a dtype to compute in where the weights are kept in another (mixed precision).
+        cache_bytes: the most memory for keys and values. Requests wait where it is not enough for all of them.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Engine:
         prefill_chunk: int = PREFILL_CHUNK,
         compile: bool = False,
         autocast: torch.dtype | None = None,
+        cache_bytes: float = math.inf,
     ) -> None:
         self.model = model
         self.device = model.transformer["wte"].weight.device  # the head may have been replaced
@@ -67,6 +70,7 @@ class Engine:
         self._writing: list[Slot] = []  # get a token each step
         self._slots: list[Slot] = []
         self._cache: KVCache | None = None
+        self._cache_bytes = cache_bytes
         self._batch: Batch | None = None  # that of the last step
 
     # -- one by one
@@ -173,11 +177,13 @@ class Engine:
         return min(request.max_new_tokens, self.context - length)
 
     def _admit(self) -> None:
-        """Gives free slots to those who wait, in their order."""
+        """Gives slots to those who wait, in their order."""
         while self._waiting and self.running < self.most_slots:
-            progress = self._waiting.popleft()
+            progress = self._waiting[0]
             length = len(progress.request.prompt) + progress.room
-            self._make_room(length)
+            if not self._make_room(length):
+                return
+            self._waiting.popleft()
             slot, known = self._slot_for(progress.request.prompt, length)
             self._cache.rewind(slot.row, known)
             self._cache.lengths[slot.row] = length
@@ -186,20 +192,34 @@ class Engine:
             progress.read = progress.cached = known
             self._reading.append(slot)
 
-    def _make_room(self, length: int) -> None:
-        """Sees to it that there is a free slot, and that slots hold so many tokens."""
+    def _make_room(self, length: int) -> bool:
+        """Sees to it that there is a free slot, and that slots hold so many tokens. False where that takes too much
+        memory as long as others run."""
         rows = len(self._slots) if self.running < len(self._slots) else _power_of_two(self.running + 1)
         rows = min(rows, self.most_slots)
-        longest = max(length, self._cache.max_length if self._cache else 0)
-        longest = min(self.context, _power_of_two(max(longest, 1024 if self.compiles else CACHE_STEP)))
+        longest = min(self.context, _power_of_two(max(length, 1024 if self.compiles else CACHE_STEP)))
+        longest = max(longest, self._cache.max_length if self._cache else 0)
+        if self._cache is not None and (rows, longest) == (len(self._slots), self._cache.max_length):
+            return True
+        self._batch = None
+        if self._size(rows, longest) > self._cache_bytes:
+            if self.running:
+                return False
+            rows, longest = 1, min(self.context, -(-length // CACHE_STEP) * CACHE_STEP)
+            if self._size(rows, longest) > self._cache_bytes:
+                longest = length  # the last resort: the device says whether it has the memory
+            self._cache, self._slots = None, []
         if self._cache is None:
             self._cache = self.model.new_cache(rows, longest, dtype=self.autocast)
-        elif rows > len(self._slots) or longest > self._cache.max_length:
-            self._cache.grow(rows, longest)
         else:
-            return
+            self._cache.grow(rows, longest)
         self._slots += [Slot(row) for row in range(len(self._slots), rows)]
-        self._batch = None
+        return True
+
+    def _size(self, rows: int, length: int) -> int:
+        """Bytes of a cache."""
+        cache = self.model.new_cache(rows, length, device="meta", dtype=self.autocast)
+        return sum(tensor.numel() * tensor.itemsize for tensor in cache.tensors())
 
     def _slot_for(self, prompt: Sequence[int], length: int) -> tuple[Slot, int]:
         """A free slot and how many tokens of the prompt it holds already.

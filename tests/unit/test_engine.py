@@ -320,6 +320,20 @@ def test_short_and_long_sequences_are_rotated_each_in_its_way():
     assert expected[0] == expected[2] != expected[1][:8]
 
 
+def test_requests_wait_where_the_cache_would_need_too_much_memory(model):
+    sizes = [sum(t.numel() * t.itemsize for t in model.new_cache(rows, 128).tensors()) for rows in (1, 2, 4)]
+    requests = [Request(prompt, 30, GREEDY) for prompt in PROMPTS * 2]
+    expected = Engine(model).complete(requests)
+    for most, size in ((1, sizes[0]), (2, sizes[1]), (4, sizes[2]), (1, sizes[0] // 2)):
+        engine, ran = Engine(model, cache_bytes=size), []
+        handle = model.transformer["wte"].register_forward_hook(lambda *_, e=engine, r=ran: r.append(e.running))
+        try:
+            assert engine.complete(requests) == expected
+        finally:
+            handle.remove()
+        assert max(ran) == most
+
+
 @torch.inference_mode()
 def test_logprobs_are_those_of_the_model(model):
     outputs = list(Engine(model).generate([Request(PROMPTS[1], 4, Sampling(0.5, 5), seed=1, logprobs=3)]))
