@@ -46,6 +46,9 @@ COMMANDS = {
     "finetune_adapter_v2": Command(
         "litgpt.commands.finetune_adapter_v2:setup", "Finetune a model with Adapter v2: prompts, biases and scales"
     ),
+    "finetune_dpo": Command(
+        "litgpt.commands.finetune_dpo:setup", "Finetune a model on pairs of a preferred and another reply: DPO, IPO"
+    ),
     "generate": Command("litgpt.commands.generate:setup", "Print what a model answers to a prompt"),
     "chat": Command("litgpt.commands.chat:setup", "Talk with a model"),
     "merge_lora": Command(

@@ -82,12 +82,13 @@ def _field_parameters(cls: type, prefix: str, default: Any) -> Iterator[inspect.
 
 
 def _documentation(function: Callable[..., Any], groups: dict[str, tuple[type, str]], names: list[str]) -> str:
-    """The function's docstring with the fields among its arguments."""
+    """The function's docstring with the fields among its arguments; what it says of a field itself comes first."""
     own = docstring_parser.parse(inspect.getdoc(function) or "")
-    texts = {entry.arg_name: entry.description or "" for entry in own.params}
+    texts: dict[str, str] = {}
     for cls, prefix in groups.values():
         fields = docstring_parser.parse_from_object(cls).params
         texts |= {prefix + entry.arg_name: entry.description or "" for entry in fields}
+    texts |= {entry.arg_name: entry.description or "" for entry in own.params}
     about = filter(None, (own.short_description, own.long_description))
     arguments = [f"    {name}: {' '.join(texts[name].split())}" for name in names if name in texts]
     return "\n\n".join([*about, "\n".join(["Args:", *arguments])])

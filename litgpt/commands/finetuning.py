@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from litgpt import cli, distributed
 from litgpt.checkpoint import copy_companion_files, resolve_checkpoint_dir
@@ -23,6 +23,8 @@ from litgpt.config import Config
 from litgpt.convert import Source, load_model, open_checkpoint
 from litgpt.data import Alpaca
 from litgpt.data.base import DataModule
+from litgpt.data.preferences import PreferenceData
+from litgpt.data.sample_file import Sample
 from litgpt.data.sft import SFTData
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
@@ -37,16 +39,18 @@ from litgpt.training.batches import BatchStream
 from litgpt.training.console import Console
 from litgpt.training.loggers import make_logger
 from litgpt.training.loop import Outcome, Run, fit
-from litgpt.training.loss import IGNORE_INDEX, NextTokenLoss
+from litgpt.training.loss import IGNORE_INDEX, LossModule, NextTokenLoss
 from litgpt.training.metrics import flops_per_token
 from litgpt.training.neftune import add_noise
 from litgpt.training.optimizers import OptimizerSpec
 from litgpt.training.recorder import Recorder
-from litgpt.training.run_directory import LOGGERS_DIR, LOGS_FILE, RunDirectory
+from litgpt.training.run_directory import LOGGERS_DIR, LOGS_FILE, TENSORBOARD_DIR, RunDirectory
 from litgpt.training.schedule import Schedule
 from litgpt.training.state import Saved
 
-TRAIN = TrainArgs(save_interval=1000, global_batch_size=16, micro_batch_size=1, lr_warmup_steps=100, epochs=5)
+TRAIN = TrainArgs(
+    save_interval=1000, global_batch_size=16, micro_batch_size=1, lr_warmup_steps=100, epochs=5, keep_best=True
+)
 EVAL = EvalArgs(interval=100, max_new_tokens=100)
 OPTIMIZER = OptimizerSpec("torch.optim.AdamW", {})
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -109,6 +113,7 @@ class Finetuning:
         options: What all methods take.
         settings: All settings of the command, to be shown.
         quantize: How frozen weights are stored.
+        on_pairs: Whether it learns from pairs of replies, not from single ones.
     """
 
     def __init__(
@@ -118,16 +123,18 @@ class Finetuning:
         options: Options,
         settings: dict[str, Any],
         quantize: str | None = None,
+        on_pairs: bool = False,
     ) -> None:
         self.options = options = replace(options, train=replace(options.train))  # the batch is settled below
         self.out_dir, self.quantize = out_dir, quantize
+        self.data = chosen_data(options.data, on_pairs)
         train = options.train
         self.world_size = distributed.count_devices(options.devices, options.num_nodes)
         train.set_batch_by_accumulation(self.world_size, TRAIN.global_batch_size)
         train.accumulation(self.world_size)
         self.optimizer = options.optimizer.with_train_args(train, default=OPTIMIZER)
         self.optimizer.check_strategy(sharded=self.world_size > 1 and options.strategy != "ddp")
-        self.logger_name = choose_logger(options.logger_name, train.logger_name, options.log)
+        self.logger_name = choose_logger(options.logger_name, train.logger_name, options.log, Options.logger_name)
         precision = options.precision or distributed.default_precision()
         if quantize is not None and options.precision is None:
             precision = without_mixing(precision)
@@ -157,12 +164,6 @@ class Finetuning:
 
     def _prepare_data(self) -> None:
         train = self.options.train
-        self.data = self.options.data if self.options.data is not None else Alpaca()
-        if not isinstance(self.data, SFTData):
-            raise ValueError(
-                f"--data {type(self.data).__name__} is for pretraining: it holds no conversations. For your own: "
-                "--data JSON --data.json_path FILE."
-            )
         own_style = choose_prompt_style(self.source.files, config=self.config, tokenizer=self.tokenizer)
         self.data.connect(
             self.tokenizer,
@@ -206,6 +207,8 @@ class Finetuning:
         saved: Saved,
         save: Callable[[Path, dict[str, Tensor]], None],
         parameters: Callable[[GPT], list[Any]] = trained_parameters,
+        loss: Callable[[GPT], LossModule] = NextTokenLoss,
+        prepare: Callable[[nn.Module], None] | None = None,
     ) -> Outcome | None:
         """Says what will happen, and does it.
 
@@ -215,6 +218,8 @@ class Finetuning:
             save: Writes these weights into a directory.
             parameters: Groups for the optimizer, from the model as it is on the devices (sharding replaces its
                 parameters); by default all that is trained.
+            loss: Makes the loss module of the model.
+            prepare: Called with the loss module once it is on the devices, before anything is trained.
 
         Returns:
             How it ended; None after a dry run.
@@ -225,13 +230,16 @@ class Finetuning:
         console.print(f"Number of trainable parameters: {trained:,}")
         console.print(f"Number of non-trainable parameters: {num_parameters(gpt) - trained:,}")
         varies = not self.data.pack
-        per_step = None if varies else train.global_batch_size * self.tokens
+        per_sample = self.tokens * self.data.rows_per_sample
+        per_step = None if varies else train.global_batch_size * per_sample
         steps = train.total_steps(per_step, self.batches.samples_per_epoch)
         schedule = Schedule.of(train, steps)
-        for line in plan_lines(train, schedule, steps, self.tokens, self.world_size, self.optimizer, varies):
+        what = "sequences" if self.data.rows_per_sample == 1 else "pairs"
+        for line in plan_lines(train, schedule, steps, per_sample, self.world_size, self.optimizer, varies, what):
             console.print(line)
         console.print(self._memory_line(gpt))
-        console.print(f"One training sample, {DIMMED}:\n{show_sample(self.data, self.tokenizer)}\n")
+        for name, sample in self.data.shown().items():
+            console.print(f"{name}, {DIMMED}:\n{sample_in_words(sample, self.tokenizer)}\n")
         if options.dry_run:
             console.print("--dry_run: nothing was trained.")
             return None
@@ -241,18 +249,22 @@ class Finetuning:
         if options.compile:
             for block in gpt.transformer.h:
                 block.compile()
-        loss = NextTokenLoss(gpt)
-        add_noise(loss, train.neftune_noise_alpha)
-        model = fabric.setup_module(loss)
+        loss_module = loss(gpt)
+        add_noise(loss_module, train.neftune_noise_alpha)
+        model = fabric.setup_module(loss_module)
         optimizer = fabric.setup_optimizers(self.optimizer.build(parameters(gpt)))
         logger = None
         if fabric.global_rank == 0:
             cli.save_hyperparameters(self.out_dir)
-            logger = make_logger(
-                self.logger_name, self.out_dir / LOGGERS_DIR, options.log, cli.resolved_settings() or {}
-            )
+            logs = self.out_dir / (TENSORBOARD_DIR if self.logger_name == "tensorboard" else LOGGERS_DIR)
+            logger = make_logger(self.logger_name, logs, options.log, cli.resolved_settings() or {})
         recorder = Recorder(
-            console, self.directory, logger, flops_per_token=flops, peak_flops=distributed.peak_flops(fabric)
+            console,
+            self.directory,
+            logger,
+            flops_per_token=flops,
+            peak_flops=distributed.peak_flops(fabric),
+            loss=loss_module,
         )
         can_answer = options.eval.max_new_tokens and not distributed.is_sharded(gpt)
         run = Run(
@@ -268,6 +280,8 @@ class Finetuning:
             saved=saved,
         )
         try:
+            if prepare is not None:
+                prepare(model)
             outcome = fit(fabric, model, optimizer, self.batches, self.data.val_dataloader(), run)
             if logger is not None and options.log.log_model and not outcome.interrupted:
                 logger.log_checkpoint(outcome.checkpoint, options.log.checkpoint_name or self.config.name or "litgpt")
@@ -285,7 +299,7 @@ class Finetuning:
         usage = Usage(
             trains=True,
             compute=compute,
-            batch_size=train.micro_batch_size,
+            batch_size=train.micro_batch_size * self.data.rows_per_sample,
             context=self.tokens,
             device=self.fabric.device.type,
             devices=1 if self.options.strategy == "ddp" else self.world_size,  # ddp: a copy of all on each
@@ -312,7 +326,7 @@ class Finetuning:
     @torch.no_grad()
     def _answer(self, gpt: GPT) -> str:
         """What the model as it is now answers to a validation sample."""
-        which, count = self.options.eval.evaluate_example, len(self.data.val_samples)
+        which, count = self.options.eval.evaluate_example, self.data.num_examples
         index = {"first": 0, "random": random.randrange(count)}.get(which, which)
         if not 0 <= index < count:
             raise ValueError(f"--eval.evaluate_example {which}: there are {count} validation samples, from 0 on.")
@@ -330,9 +344,28 @@ class Finetuning:
         return f"{messages[-1]['content']}\n-> {answer}"
 
 
-def show_sample(data: SFTData, tokenizer: Tokenizer) -> str:
-    """The first training sample as the model will see it, with the part that no loss is on set apart."""
-    sample = data.train_samples[0]
+def chosen_data(given: DataModule | None, on_pairs: bool) -> SFTData:
+    """What to train on; ValueError where it is data of another kind than the command learns from."""
+    data = Alpaca() if given is None and not on_pairs else given
+    name = type(data).__name__
+    if on_pairs and not isinstance(data, PreferenceData):
+        problem = "--data is missing" if data is None else f"--data {name} holds no pairs of replies"
+        raise ValueError(
+            f"{problem}: a chosen and a rejected one to a prompt. Give --data Preferences --data.json_path FILE, or "
+            "--data HFPreferences --data.repo_id ORG/NAME."
+        )
+    if not isinstance(data, SFTData):
+        raise ValueError(
+            f"--data {name} is for pretraining: it holds no conversations. For your own: "
+            "--data JSON --data.json_path FILE."
+        )
+    if not on_pairs and isinstance(data, PreferenceData):
+        raise ValueError(f"--data {name} holds pairs of replies, from which `litgpt finetune_dpo` learns.")
+    return data
+
+
+def sample_in_words(sample: Sample, tokenizer: Tokenizer) -> str:
+    """A training sample as the model will see it, with the part that no loss is on set apart."""
     before, after = (DIM, PLAIN) if sys.stdout.isatty() else ("<<", ">>")
     pieces: list[tuple[bool, list[int]]] = []
     for token, label in zip(sample.input_ids.tolist(), sample.labels.tolist(), strict=True):

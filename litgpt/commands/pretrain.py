@@ -216,9 +216,9 @@ def setup(
     console.print(f"To talk with it, run:\nlitgpt chat {outcome.checkpoint}")
 
 
-def choose_logger(name: str, other: str | None, log: LogArgs) -> str:
-    """One logger out of `--logger_name` and `--train.logger_name`, checked."""
-    if other is not None and name not in (LOGGER, other):
+def choose_logger(name: str, other: str | None, log: LogArgs, default: str = LOGGER) -> str:
+    """One logger out of `--logger_name`, which is `default` unless given, and `--train.logger_name`, checked."""
+    if other is not None and name not in (default, other):
         raise ValueError(f"--logger_name says {name} and --train.logger_name says {other}. Give only one of them.")
     check_logger(other or name, log)
     return other or name
@@ -300,14 +300,15 @@ def plan_lines(
     world_size: int,
     optimizer: OptimizerSpec,
     varies: bool = False,
+    sample: str = "sequences",
 ) -> list[str]:
     """What one step is, how many there are, and what may surprise about the schedule.
 
-    `tokens` are those of a sequence; the most of one where that `varies`.
+    `tokens` are those of a `sample`; the most of one where that `varies`.
     """
     accumulation, most = train.accumulation(world_size), "up to " if varies else ""
     lines = [
-        f"Tokens per step: {train.micro_batch_size} sequences x {accumulation} accumulation x {world_size} device(s) x "
+        f"Tokens per step: {train.micro_batch_size} {sample} x {accumulation} accumulation x {world_size} device(s) x "
         f"{most}{tokens} tokens = {most}{train.global_batch_size * tokens:,}",
         f"Steps: {steps:,}" if steps else f"Steps: not known beforehand (max_time {train.max_time} s)",
     ]

@@ -199,6 +199,10 @@ def test_pairs_are_the_terms_and_those_without_targets_do_not_count(llama):
         assert loss.num_terms(pairs) == last - first
         sums.append(loss(pairs.idx, pairs.targets, reference[2 * first : 2 * last]))
     torch.testing.assert_close(sums[0], sums[1] + sums[2], rtol=1e-5, atol=1e-4)
+    half = batch()
+    half.targets[1] = -100  # the first pair has no rejected reply
+    assert loss.num_terms(half) == 2
+    torch.testing.assert_close(loss(half.idx, half.targets, reference), sums[2], rtol=1e-5, atol=1e-4)
     nothing = batch().without_targets()
     assert loss.num_terms(nothing) == 0
     assert loss(nothing.idx, nothing.targets, reference).tolist() == [0.0] * 5
