@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 import stat
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
+from litgpt import cli
 from litgpt.commands.inference import Assistant, Stopwatch, clean, load_assistant, memory_line, say
 from litgpt.generation.sampling import Sampling
 from litgpt.prompts.styles import Message
@@ -14,68 +19,90 @@ from litgpt.prompts.styles import Message
 DEFAULT_PROMPT = "What food do llamas eat?"
 
 
+@dataclass
+class Options:
+    """The options that every command takes which prints an answer."""
+
+    sys_prompt: str | None = None
+    """Replaces the system message of the model's prompt format."""
+    num_samples: int = 1
+    """How many answers to print."""
+    max_new_tokens: int = 50
+    """An answer ends after so many tokens, if the model does not end it before."""
+    top_k: int | None = 50
+    """Draw from the so many most likely tokens only; 1 always takes the most likely one."""
+    top_p: float = 1.0
+    """Draw from the most likely tokens that together reach this probability."""
+    min_p: float = 0.0
+    """Draw from tokens at least this fraction as likely as the most likely one."""
+    temperature: float = 0.8
+    """Below 1 the answer gets more certain, above 1 more varied; 0 always takes the most likely token."""
+    include_prompt: bool = False
+    """Print the prompt, in the model's format, before the answer."""
+    prompt_style: str | None = None
+    """Name of a prompt format, a class package.module.Class, or a chat template's .jinja file, in place of the
+    checkpoint's own; `default` gives the model the bare prompt."""
+    precision: str | None = None
+    """32-true, bf16-true, 16-true (weights and computation), bf16-mixed, 16-mixed (float32 weights). By default
+    bf16-true where the device computes it in hardware, else 32-true."""
+    quantize: str | None = None
+    """Keep the weights in 4 or 8 bits: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8."""
+    compile: bool = False
+    """Compile the decoding with torch.compile: it starts slower and then runs faster."""
+    seed: int = 1234
+    """Of the first answer; the others count on from it."""
+    access_token: str | None = None
+    """For a gated model that has to be downloaded first."""
+
+
 def setup(
     checkpoint_dir: Path,
     prompt: str = DEFAULT_PROMPT,
-    *,
-    sys_prompt: str | None = None,
-    num_samples: int = 1,
-    max_new_tokens: int = 50,
-    top_k: int | None = 50,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    temperature: float = 0.8,
-    include_prompt: bool = False,
-    prompt_style: str | None = None,
-    precision: str | None = None,
-    quantize: str | None = None,
-    compile: bool = False,
-    seed: int = 1234,
-    access_token: str | None = None,
+    options: Annotated[Options, cli.Flat()] = Options(),  # noqa: B008
 ) -> None:
     """Print a model's answer to a prompt on stdout; timing and the like go to stderr.
 
     Args:
         checkpoint_dir: A checkpoint directory, a Hugging Face directory, a .gguf file, a known name or a Hub id.
         prompt: What to answer. Without this option a prompt that is piped in is taken, whole.
-        sys_prompt: Replaces the system message of the model's prompt format.
-        num_samples: How many answers to print.
-        max_new_tokens: An answer ends after so many tokens, if the model does not end it before.
-        top_k: Draw from the so many most likely tokens only; 1 always takes the most likely one.
-        top_p: Draw from the most likely tokens that together reach this probability.
-        min_p: Draw from tokens at least this fraction as likely as the most likely one.
-        temperature: Below 1 the answer gets more certain, above 1 more varied; 0 always takes the most likely token.
-        include_prompt: Print the prompt, in the model's format, before the answer.
-        prompt_style: Name of a prompt format, a class package.module.Class, or a chat template's .jinja file, in place
-            of the checkpoint's own; `default` gives the model the bare prompt.
-        precision: 32-true, bf16-true, 16-true (weights and computation), bf16-mixed, 16-mixed (float32 weights). By
-            default bf16-true where the device computes it in hardware, else 32-true.
-        quantize: Not available: refused by name.
-        compile: Compile the decoding with torch.compile: it starts slower and then runs faster.
-        seed: Of the first answer; the others count on from it.
-        access_token: For a gated model that has to be downloaded first.
     """
-    sampling = Sampling(temperature, top_k, top_p, min_p)
-    if num_samples < 1:
-        raise ValueError(f"--num_samples {num_samples} is not possible: give 1 or more.")
+    answer(partial(load_assistant, checkpoint_dir), prompt, options)
+
+
+def answer(load: Callable[..., Assistant], prompt: str, options: Options, input: str = "") -> Assistant:
+    """Prints what a model answers, and what was measured.
+
+    Args:
+        load: Loads the model; takes those of the options that are about it. What can be wrong with the others is said
+            before.
+        prompt: What to answer; the default stands for one that is piped in.
+        options: The command's.
+        input: What the prompt is about, in a prompt format's place for it, or after the prompt.
+
+    Returns:
+        The model that answered.
+    """
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
+    if options.num_samples < 1:
+        raise ValueError(f"--num_samples {options.num_samples} is not possible: give 1 or more.")
     prompt = _piped_prompt() or prompt if prompt == DEFAULT_PROMPT else prompt
-    assistant = load_assistant(
-        checkpoint_dir,
-        precision=precision,
-        compile=compile,
-        prompt_style=prompt_style,
-        access_token=access_token,
-        quantize=quantize,
+    assistant = load(
+        precision=options.precision,
+        compile=options.compile,
+        prompt_style=options.prompt_style,
+        access_token=options.access_token,
+        quantize=options.quantize,
     )
-    system: list[Message] = [] if sys_prompt is None else [{"role": "system", "content": sys_prompt}]
-    ids = assistant.encode([*system, {"role": "user", "content": clean(prompt)}])
-    say(f"Seed set to {seed}")
-    if len(ids) + max_new_tokens > assistant.config.block_size > len(ids):
-        room = assistant.config.block_size - len(ids)
-        say(f"The model's context of {assistant.config.block_size} tokens leaves room for {room} after the prompt.")
-    for sample in range(num_samples):
-        _answer(assistant, ids, sample + 1, max_new_tokens, sampling, seed + sample, include_prompt)
+    system: list[Message] = [] if options.sys_prompt is None else [{"role": "system", "content": options.sys_prompt}]
+    ids = assistant.encode([*system, {"role": "user", "content": clean(prompt)}], clean(input))
+    say(f"Seed set to {options.seed}")
+    new, context = options.max_new_tokens, assistant.config.block_size
+    if len(ids) + new > context > len(ids):
+        say(f"The model's context of {context} tokens leaves room for {context - len(ids)} after the prompt.")
+    for sample in range(options.num_samples):
+        _answer(assistant, ids, sample + 1, new, sampling, options.seed + sample, options.include_prompt)
     say(memory_line(assistant))
+    return assistant
 
 
 def _answer(

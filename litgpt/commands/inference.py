@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,10 @@ from litgpt.convert import load_model, open_checkpoint
 from litgpt.distributed import PRECISIONS, accelerator, inference_precision, memory_used
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
+from litgpt.model import GPT
 from litgpt.prompts import PromptStyle, choose_prompt_style
-from litgpt.prompts.styles import Message
+from litgpt.prompts.styles import Message, with_input
+from litgpt.quantize import check_quantize
 from litgpt.tokenizer import Tokenizer
 
 
@@ -35,13 +37,14 @@ class Assistant:
     stops: list[list[int]]
     """Token sequences that end an answer."""
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
-        """The token ids of a conversation, ready for the reply.
+    def encode(self, messages: Sequence[Message], input: str = "") -> list[int]:
+        """The token ids of a conversation, ready for the reply; `input` is what the last question is about.
 
         Raises:
             ValueError: the prompt format refuses the conversation, or the tokenizer is not this model's.
         """
-        ids = self.style.encode(self.tokenizer, messages)
+        messages, fields = with_input(self.style, messages, input)
+        ids = self.style.encode(self.tokenizer, messages, **fields)
         largest = max(ids, default=0)
         if largest >= self.config.padded_vocab_size:
             raise ValueError(
@@ -65,33 +68,33 @@ def load_assistant(
     *,
     precision: str | None,
     compile: bool,
-    prompt_style: str | None,
+    prompt_style: str | PromptStyle | None,
     access_token: str | None,
     quantize: str | None = None,
+    load: Callable[..., GPT] = load_model,
 ) -> Assistant:
     """Finds, downloads if need be, and loads a checkpoint.
+
+    Args:
+        load: Makes the model of the opened checkpoint; called as `load_model` is.
 
     Raises:
         FileNotFoundError, ValueError: there is no such checkpoint, it is damaged, or an option cannot act.
     """
-    if quantize is not None:
-        raise ValueError(
-            f"--quantize {quantize} cannot act: quantised inference is not available. Leave it out; "
-            "--precision bf16-true halves the memory of float32 weights."
-        )
     device = torch.device(accelerator())
     precision = precision or inference_precision(device)
     weights_dtype, autocast = parse_precision(precision, device)
+    check_quantize(quantize, precision, training=False)
     path = resolve_checkpoint_dir(checkpoint_dir, download=partial(_download, access_token=access_token))
     source = open_checkpoint(path)
     # The small files first: what is wrong with them is said before the weights are read.
     tokenizer = Tokenizer(source.files)
     style = choose_prompt_style(source.files, explicit=prompt_style, config=source.config, tokenizer=tokenizer)
     name = source.config.name or path.stem
-    say(f"Loading {name} ({precision}, {device.type})")
+    say(f"Loading {name} ({', '.join(filter(None, (precision, quantize, device.type)))})")
     if source.note:
         say(source.note)
-    model = load_model(source, dtype=weights_dtype, device=device)
+    model = load(source, dtype=weights_dtype, device=device, quantize=quantize)
     engine = Engine(model, compile=compile, autocast=autocast)
     return Assistant(name, source.config, tokenizer, style, engine, device, style.stop_sequences(tokenizer))
 

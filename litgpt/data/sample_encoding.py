@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from litgpt.data.records import Conversation, Message
 from litgpt.prompts import PromptStyle
-from litgpt.prompts.styles import protected
+from litgpt.prompts.styles import INPUT, places_input, protected, with_input
 from litgpt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-# Words that no template changes: they tell where it puts a question, a reply, an input and tools.
-QUESTION, REPLY, INPUT, TOOL = "vqxquestionqxv", "vqxreplyqxv", "vqxinputqxv", "vqxtoolqxv"
+# Words that no template changes: they tell where it puts a question, a reply and tools.
+QUESTION, REPLY, TOOL = "vqxquestionqxv", "vqxreplyqxv", "vqxtoolqxv"
 PROBE = [
     {"role": "user", "content": QUESTION},
     {"role": "assistant", "content": REPLY},
@@ -98,14 +98,8 @@ class ConversationEncoder:
             if not self.places_tools:
                 raise ValueError("has tools, for which the prompt style has no place; take a chat template that has.")
             fields["tools"] = conversation.tools
-        if not conversation.input:
-            return conversation.messages, fields
-        if self.places_input:
-            return conversation.messages, {**fields, "input": conversation.input}
-        user = max(i for i, message in enumerate(conversation.messages) if message["role"] == "user")
-        messages = [dict(message) for message in conversation.messages]
-        messages[user]["content"] += f"\n\n{conversation.input}"
-        return messages, fields
+        messages, beside = with_input(self.style, conversation.messages, conversation.input, self.places_input)
+        return messages, {**fields, **beside}
 
     def reply_ids(self, messages: list[Message], prompt: list[int], fields: dict[str, Any]) -> list[int]:
         """The ids of the last message, a reply, after its prompt."""
@@ -152,11 +146,6 @@ def end_of_turn(tokenizer: Tokenizer, style: PromptStyle, closing: str) -> list[
             if written[start : start + len(stop)] == stop:
                 return stop
     return [tokenizer.eos_id] if tokenizer.eos_id is not None else []
-
-
-def places_input(style: PromptStyle) -> bool:
-    """Whether the format has a place of its own for a record's input."""
-    return INPUT in style.render(PROBE[:1], input=INPUT)
 
 
 def style_identity(style: PromptStyle, tokenizer: Tokenizer) -> list[Any]:

@@ -16,6 +16,7 @@ import yaml
 from litgpt.suggest import did_you_mean
 
 STYLES_FILE = Path(__file__).with_name("styles.yaml")
+INPUT = "vqxinputqxv"  # a word that no template changes: it tells where one puts an input
 Message = Mapping[str, Any]  # {"role": "system" | "user" | "assistant" | ..., "content": str, ...}
 
 
@@ -113,6 +114,25 @@ def protected(tokenizer: Tokenizer, value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [protected(tokenizer, part) for part in value]
     return value
+
+
+def places_input(style: PromptStyle) -> bool:
+    """Whether the format has a place of its own for a record's input."""
+    return INPUT in style.render([{"role": "user", "content": "x"}], input=INPUT)
+
+
+def with_input(
+    style: PromptStyle, messages: Sequence[Message], input: str, is_placed: bool | None = None
+) -> tuple[Sequence[Message], dict[str, str]]:
+    """A conversation whose last question is about an `input`, and the fields to render it with: where the format has
+    no place for an input, that follows the question. `is_placed` is what `places_input` says, where it is known."""
+    if not input:
+        return messages, {}
+    if places_input(style) if is_placed is None else is_placed:
+        return messages, {"input": input}
+    user = max(index for index, message in enumerate(messages) if message["role"] == "user")
+    question = {**messages[user], "content": f"{messages[user]['content']}\n\n{input}"}
+    return [*messages[:user], question, *messages[user + 1 :]], {}
 
 
 def split_turns(messages: Sequence[Message]) -> tuple[str | None, list[tuple[str, str | None]]]:

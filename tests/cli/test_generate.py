@@ -151,7 +151,7 @@ def test_room_that_the_context_does_not_have_is_said(litgpt, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--quantize", "bnb.nf4"), "--quantize bnb.nf4 cannot act"),
+        (("--quantize", "bnb.nf5"), "--quantize bnb.nf5 is not for inference. Choose one of: bnb.nf4,"),
         (("--precision", "bf8"), "--precision bf8 is not known. Choose one of 32-true"),
         (("--top_p", "1.5"), "top_p 1.5 is not possible"),
         (("--temperature", "-1"), "temperature -1.0 is not possible"),
