@@ -14,6 +14,7 @@ METRICS_FILE = "metrics.csv"
 LOGS_FILE = "logs.txt"
 PLOT_FILE = "loss.png"
 LOGGERS_DIR = "logs"
+TENSORBOARD_DIR = "lightning_logs"  # of finetuning
 TOKENIZER_DIR = "tokenizer"
 STEP_DIR = re.compile(r"step-(\d{8,})")
 
@@ -57,7 +58,8 @@ class RunDirectory:
 
     def artifacts(self) -> list[Path]:
         """Everything that a run has left here."""
-        names = (FINAL, BEST, METRICS_FILE, LOGS_FILE, PLOT_FILE, LOGGERS_DIR, TOKENIZER_DIR, "hyperparameters.yaml")
+        names = [FINAL, BEST, METRICS_FILE, LOGS_FILE, PLOT_FILE, LOGGERS_DIR, TENSORBOARD_DIR, TOKENIZER_DIR]
+        names.append("hyperparameters.yaml")
         steps = [p for p in self.path.glob("step-*") if STEP_DIR.fullmatch(p.name)]
         return [p for p in (self.path / name for name in names) if p.exists()] + steps
 
