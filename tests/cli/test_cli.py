@@ -399,6 +399,7 @@ def with_shared(
 
     Args:
         place: Where to.
+        go_train: How far.
         last: The end.
     """
     return cli.spread(with_shared, locals())
@@ -417,7 +418,8 @@ def test_fields_of_a_flat_group_are_options(capsys):
     cli.run(with_shared, ["--help"], "go")
     help_text = capsys.readouterr().out
     assert help_text.index("Where to.") < help_text.index("Steps a second. (type: int, default: 5)")
-    assert help_text.index("Steps a second.") < help_text.index("The end.")
+    assert help_text.index("Steps a second.") < help_text.index("How far.") < help_text.index("The end.")
+    assert "How long." not in help_text  # what the command says of a field comes before what the group does
 
 
 # --- the program ----------------------------------------------------------------------------------------------------
