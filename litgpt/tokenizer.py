@@ -142,9 +142,16 @@ class Tokenizer:
         if rest := decoder.finish():
             yield rest
 
-    def stream_decoder(self, *, skip_special: bool = True, after: Sequence[int] = ()) -> StreamDecoder:
-        """The same where the ids do not come from one place: one at a time."""
-        return StreamDecoder(self._backend, skip_special, after)
+    def stream_decoder(
+        self, *, skip_special: bool = True, after: Sequence[int] = (), shown: Sequence[int] = ()
+    ) -> StreamDecoder:
+        """The same where the ids do not come from one place: one at a time. The control tokens `shown` are kept."""
+        skipped = self._backend.control_ids.difference(shown) if skip_special else frozenset()
+        return StreamDecoder(self._backend, skipped, after)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes that a token stands for, possibly a part of a character; of a control token, its name."""
+        return self._backend.token_bytes(token_id)
 
     # -- what else a checkpoint's tokenizer says
 
@@ -292,9 +299,9 @@ class _Backend(ABC):
 class StreamDecoder:
     """Text as token ids come, in pieces that never split a character. Made by `Tokenizer.stream_decoder`."""
 
-    def __init__(self, backend: _Backend, skip_special: bool, after: Sequence[int]) -> None:
+    def __init__(self, backend: _Backend, skipped: frozenset[int], after: Sequence[int]) -> None:
         self._backend = backend
-        self._skipped = backend.control_ids if skip_special else frozenset()
+        self._skipped = skipped
         self._spaces = backend.leading_space if all(token_id in self._skipped for token_id in after) else 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 

@@ -96,7 +96,7 @@ class Engine:
         Raises:
             ValueError: the prompt is empty or leaves no room in the context.
         """
-        room = self._room(request)
+        room = self.check(request)
         number = next(self._numbers)
         self._waiting.append(Progress(request, number, room, self.device, self.model.config.padded_vocab_size))
         return number
@@ -134,7 +134,7 @@ class Engine:
             ValueError: a prompt is empty or leaves no room in the context.
         """
         for request in requests:
-            self._room(request)
+            self.check(request)
         index_of = {self.submit(request): index for index, request in enumerate(requests)}
         try:
             while index_of:
@@ -162,8 +162,12 @@ class Engine:
 
     # -- slots
 
-    def _room(self, request: Request) -> int:
-        """How many tokens the context leaves for the answer, at most max_new_tokens."""
+    def check(self, request: Request) -> int:
+        """How many tokens the context leaves for the answer, at most max_new_tokens. Safe from any thread.
+
+        Raises:
+            ValueError: the prompt is empty or leaves no room.
+        """
         length = len(request.prompt)
         if request.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {request.max_new_tokens} is not possible: give 1 or more.")

@@ -17,12 +17,16 @@ class TextStream:
         tokenizer: Of the model.
         stops: Texts that end the answer.
         after: Token ids that stand before the answer, where its text continues theirs.
+        shown: Control tokens that are part of the text all the same.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), after: Sequence[int] = ()) -> None:
-        self._decoder = tokenizer.stream_decoder(after=after)
+    def __init__(
+        self, tokenizer: Tokenizer, stops: Sequence[str] = (), after: Sequence[int] = (), shown: Sequence[int] = ()
+    ) -> None:
+        self._decoder = tokenizer.stream_decoder(after=after, shown=shown)
         self._stops = [stop for stop in stops if stop]
-        self._held = ""
+        self.held = ""
+        """Text that may be the beginning of a stop string."""
         self.stopped = False
         """Whether a stop string has come: nothing more follows."""
 
@@ -33,22 +37,22 @@ class TextStream:
     def finish(self) -> str:
         """What was held back, as no more ids come."""
         last = self._take(self._decoder.finish())
-        rest, self._held = self._held, ""
+        rest, self.held = self.held, ""
         return last if self.stopped else last + rest
 
     def _take(self, piece: str) -> str:
         if self.stopped:
             return ""
-        text = self._held + piece
+        text = self.held + piece
         found = [place for stop in self._stops if (place := text.find(stop)) >= 0]
         if found:
-            self.stopped, self._held = True, ""
+            self.stopped, self.held = True, ""
             return text[: min(found)]
-        held = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - held :]
+        held = max((overlap(text, stop) for stop in self._stops), default=0)
+        self.held = text[len(text) - held :]
         return text[: len(text) - held]
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of a text that is a beginning of the stop string."""
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 
 from litgpt.generation.engine import Engine
 from litgpt.generation.request import Output, Request
@@ -16,8 +15,9 @@ Deliver = Callable[[Output | Exception], None]
 class Ticket:
     """A request that was handed in."""
 
-    def __init__(self, worker: Worker, number: int) -> None:
-        self.worker, self.number = worker, number
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.number = -1  # until the engine's thread has taken it
 
     def cancel(self) -> None:
         """Ends it; its slot is free in the next step. Nothing more is delivered."""
@@ -36,11 +36,12 @@ class Worker:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._deliveries: dict[int, Deliver] = {}
         self._closed = False
+        self._closing = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="litgpt-engine", daemon=True)
         self._thread.start()
 
     def submit(self, request: Request, deliver: Deliver) -> Ticket:
-        """Hands in a request.
+        """Hands in a request, without waiting for the engine.
 
         Args:
             request: What to generate.
@@ -51,20 +52,18 @@ class Worker:
             ValueError: the request cannot be served.
             RuntimeError: the worker is closed.
         """
-        number: Future[int] = Future()
+        self.engine.check(request)
+        ticket = Ticket(self)
 
         def begin() -> None:
-            try:
-                number.set_result(self.engine.submit(request))
-            except Exception as error:
-                number.set_exception(error)
-            else:
-                self._deliveries[number.result()] = deliver
+            ticket.number = self.engine.submit(request)
+            self._deliveries[ticket.number] = deliver
 
-        if self._closed:
-            raise RuntimeError("The engine has been shut down.")
-        self._commands.put(begin)
-        return Ticket(self, number.result())
+        with self._closing:  # what is put after the command to close would never be done
+            if self._closed:
+                raise RuntimeError("The engine has been shut down.")
+            self._commands.put(begin)
+        return ticket
 
     def generate(self, request: Request) -> Iterator[Output]:
         """The outputs of one request as they come. Closing the iterator ends it.
@@ -94,8 +93,9 @@ class Worker:
 
     def close(self, finish: bool = False) -> None:
         """Stops the thread: at once, or when all that was handed in is finished. The engine may be used again after."""
-        self._closed = True
-        self._commands.put(None if not finish else self._close_when_idle)
+        with self._closing:
+            self._closed = True
+            self._commands.put(None if not finish else self._close_when_idle)
         self._thread.join()
 
     # -- in the thread

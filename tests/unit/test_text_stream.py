@@ -10,7 +10,7 @@ from litgpt.generation.text import TextStream
 class Letters:
     """A tokenizer whose ids are characters."""
 
-    def stream_decoder(self, after=()):
+    def stream_decoder(self, after=(), shown=()):
         return self
 
     def push(self, token_id: int) -> str:
