@@ -399,7 +399,7 @@ def with_shared(
 
     Args:
         place: Where to.
-        go_train: How far.
+        go_speed: Steps a minute.
         last: The end.
     """
     return cli.spread(with_shared, locals())
@@ -417,9 +417,9 @@ def test_fields_of_a_flat_group_are_options(capsys):
         cli.run(with_shared, ["there", "--go_speed", "0"], "go")
     cli.run(with_shared, ["--help"], "go")
     help_text = capsys.readouterr().out
-    assert help_text.index("Where to.") < help_text.index("Steps a second. (type: int, default: 5)")
-    assert help_text.index("Steps a second.") < help_text.index("How far.") < help_text.index("The end.")
-    assert "How long." not in help_text  # what the command says of a field comes before what the group does
+    # What the command says of a field comes before what the group does.
+    assert help_text.index("Where to.") < help_text.index("Steps a minute. (type: int, default: 5)")
+    assert help_text.index("Steps a minute.") < help_text.index("The end.")
 
 
 # --- the program ----------------------------------------------------------------------------------------------------
