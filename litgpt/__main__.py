@@ -50,6 +50,15 @@ COMMANDS = {
         "litgpt.commands.finetune_dpo:setup", "Finetune a model on pairs of a preferred and another reply: DPO, IPO"
     ),
     "generate": Command("litgpt.commands.generate:setup", "Print what a model answers to a prompt"),
+    "generate_full": Command(
+        "litgpt.commands.generate_full:setup", "The same with weights that finetune_full has written"
+    ),
+    "generate_adapter": Command(
+        "litgpt.commands.generate_adapter:setup", "The same with what finetune_adapter has learned"
+    ),
+    "generate_adapter_v2": Command(
+        "litgpt.commands.generate_adapter_v2:setup", "The same with what finetune_adapter_v2 has learned"
+    ),
     "chat": Command("litgpt.commands.chat:setup", "Talk with a model"),
     "merge_lora": Command(
         "litgpt.commands.merge_lora:setup", "Put finetuned LoRA weights into the model they belong to"

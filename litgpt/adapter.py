@@ -20,7 +20,7 @@ from torch import Tensor
 
 from litgpt.adaptation import KeepsFloat32, replace_module
 from litgpt.checkpoint import HYPERPARAMETERS, read_state_dict
-from litgpt.model import GPT, CausalSelfAttention, RMSNorm, Router, attend
+from litgpt.model import GPT, AttentionPlan, CausalSelfAttention, RMSNorm, Router, attend
 
 ADAPTER_WEIGHTS = "lit_model.pth.adapter"
 ADAPTER_V2_WEIGHTS = "lit_model.pth.adapter_v2"
@@ -40,9 +40,9 @@ class PromptedAttention(KeepsFloat32, CausalSelfAttention):
     the prompts of LitGPT 0.5.13 were trained so, and are nothing without it.
     """
 
-    def attended(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """As in the base class; the prompt is seen by every query, whatever the mask says of the text."""
-        found = super().attended(q, k, v, mask)
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+        """As in the base class; the prompt is seen by every query, whatever the plan says of the text."""
+        found = super().attended(q, k, v, plan)
         k, v = (part.expand(q.size(0), -1, -1, -1) for part in self.prompt(q.dtype))  # (B, L, G, D)
         everything = q.new_zeros(1, 1, q.size(1), k.size(1))
         return found + self.gating_factor.to(q.dtype) * attend(q, k, v, everything, self.scale, self.softcap)
@@ -194,14 +194,19 @@ def is_adapter_v2(name: str) -> bool:
     return is_adapter(name) or any(kind.fullmatch(name) for kind in (LINEAR, NORM))
 
 
+def is_v2(weights: dict[str, Tensor]) -> bool:
+    """Whether the parameters of an adapter are those of Adapter v2."""
+    return any(LINEAR.fullmatch(name) for name in weights)
+
+
 def save_adapter(directory: Path, weights: dict[str, Tensor], base: str) -> None:
     """Writes the parameters of either kind under its file name, with the checkpoint they belong to."""
-    v2 = any(LINEAR.fullmatch(name) for name in weights)
-    torch.save({"model": weights, "base": base}, directory / (ADAPTER_V2_WEIGHTS if v2 else ADAPTER_WEIGHTS))
+    file = directory / (ADAPTER_V2_WEIGHTS if is_v2(weights) else ADAPTER_WEIGHTS)
+    torch.save({"model": weights, "base": base}, file)
 
 
-def read_adapter(directory: Path) -> tuple[dict[str, Tensor], str | None]:
-    """The parameters of a directory, of either kind, and the checkpoint they belong to.
+def read_adapter(place: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The parameters in a file or directory, of either kind, and the checkpoint they belong to.
 
     A file of LitGPT 0.5.13 holds the parameters alone; hyperparameters.yaml beside it names the checkpoint.
 
@@ -209,18 +214,20 @@ def read_adapter(directory: Path) -> tuple[dict[str, Tensor], str | None]:
         FileNotFoundError: There is no such file.
         ValueError: It is damaged, or holds something else.
     """
-    file = next((directory / name for name in ADAPTER_FILES if (directory / name).is_file()), None)
+    files = [place] if place.is_file() else [place / name for name in ADAPTER_FILES]
+    file = next((file for file in files if file.is_file()), None)
     if file is None:
         names = " or ".join(ADAPTER_FILES)
-        raise FileNotFoundError(f"{directory} holds no {names}. Give the directory of an adapter checkpoint.")
+        raise FileNotFoundError(f"{place} holds no {names}. Give the directory of an adapter checkpoint.")
     weights = dict(read_state_dict(file))
-    wanted = is_adapter_v2 if file.name == ADAPTER_V2_WEIGHTS else is_adapter
+    wanted = is_adapter if file.name == ADAPTER_WEIGHTS else is_adapter_v2
     strangers = [name for name in weights if not wanted(name)]
     if strangers or not weights:
         raise ValueError(f"{file} holds no adapter: {', '.join(strangers[:3]) or 'it is empty'}.")
     base = torch.load(file, map_location="meta", weights_only=True).get("base")
-    if base is None and (directory / HYPERPARAMETERS).is_file():
-        base = yaml.safe_load((directory / HYPERPARAMETERS).read_text(encoding="utf-8")).get("checkpoint_dir")
+    settings = file.parent / HYPERPARAMETERS
+    if base is None and settings.is_file():
+        base = yaml.safe_load(settings.read_text(encoding="utf-8")).get("checkpoint_dir")
     return weights, None if base is None else str(base)
 
 
@@ -234,8 +241,7 @@ def load_adapter(gpt: GPT, weights: dict[str, Tensor]) -> None:
     prompts = {int(match[1]): name for name in weights if (match := PROMPT.fullmatch(name)) and match[2] != GATE}
     length = len(weights[prompts[min(prompts)]]) if prompts else 1
     start = min(prompts, default=gpt.config.n_layer)
-    v2 = any(LINEAR.fullmatch(name) for name in weights)
-    (apply_adapter_v2 if v2 else apply_adapter)(gpt, length, start)
+    (apply_adapter_v2 if is_v2(weights) else apply_adapter)(gpt, length, start)
     own = {name: p for name, p in gpt.named_parameters() if p.requires_grad}
     wrong = sorted(own.keys() ^ weights.keys())
     wrong += [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]

@@ -72,11 +72,13 @@ def load_assistant(
     access_token: str | None,
     quantize: str | None = None,
     load: Callable[..., GPT] = load_model,
+    finetuned: Path | None = None,
 ) -> Assistant:
     """Finds, downloads if need be, and loads a checkpoint.
 
     Args:
         load: Makes the model of the opened checkpoint; called as `load_model` is.
+        finetuned: The directory of what was finetuned from the checkpoint; its prompt format comes first.
 
     Raises:
         FileNotFoundError, ValueError: there is no such checkpoint, it is damaged, or an option cannot act.
@@ -89,7 +91,9 @@ def load_assistant(
     source = open_checkpoint(path)
     # The small files first: what is wrong with them is said before the weights are read.
     tokenizer = Tokenizer(source.files)
-    style = choose_prompt_style(source.files, explicit=prompt_style, config=source.config, tokenizer=tokenizer)
+    style = choose_prompt_style(
+        source.files, explicit=prompt_style, config=source.config, tokenizer=tokenizer, finetuned=finetuned
+    )
     name = source.config.name or path.stem
     say(f"Loading {name} ({', '.join(filter(None, (precision, quantize, device.type)))})")
     if source.note:

@@ -4,6 +4,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -161,17 +162,24 @@ def compare_shapes(wanted: dict[str, Tensor], found: dict[str, Tensor], wanted_b
 
 
 class LitSource(Source):
-    """A directory with `lit_model.pth`, ours or LitGPT's."""
+    """A directory with `lit_model.pth`, ours or LitGPT's.
 
-    def __init__(self, path: Path) -> None:
-        self.files = path
-        self.tensors = plain_names(read_state_dict(path / WEIGHTS))
-        self.config = Config.from_checkpoint(path)
+    Args:
+        path: The directory.
+        base: The checkpoint that such weights were finetuned from: its configuration and files are taken.
+        weights: The file of the weights, where it is another.
+    """
+
+    def __init__(self, path: Path, base: Source | None = None, weights: Path | None = None) -> None:
+        weights = weights or path / WEIGHTS
+        self.files = path if base is None else base.files
+        self.tensors = plain_names(read_state_dict(weights))
+        self.config = Config.from_checkpoint(path) if base is None else copy(base.config)
         self.config.tie_embeddings = self._is_tied()
         self.dtype = _first_dtype(self.tensors)
-        problems = compare_shapes(shapes_of(self.config), self.tensors, CONFIG, WEIGHTS)
+        problems = compare_shapes(shapes_of(self.config), self.tensors, CONFIG, weights.name)
         if problems:
-            raise ValueError(misfit(path / WEIGHTS, f"'{path / CONFIG}'", problems))
+            raise ValueError(misfit(weights, f"'{self.files if base else path / CONFIG}'", problems))
 
     def layout(self) -> dict[str, Tensor]:
         return {name: on_meta(self.tensors[name]) for name in self._order()}

@@ -58,12 +58,14 @@ def choose_prompt_style(
     explicit: str | PromptStyle | None = None,
     config: Config | None = None,
     tokenizer: Tokenizer | None = None,
+    finetuned: Path | None = None,
 ) -> PromptStyle:
     """The format of a checkpoint's prompts. The first of these that is there:
 
     1. `explicit`: a style's name, a dotted class path, or the path of a .jinja file;
     2. prompt_style.yaml, what the model was finetuned with;
     3. the checkpoint's own chat template;
+       both first in `finetuned`, the directory of weights that were finetuned from this checkpoint;
     4. the style that the model's name stands for;
     5. the bare prompt.
     """
@@ -71,10 +73,11 @@ def choose_prompt_style(
         return explicit
     if explicit is not None:
         return _explicit_style(explicit, checkpoint_dir, tokenizer)
-    if (style := load_prompt_style(checkpoint_dir)) is not None:
-        return style
-    if (style := ChatTemplate.from_directory(checkpoint_dir, tokenizer)) is not None:
-        return style
+    for directory in (finetuned or checkpoint_dir, checkpoint_dir):
+        if (style := load_prompt_style(directory)) is not None:
+            return style
+        if (style := ChatTemplate.from_directory(directory, tokenizer)) is not None:
+            return style
     return PromptStyle.from_config(config)
 
 

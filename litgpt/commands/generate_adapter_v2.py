@@ -1,0 +1,27 @@
+"""Print what a model answers with the prompts, biases and scales of Adapter v2."""
+
+from pathlib import Path
+from typing import Annotated
+
+from litgpt import cli
+from litgpt.adapter import ADAPTER_V2_WEIGHTS
+from litgpt.commands.generate import DEFAULT_PROMPT, Options
+from litgpt.commands.generate_adapter import answer_adapted
+
+
+def setup(
+    checkpoint_dir: Path,
+    prompt: str = DEFAULT_PROMPT,
+    input: str = "",
+    adapter_path: Path = Path("out/finetune/adapter_v2/final") / ADAPTER_V2_WEIGHTS,
+    options: Annotated[Options, cli.Flat()] = Options(max_new_tokens=100),  # noqa: B008
+) -> None:
+    """Print what a model answers to a prompt that was finetuned with Adapter v2.
+
+    Args:
+        checkpoint_dir: The model that was finetuned: a directory, a .gguf file, a known name or a Hub id.
+        prompt: What to answer. Without this option a prompt that is piped in is taken, whole.
+        input: What the prompt is about, for formats such as Alpaca's that have a place for it.
+        adapter_path: What `litgpt finetune_adapter_v2` learned: its file, or the directory of it.
+    """
+    answer_adapted(checkpoint_dir, prompt, input, adapter_path, options, v2=True)

@@ -1,0 +1,44 @@
+"""Print what a model answers whose weights were all finetuned."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from litgpt import cli
+from litgpt.checkpoint import WEIGHTS
+from litgpt.commands.generate import DEFAULT_PROMPT, Options, answer
+from litgpt.commands.inference import load_assistant
+from litgpt.convert import Source, load_model
+from litgpt.convert.source import LitSource
+from litgpt.model import GPT
+
+
+def setup(
+    checkpoint_dir: Path,
+    prompt: str = DEFAULT_PROMPT,
+    input: str = "",
+    finetuned_path: Path = Path("out/finetune/full/final/lit_model.pth"),
+    options: Annotated[Options, cli.Flat()] = Options(max_new_tokens=100),  # noqa: B008
+) -> None:
+    """Print what a model answers to a prompt, with the weights that finetuning gave it.
+
+    `litgpt generate` does the same with the directory that `litgpt finetune_full` wrote, which is a whole checkpoint;
+    this is for weights that are apart from their checkpoint.
+
+    Args:
+        checkpoint_dir: The model that was finetuned: a directory, a .gguf file, a known name or a Hub id.
+        prompt: What to answer. Without this option a prompt that is piped in is taken, whole.
+        input: What the prompt is about, for formats such as Alpaca's that have a place for it.
+        finetuned_path: The finetuned weights: a .pth file, or the directory of one.
+    """
+    file = finetuned_path / WEIGHTS if finetuned_path.is_dir() else finetuned_path
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"--finetuned_path {finetuned_path}: there is no file '{file}'. Give the weights that "
+            "`litgpt finetune_full` has written, or their directory."
+        )
+
+    def load(source: Source, **how: Any) -> GPT:
+        return load_model(LitSource(file.parent, base=source, weights=file), **how)
+
+    answer(partial(load_assistant, checkpoint_dir, load=load, finetuned=file.parent), prompt, options, input)
