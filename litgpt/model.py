@@ -147,7 +147,7 @@ class GPT(nn.Module):
 
     def tie_weights(self) -> None:
         """Lets the head share the embedding's weight where the config says so (again after weights were replaced)."""
-        if self.config.tie_embeddings:
+        if self.config.tie_embeddings and isinstance(self.lm_head, nn.Linear):  # a quantised head is a copy
             self.lm_head.weight = self.transformer["wte"].weight
 
     def num_parameters(self, trainable_only: bool = False) -> int:
@@ -184,7 +184,9 @@ class GPT(nn.Module):
             if ring is None or cache.is_empty:
                 mask = mask_within_call(idx, positions, document_ids, window, dtype)
                 slots = None if ring is None else ring.claim(positions_or_default(idx, positions))
-                plans[window] = AttentionPlan(mask, slots, documents=lengths_of_documents(positions, document_ids, window))
+                plans[window] = AttentionPlan(
+                    mask, slots, documents=lengths_of_documents(positions, document_ids, window)
+                )
             else:
                 plans[window] = plan_with_cache(ring, positions_or_default(idx, positions), window, dtype)
         if cache is not None:

@@ -99,7 +99,7 @@ def test_the_prompt_is_a_second_attention_added_by_a_gate(kind):
     attention, config, seen = gpt.transformer.h[3].attn, gpt.config, {}
     attention.proj.register_forward_hook(lambda module, inputs, y: seen.update(found=inputs[0]))
     original = attention.attended
-    attention.attended = lambda q, k, v, mask: seen.update(q=q) or original(q, k, v, mask)
+    attention.attended = lambda q, k, v, plan: seen.update(q=q) or original(q, k, v, plan)
     gpt(tokens())
     both, gate = seen["found"], attention.gating_factor.clone()
     attention.gating_factor.zero_()

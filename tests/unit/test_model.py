@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from litgpt import model as model_module
 from litgpt.config import Config
 from litgpt.model import (
     GPT,
@@ -217,6 +218,30 @@ def test_packed_documents_do_not_see_each_other(model):
     # Rotary positions are relative: counting through the row is the same.
     close(model(packed, document_ids=ids), separate, 1e-4)
     assert (model(packed) - separate).abs().amax() > 1e-3
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_documents_one_by_one_equal_the_mask(monkeypatch, window):
+    """Rows with several documents, padding at either end, and one document in two pieces, which only the mask can say."""
+    changes = {} if window is None else {"sliding_window_size": window, "sliding_window_indices": [1, 0]}
+    model = make(LLAMA | changes)
+    ids = torch.tensor([[0] * 5 + [1] * 1 + [2] * 3 + [-1] * 3, [-1] * 2 + [0] * 10])
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 0, 1, 2, -1, -1, -1], [-1, -1, *range(10)]])
+    assert model_module.lengths_of_documents(positions, ids, None).tolist() == [5, 1, 3, 3, 2, 10]
+    assert model_module.lengths_of_documents(positions, ids, 4) is None
+    assert model_module.lengths_of_documents(None, torch.tensor([[0, 1, 0]]), None) is None
+    idx, counted = tokens(2, 12), (positions >= 0)[..., None]
+
+    def outcome() -> list[torch.Tensor]:
+        model.zero_grad()
+        y = model(idx, positions, ids) * counted
+        y.square().sum().backward()
+        return [y.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    one_by_one = outcome()
+    monkeypatch.setattr(model_module, "lengths_of_documents", lambda *arguments: None)
+    for a, b in zip(one_by_one, outcome(), strict=True):
+        close(a, b, 1e-4)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
