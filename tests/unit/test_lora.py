@@ -11,6 +11,7 @@ from litgpt.config import Config
 from litgpt.lora import (
     LORA_WEIGHTS,
     TARGETS,
+    Dropout,
     LoRALinear,
     LoRASettings,
     apply_lora,
@@ -217,6 +218,24 @@ def test_dropout_acts_in_training_only():
     frozen = layer.linear(inputs)
     layer.lora_B.data.zero_()
     assert torch.equal(layer(inputs), frozen), "the frozen weight sees everything"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_zeroes_its_share_and_keeps_the_mean(dtype):
+    drop, x = Dropout(0.05), torch.ones(3, 333, 401, dtype=dtype, requires_grad=True)
+    torch.manual_seed(0)
+    y = drop(x)
+    assert (y == 0).float().mean().item() == pytest.approx(0.05, abs=0.002)  # 6 standard deviations
+    assert y.amax().item() == pytest.approx(1 / 0.95, rel=4e-3)
+    y.sum().backward()
+    assert torch.equal(x.grad, y), "the gradient is dropped where the value was"
+    torch.manual_seed(0)
+    assert torch.equal(drop(x), y)
+    assert not torch.equal(drop(x), y)
+    values = y.detach().flatten() == 0
+    for distance in (1, 2, 3, 4):  # four values share a draw
+        together = (values[distance:] & values[:-distance]).float().mean().item()
+        assert together == pytest.approx(0.05**2, abs=0.0005)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
