@@ -7,12 +7,13 @@ from typing import Literal
 import torch
 
 from litgpt.checkpoint import CONFIG, atomic_directory, resolve_checkpoint_dir
-from litgpt.commands.merge_lora import find_lora, open_base
+from litgpt.commands.merge_lora import find_lora
 from litgpt.config import Config
 from litgpt.convert import export_hf, open_checkpoint
 from litgpt.convert.export import export_config
 from litgpt.convert.options import Progress, dtype_from_name, tell_note
 from litgpt.convert.peft import ADAPTER_MODEL, export_peft
+from litgpt.loading import open_base
 from litgpt.lora import read_lora
 
 

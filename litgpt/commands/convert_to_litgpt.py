@@ -10,10 +10,10 @@ from litgpt.checkpoint import (
     resolve_checkpoint_dir,
     save_model,
 )
-from litgpt.commands.merge_lora import open_base
 from litgpt.convert import open_checkpoint
 from litgpt.convert.options import Progress, dtype_from_name, tell_note
 from litgpt.convert.peft import base_of, import_peft, is_peft
+from litgpt.loading import open_base
 from litgpt.lora import LORA_WEIGHTS, save_lora
 
 

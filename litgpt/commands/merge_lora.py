@@ -4,17 +4,10 @@ from pathlib import Path
 
 import torch
 
-from litgpt.checkpoint import (
-    WEIGHTS,
-    atomic_additions,
-    atomic_directory,
-    copy_companion_files,
-    resolve_checkpoint_dir,
-    save_model,
-)
-from litgpt.commands.download import download
-from litgpt.convert import Source, open_checkpoint
+from litgpt.checkpoint import WEIGHTS, atomic_additions, atomic_directory, copy_companion_files, save_model
+from litgpt.convert import Source
 from litgpt.convert.options import Progress, dtype_from_name, tell_note
+from litgpt.loading import open_base
 from litgpt.lora import LORA_WEIGHTS, merged_weights, read_lora
 
 
@@ -89,26 +82,3 @@ def find_lora(path: Path) -> Path:
                 "out/finetune/lora/final."
             )
     raise FileNotFoundError(f"There is no '{path}'. Give a directory or file that `litgpt finetune_lora` has written.")
-
-
-def open_base(recorded: str | None, given: Path | None, adapter: Path) -> Source:
-    """The model that an adapter belongs to: the one given, or the one recorded with it.
-
-    Raises:
-        FileNotFoundError: It is not there.
-        ValueError: None is recorded.
-    """
-    if given is not None:
-        return open_checkpoint(resolve_checkpoint_dir(given, download=download))
-    if recorded is None:
-        raise ValueError(
-            f"'{adapter}' does not say which model it belongs to. Give it with --pretrained_checkpoint_dir."
-        )
-    try:
-        found = resolve_checkpoint_dir(recorded, download=download)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{error} It is the model that '{adapter}' belongs to; where it has moved, say so with "
-            "--pretrained_checkpoint_dir."
-        ) from None
-    return open_checkpoint(found)

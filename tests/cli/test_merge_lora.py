@@ -116,7 +116,7 @@ def test_where_the_model_has_moved(litgpt, base, tuned, tmp_path):
     moved = base.rename(tmp_path / "moved")
     result = litgpt("merge_lora", tuned)
     assert result.code == 1
-    assert "No checkpoint 'checkpoints/org/model'" in result.err
+    assert "It is the model that" in result.err
     assert "--pretrained_checkpoint_dir" in result.err
     assert "Traceback" not in result.err
     assert litgpt("merge_lora", tuned, "--pretrained_checkpoint_dir", moved).code == 0

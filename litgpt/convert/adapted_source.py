@@ -1,0 +1,89 @@
+"""A checkpoint directory that holds what was finetuned alone, opened with the model that it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import copy
+from pathlib import Path
+
+from torch import Tensor
+
+from litgpt.adapter import ADAPTER_FILES, load_adapter, read_adapter
+from litgpt.convert.source import HEAD, Named, Source
+from litgpt.lora import LORA_WEIGHTS, merged_weights, read_lora
+from litgpt.model import GPT
+
+
+class AdaptedSource(Source):
+    """The base of an adaptation, as which it counts; subclasses add what was learned.
+
+    Args:
+        base: The model that was finetuned.
+        directory: Where the adaptation is; its tokenizer and prompt style come before the base's.
+    """
+
+    def __init__(self, base: Source, directory: Path) -> None:
+        self.base, self.files = base, directory
+        self.config, self.dtype, self.note = copy(base.config), base.dtype, base.note
+
+    def layout(self) -> dict[str, Tensor]:
+        return self.base.layout()
+
+    def weights(self) -> Iterator[Named]:
+        return self.base.weights()
+
+    def release(self, tensor: Tensor) -> None:
+        self.base.release(tensor)
+
+
+class LoRASource(AdaptedSource):
+    """LoRA, merged tensor by tensor as the weights are read."""
+
+    def __init__(self, base: Source, directory: Path) -> None:
+        super().__init__(base, directory)
+        self.update, self.settings, _ = read_lora(directory)
+        if f"{HEAD.removesuffix('weight')}lora_A" in self.update:
+            self.config.tie_embeddings = False  # the embedding has not learned what the head has
+
+    def weights(self) -> Iterator[Named]:
+        return merged_weights(self.base.weights(), self.base.config, self.update, self.settings)
+
+
+class AdapterSource(AdaptedSource):
+    """LLaMA-Adapter or Adapter v2, put into the model that the base's weights are loaded into."""
+
+    def __init__(self, base: Source, directory: Path) -> None:
+        super().__init__(base, directory)
+        self.adapter, _ = read_adapter(directory)
+
+    def load_into(self, model: GPT) -> None:
+        super().load_into(model)
+        load_adapter(model, self.adapter)
+
+
+def holds_adaptation(directory: Path) -> bool:
+    """Whether there are weights of LoRA or of an adapter, merged ones beside them or not."""
+    return is_lora(directory) or any((directory / name).is_file() for name in ADAPTER_FILES)
+
+
+def is_lora(directory: Path) -> bool:
+    """Whether there are weights of LoRA."""
+    return (directory / LORA_WEIGHTS).is_file()
+
+
+def base_of(directory: Path) -> str | None:
+    """The checkpoint that is recorded as the one an adaptation belongs to.
+
+    Raises:
+        ValueError: The adaptation is damaged.
+    """
+    return read_lora(directory)[2] if is_lora(directory) else read_adapter(directory)[1]
+
+
+def adapt(base: Source, directory: Path) -> AdaptedSource:
+    """The base with what was finetuned.
+
+    Raises:
+        ValueError: The adaptation is damaged.
+    """
+    return (LoRASource if is_lora(directory) else AdapterSource)(base, directory)

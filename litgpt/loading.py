@@ -1,0 +1,77 @@
+"""From what a user names to an opened checkpoint: found here or downloaded, with what was finetuned on it."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+from litgpt.checkpoint import WEIGHTS, hf_weight_files, resolve_checkpoint_dir
+from litgpt.convert import Source, open_checkpoint
+from litgpt.convert.adapted_source import adapt, base_of, holds_adaptation, is_lora
+from litgpt.download import download
+
+
+def find_checkpoint(name_or_path: Path | str, access_token: str | None = None, tokenizer_only: bool = False) -> Path:
+    """As `resolve_checkpoint_dir`; what is not on this machine is downloaded.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint, here or on the Hub, or it lacks something.
+        HubError: It cannot be downloaded.
+    """
+
+    def fetch(repo_id: str) -> Path:
+        print(f"Downloading {repo_id}", file=sys.stderr, flush=True)
+        return download(repo_id, access_token=access_token, tokenizer_only=tokenizer_only)
+
+    return resolve_checkpoint_dir(name_or_path, download=fetch)
+
+
+def open_model(name_or_path: Path | str, access_token: str | None = None) -> Source:
+    """Opens the checkpoint that a user means.
+
+    A directory of LoRA or adapter weights beside which there are no merged ones is opened on the model that it says it
+    belongs to.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint, or it, or the model it belongs to, lacks something.
+        ValueError: A file is damaged, or the model is not supported.
+    """
+    path = find_checkpoint(name_or_path, access_token)
+    if holds_adaptation(path) and not (path / WEIGHTS).is_file() and not hf_weight_files(path):
+        command = "merge_lora DIR --pretrained_checkpoint_dir" if is_lora(path) else "generate_adapter"
+        remedy = f"If it is elsewhere, `litgpt {command}` takes its place."
+        return adapt(open_base(base_of(path), None, path, remedy, access_token), path)
+    return open_checkpoint(path)
+
+
+def open_base(
+    recorded: str | None,
+    given: Path | None,
+    adapter: Path,
+    remedy: str = "Give it with --pretrained_checkpoint_dir.",
+    access_token: str | None = None,
+) -> Source:
+    """The model that an adapter belongs to: the one given, or the one recorded with it.
+
+    Args:
+        recorded: What the adapter's file says.
+        given: What the user says.
+        adapter: The file or directory of the adapter.
+        remedy: What to do where the recorded one is not there.
+        access_token: For a model that has to be downloaded first.
+
+    Raises:
+        FileNotFoundError: It is not there.
+        ValueError: None is recorded.
+    """
+    find = partial(find_checkpoint, access_token=access_token)
+    if given is not None:
+        return open_checkpoint(find(given))
+    if recorded is None:
+        raise ValueError(f"'{adapter}' does not say which model it belongs to. {remedy}")
+    try:
+        found = find(recorded)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"{error} It is the model that '{adapter}' belongs to. {remedy}") from None
+    return open_checkpoint(found)
