@@ -44,6 +44,8 @@ class Engine:
         compile: compile the decode step with torch.compile. The first tokens wait for it.
         autocast: a dtype to compute in where the weights are kept in another (mixed precision).
         cache_bytes: the most memory for keys and values. Requests wait where it is not enough for all of them.
+        fixed_length: how many tokens prompt and answer may have together, at most the model's context. The cache has
+            room for so many from the start, and does not grow.
     """
 
     def __init__(
@@ -55,10 +57,12 @@ class Engine:
         compile: bool = False,
         autocast: torch.dtype | None = None,
         cache_bytes: float = math.inf,
+        fixed_length: int | None = None,
     ) -> None:
         self.model = model
         self.device = model.transformer["wte"].weight.device  # the head may have been replaced
-        self.context = model.config.block_size
+        self.context = min(fixed_length or math.inf, model.config.block_size)
+        self._shortest = self.context if fixed_length else 1024 if compile else CACHE_STEP  # that the cache is made
         self.most_slots = slots
         self.prefill_chunk = prefill_chunk
         self.autocast = autocast
@@ -122,6 +126,11 @@ class Engine:
         outputs = self._write()
         outputs += self._read()
         return outputs
+
+    def forget(self) -> None:
+        """Has new requests read all of their prompts, whatever slots hold."""
+        for slot in self._slots:
+            slot.tokens = [] if slot.progress is None else [-1] * len(slot.tokens)  # as no prompt begins
 
     # -- all at once
 
@@ -201,7 +210,7 @@ class Engine:
         memory as long as others run."""
         rows = len(self._slots) if self.running < len(self._slots) else _power_of_two(self.running + 1)
         rows = min(rows, self.most_slots)
-        longest = min(self.context, _power_of_two(max(length, 1024 if self.compiles else CACHE_STEP)))
+        longest = min(self.context, _power_of_two(max(length, self._shortest)))
         longest = max(longest, self._cache.max_length if self._cache else 0)
         if self._cache is not None and (rows, longest) == (len(self._slots), self._cache.max_length):
             return True

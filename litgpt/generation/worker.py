@@ -91,6 +91,10 @@ class Worker:
         for output in self.generate(request):
             yield from output.token_ids
 
+    def forget(self) -> None:
+        """As `Engine.forget`."""
+        self._commands.put(self.engine.forget)
+
     def close(self, finish: bool = False) -> None:
         """Stops the thread: at once, or when all that was handed in is finished. The engine may be used again after."""
         with self._closing:

@@ -1,0 +1,156 @@
+"""The engine of a model that may be trained between two answers, for callers in many threads."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from torch import nn
+
+from litgpt.generation.engine import Engine
+from litgpt.generation.request import Output, Request
+from litgpt.generation.worker import Worker
+from litgpt.model import GPT
+
+Piece = TypeVar("Piece")
+
+
+class LiveEngine:
+    """Answers with the weights as they are now, whichever thread asks; concurrent calls join one batch.
+
+    What an engine keeps (keys and values of earlier prompts, compiled code) belongs to the weights that it was made
+    with. So where these have changed since the last answer, have moved or got another type, a new engine takes its
+    place. While answers are being given, the model is in evaluation mode.
+
+    Args:
+        model: The model.
+        options: Arguments of `Engine`.
+    """
+
+    def __init__(self, model: GPT, **options: Any) -> None:
+        self.model, self.options = model, options
+        self._lock = threading.Lock()
+        self._engine: Engine | None = None
+        self._worker: Worker | None = None
+        self._made_with: tuple[Any, ...] = ()
+        self._changes = 0
+        self._callers = 0  # that wait for answers
+        self._in_training: list[nn.Module] = []  # what is put back into training mode when they have theirs
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (self.model, self.options)  # a copy begins without engine and thread
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, for one caller at a time."""
+        with self._lock:
+            return self._current_engine()
+
+    @property
+    def worker(self) -> Worker:
+        """The engine's thread."""
+        with self._lock:
+            return self._current_worker()
+
+    def weights_changed(self) -> None:
+        """Says so where `weights_version` might not show it."""
+        self._changes += 1
+
+    def run(self, requests: Sequence[Request], take: Callable[[int, Output], tuple[Piece, bool]]) -> Iterator[Piece]:
+        """Answers some requests, and yields what becomes of their outputs as they come.
+
+        Args:
+            requests: What to answer.
+            take: Called with the index of a request and each of its outputs; says also whether that is enough.
+
+        Raises:
+            ValueError: A request cannot be served.
+        """
+        outputs: queue.SimpleQueue[tuple[int, Output | Exception]] = queue.SimpleQueue()
+        with self._evaluating():
+            with self._lock:  # nobody may close this worker meanwhile
+                worker = self._current_worker()
+                for request in requests:
+                    worker.engine.check(request)
+                tickets = {
+                    index: worker.submit(request, lambda output, index=index: outputs.put((index, output)))
+                    for index, request in enumerate(requests)
+                }
+            try:
+                while tickets:
+                    index, output = outputs.get()
+                    if isinstance(output, Exception):
+                        raise output
+                    if index not in tickets:
+                        continue  # came before the engine knew that it had been enough
+                    piece, is_enough = take(index, output)
+                    if output.finish_reason is not None:
+                        del tickets[index]
+                    elif is_enough:
+                        tickets.pop(index).cancel()
+                    yield piece
+            finally:
+                for ticket in tickets.values():
+                    ticket.cancel()
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        with self._lock:
+            if not self._callers:
+                self._in_training = [module for module in self.model.modules() if module.training]
+            self._callers += 1
+            _set_training(self._in_training, False)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._callers -= 1
+                if not self._callers:
+                    _set_training(self._in_training, True)
+
+    def _current_worker(self) -> Worker:
+        engine = self._current_engine()
+        if self._worker is None:
+            self._worker = Worker(engine)
+            self._closing = weakref.finalize(self, _close, self._worker)
+        return self._worker
+
+    def _current_engine(self) -> Engine:
+        version = (self._changes, *weights_version(self.model))
+        if self._engine is None or version != self._made_with:
+            if self._worker is not None:
+                self._worker.close(finish=True)
+                self._closing.detach()
+            self._worker = self._engine = None
+            self._engine, self._made_with = Engine(self.model, **self.options), version
+        return self._engine
+
+
+def weights_version(model: nn.Module) -> tuple[Any, ...]:
+    """What differs whenever a weight has another value, place or type than before.
+
+    Writing to a tensor in place counts up its version: as optimizers and `load_state_dict` do. Not seen is what is
+    written through `.data`.
+    """
+    versions: list[Any] = []
+    for tensor in (*model.parameters(), *model.buffers()):
+        versions += tensor.data_ptr(), tensor.dtype, tensor.device, 0 if tensor.is_inference() else tensor._version
+    return tuple(versions)
+
+
+def _restored(model: GPT, options: dict[str, Any]) -> LiveEngine:
+    return LiveEngine(model, **options)
+
+
+def _close(worker: Worker) -> None:
+    if threading.current_thread() is not worker._thread:  # the garbage collector runs wherever it likes
+        worker.close()
+
+
+def _set_training(modules: list[nn.Module], training: bool) -> None:
+    for module in modules:
+        module.training = training
