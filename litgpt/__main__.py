@@ -60,6 +60,7 @@ COMMANDS = {
         "litgpt.commands.generate_adapter_v2:setup", "The same with what finetune_adapter_v2 has learned"
     ),
     "chat": Command("litgpt.commands.chat:setup", "Talk with a model"),
+    "serve": Command("litgpt.commands.serve:setup", "Answer requests over HTTP, OpenAI's API among them"),
     "merge_lora": Command(
         "litgpt.commands.merge_lora:setup", "Put finetuned LoRA weights into the model they belong to"
     ),

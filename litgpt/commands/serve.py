@@ -1,0 +1,129 @@
+"""Answer requests over HTTP."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from litgpt.commands.inference import load_assistant, say
+from litgpt.distributed import accelerator as best_accelerator
+from litgpt.generation.sampling import Sampling
+from litgpt.generation.worker import Worker
+from litgpt.serving.application import PAGE, create_app
+from litgpt.serving.served import Defaults, ServedModel
+from litgpt.serving.server import Server, listen
+from litgpt.serving.service import Service
+
+API_KEY = "LITGPT_API_KEY"
+
+
+def setup(
+    checkpoint_dir: Path,
+    *,
+    quantize: str | None = None,
+    precision: str | None = None,
+    temperature: float = 0.8,
+    top_k: int | None = 50,
+    top_p: float = 1.0,
+    max_new_tokens: int = 50,
+    devices: int = 1,
+    accelerator: str = "auto",
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    stream: bool = False,
+    openai_spec: bool = True,
+    access_token: str | None = None,
+    api_path: str | None = "/predict",
+    timeout: float = 30,
+    max_batch_size: int = 32,
+    max_queue: int = 256,
+    generate_strategy: Literal["sequential", "tensor_parallel"] | None = None,
+    prompt_style: str | None = None,
+    compile: bool = False,
+) -> None:
+    """Serve a model over HTTP: POST /predict takes {"prompt": ...}, and /v1 speaks OpenAI's API.
+
+    It listens at once and answers 503 until the model is loaded. Ctrl-C or SIGTERM lets it finish what is running;
+    a second Ctrl-C ends it at once. /docs describes the API, /metrics is for Prometheus, /health for load balancers.
+
+    Args:
+        checkpoint_dir: A checkpoint directory, a Hugging Face directory, a .gguf file, a known name or a Hub id.
+        quantize: Load the weights in 4 or 8 bits; `litgpt generate --help` lists how.
+        precision: 32-true, bf16-true, 16-true (weights and computation), bf16-mixed, 16-mixed (float32 weights). By
+            default bf16-true where the device computes it in hardware, else 32-true.
+        temperature: Of requests that name none: below 1 answers get more certain, 0 takes the most likely token.
+        top_k: Of requests that name none: draw from the so many most likely tokens only.
+        top_p: Of requests that name none: draw from the likeliest tokens that together reach this probability.
+        max_new_tokens: Of requests that name none: an answer of /predict and /v1/completions ends after so many tokens.
+            A reply of /v1/chat/completions ends after 1,024, or after this where it is more.
+        devices: How many devices the model runs on; only 1 so far.
+        accelerator: cpu, cuda, mps, or auto for the best there is.
+        host: The address to listen on; 0.0.0.0 for all of this machine's. Then set --api_key.
+        port: The port to listen on.
+        api_key: What clients must send as `Authorization: Bearer KEY`; by default LITGPT_API_KEY of the environment,
+            which other users of the machine cannot see.
+        stream: Answer /predict in lines of JSON as the text comes. /v1 streams where a request asks for it.
+        openai_spec: OpenAI's API is there in any case.
+        access_token: For a gated model that has to be downloaded first.
+        api_path: Where /predict is.
+        timeout: A request that has got no token after so many seconds is refused with 504; 0 for no limit.
+        max_batch_size: How many answers are generated at a time.
+        max_queue: How many more may wait; a request beyond that is refused with 429.
+        generate_strategy: For several devices; not available.
+        prompt_style: Name of a prompt format, a class package.module.Class, or a chat template's .jinja file, in place
+            of the checkpoint's own; `default` gives the model the bare prompt.
+        compile: Compile the decoding with torch.compile: it starts slower, then runs faster.
+    """
+    Sampling(temperature, top_k, top_p)
+    for name, value, least in (
+        ("max_new_tokens", max_new_tokens, 1),
+        ("max_batch_size", max_batch_size, 1),
+        ("max_queue", max_queue, 0),
+        ("timeout", timeout, 0),
+    ):
+        if not value >= least:
+            raise ValueError(f"--{name} {value} is not possible: give {least} or more.")
+    if devices != 1 or generate_strategy is not None:
+        option = f"--devices {devices}" if devices != 1 else f"--generate_strategy {generate_strategy}"
+        raise ValueError(f"{option} cannot act: serve runs on one device. For several, run one server on each.")
+    if accelerator not in ("auto", best_accelerator()):
+        raise ValueError(f"--accelerator {accelerator} cannot act here: this machine's is {best_accelerator()}.")
+    path = "/" + (api_path or "/predict").strip("/")
+    if path == "/" or path.startswith(("/v1/", "/health", "/metrics", "/docs", "/openapi.json")):
+        raise ValueError(f"--api_path {api_path} is taken. Choose another, such as /predict.")
+    api_key = api_key or os.environ.get(API_KEY) or None
+    service = Service(max_batch_size, max_queue, timeout)
+
+    def load() -> list[ServedModel]:
+        service.say(f"loading {checkpoint_dir}")
+        assistant = load_assistant(
+            checkpoint_dir,
+            precision=precision,
+            compile=compile,
+            prompt_style=prompt_style,
+            access_token=access_token,
+            quantize=quantize,
+        )
+        assistant.engine.most_slots = max_batch_size
+        model = ServedModel(
+            assistant.name,
+            assistant.tokenizer,
+            assistant.style,
+            Worker(assistant.engine),
+            Defaults(temperature, top_k, top_p, max_new_tokens),
+            aliases=(str(checkpoint_dir),),
+        )
+        say(f"{assistant.name} is ready.")
+        return [model]
+
+    app = create_app(service, api_path=path, stream=stream, api_key=api_key)
+    server = Server(app, service, load)
+    listener = listen(host, port)
+    host, port = listener.getsockname()[:2]
+    where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    say(f"Listening on {where} ({path}, /v1, /health, /metrics, /docs{', the chat page at /' * PAGE.is_file()})")
+    if api_key is None and host not in ("127.0.0.1", "::1"):
+        say("Anybody who reaches this address can use it: --api_key or LITGPT_API_KEY asks for a key.")
+    server.serve_on(listener)

@@ -1,0 +1,70 @@
+"""The server's application: routes, and what stands around them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import FileResponse, JSONResponse
+
+import litgpt
+from litgpt.serving import errors, openai_api, predict
+from litgpt.serving.guard import LARGEST_BODY, Guard
+from litgpt.serving.metrics import CountRequests
+from litgpt.serving.service import Service
+from litgpt.serving.streaming import ClientGone
+
+PAGE = Path(__file__).with_name("static") / "index.html"
+
+
+def create_app(
+    service: Service,
+    *,
+    api_path: str = "/predict",
+    stream: bool = False,
+    api_key: str | None = None,
+    largest_body: int = LARGEST_BODY,
+) -> FastAPI:
+    """The application.
+
+    Args:
+        service: The state; requests are answered with 503 until it has a model.
+        api_path: Where `/predict` is.
+        stream: Whether it streams.
+        api_key: What clients must send; None asks for nothing.
+        largest_body: Bytes of a request.
+    """
+    app = FastAPI(
+        title="litgpt",
+        version=litgpt.__version__,
+        description="A language model behind `POST /predict` and OpenAI's API.",
+        redoc_url=None,
+    )
+    errors.install(app)
+    app.add_middleware(Guard, api_key=api_key, largest_body=largest_body)
+    app.add_middleware(CountRequests, metrics=service.metrics)
+
+    @app.exception_handler(ClientGone)
+    async def gone(_: Request, __: ClientGone) -> Response:
+        return Response(status_code=499)  # nginx's number; nobody reads it
+
+    @app.get("/health", tags=["Operation"])
+    async def health() -> JSONResponse:
+        """200 when the model is ready, 503 with the progress before."""
+        state = service.state
+        return JSONResponse(state, 200 if state["status"] == "ok" else 503)
+
+    @app.get("/metrics", tags=["Operation"])
+    async def metrics() -> Response:
+        """For Prometheus."""
+        return Response(service.metrics.text(), media_type=service.metrics.content_type)
+
+    if PAGE.is_file():
+
+        @app.get("/", include_in_schema=False)
+        async def page() -> FileResponse:
+            return FileResponse(PAGE)
+
+    app.include_router(predict.router(service, api_path, stream))
+    app.include_router(openai_api.router(service))
+    return app

@@ -1,0 +1,130 @@
+"""What a client is told when something goes wrong, in OpenAI's form: {"error": {message, type, param, code}}."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from litgpt.suggest import did_you_mean
+
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
+logger = logging.getLogger("litgpt.serving")
+
+
+class ApiError(Exception):
+    """An answer that is an error.
+
+    Args:
+        status: Of HTTP.
+        message: What is wrong and what to do.
+        param: The field of the request that it is about.
+        code: What programs tell errors apart by.
+        headers: For the response.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        message = self.message.encode("utf-8", "replace").decode()  # a client's surrogates cannot be sent back
+        param = self.param and self.param.encode("utf-8", "replace").decode()
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
+
+    @property
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+def bad_request(error: ValueError, param: str | None, code: str | None = "invalid_value") -> ApiError:
+    """A request that can be read and cannot be served."""
+    return ApiError(400, str(error), param=param, code=code)
+
+
+def engine_error(error: Exception) -> ApiError:
+    """What the engine raised while it worked on the request."""
+    if type(error).__name__ in OUT_OF_MEMORY:
+        logger.error("out of memory: %s", error)
+        message = "The server has too little memory for this request. Try a shorter one, or later."
+        return ApiError(503, message, code="out_of_memory", headers={"Retry-After": "5"})
+    if isinstance(error, RuntimeError) and "shut down" in str(error):
+        return ApiError(503, "The server is shutting down.", code="shutting_down", headers={"Retry-After": "5"})
+    return internal_error(error)
+
+
+def internal_error(error: Exception) -> ApiError:
+    """A mistake of ours: the log has the details, the client does not."""
+    logger.error("%s while answering a request", type(error).__name__, exc_info=error)
+    return ApiError(500, "The server made a mistake. Its log has the details.", code="internal_error")
+
+
+def validation_error(problems: Sequence[Mapping[str, Any]], known: Sequence[str] = ()) -> ApiError:
+    """What pydantic found, as one message.
+
+    Args:
+        problems: Its list of errors.
+        known: Names of fields, to suggest one for another that is not known.
+    """
+    parts, params = [], []
+    for problem in problems[:5]:
+        place = ".".join(str(part) for part in problem["loc"] if part != "body")[:100]
+        if problem["type"] == "json_invalid":
+            parts.append(f"The body is not valid JSON: {problem.get('ctx', {}).get('error', problem['msg'])}")
+            continue
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = f"there is no such field.{did_you_mean(place, known)}"
+        parts.append(f"{place}: {message}" if place else f"The body: {message}")
+        params.append(place)
+    return ApiError(422, "; ".join(parts), param=params[0] if params else None, code="invalid_request")
+
+
+def install(app: FastAPI) -> None:
+    """Every error of the application leaves in this form."""
+
+    async def ours(_: Request, error: ApiError) -> JSONResponse:
+        return error.response
+
+    async def http(_: Request, error: HTTPException) -> JSONResponse:
+        code = "not_found" if error.status_code == 404 else None
+        return ApiError(error.status_code, str(error.detail), code=code, headers=error.headers).response
+
+    async def validation(request: Request, error: RequestValidationError) -> JSONResponse:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json" and not kind.endswith("+json"):
+            message = f"The body must be JSON, sent with the header Content-Type: application/json; it is {kind!r}."
+            return ApiError(422, message, code="invalid_request").response
+        return validation_error(error.errors(), _fields(request)).response
+
+    async def unforeseen(_: Request, error: Exception) -> JSONResponse:
+        return internal_error(error).response
+
+    app.add_exception_handler(ApiError, ours)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(RequestValidationError, validation)
+    app.add_exception_handler(Exception, unforeseen)
+
+
+def _fields(request: Request) -> list[str]:
+    """The fields that the body of the route may have."""
+    field = getattr(request.scope.get("route"), "body_field", None)
+    model = getattr(getattr(field, "field_info", None), "annotation", None)
+    return list(getattr(model, "model_fields", ()))

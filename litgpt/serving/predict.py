@@ -1,0 +1,66 @@
+"""`/predict`: {"prompt": ...} -> {"output": ...}."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from litgpt.generation.request import Request as EngineRequest
+from litgpt.serving.answers import Answers
+from litgpt.serving.errors import ApiError
+from litgpt.serving.openai_api import sampling_of
+from litgpt.serving.schemas import PredictRequest
+from litgpt.serving.service import Service
+from litgpt.serving.streaming import Stream, begun, line, unless_gone, with_errors
+
+
+def router(service: Service, path: str, stream: bool) -> APIRouter:
+    """The route.
+
+    Args:
+        service: The server's state.
+        path: Where it is.
+        stream: Answer in lines of JSON, {"output": the next piece}, as the text comes.
+    """
+    routes = APIRouter(tags=["LitGPT"])
+
+    @routes.post(path)
+    async def predict(body: PredictRequest, request: Request) -> Response:
+        """The answer to a prompt."""
+        service.model()
+        answers = await unless_gone(request, service.aside(lambda: prepare(service, body)))
+        if not stream:
+            return JSONResponse({"output": await unless_gone(request, _whole(answers))})
+        lines = await begun(request, _lines(answers))
+        return Stream(with_errors(lines, line), media_type="application/x-ndjson")
+
+    return routes
+
+
+def prepare(service: Service, body: PredictRequest) -> Answers:
+    """The prompt in the model's format.
+
+    Raises:
+        ApiError: a field has a value that cannot be served.
+    """
+    model = service.model()
+    try:
+        prompt = model.encode([{"role": "user", "content": body.prompt}])
+    except ValueError as error:
+        raise ApiError(400, str(error), param="prompt", code="invalid_value") from None
+    most = body.max_new_tokens or model.defaults.max_new_tokens
+    return Answers(service, model, [EngineRequest(prompt, most, sampling_of(body, model), model.stops, body.seed)])
+
+
+async def _whole(answers: Answers) -> str:
+    async with contextlib.aclosing(answers.pieces()) as pieces:
+        return "".join([piece.text async for piece in pieces])
+
+
+async def _lines(answers: Answers) -> AsyncIterator[str]:
+    async with contextlib.aclosing(answers.pieces()) as pieces:
+        async for piece in pieces:
+            yield line({"output": piece.text})

@@ -1,0 +1,77 @@
+"""The models of a server: what each is, and how a request for one is chosen and encoded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from litgpt.generation.request import Request
+from litgpt.generation.worker import Worker
+from litgpt.prompts import PromptStyle
+from litgpt.prompts.styles import Message
+from litgpt.serving.constraint import Grammars
+from litgpt.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What requests that leave it out get."""
+
+    temperature: float = 0.8
+    top_k: int | None = 50
+    top_p: float = 1.0
+    max_new_tokens: int = 50
+    """Of /predict and /v1/completions."""
+    max_reply_tokens: int = 1024
+    """Of /v1/chat/completions."""
+
+
+@dataclass
+class ServedModel:
+    """A model that is ready to answer."""
+
+    name: str
+    tokenizer: Tokenizer
+    style: PromptStyle
+    worker: Worker
+    defaults: Defaults = field(default_factory=Defaults)
+    aliases: Sequence[str] = ()
+    """Other names that requests may use."""
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.stops = self.style.stop_sequences(self.tokenizer)
+        self.config = self.worker.engine.model.config
+        self.context = self.worker.engine.context
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Constraints for answers; made when the first is asked for (a second for 100,000 tokens)."""
+        return Grammars(self.tokenizer, self.stops)
+
+    def encode(self, messages: Sequence[Message], **variables: Any) -> list[int]:
+        """The token ids of a conversation, ready for the reply.
+
+        Raises:
+            ValueError: the prompt format refuses the conversation.
+        """
+        return self.checked(self.style.encode(self.tokenizer, messages, **variables))
+
+    def checked(self, ids: list[int]) -> list[int]:
+        """Token ids that the model has.
+
+        Raises:
+            ValueError: there is one that it has not.
+        """
+        largest = max(ids, default=0)
+        if largest >= self.config.padded_vocab_size:
+            last = self.config.padded_vocab_size - 1
+            raise ValueError(f"Token id {largest} is not in the model's vocabulary, which ends at {last}.")
+        return ids
+
+    def check(self, request: Request) -> None:
+        """Raises ValueError where the engine cannot serve the request."""
+        self.worker.engine.check(request)
