@@ -237,7 +237,7 @@ RUNS = [
     ("lora", "SmolLM2-135M", "32-true", 2, 512),
     ("lora", "SmolLM2-135M", "bf16-true", 4, 512),
     ("lora", "SmolLM2-135M", "bf16-mixed", 4, 512),
-    ("qlora", "SmolLM2-135M", "bf16-true", 4, 512),
+    ("qlora", "SmolLM2-135M", "bf16-true", 1, 256),
     ("adapter_v2", "SmolLM2-135M", "bf16-true", 2, 512),
     ("inference", "pythia-160m", "32-true", 8, 512),
     ("inference", "SmolLM2-135M", "32-true", 4, 2048),
