@@ -16,9 +16,8 @@ from litgpt.lora import LoRASettings
 from litgpt.training.preference import PreferenceLoss, PreferenceSettings, reference_log_probs
 from litgpt.training.state import Saved
 
-# One pass: replies that come again and again are soon told apart by heart. Warmup and decay as in Zephyr's recipe
-# (https://arxiv.org/abs/2310.16944).
-TRAIN = replace(TRAIN, epochs=1, lr_warmup_steps=None, lr_warmup_fraction=0.1, min_lr=0.0, max_norm=1.0)
+# One pass: replies that come again and again are soon told apart by heart.
+TRAIN = replace(TRAIN, epochs=1, lr_warmup_steps=10, min_lr=0.0, max_norm=1.0)
 # Far below what finetuning takes: the model already answers, and is only to prefer (DPO's paper: 1e-6, Zephyr: 5e-7,
 # for billions of weights; smaller models stand more). LoRA's best rate is about ten times that of full training
 # (https://thinkingmachines.ai/blog/lora/).

@@ -57,7 +57,7 @@ def records(tmp_path_factory):
 def run(method: str, base: Path, records: Path, out_dir: Path, **options) -> list[dict]:
     """Trains with tiny settings; keyword arguments change them."""
     settings = {name: options.pop(name) for name in list(options) if name in TRAIN_FIELDS}
-    small = {"global_batch_size": 8, "micro_batch_size": 4, "lr_warmup_fraction": None, "epochs": None}
+    small = {"global_batch_size": 8, "micro_batch_size": 4, "lr_warmup_steps": 2, "epochs": None}
     flattened(finetune_dpo.setup)(
         checkpoint_dir=base,
         out_dir=out_dir,
