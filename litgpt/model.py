@@ -118,10 +118,22 @@ class GPT(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        spare: int = 0,
     ) -> "KVCache":
-        """An empty cache for `batch_size` rows of up to `max_length` tokens; by default as the weights are placed."""
-        weight = self.transformer["wte"].weight
-        return KVCache(self.config, batch_size, max_length, device or weight.device, dtype or weight.dtype)
+        """An empty cache for `batch_size` rows of up to `max_length` tokens; by default as the weights are placed.
+
+        Args:
+            device: Where all of it goes. None puts what a layer remembers beside the layer's weights.
+            dtype: The type of keys and values.
+            spare: How many of the last tokens can always be taken back (`KVCache.rewind`), in sliding windows too.
+        """
+        weight, blocks = self.transformer["wte"].weight, self.transformer["h"]
+        places = [device or next(block.parameters()).device for block in blocks]
+        layers = [
+            LayerShape(window_of(self.config, layer), block.attn.cache_shapes(), place)
+            for layer, (block, place) in enumerate(zip(blocks, places, strict=True))
+        ]
+        return KVCache(layers, batch_size, max_length, device or weight.device, dtype or weight.dtype, spare)
 
     def init_weights(self) -> None:
         """Random weights from torch's global generator.
@@ -273,6 +285,10 @@ class CausalSelfAttention(nn.Module):
         """q (B, T, H, D), k and v (B, S, G, D), rotated -> (B, T, H, D) what each query finds."""
         return attend(q, k, v, plan.mask, self.scale, self.softcap, self.sinks, plan.documents)
 
+    def cache_shapes(self) -> list[tuple[int, int]]:
+        """(G, D) of each tensor that is kept of a token: keys and values."""
+        return [(self.sizes[1], self.head_size)] * 2
+
 
 class LatentAttention(nn.Module):
     """Multi-head latent attention of DeepSeek V2 (https://arxiv.org/abs/2405.04434).
@@ -341,6 +357,10 @@ class LatentAttention(nn.Module):
         q = torch.cat((q_latent, q_rotated), dim=-1)  # (B, T, H, R + .)
         y = attend(q, stored, stored[..., : self.rank], plan.mask, self.scale, self.softcap)  # (B, T, H, R)
         return torch.einsum("bthr,hvr->bthv", y, up_v.to(y.dtype))
+
+    def cache_shapes(self) -> list[tuple[int, int]]:
+        """(1, R + .) of the one tensor that is kept of a token: its latent and the rotated key."""
+        return [(1, self.rank + self.rotated_size)]
 
     def _up_projection(self) -> Tensor:
         """The matrix of `kv_b_proj`, also where it was replaced from outside (LoRA, quantised): (H * ., R)."""
@@ -871,6 +891,7 @@ class Ring:
         self.chosen: slice | Tensor = slice(None)  # the rows that this call is about
         self.rows = torch.arange(batch_size, device=device)[:, None]  # (B, 1), the same as indices
         self.read_length: int | None = None
+        self._elsewhere: dict[torch.device, tuple[Tensor, slice | Tensor]] = {}
 
     @property
     def length(self) -> int:
@@ -889,9 +910,19 @@ class Ring:
         self.table[self.rows, slots] = torch.where(keep, positions, -1)
         return slots
 
+    def indices(self, device: torch.device) -> tuple[Tensor, slice | Tensor]:
+        """`rows` and `chosen` for tensors on a device, which may be another than this table's."""
+        if device == self.table.device:
+            return self.rows, self.chosen
+        if device not in self._elsewhere:
+            chosen = self.chosen if isinstance(self.chosen, slice) else self.chosen.to(device)
+            self._elsewhere[device] = self.rows.to(device), chosen
+        return self._elsewhere[device]
+
     def select(self, rows: slice | Tensor) -> "Ring":
         selected = copy(self)
         selected.chosen = rows
+        selected._elsewhere = {}
         selected.rows = torch.arange(self.table.size(0), device=self.table.device)[rows, None]
         return selected
 
@@ -906,14 +937,25 @@ class LayerCache:
     def update(self, plan: AttentionPlan, *new: Tensor) -> tuple[Tensor, ...]:
         """Stores tensors (B, T, G, D) of this call and returns those to attend to, (B, S, G, D)."""
         read = new
+        rows, chosen = self.ring.indices(self.tensors[0].device)
         if plan.reads == "both":
             pairs = zip(self.tensors, new, strict=True)
-            read = tuple(torch.cat((stored[self.ring.chosen].to(fresh.dtype), fresh), dim=1) for stored, fresh in pairs)
+            read = tuple(torch.cat((stored[chosen].to(fresh.dtype), fresh), dim=1) for stored, fresh in pairs)
         for stored, fresh in zip(self.tensors, new, strict=True):
-            stored[self.ring.rows, plan.slots] = fresh.detach().to(stored.dtype)
+            stored[rows, plan.slots] = fresh.detach().to(stored.dtype)
         if plan.reads == "cache":
-            read = tuple(stored[self.ring.chosen, : plan.read_length] for stored in self.tensors)
+            read = tuple(stored[chosen, : plan.read_length] for stored in self.tensors)
         return read
+
+
+class LayerShape(NamedTuple):
+    """What a cache has to know of a layer."""
+
+    window: int | None
+    """The size of its sliding window."""
+    shapes: list[tuple[int, int]]
+    """Of each tensor that it keeps of a token."""
+    device: torch.device | str
 
 
 class KVCache:
@@ -924,29 +966,35 @@ class KVCache:
     """
 
     def __init__(
-        self, config: Config, batch_size: int, max_length: int, device: torch.device | str, dtype: torch.dtype
+        self,
+        layers: Sequence[LayerShape],
+        batch_size: int,
+        max_length: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        spare: int = 0,
     ) -> None:
         if max_length <= 0:
             raise ValueError(f"max_length={max_length}: a cache holds at least one token.")
         self.batch_size = batch_size
         self.max_length = max_length
+        self.spare = spare
         self.is_empty = True
         # How long each row will get at most: the rotations of some models depend on it.
         self.lengths = torch.full((batch_size, 1), max_length, dtype=torch.int64, device=device)
-        self.windows = [window_of(config, layer) for layer in range(config.n_layer)]
-        self.rings = {
-            window: Ring(batch_size, min(window or max_length, max_length), device) for window in self.windows
-        }
-        latent = config.latent_attention
-        if latent is None:
-            shapes = [(config.n_query_groups, config.head_size)] * 2
-        else:
-            shapes = [(1, latent["kv_lora_rank"] + latent["qk_rope_head_dim"])]
+        self.windows = [layer.window for layer in layers]
+        self.rings = self._rings(batch_size, max_length, device)
         # Zeros, not empty: a hidden slot is multiplied by 0, which must not meet a NaN.
-        self.layers = [
-            LayerCache(ring, [torch.zeros(*ring.table.shape, *shape, dtype=dtype, device=device) for shape in shapes])
-            for ring in (self.rings[window] for window in self.windows)
-        ]
+        self.layers = []
+        for window, shapes, place in layers:
+            ring = self.rings[window]
+            tensors = [torch.zeros(*ring.table.shape, *shape, dtype=dtype, device=place) for shape in shapes]
+            self.layers.append(LayerCache(ring, tensors))
+
+    def _rings(self, batch_size: int, max_length: int, device: torch.device | str) -> dict[int | None, Ring]:
+        """One for each kind of layer."""
+        lengths = {w: max_length if w is None else min(w + self.spare, max_length) for w in self.windows}
+        return {window: Ring(batch_size, length, device) for window, length in lengths.items()}
 
     def select(self, rows: slice | Tensor, is_empty: bool = False) -> "KVCache":
         """A cache of some of the rows, in the same memory; for a slice attention reads it without a copy.
@@ -974,7 +1022,8 @@ class KVCache:
         """Whether a row that holds the positions below `held` still has all that position `length` is to see: sliding
         windows drop earlier positions for later ones.
         """
-        return length == held or all(held <= ring.length for ring in self.rings.values())
+        dropped = {window: held - ring.length for window, ring in self.rings.items()}  # all below this position
+        return all(first <= 0 or first <= length - window + 1 for window, first in dropped.items())
 
     def rewind(self, row: int, length: int) -> None:
         """Forgets the positions of a row from `length` on."""
@@ -996,7 +1045,7 @@ class KVCache:
         """Makes room for more rows, and for more positions in each; what is held stays."""
         # The slot of a position stays the same: positions wrap around in windows only, which stay as long as they are.
         device = self.lengths.device
-        rings = {window: Ring(batch_size, min(window or max_length, max_length), device) for window in self.rings}
+        rings = self._rings(batch_size, max_length, device)
         for window, ring in self.rings.items():
             put_first(ring.table, rings[window].table)
         for window, layer in zip(self.windows, self.layers, strict=True):
