@@ -4,11 +4,12 @@
     bnb.nf4-dq, bnb.fp4-dq    the scales in 8 bits, too (section 3 there)
     bnb.int8-training         8 bits a value and a scale for every row; inputs are quantised for the product as well,
     bnb.int8                  but for their outliers (LLM.int8(), https://arxiv.org/abs/2208.07339)
+    int4, int8                for inference on CPUs, the head as well; see `litgpt.weight_only`
 
-The arithmetic is bitsandbytes', which must be installed; it has kernels for CUDA, ROCm, Apple GPUs and CPUs. Its layers
-are not used: they keep the scales in Python objects beside the weight, which `load_state_dict`, FSDP2 and the meta
-device know nothing of. Here all of a weight's quantised form is parameters without gradient, in types and shapes known
-beforehand, so that a model is saved, loaded, moved, copied (DDP) and sharded (FSDP2) like any other.
+The arithmetic of the first is bitsandbytes', which must be installed; it has kernels for CUDA, ROCm, Apple GPUs and
+CPUs. Its layers are not used: they keep the scales in Python objects beside the weight, which `load_state_dict`, FSDP2
+and the meta device know nothing of. Here all of a weight's quantised form is parameters without gradient, in types and
+shapes known beforehand, so that a model is saved, loaded, moved, copied (DDP) and sharded (FSDP2) like any other.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from litgpt import weight_only
 from litgpt.adaptation import replace_module
 from litgpt.model import GPT
+from litgpt.weight_only import frozen, keeping_types
 
 FOUR_BIT_KINDS = ("bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq")
 TRAINING_KINDS = (*FOUR_BIT_KINDS, "bnb.int8-training")
-INFERENCE_KINDS = (*FOUR_BIT_KINDS, "bnb.int8")
+INFERENCE_KINDS = (*FOUR_BIT_KINDS, "bnb.int8", *weight_only.KINDS)
 # The layer whose matrix latent attention takes apart at every token it decodes, a hundredth of a block's weights.
 KEPT = ("kv_b_proj",)
 
@@ -55,13 +58,14 @@ class FourBitWeight(nn.Module):
 
     def __init__(self, shape: tuple[int, int], code: str, nested: bool, device: torch.device | str) -> None:
         super().__init__()
+        self.rows_together = BLOCK // math.gcd(BLOCK, shape[1])  # are whole blocks
         self.shape, self.code, self.nested = torch.Size(shape), code, nested
         blocks = -(-self.shape.numel() // BLOCK)
-        self.codes = _frozen(-(-self.shape.numel() // 2), torch.uint8, device)
-        self.absmax = _frozen(blocks, torch.uint8 if nested else torch.float32, device)
+        self.codes = frozen(-(-self.shape.numel() // 2), torch.uint8, device)
+        self.absmax = frozen(blocks, torch.uint8 if nested else torch.float32, device)
         if nested:
-            self.scales = _frozen(-(-blocks // SCALES_BLOCK), torch.float32, device)
-            self.offset = _frozen(1, torch.float32, device)
+            self.scales = frozen(-(-blocks // SCALES_BLOCK), torch.float32, device)
+            self.offset = frozen(1, torch.float32, device)
 
     @torch.no_grad()
     def fill(self, parts: Iterator[Tensor]) -> None:
@@ -108,7 +112,7 @@ class FourBitWeight(nn.Module):
         return state(self.absmax, shape, blocksize=BLOCK, quant_type=self.code, dtype=dtype, **outer)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> FourBitWeight:
-        return super()._apply(_keeping_types(fn), recurse)
+        return super()._apply(keeping_types(fn), recurse)
 
 
 class Int8Weight(nn.Module):
@@ -119,10 +123,12 @@ class Int8Weight(nn.Module):
         device: Where the tensors are; their values are not initialised.
     """
 
+    rows_together = 1
+
     def __init__(self, shape: tuple[int, int], device: torch.device | str) -> None:
         super().__init__()
-        self.codes = _frozen(shape, torch.int8, device)
-        self.absmax = _frozen(shape[0], torch.float32, device)
+        self.codes = frozen(shape, torch.int8, device)
+        self.absmax = frozen(shape[0], torch.float32, device)
 
     @torch.no_grad()
     def fill(self, parts: Iterator[Tensor]) -> None:
@@ -147,21 +153,7 @@ class Int8Weight(nn.Module):
         return library.matmul(x, self.codes, state=state, threshold=OUTLIER)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Int8Weight:
-        return super()._apply(_keeping_types(fn), recurse)
-
-
-def _frozen(shape: int | tuple[int, int], dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
-
-
-def _keeping_types(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """What moves and converts a module's tensors, without the converting."""
-
-    def move(tensor: Tensor) -> Tensor:
-        moved = fn(tensor)
-        return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-    return move
+        return super()._apply(keeping_types(fn), recurse)
 
 
 class QuantizedLinear(nn.Module):
@@ -187,7 +179,7 @@ class QuantizedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
-        self.quantized = _quantized_weight((out_features, in_features), kind, device)
+        self.quantized = _quantized_weight((out_features, in_features), kind, dtype, device)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -205,12 +197,12 @@ class QuantizedLinear(nn.Module):
         self.quantized.fill(self._parts(weight, done))
 
     def _parts(self, weight: Tensor, done: Callable[[Tensor], None]) -> Iterator[Tensor]:
-        """Some rows of a weight at a time, where the quantised one is, in a type that bitsandbytes knows."""
+        """Some rows of a weight at a time, where the quantised one is, in a type that its library knows."""
         device = self.quantized.codes.device
         dtype = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float32
-        whole_blocks = BLOCK // math.gcd(BLOCK, self.in_features)  # rows
-        rows = _AT_ONCE.get(device.type, _MANY_AT_ONCE) // self.in_features // whole_blocks * whole_blocks
-        for part in weight.split(rows or whole_blocks):
+        together = self.quantized.rows_together
+        rows = _AT_ONCE.get(device.type, _MANY_AT_ONCE) // self.in_features // together * together
+        for part in weight.split(rows or together):
             yield part.to(device, dtype)
             done(part)
 
@@ -230,7 +222,11 @@ class QuantizedLinear(nn.Module):
         return super()._apply(fn, recurse)
 
 
-def _quantized_weight(shape: tuple[int, int], kind: str, device: torch.device | str) -> FourBitWeight | Int8Weight:
+def _quantized_weight(
+    shape: tuple[int, int], kind: str, dtype: torch.dtype, device: torch.device | str
+) -> FourBitWeight | Int8Weight | weight_only.WeightOnly:
+    if kind in weight_only.KINDS:
+        return (weight_only.Int4Weight if kind == "int4" else weight_only.Int8Weight)(shape, dtype, device)
     if kind not in FOUR_BIT_KINDS:
         return Int8Weight(shape, device)
     code, _, nested = kind.removeprefix("bnb.").partition("-")
@@ -241,7 +237,7 @@ class _FrozenProduct(torch.autograd.Function):
     """x W^T. For the backward pass nothing but W is needed, and W is there: no activation is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: FourBitWeight | Int8Weight) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: nn.Module) -> Tensor:
         ctx.weight = weight
         return weight.multiply(x)
 
@@ -253,8 +249,9 @@ class _FrozenProduct(torch.autograd.Function):
 def replace_linears(model: GPT, kind: str, dtype: torch.dtype) -> None:
     """Puts a `QuantizedLinear` in the place of every linear layer of the blocks: attention, MLPs and experts.
 
-    Embedding, head, norms and routers stay, and what of latent attention is taken apart for decoding. The layers of a
-    model on the meta device get their weights by `load_weight`; others keep theirs, quantised.
+    Embedding, norms and routers stay, and what of latent attention is taken apart for decoding; the head, too, unless
+    the kind is one of `litgpt.weight_only`. The layers of a model on the meta device get their weights by
+    `load_weight`; others keep theirs, quantised.
 
     Args:
         model: The model; nothing of it may need gradients that reach the quantised weights.
@@ -265,9 +262,12 @@ def replace_linears(model: GPT, kind: str, dtype: torch.dtype) -> None:
         ValueError: There is no such kind; or bitsandbytes, which quantises weights that are there, is not installed.
     """
     if kind not in (*TRAINING_KINDS, *INFERENCE_KINDS):
-        raise ValueError(f"--quantize {kind} is unknown. Choose one of: {', '.join(TRAINING_KINDS)}, bnb.int8.")
+        raise ValueError(
+            f"--quantize {kind} is unknown. Choose one of: {', '.join(TRAINING_KINDS)}, bnb.int8, int4, int8."
+        )
+    with_head = kind in weight_only.KINDS
     for name, linear in list(model.named_modules()):
-        if not is_replaced(name, linear):
+        if not is_replaced(name, linear, with_head):
             continue
         has_bias = linear.bias is not None
         sizes = linear.in_features, linear.out_features
@@ -279,9 +279,10 @@ def replace_linears(model: GPT, kind: str, dtype: torch.dtype) -> None:
         replace_module(model, name, layer)
 
 
-def is_replaced(name: str, module: nn.Module) -> bool:
+def is_replaced(name: str, module: nn.Module, with_head: bool = False) -> bool:
     """Whether `replace_linears` replaces this module of a GPT. A router is no plain linear layer."""
-    return type(module) is nn.Linear and name.startswith("transformer.h.") and not name.endswith(KEPT)
+    chosen = name.startswith("transformer.h.") and not name.endswith(KEPT)
+    return type(module) is nn.Linear and (chosen or (with_head and name == "lm_head"))
 
 
 def is_quantized(name: str) -> bool:
@@ -307,16 +308,20 @@ def num_parameters(model: GPT, trainable_only: bool = False) -> int:
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
-def check_quantize(kind: str | None, precision: str, *, training: bool) -> None:
+def check_quantize(
+    kind: str | None, precision: str, *, training: bool, device: torch.device | str | None = None
+) -> None:
     """Refuses what cannot act, before any work starts.
 
     Args:
         kind: The value of --quantize.
         precision: The precision of the run, such as bf16-true.
         training: Whether the run trains.
+        device: Where the model will be.
 
     Raises:
-        ValueError: There is no such kind for this, it does not go with the precision, or bitsandbytes is missing.
+        ValueError: There is no such kind for this, it does not go with the precision or the device, or bitsandbytes is
+            missing.
     """
     if kind is None:
         return
@@ -330,7 +335,11 @@ def check_quantize(kind: str | None, precision: str, *, training: bool) -> None:
             f"--precision {precision} cannot act with --quantize {kind}, whose products are in the type of the other "
             f"weights. Use --precision {remedy}."
         )
-    import_bitsandbytes()
+    if kind not in weight_only.KINDS:
+        import_bitsandbytes()
+    elif device is not None and torch.device(device).type != "cpu":
+        remedy = "bnb.nf4" if kind == "int4" else "bnb.int8"
+        raise ValueError(f"--quantize {kind} is for CPUs, and the model goes to {device}. Use --quantize {remedy}.")
 
 
 def without_mixing(precision: str) -> str:

@@ -1,0 +1,159 @@
+"""Weights in 4 or 8 bits for inference on CPUs: inputs and products stay in the model's type.
+
+    int4    4 bits a value, and a scale and a middle for every 32 values of a row: 5 bits a value
+    int8    8 bits a value, and a scale for every row
+
+Decoding reads every weight once for each token, so fewer bytes are more tokens. torch's own kernels multiply a few rows
+by the packed weight; for many rows (prompts, large batches) the arithmetic counts, and the weight is de-quantised for a
+plain product. The layers that hold these weights are `litgpt.quantize`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+KINDS = ("int4", "int8")
+GROUP = 32  # values that share a scale in 4 bits
+ROWS = 64  # rows of a weight that are packed together; the kernel's blocks are parts of it
+# Up to so many rows of inputs the product with the packed weight is the quicker one (measured, see the benchmarks).
+FEW = {"int4": 32, "int8": 16}
+
+
+class WeightOnly(nn.Module):
+    """An (out, in) matrix with fewer bits. Its tensors are not initialised; `fill` does it.
+
+    Args:
+        shape: (out, in) of the matrix.
+    """
+
+    rows_together = ROWS
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.shape = torch.Size(shape)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> WeightOnly:
+        return super()._apply(keeping_types(fn), recurse)
+
+
+class Int4Weight(WeightOnly):
+    """4 bits: value = (code - 8) * scale + middle, the scale and the middle those of its group.
+
+    `codes` (blocks, in, half) hold what rows i and i + half of a block have in a column, in the lower and the upper
+    half of a byte, which is how torch's kernel for this CPU wants them (`rows_of_block`): 64 rows to a block with
+    AVX-512. `scales` (groups, out, 2) are scales and middles in `dtype`. Both are padded to whole blocks and groups.
+    """
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__(shape)
+        rows, columns = _padded(shape[0], ROWS), _padded(shape[1], GROUP)
+        block = rows_of_block()
+        self.codes = frozen((rows // block, columns, block // 2), torch.uint8, device)
+        self.scales = frozen((columns // GROUP, rows, 2), dtype, device)
+
+    @torch.no_grad()
+    def fill(self, parts: Iterator[Tensor]) -> None:
+        """Takes the matrix, in parts of some rows each, of which all but the last are multiples of 64."""
+        row, block = 0, 2 * self.codes.size(2)
+        for part in parts:
+            values = F.pad(part.float(), (0, -part.size(1) % GROUP, 0, -len(part) % ROWS)).unflatten(1, (-1, GROUP))
+            smallest, largest = values.aminmax(dim=2)  # (rows, groups)
+            scales = torch.stack(((largest - smallest) / 15, smallest + (largest - smallest) * (8 / 15)), dim=2)
+            scales = scales.to(self.scales.dtype)
+            scale, middle = scales.float()[..., None].unbind(2)  # (rows, groups, 1)
+            codes = torch.where(scale > 0, (values - middle) / scale, 0).round_().add_(8).clamp_(0, 15)
+            pairs = codes.to(torch.uint8).flatten(1).unflatten(0, (-1, 2, block // 2))  # (blocks, 2, half, in)
+            self.codes[row // block : (row + len(values)) // block] = (pairs[:, 0] | pairs[:, 1] << 4).transpose(1, 2)
+            self.scales[:, row : row + len(values)] = scales.transpose(0, 1)
+            row += len(values)
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """(out, in) the values that the codes stand for."""
+        codes = torch.cat((self.codes & 15, self.codes >> 4), dim=2).transpose(1, 2).flatten(0, 1)  # (out, in)
+        scale, middle = self.scales.to(dtype).transpose(0, 1)[..., None].unbind(2)  # (out, groups, 1)
+        values = torch.addcmul(middle, codes.unflatten(1, (-1, GROUP)).to(dtype).sub_(8), scale).flatten(1)
+        return values[: self.shape[0], : self.shape[1]]
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), in the type of x."""
+        rows = x.shape[:-1].numel()
+        if rows > FEW["int4"]:
+            return F.linear(x, self.dequantised(x.dtype))
+        flat = F.pad(x.reshape(rows, self.shape[1]), (0, -self.shape[1] % GROUP))
+        packed = self.codes.view(self.scales.size(1), -1)
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, packed, GROUP, self.scales.to(x.dtype))
+        return y[:, : self.shape[0]].view(*x.shape[:-1], self.shape[0])
+
+
+class Int8Weight(WeightOnly):
+    """8 bits: value = code * scale of its row. `codes` are (out, in), `scales` (out,) in `dtype`."""
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__(shape)
+        self.codes = frozen(shape, torch.int8, device)
+        self.scales = frozen(shape[0], dtype, device)
+
+    @torch.no_grad()
+    def fill(self, parts: Iterator[Tensor]) -> None:
+        """Takes the matrix, in parts of some rows each."""
+        row = 0
+        for part in parts:
+            values = part.float()
+            scales = (values.abs().amax(dim=1) / 127).to(self.scales.dtype)
+            scale = scales.float()[:, None]
+            self.codes[row : row + len(part)] = torch.where(scale > 0, values / scale, 0).round_().clamp_(-127, 127)
+            self.scales[row : row + len(part)] = scales
+            row += len(part)
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """(out, in) the values that the codes stand for."""
+        return self.codes.to(dtype) * self.scales.to(dtype)[:, None]
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), in the type of x."""
+        rows = x.shape[:-1].numel()
+        if rows > FEW["int8"] or self.shape[1] % 16:  # the kernel reads 16 values at a time, over the end if need be
+            return F.linear(x, self.codes.to(x.dtype)) * self.scales.to(x.dtype)  # the codes are exact in 16 bits
+        flat = x.reshape(rows, self.shape[1])
+        y = torch.ops.aten._weight_int8pack_mm(flat, self.codes, self.scales.to(x.dtype))
+        return y.view(*x.shape[:-1], self.shape[0])
+
+
+@cache
+def rows_of_block() -> int:
+    """How many rows of a weight torch's 4-bit kernel packs together on this CPU: 64, 32 or 16.
+
+    Raises:
+        ValueError: None of these; the kernel is another one than we know.
+    """
+    codes = torch.arange(ROWS * GROUP, dtype=torch.int32, device="cpu").view(ROWS, GROUP) * 7 % 16
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    for rows in (64, 32, 16):
+        pairs = codes.to(torch.uint8).unflatten(0, (-1, 2, rows // 2))
+        if torch.equal((pairs[:, 0] | pairs[:, 1] << 4).transpose(1, 2).reshape(packed.shape), packed):
+            return rows
+    raise ValueError("--quantize int4 does not know the kernel of this version of torch for this CPU. Use int8.")
+
+
+def keeping_types(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What moves and converts a module's tensors, without the converting."""
+
+    def move(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+    return move
+
+
+def frozen(shape: int | tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
+    """Memory for a part of a weight that is not trained."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+
+def _padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
