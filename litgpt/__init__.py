@@ -9,11 +9,12 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "Config": "litgpt.config",
     "GPT": "litgpt.model",
+    "LLM": "litgpt.llm",
     "PromptStyle": "litgpt.prompts",
     "Tokenizer": "litgpt.tokenizer",
 }
 
-__all__ = ["GPT", "Config", "PromptStyle", "Tokenizer", "__version__"]
+__all__ = ["GPT", "LLM", "Config", "PromptStyle", "Tokenizer", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -64,6 +64,19 @@ def inference_precision(device: torch.device) -> str:
     return "bf16-true" if fast else "32-true"
 
 
+def inference_dtypes(precision: str, device: torch.device) -> tuple[torch.dtype, torch.dtype | None]:
+    """The dtype of the weights to answer with, and that of the computation where it is another.
+
+    Raises:
+        ValueError: no such precision, or the device cannot compute in it.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"--precision {precision} is not known. Choose one of {', '.join(PRECISIONS)}.")
+    if precision.startswith("64") and device.type == "mps":
+        raise ValueError(f"--precision {precision} cannot act on an Apple GPU. Choose 32-true or less.")
+    return PRECISIONS[precision]
+
+
 def check_precision(precision: str, device: str | None = None) -> None:
     """Refuse a precision that is unknown, or that the kind of device cannot train in."""
     device = device or accelerator()

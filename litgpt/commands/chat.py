@@ -8,8 +8,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from litgpt.commands.inference import Assistant, Stopwatch, clean, load_assistant, say
+from litgpt.commands.inference import Stopwatch, clean, say
 from litgpt.generation.sampling import Sampling
+from litgpt.llm import LLM, load_llm
 from litgpt.prompts.styles import Message
 from litgpt.suggest import did_you_mean
 
@@ -51,7 +52,7 @@ def setup(
         system_prompt: Replaces the system message of the model's prompt format.
         prompt_style: Name of a prompt format, a class package.module.Class, or a chat template's .jinja file, in place
             of the checkpoint's own; `default` gives the model the bare prompt.
-        quantize: Not available: refused by name.
+        quantize: Keep the weights in 4 or 8 bits: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8.
         precision: 32-true, bf16-true, 16-true (weights and computation), bf16-mixed, 16-mixed (float32 weights). By
             default bf16-true where the device computes it in hardware, else 32-true.
         compile: Compile the decoding with torch.compile: the first reply starts slower, then all run faster.
@@ -62,7 +63,7 @@ def setup(
     sampling = Sampling(temperature, top_k, top_p, min_p)
     if max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens {max_new_tokens} is not possible: give 1 or more.")
-    assistant = load_assistant(
+    llm = load_llm(
         checkpoint_dir,
         precision=precision,
         compile=compile,
@@ -70,13 +71,13 @@ def setup(
         access_token=access_token,
         quantize=quantize,
     )
-    print(f"Now chatting with {assistant.name}.")
+    print(f"Now chatting with {llm.name}.")
     if multiline:
         print("To send a prompt, enter '!submit' on a line of its own. To exit, enter '!quit' or press Ctrl-D.")
     else:
         print("To exit, press 'Enter' on an empty prompt.")
     print(f"\nSeed set to {seed}", flush=True)
-    Chat(assistant, max_new_tokens, sampling, seed, system_prompt).run(read_lines if multiline else read_line)
+    Chat(llm, max_new_tokens, sampling, seed, system_prompt).run(read_lines if multiline else read_line)
 
 
 class Chat:
@@ -84,13 +85,13 @@ class Chat:
 
     def __init__(
         self,
-        assistant: Assistant,
+        llm: LLM,
         max_new_tokens: int,
         sampling: Sampling,
         seed: int,
         system_prompt: str | None = None,
     ) -> None:
-        self.assistant = assistant
+        self.llm = llm
         self.max_new_tokens = max_new_tokens
         self.sampling = sampling
         self.seed = seed
@@ -144,13 +145,13 @@ class Chat:
             say(str(error))
             return
         stopwatch = Stopwatch()
-        request = self.assistant.request(ids, self.max_new_tokens, self.sampling, self.seed)
+        request = self.llm.request(ids, self.max_new_tokens, self.sampling, self.seed)
         self.seed += 1
         reply = ""
-        stream = self.assistant.engine.stream(request)
+        stream = self.llm.stream(request)
         with contextlib.suppress(KeyboardInterrupt), contextlib.closing(stream):
             print(">> Reply: ", end="", flush=True)
-            for piece in self.assistant.text(stopwatch.count(stream), ids):
+            for piece in self.llm.text(stopwatch.count(stream), ids):
                 reply += piece
                 print(piece, end="", flush=True)
         print("\n", flush=True)
@@ -188,14 +189,14 @@ class Chat:
         Raises:
             ValueError: the last prompt alone is too long, or the prompt format refuses the conversation.
         """
-        context = self.assistant.config.block_size
+        context = self.llm.config.block_size
         reserved = min(self.max_new_tokens, context // 2)  # for the reply
-        ids = self.assistant.encode([*self.system, *self.turns])
+        ids = self.llm.encode([*self.system, *self.turns])
         dropped = 0
         while len(ids) + reserved > context and len(self.turns) > 2:
             del self.turns[:2]
             dropped += 1
-            ids = self.assistant.encode([*self.system, *self.turns])
+            ids = self.llm.encode([*self.system, *self.turns])
         if dropped:
             turns = "its oldest turn is" if dropped == 1 else f"its {dropped} oldest turns are"
             say(f"The conversation is longer than the model's context of {context} tokens: {turns} dropped.")
@@ -212,7 +213,7 @@ class Chat:
         said: list[Message] = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
         self.transcript += said
         self.turns.pop()
-        if not self.assistant.style.continues_text:
+        if not self.llm.prompt_style.continues_text:
             self.turns += said
 
     def _as_text(self, as_json: bool) -> str:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Annotated
 
 from litgpt import cli
-from litgpt.commands.inference import Assistant, Stopwatch, clean, load_assistant, memory_line, say
+from litgpt.commands.inference import Stopwatch, clean, memory_line, say
 from litgpt.generation.sampling import Sampling
+from litgpt.llm import LLM, load_llm
 from litgpt.prompts.styles import Message
 
 DEFAULT_PROMPT = "What food do llamas eat?"
@@ -66,10 +67,10 @@ def setup(
         checkpoint_dir: A checkpoint directory, a Hugging Face directory, a .gguf file, a known name or a Hub id.
         prompt: What to answer. Without this option a prompt that is piped in is taken, whole.
     """
-    answer(partial(load_assistant, checkpoint_dir), prompt, options)
+    answer(partial(load_llm, checkpoint_dir), prompt, options)
 
 
-def answer(load: Callable[..., Assistant], prompt: str, options: Options, input: str = "") -> Assistant:
+def answer(load: Callable[..., LLM], prompt: str, options: Options, input: str = "") -> LLM:
     """Prints what a model answers, and what was measured.
 
     Args:
@@ -86,7 +87,7 @@ def answer(load: Callable[..., Assistant], prompt: str, options: Options, input:
     if options.num_samples < 1:
         raise ValueError(f"--num_samples {options.num_samples} is not possible: give 1 or more.")
     prompt = _piped_prompt() or prompt if prompt == DEFAULT_PROMPT else prompt
-    assistant = load(
+    llm = load(
         precision=options.precision,
         compile=options.compile,
         prompt_style=options.prompt_style,
@@ -94,19 +95,19 @@ def answer(load: Callable[..., Assistant], prompt: str, options: Options, input:
         quantize=options.quantize,
     )
     system: list[Message] = [] if options.sys_prompt is None else [{"role": "system", "content": options.sys_prompt}]
-    ids = assistant.encode([*system, {"role": "user", "content": clean(prompt)}], clean(input))
+    ids = llm.encode([*system, {"role": "user", "content": clean(prompt)}], clean(input))
     say(f"Seed set to {options.seed}")
-    new, context = options.max_new_tokens, assistant.config.block_size
+    new, context = options.max_new_tokens, llm.config.block_size
     if len(ids) + new > context > len(ids):
         say(f"The model's context of {context} tokens leaves room for {context - len(ids)} after the prompt.")
     for sample in range(options.num_samples):
-        _answer(assistant, ids, sample + 1, new, sampling, options.seed + sample, options.include_prompt)
-    say(memory_line(assistant))
-    return assistant
+        _answer(llm, ids, sample + 1, new, sampling, options.seed + sample, options.include_prompt)
+    say(memory_line(llm))
+    return llm
 
 
 def _answer(
-    assistant: Assistant,
+    llm: LLM,
     prompt: list[int],
     number: int,
     max_new_tokens: int,
@@ -115,11 +116,11 @@ def _answer(
     include_prompt: bool,
 ) -> None:
     stopwatch = Stopwatch()
-    ids = assistant.engine.stream(assistant.request(prompt, max_new_tokens, sampling, seed))
-    pieces = assistant.text(stopwatch.count(ids), prompt, joins=include_prompt)
+    ids = llm.stream(llm.request(prompt, max_new_tokens, sampling, seed))
+    pieces = llm.text(stopwatch.count(ids), prompt, joins=include_prompt)
     first = next(pieces, "")  # a prompt that is too long is refused before anything is printed
     if include_prompt:
-        print(assistant.tokenizer.decode(prompt), end="")
+        print(llm.tokenizer.decode(prompt), end="")
     print(first, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 from litgpt import cli
 from litgpt.adapter import ADAPTER_WEIGHTS, is_v2, load_adapter, read_adapter
 from litgpt.commands.generate import DEFAULT_PROMPT, Options, answer
-from litgpt.commands.inference import load_assistant
 from litgpt.convert import Source, load_model
+from litgpt.llm import load_llm
 from litgpt.model import GPT
 
 
@@ -50,4 +50,4 @@ def answer_adapted(
         return model
 
     directory = adapter_path if adapter_path.is_dir() else adapter_path.parent
-    answer(partial(load_assistant, checkpoint_dir, load=load, finetuned=directory), prompt, options, input)
+    answer(partial(load_llm, checkpoint_dir, load=load, finetuned=directory), prompt, options, input)

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 from litgpt import cli
 from litgpt.checkpoint import WEIGHTS
 from litgpt.commands.generate import DEFAULT_PROMPT, Options, answer
-from litgpt.commands.inference import load_assistant
 from litgpt.convert import Source, load_model
 from litgpt.convert.source import LitSource
+from litgpt.llm import load_llm
 from litgpt.model import GPT
 
 
@@ -41,4 +41,4 @@ def setup(
     def load(source: Source, **how: Any) -> GPT:
         return load_model(LitSource(file.parent, base=source, weights=file), **how)
 
-    answer(partial(load_assistant, checkpoint_dir, load=load, finetuned=file.parent), prompt, options, input)
+    answer(partial(load_llm, checkpoint_dir, load=load, finetuned=file.parent), prompt, options, input)

@@ -1,6 +1,5 @@
 """Train a language model on text, from scratch or from a checkpoint."""
 
-import json
 import pprint
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,8 @@ from litgpt.checkpoint import copy_companion_files, resolve_checkpoint_dir, save
 from litgpt.cli import ConfigOverrides
 from litgpt.commands.download import download
 from litgpt.config import Config
-from litgpt.convert import Source, config_to_hf, open_checkpoint
+from litgpt.convert import Source, open_checkpoint
+from litgpt.convert.hf_config import save_config_json
 from litgpt.data.base import DataModule
 from litgpt.data.tokenizer_training import train_tokenizer
 from litgpt.generation.engine import Engine, Request
@@ -327,13 +327,7 @@ def save_checkpoint_files(
     save_model(directory, weights, config)
     if tokenizer_dir is not None:
         copy_companion_files(tokenizer_dir, directory)
-    # The tokenizer may come from another model: its config.json is not this model's.
-    card = directory / "config.json"
-    card.unlink(missing_ok=True)
-    try:
-        card.write_text(json.dumps(config_to_hf(config), indent=2) + "\n", encoding="utf-8")
-    except ValueError:  # no Hugging Face architecture has this shape; model_config.yaml says it all
-        card.unlink(missing_ok=True)
+    save_config_json(config, directory)  # the tokenizer may come from another model, with its config.json
     cli.save_hyperparameters(directory)
 
 

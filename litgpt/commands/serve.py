@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from litgpt.commands.inference import load_assistant, say
+from litgpt.commands.inference import say
 from litgpt.distributed import accelerator as best_accelerator
 from litgpt.generation.sampling import Sampling
 from litgpt.generation.worker import Worker
+from litgpt.llm import load_llm
 from litgpt.serving.application import PAGE, create_app
 from litgpt.serving.served import Defaults, ServedModel
 from litgpt.serving.server import Server, listen
@@ -98,7 +99,7 @@ def setup(
 
     def load() -> list[ServedModel]:
         service.say(f"loading {checkpoint_dir}")
-        assistant = load_assistant(
+        llm = load_llm(
             checkpoint_dir,
             precision=precision,
             compile=compile,
@@ -106,16 +107,16 @@ def setup(
             access_token=access_token,
             quantize=quantize,
         )
-        assistant.engine.most_slots = max_batch_size
+        llm.engine.most_slots = max_batch_size
         model = ServedModel(
-            assistant.name,
-            assistant.tokenizer,
-            assistant.style,
-            Worker(assistant.engine),
+            llm.name,
+            llm.tokenizer,
+            llm.prompt_style,
+            Worker(llm.engine),
             Defaults(temperature, top_k, top_p, max_new_tokens),
             aliases=(str(checkpoint_dir),),
         )
-        say(f"{assistant.name} is ready.")
+        say(f"{llm.name} is ready.")
         return [model]
 
     app = create_app(service, api_path=path, stream=stream, api_key=api_key)

@@ -26,11 +26,10 @@ import torch
 
 from litgpt.checkpoint import resolve_checkpoint_dir
 from litgpt.commands.checkpoint_checks import GROUPS, LORA_WEIGHTS, Findings, examine, special_ids
-from litgpt.commands.inference import parse_precision
 from litgpt.config import Config
 from litgpt.convert import Source, config_to_hf
 from litgpt.convert.source import meta_model
-from litgpt.distributed import accelerator, inference_precision, memory_present, store_frozen_matrices
+from litgpt.distributed import accelerator, inference_dtypes, inference_precision, memory_present, store_frozen_matrices
 from litgpt.lora import LoRASettings, apply_lora
 from litgpt.memory import Usage, estimate_memory
 from litgpt.model import GPT
@@ -80,7 +79,7 @@ def setup(
             raise ValueError(f"--{name} {value} is not possible: give 1 or more.")
     device = torch.device(accelerator())
     precision = precision or inference_precision(device)
-    parse_precision(precision, device)
+    inference_dtypes(precision, device)
     path = resolve_checkpoint_dir(checkpoint_dir, incomplete=True)
     findings = examine(path, check_values)
     report: dict[str, Any] = {
@@ -167,7 +166,7 @@ def estimate(
     config: Config, device: torch.device, precision: str, batch_size: int, context: int, lora_r: int, devices: int
 ) -> dict[str, Any]:
     """The memory that each use of the model needs on this kind of device, beside what there is."""
-    weights, compute = parse_precision(precision, device)
+    weights, compute = inference_dtypes(precision, device)
     present = memory_present(device)
     methods = {}
     for method in METHOD_TITLES:

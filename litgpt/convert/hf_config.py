@@ -1,6 +1,8 @@
 """`config.json` to `Config` and back."""
 
+import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from litgpt.config import Config
@@ -78,6 +80,17 @@ def config_to_hf(config: Config, architecture: str | None = None) -> dict[str, A
             return config_json
         reasons.append(f"{candidate.name}: it cannot express {', '.join(f'{n}={getattr(config, n)!r}' for n in lost)}")
     raise ValueError("This model cannot be written as a Hugging Face checkpoint.\n  " + "\n  ".join(reasons))
+
+
+def save_config_json(config: Config, directory: Path) -> None:
+    """Writes the `config.json` of a model into a checkpoint directory; none, not even another model's, where no Hugging
+    Face architecture has its shape."""
+    card = directory / "config.json"
+    card.unlink(missing_ok=True)
+    try:
+        card.write_text(json.dumps(config_to_hf(config), indent=2) + "\n", encoding="utf-8")
+    except ValueError:  # model_config.yaml says it all
+        card.unlink(missing_ok=True)
 
 
 def _write(architecture: Architecture, config: Config) -> dict[str, Any]:

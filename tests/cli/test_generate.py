@@ -118,12 +118,12 @@ def test_a_prompt_on_the_command_line_leaves_stdin_alone(litgpt, chat_model, mon
 def test_precision_acts(litgpt, chat_model, precision, monkeypatch):
     seen = []
 
-    def spy(self, requests):
+    def spy(self, request):
         seen.append((self.model.lm_head.weight.dtype, self.autocast))
-        return original(self, requests)
+        return original(self, request)
 
-    original = Engine.generate
-    monkeypatch.setattr(Engine, "generate", spy)
+    original = Engine.submit
+    monkeypatch.setattr(Engine, "submit", spy)
     result = litgpt("generate", chat_model, "--prompt", "Hi", "--precision", precision, "--max_new_tokens", 3)
     assert result.code == 0
     kinds = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}

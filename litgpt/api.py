@@ -1,0 +1,5 @@
+"""Where LitGPT 0.5.13 has the Python API."""
+
+from litgpt.llm import LLM
+
+__all__ = ["LLM"]
