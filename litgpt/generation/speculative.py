@@ -1,0 +1,259 @@
+"""Speculative decoding: a large model checks several drafted tokens in one call, in about the time of one token.
+
+The drafts come from a smaller model (Leviathan et al., https://arxiv.org/abs/2211.17192), or are what followed the same
+words earlier in the text (prompt lookup, https://github.com/apoorvumang/prompt-lookup-decoding). Either way the tokens
+are distributed as the large model alone would draw them, and the greedy ones are the same.
+
+Shapes: T tokens, K drafted ones, V the vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from litgpt.generation.engine import CACHE_STEP, PREFILL_CHUNK, Engine
+from litgpt.generation.request import Output, Progress, Request
+from litgpt.generation.sampling import Filters, Sampling, draw, filtered
+from litgpt.model import GPT
+
+LONGEST_MATCH = 3  # words that prompt lookup looks for, in tokens
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """(T, V) logits -> (T, V) float32: what `sampling` draws from, temperature and filters applied."""
+    logits = logits.float()
+    if sampling.is_greedy:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
+    filters = Filters.of([sampling] * logits.size(0), logits.device)
+    scores, candidates = filtered(logits / filters.temperature, filters)
+    found = scores.softmax(dim=-1)
+    return found if candidates is None else torch.zeros_like(logits).scatter_(-1, candidates, found)
+
+
+def accept(target: Tensor, draft: Tensor, proposed: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Which drafted tokens stay, and the token after them (algorithm 1 of the paper).
+
+    A token that the draft drew with probability q and the target would with p stays with probability min(1, p / q). The
+    first that does not is replaced by one drawn from max(0, p - q); if all stay, one more is drawn.
+
+    Args:
+        target: (K + 1, V) what the target draws from at each place.
+        draft: (K, V) what the draft drew from.
+        proposed: (K,) what it drew.
+        generator: Of the random numbers.
+
+    Returns:
+        How many stay, (), and the next token, (); both int64 on the device.
+    """
+    chosen = proposed[:, None]
+    p, q = target[:-1].gather(-1, chosen)[:, 0], draft.gather(-1, chosen)[:, 0]
+    luck = torch.rand(q.shape, generator=generator, device=q.device)
+    count = (luck * q < p).cumprod(0).sum()
+    beyond = torch.cat((draft, torch.zeros_like(target[:1])))  # after all of them nothing was drafted
+    rest = (target - beyond).clamp(min=0).index_select(0, count[None])  # (1, V)
+    whole = target.index_select(0, count[None])
+    rest = torch.where(rest.sum() > 0, rest, whole)  # q = p: only rounding can have rejected the token
+    return count, draw(rest.log(), [generator])[0]
+
+
+class PromptLookup:
+    """Drafts what followed the last words where they stood before, the longest match first."""
+
+    def __init__(self, longest: int = LONGEST_MATCH) -> None:
+        self.longest = longest
+        self.tokens: list[int] = []
+        self._next: dict[tuple[int, ...], int] = {}  # where the text goes on after these tokens, the latest place
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Takes the next tokens of the text."""
+        for token in tokens:
+            end = len(self.tokens)
+            for length in range(1, min(self.longest, end) + 1):
+                self._next[tuple(self.tokens[end - length :])] = end
+            self.tokens.append(token)
+
+    def propose(self, count: int) -> list[int]:
+        """Up to `count` tokens."""
+        for length in range(min(self.longest, len(self.tokens)), 0, -1):
+            start = self._next.get(tuple(self.tokens[-length:]))
+            if start is not None:
+                return self.tokens[start : start + count]
+        return []
+
+
+class Reader:
+    """One sequence in the KV cache of a model, the last tokens of which can be taken back.
+
+    Args:
+        model: The model.
+        length: How long the sequence may get.
+        spare: How many tokens may be taken back at a time.
+        autocast: A dtype to compute in, if not that of the weights.
+    """
+
+    def __init__(self, model: GPT, length: int, spare: int, autocast: torch.dtype | None) -> None:
+        self.model, self.autocast = model, autocast
+        self.device = model.transformer["wte"].weight.device
+        self.cache = model.new_cache(1, length, dtype=autocast, spare=spare)
+        self.length = 0
+
+    def __call__(self, tokens: Tensor, last: int) -> Tensor:
+        """Reads (T,) tokens after those it has read, a chunk at a time: (last, V) logits after the last ones."""
+        if tokens.numel() > PREFILL_CHUNK:
+            *chunks, end = *tokens[:-last].split(PREFILL_CHUNK), tokens[-last:]
+            for chunk in chunks:
+                self._hidden(chunk)
+            tokens = end
+        hidden = self._hidden(tokens)
+        with self._precision():
+            return self.model.logits(hidden[-last:])
+
+    def rewind(self, length: int) -> None:
+        """Forgets all from the token at `length` on."""
+        if length < self.length:
+            self.cache.rewind(0, length)
+            self.length = length
+
+    def _hidden(self, tokens: Tensor) -> Tensor:
+        # From the beginning on the model needs no positions, and takes its fastest attention kernel.
+        end = self.length + tokens.numel()
+        positions = torch.arange(self.length, end, device=self.device)[None] if self.length else None
+        self.length = end
+        whole = self.length > self.cache.max_length - CACHE_STEP
+        self.cache.read_only(None if whole else -(-self.length // CACHE_STEP) * CACHE_STEP)
+        with self._precision():
+            return self.model.hidden_states(tokens[None], positions, cache=self.cache)[0]
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.autocast)
+
+
+class SpeculativeEngine(Engine):
+    """An engine whose `generate`, `stream` and `complete` speculate, one request after another.
+
+    What is submitted one by one is decoded plainly, in batches.
+
+    Args:
+        model: The model whose answers are wanted, as for `Engine`.
+        draft: A smaller one with the same tokens; None drafts by prompt lookup.
+        count: How many tokens are drafted at a time.
+        autocast: As for `Engine`; of both models.
+
+    Attributes:
+        proposed, accepted: How many tokens were drafted so far, and how many of them stayed.
+        calls: How often the model was called.
+    """
+
+    def __init__(
+        self, model: GPT, draft: GPT | None = None, *, count: int = 3, autocast: torch.dtype | None = None
+    ) -> None:
+        super().__init__(model, autocast=autocast)
+        if count < 1:
+            raise ValueError(f"--speculative_k {count} is not possible: give 1 or more.")
+        self.draft, self.count = draft, count
+        self.proposed = self.accepted = self.calls = 0
+
+    def check(self, request: Request) -> int:
+        if request.sampling.has_penalties or request.constraint is not None or request.logprobs is not None:
+            raise ValueError(
+                "Speculative decoding has no penalties, biases, constraints or log-probabilities. Leave them out, or "
+                "use an Engine."
+            )
+        return super().check(request)
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Output]:
+        """As the base class; the answer of each request is whole before the next one's begins."""
+        rooms = [self.check(request) for request in requests]
+        for index, (request, room) in enumerate(zip(requests, rooms, strict=True)):
+            for output in self._speculate(request, room):
+                yield replace(output, request=index)
+
+    def _speculate(self, request: Request, room: int) -> Iterator[Output]:
+        progress = Progress(request, 0, room, self.device, self.model.config.padded_vocab_size)
+        text = Speculation(self.model, self.draft, progress, self.count, self.autocast)
+        while progress.finish_reason is None:
+            tokens, proposed = text.advance()
+            self.calls += 1
+            self.proposed += proposed
+            self.accepted += len(tokens) - 1
+            for token in tokens:
+                yield progress.take(token)
+                if progress.finish_reason is not None:
+                    break
+
+
+class Speculation:
+    """The text of one request, and what the two models have read of it.
+
+    Args:
+        target: The model whose tokens are wanted.
+        draft: The one that drafts; None for prompt lookup.
+        progress: The request.
+        count: How many tokens are drafted at a time.
+        autocast: A dtype to compute in, if not that of the weights.
+    """
+
+    def __init__(
+        self, target: GPT, draft: GPT | None, progress: Progress, count: int, autocast: torch.dtype | None
+    ) -> None:
+        self.progress, self.count = progress, count
+        self.sampling, self.generator = progress.request.sampling, progress.generator
+        self.ids = list(progress.request.prompt)
+        length = len(self.ids) + progress.room
+        self.target = Reader(target, length, count, autocast)
+        self.vocabulary = target.config.padded_vocab_size
+        self.draft, self.draft_context = None, length
+        if draft is not None:
+            self.draft_context = draft.config.block_size
+            self.draft = Reader(draft, min(length, self.draft_context), count, autocast)
+        self.lookup = PromptLookup()
+        self.lookup.extend(self.ids)
+
+    @torch.inference_mode()
+    def advance(self) -> tuple[list[int], int]:
+        """The next tokens of the text, and how many were drafted for that."""
+        proposed, draft = self._proposals()
+        fresh = torch.tensor(self.ids[self.target.length :], device=self.target.device)
+        logits = self.target(torch.cat((fresh, proposed)), proposed.numel() + 1)
+        count, token = accept(probabilities(logits, self.sampling), draft, proposed, self.generator)
+        *tokens, token, count = torch.cat((proposed, token[None], count[None])).tolist()
+        new = [*tokens[:count], token]
+        for reader in filter(None, (self.target, self.draft)):
+            reader.rewind(len(self.ids) + count)
+        self.ids += new
+        self.lookup.extend(new)
+        return new, proposed.numel()
+
+    def _proposals(self) -> tuple[Tensor, Tensor]:
+        """(K,) tokens and (K, V) what they were drawn from; fewer than wanted where the room or the draft's context
+        ends, none before the first token, which does not wait for the draft."""
+        device = self.target.device
+        count = min(self.count, self.progress.room - self.progress.produced - 1)
+        count = min(count, self.draft_context - len(self.ids) + 1) if self.progress.produced else 0
+        if count < 1:
+            return torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, self.vocabulary, device=device)
+        if self.draft is None:
+            found = torch.tensor(self.lookup.propose(count), dtype=torch.int64, device=device)
+            return found, torch.nn.functional.one_hot(found, self.vocabulary).float()
+        tokens, rows = [], []
+        known = self.draft.model.config.padded_vocab_size - 1  # the target may, if hardly ever, say one of its padding
+        fed = torch.tensor(self.ids[self.draft.length :], device=device).clamp(max=known)
+        for _ in range(count):
+            row = probabilities(self._fitted(self.draft(fed, 1)), self.sampling)  # (1, V)
+            fed = draw(row.log(), [self.generator])
+            rows.append(row)
+            tokens.append(fed)
+        return torch.cat(tokens), torch.cat(rows)
+
+    def _fitted(self, logits: Tensor) -> Tensor:
+        """The draft's logits on the target's vocabulary: models of one family pad theirs differently."""
+        short = self.vocabulary - logits.size(-1)
+        return torch.nn.functional.pad(logits, (0, short), value=float("-inf"))  # a negative number cuts off
