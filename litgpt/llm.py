@@ -79,6 +79,7 @@ class LLM(nn.Module):
         """
         super().__init__()
         self.model, self.tokenizer, self.prompt_style = model, tokenizer, prompt_style
+        self.training = model.training
         self.name = model.config.name or Path(tokenizer.dir).name
         self._checkpoint = checkpoint
         self._use(model, **engine)
@@ -110,8 +111,8 @@ class LLM(nn.Module):
             tokenizer_dir: A checkpoint whose tokenizer to use in place of the model's own.
             access_token: For a gated model that has to be downloaded.
             distribute: "auto" puts the model where it answers quickest, in bfloat16 if the device computes that in
-                hardware. None keeps it on the CPU in torch's default type (float32), to be trained there or moved by
-                `distribute` or a Trainer.
+                hardware. None keeps it on the CPU in torch's default type (float32) and in training mode, to be trained
+                there or moved by `distribute` or a Trainer.
             precision: 32-true, bf16-true, 16-true, bf16-mixed or 16-mixed, in place of the device's own.
             quantize: Keep the weights in 4 or 8 bits, see `distribute`.
             prompt_style: Name of a prompt format, a class package.module.Class, a chat template's .jinja file or a
@@ -139,7 +140,7 @@ class LLM(nn.Module):
         how |= {"quantize": quantize, "tokenizer_dir": tokenizer_dir}
         if distribute is None:
             how |= {"device": "cpu", "dtype": torch.get_default_dtype()}
-        return load_llm(model, compile=compile, **how)
+        return load_llm(model, compile=compile, **how).train(distribute is None)
 
     @classmethod
     def _random(
@@ -167,7 +168,7 @@ class LLM(nn.Module):
         gpt = meta_model(config)
         give_memory(gpt, dtype, device)
         gpt.init_weights()
-        return cls(gpt.eval(), tokenizer, style, autocast=autocast, compile=compile)
+        return cls(gpt, tokenizer, style, autocast=autocast, compile=compile).train(not places)
 
     # -- answers
 
