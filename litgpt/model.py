@@ -24,6 +24,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn = None
+
 from litgpt.config import Config
 
 # Added to the score of a key that must not be seen. Finite, so that a row that sees nothing (padding) stays finite, and
@@ -64,6 +69,7 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache: "KVCache | None" = None,
+        document_starts: Tensor | None = None,
     ) -> Tensor:
         """Logits of the next token after each token: `logits(hidden_states(...))`.
 
@@ -74,6 +80,7 @@ class GPT(nn.Module):
             document_ids: (B, T) int64, for packed training: a token attends only within its own document.
             cache: keys and values of earlier calls take part, those of this call are added. A call may hold a
                 whole prompt, the next chunk of one, or one token of each row, the rows at different positions.
+            document_starts: beside document_ids, what `starts_of_documents` says of them: spares a GPU the mask.
 
         Returns:
             (B, T, V) logits.
@@ -81,7 +88,7 @@ class GPT(nn.Module):
         Raises:
             ValueError: T is larger than the context or the cache, or document_ids come with a cache.
         """
-        return self.logits(self.hidden_states(idx, positions, document_ids, cache))
+        return self.logits(self.hidden_states(idx, positions, document_ids, cache, document_starts))
 
     def hidden_states(
         self,
@@ -89,6 +96,7 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache: "KVCache | None" = None,
+        document_starts: Tensor | None = None,
     ) -> Tensor:
         """(B, T, C) output of the last block after the final norm. Arguments as for `forward`."""
         self._check_call(idx, document_ids, cache)
@@ -97,7 +105,9 @@ class GPT(nn.Module):
         x = x if scale == 1 else x * scale
         places = torch.arange(idx.size(1), device=idx.device)[None] if positions is None else positions
         rotations = self.rope(places, idx.size(1) if cache is None else cache.lengths)
-        plans = self._plan_attention(idx, positions, document_ids, cache, x.dtype)
+        if document_ids is not None and idx.device.type == "cpu":
+            document_starts = starts_of_documents(positions, document_ids)
+        plans = self._plan_attention(idx, positions, document_ids, cache, x.dtype, document_starts)
         for layer, block in enumerate(self.transformer["h"]):
             layer_cache = None if cache is None else cache.layers[layer]
             rotation = rotations[rotation_of(self.config, layer)]
@@ -187,18 +197,22 @@ class GPT(nn.Module):
         document_ids: Tensor | None,
         cache: "KVCache | None",
         dtype: torch.dtype,
+        document_starts: Tensor | None = None,
     ) -> "dict[int | None, AttentionPlan]":
         """Who sees whom, once per kind of layer: by the size of its window, None for layers that see everything."""
         windows = {window_of(self.config, layer) for layer in range(self.config.n_layer)}
         plans = {}
         for window in windows:
             ring = None if cache is None else cache.rings[window]
-            if ring is None or cache.is_empty:
+            if document_starts is not None and attends_by_document(self.config, idx, window, dtype, document_starts):
+                # A CPU keeps the mask for blocks that are compiled.
+                on_cpu = idx.device.type == "cpu"
+                mask = mask_within_call(idx, positions, document_ids, window, dtype) if on_cpu else None
+                plans[window] = AttentionPlan(mask, documents=document_starts, window=window)
+            elif ring is None or cache.is_empty:
                 mask = mask_within_call(idx, positions, document_ids, window, dtype)
                 slots = None if ring is None else ring.claim(positions_or_default(idx, positions))
-                plans[window] = AttentionPlan(
-                    mask, slots, documents=lengths_of_documents(positions, document_ids, window)
-                )
+                plans[window] = AttentionPlan(mask, slots)
             else:
                 plans[window] = plan_with_cache(ring, positions_or_default(idx, positions), window, dtype)
         if cache is not None:
@@ -283,7 +297,9 @@ class CausalSelfAttention(nn.Module):
 
     def attended(self, q: Tensor, k: Tensor, v: Tensor, plan: "AttentionPlan") -> Tensor:
         """q (B, T, H, D), k and v (B, S, G, D), rotated -> (B, T, H, D) what each query finds."""
-        return attend(q, k, v, plan.mask, self.scale, self.softcap, self.sinks, plan.documents)
+        if plan.documents is not None and not (q.device.type == "cpu" and torch.compiler.is_compiling()):
+            return attend_by_document(q, k, v, plan, self.scale)
+        return attend(q, k, v, plan.mask, self.scale, self.softcap, self.sinks)
 
     def cache_shapes(self) -> list[tuple[int, int]]:
         """(G, D) of each tensor that is kept of a token: keys and values."""
@@ -347,7 +363,7 @@ class LatentAttention(nn.Module):
         k_plain, v = kv.split([self.plain_size, self.value_size], dim=-1)
         k = torch.cat((k_plain, k_rotated.expand(-1, -1, self.n_head, -1)), dim=-1)  # (B, T, H, Q)
         q = torch.cat((q_plain, q_rotated), dim=-1)
-        return attend(q, k, v, plan.mask, self.scale, self.softcap, documents=plan.documents)
+        return attend(q, k, v, plan.mask, self.scale, self.softcap)
 
     def _attend_latents(self, q_plain: Tensor, q_rotated: Tensor, stored: Tensor, plan: "AttentionPlan") -> Tensor:
         """Queries are brought into the latents' space instead, and the latents act as keys and values of one group."""
@@ -724,8 +740,10 @@ class AttentionPlan:
     read_length: int | None = None
     """Only so many slots of the cache are read."""
     documents: Tensor | None = None
-    """(documents,) how many tokens each has, row after row, where causal attention within each says what the mask says;
-    on a CPU alone, where the numbers are at hand"""
+    """(documents + 1,) int32, where each begins in the B * T tokens, row after row: attention within each says what the
+    mask says."""
+    window: int | None = None
+    """Of such attention."""
 
 
 def attend(
@@ -736,11 +754,8 @@ def attend(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    documents: Tensor | None = None,
 ) -> Tensor:
     """Attention by the kernel that suits: q (B, T, H, Q), k (B, S, G, Q), v (B, S, G, D) -> (B, T, H, D)."""
-    if documents is not None and softcap is None and sinks is None and not torch.compiler.is_compiling():
-        return attend_by_document(q, k, v, documents, scale)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     heads, groups, tokens = q.size(1), k.size(1), q.size(2)
     if k.dtype != q.dtype:  # a cache in another dtype
@@ -761,20 +776,53 @@ def attend(
     return y.transpose(1, 2)
 
 
-def attend_by_document(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, scale: float) -> Tensor:
-    """Attention of packed rows, one document at a time: shapes as in `attend`, S = T.
+def attends_by_document(
+    config: Config, idx: Tensor, window: int | None, dtype: torch.dtype, document_starts: Tensor
+) -> bool:
+    """Whether `attend_by_document` can do what the layers with this window want, where idx is."""
+    if config.attention_logit_softcapping is not None or config.attention_sinks or config.latent_attention is not None:
+        return False
+    device = idx.device.type
+    if device == "cpu":
+        return window is None or bool((document_starts.diff() <= window).all())
+    computes_in = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+    knows_groups = "enable_gqa" in (
+        getattr(varlen_attn, "__kwdefaults__", None) or ()
+    )  # and windows; not before torch 2.12
+    return (
+        device == "cuda" and knows_groups and computes_in in (torch.float16, torch.bfloat16) and config.head_size <= 256
+    )
 
-    The time grows with the squares of the documents' lengths, not of the row's. On 1 thread in bfloat16, 9 heads of 64,
-    six documents in 1,024 tokens took 38 ms forward and back, where the mask took 64; six in 2,048 took 170 and 420.
+
+def attend_by_document(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+    """Attention of packed rows, each document on its own: shapes as in `attend`, S = T.
+
+    The time grows with the squares of the documents' lengths, not of the row's.
     """
-    lengths, grouped = documents.tolist(), q.size(2) != k.size(2)
-    parts = zip(*(part.flatten(0, 1).split(lengths) for part in (q, k, v)), strict=True)  # each (length, heads, D)
+    grouped, tokens = q.size(2) != k.size(2), [part.flatten(0, 1) for part in (q, k, v)]  # (B * T, heads, D)
+    attend_documents = attend_one_by_one if q.device.type == "cpu" else attend_at_once
+    return attend_documents(*tokens, plan, scale, grouped).unflatten(0, q.shape[:2])
+
+
+def attend_one_by_one(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, grouped: bool) -> Tensor:
+    """(tokens, H, D), twice (tokens, G, D) -> (tokens, H, D).
+
+    On 1 thread in bfloat16, 9 heads of 64, six documents in 1,024 tokens took 38 ms forward and back, where the mask
+    took 64; six in 2,048 took 170 and 420.
+    """
     found = []
-    for part in parts:
-        a, b, c = (tokens.transpose(0, 1)[None] for tokens in part)  # (1, heads, length, D)
+    for part in zip(*(part.split(plan.documents.diff().tolist()) for part in (q, k, v)), strict=True):
+        a, b, c = (document.transpose(0, 1)[None] for document in part)  # (1, heads, length, D)
         y = F.scaled_dot_product_attention(a, b, c, is_causal=True, scale=scale, enable_gqa=grouped)
         found.append(y[0].transpose(0, 1))
-    return torch.cat(found).unflatten(0, q.shape[:2])
+    return torch.cat(found)
+
+
+def attend_at_once(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, grouped: bool) -> Tensor:
+    """The same by a GPU's kernel for sequences of unequal lengths."""
+    starts, longest = plan.documents, q.size(0)  # an upper bound, for which the GPU need not be asked
+    window = (-1 if plan.window is None else plan.window - 1, 0)  # how far a token looks back, and ahead
+    return varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=window, enable_gqa=grouped)
 
 
 def attend_written_out(
@@ -829,10 +877,11 @@ def mask_within_call(
     return hidden_where(hidden[:, None], dtype)
 
 
-def lengths_of_documents(positions: Tensor | None, document_ids: Tensor | None, window: int | None) -> Tensor | None:
-    """How many tokens each document has, row after row, padding counted as one (documents,); None where the mask must
-    say it: on a GPU, which would have to be waited for, with a narrow window, or where a document is in pieces."""
-    if document_ids is None or document_ids.device.type != "cpu" or torch.compiler.is_compiling():
+def starts_of_documents(positions: Tensor | None, document_ids: Tensor) -> Tensor | None:
+    """Where each document begins in the B * T tokens, row after row, and at last their number, (documents + 1,) int32;
+    padding counts as a document. None where a document is in pieces. Of tensors on a CPU: a GPU would be waited for.
+    """
+    if torch.compiler.is_compiling():
         return None
     ids = document_ids if positions is None else torch.where(positions < 0, -1, document_ids)
     begins = torch.ones_like(ids, dtype=torch.bool)
@@ -840,8 +889,7 @@ def lengths_of_documents(positions: Tensor | None, document_ids: Tensor | None, 
     if any(len(row.unique()) != of_row.sum() for row, of_row in zip(ids, begins, strict=True)):
         return None
     first = begins.flatten().nonzero().flatten()
-    lengths = torch.diff(first, append=first.new_tensor([ids.numel()]))
-    return lengths if window is None or lengths.max() <= window else None
+    return torch.cat((first, first.new_tensor([ids.numel()]))).int()
 
 
 def plan_with_cache(ring: "Ring", positions: Tensor, window: int | None, dtype: torch.dtype) -> AttentionPlan:

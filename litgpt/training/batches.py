@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from litgpt.model import starts_of_documents
 from litgpt.training.loss import IGNORE_INDEX
 
 MANY = 16  # numbers to show at most
@@ -35,8 +36,12 @@ class MicroBatch(NamedTuple):
         return int((self.targets != IGNORE_INDEX).sum())
 
     def to(self, device: torch.device) -> MicroBatch:
+        inputs = dict(self.inputs)
+        if "document_ids" in inputs and device.type != "cpu":  # counted here: there, it would have to be waited for
+            starts = starts_of_documents(inputs.get("positions"), inputs["document_ids"])
+            inputs |= {} if starts is None else {"document_starts": starts}
         # From pinned memory the copy runs beside the computation.
-        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
+        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
         idx, targets = (tensor.to(device, non_blocking=True) for tensor in (self.idx, self.targets))
         return self._replace(idx=idx, targets=targets, inputs=inputs)
 

@@ -6,7 +6,7 @@ import torch
 from litgpt.config import Config
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
-from litgpt.model import GPT
+from litgpt.model import GPT, starts_of_documents
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,6 +60,16 @@ def test_packed_documents_equal_documents_apart(model, idx):
     positions = torch.arange(96).expand_as(idx) % 40
     found = model.cuda()(idx.cuda(), positions.cuda(), ids.cuda()).cpu()
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_packed_documents_need_no_mask(model, idx):
+    """The kernel for unequal lengths says what the mask says, to what bfloat16 can tell apart."""
+    ids, positions = torch.arange(96).expand_as(idx) // 40, torch.arange(96).expand_as(idx) % 40
+    inputs = [part.cuda() for part in (idx, positions, ids)]
+    model = model.to("cuda", torch.bfloat16)
+    starts = starts_of_documents(positions, ids).cuda()
+    torch.testing.assert_close(model(*inputs, document_starts=starts), model(*inputs), atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

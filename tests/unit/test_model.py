@@ -19,6 +19,7 @@ from litgpt.model import (
     rope_frequencies,
     rotate,
     route,
+    starts_of_documents,
     window_of,
 )
 
@@ -220,27 +221,52 @@ def test_packed_documents_do_not_see_each_other(model):
     assert (model(packed) - separate).abs().amax() > 1e-3
 
 
+def varlen(q, k, v, starts_q, starts_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """What torch's GPU kernel for packed rows computes, by its documentation: (tokens, heads, D) each."""
+    assert starts_q is starts_k
+    assert starts_q.dtype == torch.int32
+    assert enable_gqa == (q.size(1) != k.size(1))
+    assert max_q == max_k >= starts_q.diff().max()
+    found = []
+    for first, last in zip(starts_q[:-1].tolist(), starts_q[1:].tolist(), strict=True):
+        places = torch.arange(last - first)
+        back, ahead = places[:, None] - places, places - places[:, None]
+        seen = ahead <= window_size[1]
+        if window_size[0] >= 0:
+            seen &= back <= window_size[0]
+        a, b, c = (part[first:last].transpose(0, 1)[None] for part in (q, k, v))
+        y = F.scaled_dot_product_attention(a, b, c, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)
+        found.append(y[0].transpose(0, 1))
+    return torch.cat(found)
+
+
 @pytest.mark.parametrize("window", [None, 4])
-def test_documents_one_by_one_equal_the_mask(monkeypatch, window):
+@pytest.mark.parametrize("device", ["cpu", "a GPU"])
+def test_documents_on_their_own_equal_the_mask(monkeypatch, window, device):
     """Rows with several documents, padding at either end, and one document in two pieces, which only the mask can say."""
     changes = {} if window is None else {"sliding_window_size": window, "sliding_window_indices": [1, 0]}
     model = make(LLAMA | changes)
     ids = torch.tensor([[0] * 5 + [1] * 1 + [2] * 3 + [-1] * 3, [-1] * 2 + [0] * 10])
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 0, 1, 2, -1, -1, -1], [-1, -1, *range(10)]])
-    assert model_module.lengths_of_documents(positions, ids, None).tolist() == [5, 1, 3, 3, 2, 10]
-    assert model_module.lengths_of_documents(positions, ids, 4) is None
-    assert model_module.lengths_of_documents(None, torch.tensor([[0, 1, 0]]), None) is None
-    idx, counted = tokens(2, 12), (positions >= 0)[..., None]
+    starts = starts_of_documents(positions, ids)
+    assert starts.tolist() == [0, 5, 6, 9, 12, 14, 24]
+    assert starts_of_documents(None, torch.tensor([[0, 1, 0]])) is None
+    idx, counted, calls = tokens(2, 12), (positions >= 0)[..., None], []
 
     def outcome() -> list[torch.Tensor]:
         model.zero_grad()
-        y = model(idx, positions, ids) * counted
+        y = model(idx, positions, ids, document_starts=starts) * counted
         y.square().sum().backward()
         return [y.detach(), *(p.grad.clone() for p in model.parameters())]
 
-    one_by_one = outcome()
-    monkeypatch.setattr(model_module, "lengths_of_documents", lambda *arguments: None)
-    for a, b in zip(one_by_one, outcome(), strict=True):
+    if device != "cpu":
+        monkeypatch.setattr(model_module, "attends_by_document", lambda *_: True)
+        monkeypatch.setattr(model_module, "varlen_attn", lambda *args, **kw: calls.append(1) or varlen(*args, **kw))
+        monkeypatch.setattr(model_module, "attend_one_by_one", model_module.attend_at_once)
+    separate = outcome()
+    assert len(calls) == (0 if device == "cpu" else model.config.n_layer)
+    monkeypatch.setattr(model_module, "attends_by_document", lambda *_: False)
+    for a, b in zip(separate, outcome(), strict=True):
         close(a, b, 1e-4)
 
 
