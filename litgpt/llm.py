@@ -621,6 +621,7 @@ def load_llm(
     dtype: torch.dtype | None = None,
     load: Callable[..., GPT] = load_model,
     finetuned: Path | None = None,
+    make_engine: Callable[..., Engine] = Engine,
 ) -> LLM:
     """Finds, downloads if need be, and loads a checkpoint: as `LLM.load`, with more to say.
 
@@ -630,6 +631,7 @@ def load_llm(
         dtype: Type of the weights, in place of a precision.
         load: Makes the model of the opened checkpoint; called as `load_model` is.
         finetuned: The directory of what was finetuned from the checkpoint; its prompt format comes first.
+        make_engine: Makes the engine that answers, as `Engine` is made.
 
     Raises:
         FileNotFoundError, ValueError: As for `LLM.load`.
@@ -654,7 +656,8 @@ def load_llm(
         _say(source.note)
     model = load(source, dtype=dtype, device=device, quantize=quantize)
     reloads = load is load_model
-    llm = LLM(model, tokenizer, style, checkpoint=checkpoint if reloads else None, autocast=autocast, compile=compile)
+    engine = {"make": make_engine, "autocast": autocast, "compile": compile}
+    llm = LLM(model, tokenizer, style, checkpoint=checkpoint if reloads else None, **engine)
     llm.name = name
     return llm
 

@@ -28,11 +28,12 @@ class LiveEngine:
 
     Args:
         model: The model.
+        make: Makes the engine, as `Engine` is made.
         options: Arguments of `Engine`.
     """
 
-    def __init__(self, model: GPT, **options: Any) -> None:
-        self.model, self.options = model, options
+    def __init__(self, model: GPT, make: Callable[..., Engine] = Engine, **options: Any) -> None:
+        self.model, self.make, self.options = model, make, options
         self._lock = threading.Lock()
         self._engine: Engine | None = None
         self._worker: Worker | None = None
@@ -42,7 +43,7 @@ class LiveEngine:
         self._in_training: list[nn.Module] = []  # what is put back into training mode when they have theirs
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (self.model, self.options)  # a copy begins without engine and thread
+        return _restored, (self.model, self.make, self.options)  # a copy begins without engine and thread
 
     @property
     def engine(self) -> Engine:
@@ -126,7 +127,7 @@ class LiveEngine:
                 self._worker.close(finish=True)
                 self._closing.detach()
             self._worker = self._engine = None
-            self._engine, self._made_with = Engine(self.model, **self.options), version
+            self._engine, self._made_with = self.make(self.model, **self.options), version
         return self._engine
 
 
@@ -142,8 +143,8 @@ def weights_version(model: nn.Module) -> tuple[Any, ...]:
     return tuple(versions)
 
 
-def _restored(model: GPT, options: dict[str, Any]) -> LiveEngine:
-    return LiveEngine(model, **options)
+def _restored(model: GPT, make: Callable[..., Engine], options: dict[str, Any]) -> LiveEngine:
+    return LiveEngine(model, make, **options)
 
 
 def _close(worker: Worker) -> None:

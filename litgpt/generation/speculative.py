@@ -10,8 +10,9 @@ Shapes: T tokens, K drafted ones, V the vocabulary.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from litgpt.generation.engine import CACHE_STEP, PREFILL_CHUNK, Engine
 from litgpt.generation.request import Output, Progress, Request
 from litgpt.generation.sampling import Filters, Sampling, draw, filtered
-from litgpt.model import GPT
+from litgpt.model import GPT, KVCache
 
 LONGEST_MATCH = 3  # words that prompt lookup looks for, in tokens
 
@@ -100,11 +101,14 @@ class Reader:
     def __init__(self, model: GPT, length: int, spare: int, autocast: torch.dtype | None) -> None:
         self.model, self.autocast = model, autocast
         self.device = model.transformer["wte"].weight.device
-        self.cache = model.new_cache(1, length, dtype=autocast, spare=spare)
+        self.new_cache = partial(model.new_cache, 1, length, dtype=autocast, spare=spare)
+        self.cache: KVCache | None = None  # has memory from the first token on
         self.length = 0
 
     def __call__(self, tokens: Tensor, last: int) -> Tensor:
         """Reads (T,) tokens after those it has read, a chunk at a time: (last, V) logits after the last ones."""
+        if self.cache is None:
+            self.cache = self.new_cache()
         if tokens.numel() > PREFILL_CHUNK:
             *chunks, end = *tokens[:-last].split(PREFILL_CHUNK), tokens[-last:]
             for chunk in chunks:
@@ -137,57 +141,79 @@ class Reader:
 
 
 class SpeculativeEngine(Engine):
-    """An engine whose `generate`, `stream` and `complete` speculate, one request after another.
-
-    What is submitted one by one is decoded plainly, in batches.
+    """An engine that speculates, one request after another.
 
     Args:
         model: The model whose answers are wanted, as for `Engine`.
         draft: A smaller one with the same tokens; None drafts by prompt lookup.
         count: How many tokens are drafted at a time.
-        autocast: As for `Engine`; of both models.
+        options: As for `Engine`.
 
     Attributes:
         proposed, accepted: How many tokens were drafted so far, and how many of them stayed.
         calls: How often the model was called.
     """
 
-    def __init__(
-        self, model: GPT, draft: GPT | None = None, *, count: int = 3, autocast: torch.dtype | None = None
-    ) -> None:
-        super().__init__(model, autocast=autocast)
+    def __init__(self, model: GPT, draft: GPT | None = None, *, count: int = 3, **options: Any) -> None:
+        super().__init__(model, **options)
         if count < 1:
             raise ValueError(f"--speculative_k {count} is not possible: give 1 or more.")
+        if self.compiles:
+            raise ValueError("--compile true cannot act: each length of a draft would be compiled. Leave it out.")
         self.draft, self.count = draft, count
         self.proposed = self.accepted = self.calls = 0
+        self._texts: deque[Speculation] = deque()  # the first is being answered
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._texts)
+
+    @property
+    def running(self) -> int:
+        return min(1, len(self._texts))
+
+    @property
+    def waiting(self) -> int:
+        return len(self._texts) - self.running
 
     def check(self, request: Request) -> int:
         if request.sampling.has_penalties or request.constraint is not None or request.logprobs is not None:
             raise ValueError(
                 "Speculative decoding has no penalties, biases, constraints or log-probabilities. Leave them out, or "
-                "use an Engine."
+                "decode plainly."
             )
         return super().check(request)
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[Output]:
-        """As the base class; the answer of each request is whole before the next one's begins."""
-        rooms = [self.check(request) for request in requests]
-        for index, (request, room) in enumerate(zip(requests, rooms, strict=True)):
-            for output in self._speculate(request, room):
-                yield replace(output, request=index)
+    def submit(self, request: Request) -> int:
+        room, number = self.check(request), next(self._numbers)
+        progress = Progress(request, number, room, self.device, self.model.config.padded_vocab_size)
+        self._texts.append(Speculation(self.model, self.draft, progress, self.count, self.autocast))
+        return number
 
-    def _speculate(self, request: Request, room: int) -> Iterator[Output]:
-        progress = Progress(request, 0, room, self.device, self.model.config.padded_vocab_size)
-        text = Speculation(self.model, self.draft, progress, self.count, self.autocast)
-        while progress.finish_reason is None:
+    def cancel(self, number: int) -> None:
+        self._texts = deque(text for text in self._texts if text.progress.number != number)
+
+    @torch.inference_mode()
+    def step(self) -> list[Output]:
+        """One call of the model: one or several tokens for the request whose turn it is."""
+        if not self._texts:
+            return []
+        text = self._texts[0]
+        try:
             tokens, proposed = text.advance()
-            self.calls += 1
-            self.proposed += proposed
-            self.accepted += len(tokens) - 1
-            for token in tokens:
-                yield progress.take(token)
-                if progress.finish_reason is not None:
-                    break
+        except BaseException:  # as in the base class
+            self._texts.popleft()
+            raise
+        self.calls += 1
+        self.proposed += proposed
+        self.accepted += len(tokens) - 1
+        outputs = []
+        for token in tokens:
+            outputs.append(text.progress.take(token))
+            if outputs[-1].finish_reason is not None:
+                self._texts.popleft()
+                break
+        return outputs
 
 
 class Speculation:
@@ -217,7 +243,6 @@ class Speculation:
         self.lookup = PromptLookup()
         self.lookup.extend(self.ids)
 
-    @torch.inference_mode()
     def advance(self) -> tuple[list[int], int]:
         """The next tokens of the text, and how many were drafted for that."""
         proposed, draft = self._proposals()

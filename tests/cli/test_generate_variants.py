@@ -1,5 +1,6 @@
 """`generate_full`, `generate_adapter` and `generate_adapter_v2`: the answer is that of the finetuned model."""
 
+import re
 import shutil
 
 import pytest
@@ -126,3 +127,33 @@ def test_quantized_base_weights(litgpt, base, tmp_path):
     result = litgpt("generate_adapter", base, "--adapter_path", tmp_path, *GREEDY, "--quantize", "bnb.nf4")
     assert result.out == answer(base, again)
     assert "(32-true, bnb.nf4, cpu)" in result.err
+
+
+RATE = r"Acceptance rate: (\d+\.\d\d)% \((\d+) of (\d+) drafted tokens\); (\d\.\d\d) tokens per call of the model"
+
+
+@pytest.mark.parametrize("drafted", ["model", "lookup"])
+def test_speculation_gives_the_same_greedy_answer_and_its_acceptance_rate(litgpt, base, tmp_path, drafted):
+    expected = litgpt("generate", base, *GREEDY).out
+    options = ("--draft_model_checkpoint_dir", base, "--speculative_k", 4) if drafted == "model" else ()
+    result = litgpt("generate_speculatively", "--target_model_checkpoint_dir", base, *options, *GREEDY)
+    assert result.code == 0, result.err
+    assert result.out == expected
+    rate, accepted, proposed, per_call = re.search(RATE, result.err).groups()
+    if drafted == "model":  # it drafts for itself: 12 tokens are 1 + 5 + 5 + 1
+        assert (rate, accepted, proposed, per_call) == ("100.00", "8", "8", "3.00")
+    assert re.search(r"Time for inference 1: .* 12 tokens$", result.err, re.MULTILINE)
+
+
+def test_a_draft_with_other_tokens_is_refused(litgpt, base, tmp_path):
+    other = checkpoint_files.bare_model(tmp_path)
+    result = litgpt("generate_speculatively", base, "--draft_model_checkpoint_dir", other, *GREEDY)
+    assert (result.code, result.out) == (1, "")
+    assert f"--draft_model_checkpoint_dir {other} has another tokenizer than {base}: the token id 3 is" in result.err
+
+
+def test_what_speculation_cannot_do_is_refused(litgpt, base):
+    for option, value in (("--speculative_k", 0), ("--compile", "true")):
+        result = litgpt("generate_speculatively", base, option, value)
+        assert (result.code, result.out) == (1, "")
+        assert result.err.startswith(f"error: {option} {value} ")

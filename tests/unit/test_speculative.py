@@ -7,10 +7,11 @@ from litgpt.generation import speculative
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
 from litgpt.generation.speculative import PromptLookup, SpeculativeEngine, accept, probabilities
+from litgpt.generation.worker import Worker
 from tests.unit.test_engine import PROMPTS, tiny_model
 
 GREEDY = Sampling(temperature=0)
-WINDOWS = {"sliding_window_size": 12, "sliding_window_indices": [1, 0, 1]}
+WINDOWS = {"sliding_window_size": 15, "sliding_window_indices": [1, 0, 1]}
 LATENT = {
     "latent_attention": {
         "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8,
@@ -153,10 +154,32 @@ def test_prompt_lookup_prefers_the_longest_and_latest_match():
     assert lookup.propose(1) == [9]
 
 
+def test_requests_may_be_cancelled_and_served_by_a_worker():
+    model = tiny_model()
+    requests = [Request(prompt, 20, GREEDY) for prompt in PROMPTS]
+    expected = Engine(model).complete(requests)
+    engine = SpeculativeEngine(model)
+    numbers = [engine.submit(request) for request in requests]
+    engine.step()
+    engine.cancel(numbers[0])
+    engine.cancel(numbers[2])
+    assert (engine.running, engine.waiting) == (1, 1)
+    answers = {number: [] for number in numbers}
+    while engine.busy:
+        for output in engine.step():
+            answers[output.request] += output.token_ids
+    assert list(answers.values()) == [[], expected[1], [], expected[3]]
+    worker = Worker(engine)
+    assert [list(worker.stream(request)) for request in requests] == expected
+    worker.close()
+
+
 def test_what_it_cannot_do_is_refused():
     engine = SpeculativeEngine(tiny_model())
     for request in (Request([1], 5, Sampling(presence_penalty=1.0)), Request([1], 5, logprobs=2)):
         with pytest.raises(ValueError, match="has no penalties, biases, constraints or log-probabilities"):
             engine.complete([request])
+    with pytest.raises(ValueError, match="--compile true cannot act"):
+        SpeculativeEngine(tiny_model(), compile=True)
     with pytest.raises(ValueError, match="--speculative_k 0 is not possible"):
         SpeculativeEngine(tiny_model(), count=0)
