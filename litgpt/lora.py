@@ -81,16 +81,40 @@ class LoRASettings:
 
 
 class Dropout(nn.Dropout):
-    """Dropout that on a CPU draws 16 random bits for each value instead of 64, since threads cannot share the drawing:
-    half the time. The share that is zeroed is `p` to within 1 / 2^17.
-    """
+    """Dropout of the input of LoRA's first matrix, as a part of that product."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or x.device.type != "cpu" or torch.compiler.is_compiling():
-            return super().forward(x)
+    def keeps(self, x: Tensor) -> Tensor:
+        """1 where a value of x is kept and 0 elsewhere, in x's shape, uint8.
+
+        On a CPU it draws 16 random bits for each value, as threads cannot share the drawing; the share that is zeroed
+        is then `p` to within 1 / 2^17.
+        """
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return torch.empty_like(x, dtype=torch.uint8).bernoulli_(1 - self.p)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None).view(torch.int16)
-        kept = bits[: x.numel()].view(x.shape) >= round(self.p * (1 << 16)) - (1 << 15)
-        return x * kept.to(x.dtype).mul_(1 / (1 - self.p))
+        return (bits[: x.numel()].view(x.shape) >= round(self.p * (1 << 16)) - (1 << 15)).view(torch.uint8)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """dropout(x) weight^T: (..., in), (out, in) -> (..., out)."""
+        if torch.is_autocast_enabled(x.device.type):
+            x, weight = (part.to(torch.get_autocast_dtype(x.device.type)) for part in (x, weight))
+        return _DroppedProduct.apply(x, weight, self.keeps(x)) / (1 - self.p)
+
+
+class _DroppedProduct(torch.autograd.Function):
+    """(x kept) W^T. For the backward pass a byte is kept of each value, and x, which others keep, too: not what dropout
+    left of it, for every layer that reads it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, kept)
+        return F.linear(x * kept, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, kept = ctx.saved_tensors
+        rows = (x * kept).flatten(0, -2)
+        return (gradient @ weight) * kept, gradient.flatten(0, -2).T @ rows, None
 
 
 class LoRALinear(KeepsFloat32):
@@ -141,7 +165,9 @@ class LoRALinear(KeepsFloat32):
         y = self.linear(x)
         if not self.enabled:
             return y
-        hidden = F.linear(self.dropout(x), self.lora_A.to(x.dtype)) * self.scaling  # (..., n * r)
+        down = self.lora_A.to(x.dtype)
+        drops = self.training and isinstance(self.dropout, Dropout)
+        hidden = self.scaling * (self.dropout.product(x, down) if drops else F.linear(x, down))  # (..., n * r)
         parts = zip(hidden.split(self.rank, dim=-1), self.lora_B.to(x.dtype).split(self._sizes()), strict=True)
         update = torch.cat([F.linear(a, b) for a, b in parts], dim=-1)  # (..., updated rows)
         if self.lora_magnitude is not None:

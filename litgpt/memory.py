@@ -261,10 +261,7 @@ class Activations:
                 layer = layer.linear
             if isinstance(layer, LoRALinear):
                 result += self.update(layer)
-                if isinstance(layer.dropout, nn.Dropout):  # what is left of the input and, on a CPU, the factors of it
-                    source = self.element if inner else self.stream
-                    result += width * (self.element + (source if self.usage.device == "cpu" else 1))
-                    continue
+                result += width * isinstance(layer.dropout, nn.Dropout)  # a byte for each value: whether it was kept
             readers += self.reads(layer)
         copied = self.mixed and not inner
         return result + width * self.element * (readers if copied else min(readers, 1) * (not kept))
@@ -272,7 +269,7 @@ class Activations:
     def reads(self, layer: nn.Module) -> bool:
         """Whether a layer's gradient needs its input as it is."""
         if isinstance(layer, LoRALinear):
-            return not isinstance(layer.dropout, nn.Dropout)
+            return True
         return not isinstance(layer, QuantizedLinear) and _is_trained(layer)
 
     def update(self, layer: LoRALinear) -> int:

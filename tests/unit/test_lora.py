@@ -220,22 +220,41 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(layer(inputs), frozen), "the frozen weight sees everything"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_zeroes_its_share_and_keeps_the_mean(dtype):
-    drop, x = Dropout(0.05), torch.ones(3, 333, 401, dtype=dtype, requires_grad=True)
+def test_dropout_zeroes_its_share():
+    drop, x = Dropout(0.05), torch.ones(3, 333, 401)
     torch.manual_seed(0)
-    y = drop(x)
-    assert (y == 0).float().mean().item() == pytest.approx(0.05, abs=0.002)  # 6 standard deviations
-    assert y.amax().item() == pytest.approx(1 / 0.95, rel=4e-3)
-    y.sum().backward()
-    assert torch.equal(x.grad, y), "the gradient is dropped where the value was"
+    kept = drop.keeps(x)
+    assert kept.dtype == torch.uint8
+    assert set(kept.unique().tolist()) == {0, 1}
+    assert (kept == 0).float().mean().item() == pytest.approx(0.05, abs=0.002)  # 6 standard deviations
     torch.manual_seed(0)
-    assert torch.equal(drop(x), y)
-    assert not torch.equal(drop(x), y)
-    values = y.detach().flatten() == 0
+    assert torch.equal(drop.keeps(x), kept)
+    assert not torch.equal(drop.keeps(x), kept)
+    dropped = kept.flatten() == 0
     for distance in (1, 2, 3, 4):  # four values share a draw
-        together = (values[distance:] & values[:-distance]).float().mean().item()
+        together = (dropped[distance:] & dropped[:-distance]).float().mean().item()
         assert together == pytest.approx(0.05**2, abs=0.0005)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_product_with_dropout_and_its_gradients(autocast, monkeypatch):
+    """As autograd has it for the two steps one by one."""
+    drop, x, weight = Dropout(0.3), torch.randn(4, 7, 24), torch.randn(5, 24)
+    kept = drop.keeps(x)
+    monkeypatch.setattr(drop, "keeps", lambda _: kept)
+
+    def outcome(product) -> list[torch.Tensor]:
+        leaves = x.clone().requires_grad_(True), weight.clone().requires_grad_(True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = product(*leaves)
+        y.square().sum().backward()
+        return [y, *(leaf.grad for leaf in leaves)]
+
+    expected = outcome(lambda x, weight: F.linear(x * kept / 0.7, weight))
+    for found, of_autograd in zip(outcome(drop.product), expected, strict=True):
+        assert found.dtype == of_autograd.dtype
+        tolerance = 0.02 if autocast else 1e-5
+        torch.testing.assert_close(found, of_autograd, rtol=tolerance, atol=tolerance * of_autograd.abs().max().item())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
