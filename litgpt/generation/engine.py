@@ -87,7 +87,7 @@ class Engine:
     @property
     def running(self) -> int:
         """How many requests have a slot."""
-        return len(self._reading) + len(self._writing)
+        return sum(slot.progress is not None for slot in self._slots)  # true in the middle of a step, too
 
     @property
     def waiting(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import socket
 import threading
@@ -52,10 +53,12 @@ class Server(uvicorn.Server):
         if self._failure is not None:
             raise self._failure
 
-    def stop(self) -> None:
-        """Lets it end. Safe from any thread."""
+    def stop(self, finish: bool = True) -> None:
+        """Lets it end, at once or when what it has is finished. Safe from any thread."""
         self.service.closing = True
         self.should_exit = True
+        if not finish:
+            self._end_at_once()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -73,6 +76,12 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.service.closing = True
         super().handle_exit(sig, frame)
+        if self.force_exit:
+            self._end_at_once()
+
+    def _end_at_once(self) -> None:
+        self.force_exit = True
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # of every request that is dropped
 
     def _load_models(self) -> None:
         try:

@@ -55,7 +55,7 @@ class ToolForm:
     arguments: str = "arguments"
     """The key of the arguments."""
     starts_bare: bool = False
-    """An answer that begins with a brace is a call, too."""
+    """An answer that begins with a brace or a bracket is a call, too."""
     as_list: bool = False
     """The calls are a JSON list."""
     arguments_marker: str = ""
@@ -178,7 +178,7 @@ class CallReader:
         """Takes plain text off what is held back, up to where a call begins or may begin."""
         form, text = self.form, self._text
         stripped = text.lstrip()
-        if form.starts_bare and not self._begun and (not stripped or stripped.startswith("{")):
+        if form.starts_bare and not self._begun and (not stripped or stripped[0] in "{["):
             self._inside = bool(stripped)
             return ""
         place = text.find(form.opener)
@@ -202,7 +202,7 @@ class CallReader:
     def _calls(self, raw: str, body: str) -> Iterator[str | Call]:
         calls = self._parsed(body)
         if calls is None:
-            bare = self.form.starts_bare and raw.lstrip().startswith("{")
+            bare = self.form.starts_bare and raw.lstrip()[:1] in ("{", "[")
             closer = self.form.closer if not self._inside else ""
             yield self._pending + ("" if bare else self.form.opener) + raw + closer
             self._pending, self._begun = "", True

@@ -1,0 +1,143 @@
+"""Real servers on loopback, in threads of this process."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+
+from litgpt.checkpoint import WEIGHTS
+from litgpt.generation.engine import Engine
+from litgpt.generation.worker import Worker
+from litgpt.llm import load_llm
+from litgpt.serving.application import create_app
+from litgpt.serving.served import ServedModel
+from litgpt.serving.server import Server, listen
+from litgpt.serving.service import Service
+from litgpt.tokenizer import Tokenizer
+from tests import checkpoint_files, tokenizer_files
+
+# As Hermes and Qwen write tools and calls.
+TOOLS_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
+    "Write <tool_call>.<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>\n{{ call.function | tojson }}\n</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{{ opening }}{% endif %}"
+)
+
+
+@dataclass
+class Running:
+    """A server that runs."""
+
+    server: Server
+    service: Service
+    engine: Engine
+    url: str
+    thread: threading.Thread
+
+    @property
+    def model(self) -> ServedModel:
+        return self.service.models[0]
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def wait_until_idle(self) -> None:
+        """Until no answer runs or waits; fails where one stays."""
+        deadline = time.monotonic() + 20
+        while self.engine.running or self.engine.waiting or self.service.taken:
+            assert time.monotonic() < deadline, (self.engine.running, self.engine.waiting, self.service.taken)
+            time.sleep(0.01)
+
+
+@contextmanager
+def running(
+    directory: Path,
+    *,
+    slots: int = 8,
+    queue: int = 64,
+    timeout: float = 0,
+    before_loading: Callable[[], None] = lambda: None,
+    **options,
+) -> Iterator[Running]:
+    """A server for a checkpoint, in float32; `options` go to the application."""
+    llm = load_llm(directory, precision="32-true", device="cpu")
+    llm.engine.most_slots = slots
+    service = Service(slots, queue, timeout)
+
+    def load() -> list[ServedModel]:
+        before_loading()
+        return [ServedModel(llm.name, llm.tokenizer, llm.prompt_style, Worker(llm.engine))]
+
+    server = Server(create_app(service, **options), service, load)
+    listener = listen("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    thread = threading.Thread(target=server.serve_on, args=(listener,))
+    thread.start()
+    try:
+        if before_loading.__name__ == "<lambda>":
+            wait_until_ready(url)
+        yield Running(server, service, llm.engine, url, thread)
+    finally:
+        server.stop(finish=False)
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def wait_until_ready(url: str) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            if httpx.get(f"{url}/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.02)
+    raise AssertionError("the server does not get ready")
+
+
+def raw_request(url: str, data: bytes) -> bytes:
+    """What the server answers to these bytes, up to where it closes the connection or is silent."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.sendall(data)
+        received = b""
+        try:
+            while part := connection.recv(65536):
+                received += part
+        except TimeoutError:
+            pass
+        return received
+
+
+@pytest.fixture(scope="session")
+def chat_directory(tmp_path_factory) -> Path:
+    """A random model that writes printable text, with a chat template that has a place for tools."""
+    directory = tmp_path_factory.mktemp("chat")
+    config = {"chat_template": TOOLS_TEMPLATE, "eos_token": "<|im_end|>"}
+    tokenizer = Tokenizer(tokenizer_files.byte_level(directory, config))
+    tokens = [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)]
+    printable = [i for i, token in enumerate(tokens) if i > 2 and token.isascii() and token.decode().isprintable()]
+    checkpoint_files.with_model(directory, 512)
+    weights = torch.load(directory / WEIGHTS, weights_only=True)
+    head = torch.zeros_like(weights["lm_head.weight"])
+    head[printable] = weights["lm_head.weight"][printable]
+    torch.save({**weights, "lm_head.weight": head}, directory / WEIGHTS)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def served(chat_directory) -> Iterator[Running]:
+    with running(chat_directory) as server:
+        yield server

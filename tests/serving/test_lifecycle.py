@@ -1,0 +1,149 @@
+"""From the first second to the last: 503 while it loads, a graceful end, the command."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+
+from litgpt.serving.server import listen
+from tests.serving.conftest import running, wait_until_ready
+
+CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 300, "temperature": 0, "ignore_eos": True}
+
+
+def test_it_listens_at_once_and_says_what_it_waits_for(chat_directory):
+    loaded = threading.Event()
+
+    def before_loading():
+        loaded.wait(20)
+
+    with running(chat_directory, before_loading=before_loading) as server:
+        server.service.say("loading the weights")
+        health = httpx.get(f"{server.url}/health")
+        assert health.status_code == 503
+        assert health.json()["status"] == "loading"
+        assert health.json()["progress"] == "loading the weights"
+        for path in ("/v1/chat/completions", "/predict"):
+            response = httpx.post(server.url + path, json={**CHAT, "prompt": "x"} if path[1] == "p" else CHAT)
+            assert response.status_code in (422, 503)
+        response = httpx.post(f"{server.url}/v1/chat/completions", json=CHAT)
+        assert response.status_code == 503
+        assert "loading the weights" in response.json()["error"]["message"]
+        assert "retry-after" in response.headers
+        assert httpx.get(f"{server.url}/v1/models").status_code == 503
+        assert "litgpt_ready 0.0" in httpx.get(f"{server.url}/metrics").text
+        loaded.set()
+        wait_until_ready(server.url)
+        assert httpx.get(f"{server.url}/health").json()["status"] == "ok"
+        assert httpx.post(f"{server.url}/v1/chat/completions", json=CHAT).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_graceful_end_finishes_what_runs_and_waits(chat_directory, stream):
+    with running(chat_directory, slots=1) as server:
+        slow = server.engine.model.transformer["h"][0].register_forward_pre_hook(lambda *_: time.sleep(0.005))
+        results = []
+
+        def ask() -> None:
+            response = httpx.post(f"{server.url}/v1/chat/completions", json={**CHAT, "stream": stream}, timeout=60)
+            results.append(response)
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        while server.service.taken < 2:
+            time.sleep(0.01)
+        server.server.stop()
+        server.thread.join(30)
+        assert not server.thread.is_alive()
+        for thread in threads:
+            thread.join(10)
+        slow.remove()
+        assert [response.status_code for response in results] == [200, 200]
+        if stream:
+            assert all(response.text.endswith("data: [DONE]\n\n") for response in results)
+        else:
+            assert [response.json()["usage"]["completion_tokens"] for response in results] == [300, 300]
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{server.url}/health")
+
+
+def test_a_port_that_is_taken_is_said(chat_directory):
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"--host 127.0.0.1 --port {port}: cannot listen there"):
+            listen("127.0.0.1", port)
+    with pytest.raises(ValueError, match="--port 70000 is not possible"):
+        listen("127.0.0.1", 70000)
+    with pytest.raises(ValueError, match=r"--host nowhere\.invalid is no address"):
+        listen("nowhere.invalid", 0)
+
+
+def start(*words: str, **variables: str) -> tuple[subprocess.Popen, str]:
+    """`litgpt serve`, and its address once it has said it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "litgpt", "serve", *words, "--port", "0"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+    )
+    line = process.stderr.readline()
+    found = re.search(r"http://[\d.:]+", line)
+    assert found, line + process.stderr.read()
+    return process, found[0]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
+def test_the_command_serves_and_ends_by_a_signal(chat_directory):
+    process, url = start(str(chat_directory), "--precision", "32-true", LITGPT_API_KEY="k-secret")
+    try:
+        assert httpx.get(f"{url}/health").status_code in (200, 503)
+        wait_until_ready(url)
+        headers = {"Authorization": "Bearer k-secret"}
+        assert httpx.post(f"{url}/predict", json={"prompt": "x"}).status_code == 401
+        output = httpx.post(f"{url}/predict", json={"prompt": "x"}, headers=headers).json()["output"]
+        assert output
+        models = httpx.get(f"{url}/v1/models", headers=headers).json()["data"]
+        assert [model["id"] for model in models] == ["tiny-random"]
+        body = {**CHAT, "model": str(chat_directory), "max_tokens": 3}
+        assert httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        said = process.stderr.read()
+        assert "k-secret" not in said
+        assert "Traceback" not in said
+    finally:
+        process.kill()
+        process.stderr.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max_queue", "-1"], "--max_queue -1 is not possible"),
+        (["--temperature", "-1"], "temperature -1.0 is not possible"),
+        (["--devices", "2"], "--devices 2 cannot act"),
+        (["--generate_strategy", "sequential"], "--generate_strategy sequential cannot act"),
+        (["--api_path", "/health"], "--api_path /health is taken"),
+    ],
+)
+def test_options_that_cannot_act_are_refused(chat_directory, capsys, options, message):
+    from litgpt.__main__ import main
+
+    assert main(["serve", str(chat_directory), *options]) in (1, 2)
+    assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_not_there_ends_the_command(tmp_path, capsys):
+    from litgpt.__main__ import main
+
+    assert main(["serve", str(tmp_path / "nothing"), "--port", "0"]) == 1
+    error = capsys.readouterr().err
+    assert "nothing" in error
+    assert "Traceback" not in error
