@@ -113,7 +113,8 @@ def test_stop_texts_end_an_answer(llm):
     ids = greedy(llm, count=16, stop=stop, return_as_token_ids=True)
     assert stop in llm.tokenizer.decode(ids)
     assert stop not in llm.tokenizer.decode(ids[:-1])
-    assert not llm.engine.busy
+    assert greedy(llm, count=16) == whole
+    assert llm.engine.running == 0
 
 
 def test_a_stream_that_is_left_frees_its_slot(llm):
