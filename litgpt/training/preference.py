@@ -103,7 +103,7 @@ class PreferenceLoss(LossModule):
         if reference_log_probs is None:
             with torch.no_grad(), reference_model(self.gpt):
                 reference_log_probs = self._log_probs(idx, targets, inputs)
-        log_ratios = self._log_probs(idx, targets, inputs) - reference_log_probs  # (2P,)
+        log_ratios = (self._log_probs(idx, targets, inputs) - reference_log_probs).float()  # (2P,)
         chosen, rejected = log_ratios.view(-1, 2).unbind(1)  # (P,) each
         losses = preference_loss(chosen - rejected, self.settings)
         with torch.no_grad():
@@ -115,7 +115,8 @@ class PreferenceLoss(LossModule):
     def _log_probs(self, idx: Tensor, targets: Tensor, inputs: dict[str, Any]) -> Tensor:
         hidden = self.gpt.hidden_states(idx, **inputs)  # (2P, T, C)
         chunk_rows = rows_per_chunk(hidden.device.type, self.gpt.config.padded_vocab_size)
-        return token_log_probs(self.gpt.logits, hidden, targets, chunk_rows).sum(dim=1)
+        by_token = token_log_probs(self.gpt.logits, hidden, targets, chunk_rows)  # (2P, T)
+        return by_token.sum(dim=1, dtype=sum_dtype(by_token.device))
 
 
 def preference_loss(log_ratio: Tensor, settings: PreferenceSettings) -> Tensor:
@@ -149,6 +150,12 @@ def token_log_probs(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: T
     return torch.cat([compute(head, x, y) for x, y in chunks]).view(targets.shape)
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """What log-probabilities of replies are held in. They are large where replies are long, and what counts is the
+    small difference of two of them: float64, except where there is none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _log_probs_of(head: Callable[[Tensor], Tensor], rows: Tensor, targets: Tensor) -> Tensor:
     return -F.cross_entropy(head(rows).float(), targets, ignore_index=IGNORE_INDEX, reduction="none")
 
@@ -175,7 +182,7 @@ def reference_model(gpt: GPT) -> Iterator[None]:
 
 @torch.no_grad()
 def reference_log_probs(fabric: Fabric, model: nn.Module, batches: Iterable, num_rows: int) -> Tensor:
-    """The log-probabilities of all replies under the model as it is now, (num_rows,) in float32 on the CPU.
+    """The log-probabilities of all replies under the model as it is now, (num_rows,) on the CPU.
 
     Args:
         fabric: The devices.
@@ -185,10 +192,10 @@ def reference_log_probs(fabric: Fabric, model: nn.Module, batches: Iterable, num
     """
     was_training = model.training
     model.eval()
-    found = torch.zeros(num_rows, device=fabric.device)
+    found = torch.zeros(num_rows, device=fabric.device, dtype=sum_dtype(fabric.device))
     for batch in share_out(map(micro_batch, batches), fabric.global_rank, fabric.world_size):
         on_device = batch.to(fabric.device)
-        values = model(on_device.idx, on_device.targets, log_probs_alone=True, **on_device.inputs).float()
+        values = model(on_device.idx, on_device.targets, log_probs_alone=True, **on_device.inputs).to(found.dtype)
         found.view(-1, 2)[batch.samples[::2, 0].to(fabric.device)] = values.view(-1, 2)
     model.train(was_training)
     return (fabric.all_reduce(found, reduce_op="sum") if fabric.world_size > 1 else found).cpu()
