@@ -10,7 +10,6 @@ from litgpt.commands.inference import say
 from litgpt.distributed import accelerator as best_accelerator
 from litgpt.generation.sampling import Sampling
 from litgpt.generation.worker import Worker
-from litgpt.llm import load_llm
 from litgpt.serving.application import PAGE, create_app
 from litgpt.serving.served import Defaults, ServedModel
 from litgpt.serving.server import Server, listen
@@ -89,8 +88,10 @@ def setup(
     if devices != 1 or generate_strategy is not None:
         option = f"--devices {devices}" if devices != 1 else f"--generate_strategy {generate_strategy}"
         raise ValueError(f"{option} cannot act: serve runs on one device. For several, run one server on each.")
-    if accelerator not in ("auto", best_accelerator()):
-        raise ValueError(f"--accelerator {accelerator} cannot act here: this machine's is {best_accelerator()}.")
+    best = best_accelerator()
+    kind = {"auto": best, "gpu": "cuda"}.get(accelerator, accelerator)
+    if kind not in ("cpu", best):
+        raise ValueError(f"--accelerator {accelerator} cannot act: there is none here. Choose cpu, or auto ({best}).")
     path = "/" + (api_path or "/predict").strip("/")
     if path == "/" or path.startswith(("/v1/", "/health", "/metrics", "/docs", "/openapi.json")):
         raise ValueError(f"--api_path {api_path} is taken. Choose another, such as /predict.")
@@ -99,6 +100,8 @@ def setup(
 
     def load() -> list[ServedModel]:
         service.say(f"loading {checkpoint_dir}")
+        from litgpt.llm import load_llm  # it takes a second, while the server listens already
+
         llm = load_llm(
             checkpoint_dir,
             precision=precision,
@@ -106,6 +109,7 @@ def setup(
             prompt_style=prompt_style,
             access_token=access_token,
             quantize=quantize,
+            device=kind,
         )
         llm.engine.most_slots = max_batch_size
         model = ServedModel(
