@@ -1,5 +1,6 @@
-"""Recipes that travel with the package: `config_hub/...` works wherever litgpt is installed."""
+"""Recipes that travel with the package: `config_hub/...` works wherever litgpt is installed. And the user's cache."""
 
+import os
 from pathlib import Path
 
 # In a wheel the recipes lie inside the package; in a source tree beside it.
@@ -9,6 +10,14 @@ _PLACES = (Path(__file__).parent / "config_hub", Path(__file__).parent.parent / 
 def config_hub() -> Path | None:
     """The directory of packaged recipes, or None where there is none."""
     return next((place for place in _PLACES if place.is_dir()), None)
+
+
+def cache_directory() -> Path:
+    """Where prepared data and compiled code lie: LITGPT_CACHE_DIR, else `litgpt` in the user's cache directory."""
+    if chosen := os.environ.get("LITGPT_CACHE_DIR"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+    return (Path(base) if base else Path.home() / ".cache") / "litgpt"
 
 
 def find(path: str | Path) -> Path:

@@ -20,8 +20,8 @@ from litgpt.data.record_files import content_hash, read_records
 from litgpt.data.records import Conversation, Message, read_conversations
 from litgpt.data.sample_encoding import ConversationEncoder, Encoded, class_identity, encode_all, style_identity
 from litgpt.data.sample_file import IGNORE_INDEX, Sample, SampleFile, Summary
-from litgpt.data.token_stream import cache_directory
 from litgpt.prompts import PromptStyle, choose_prompt_style
+from litgpt.resources import cache_directory
 
 if TYPE_CHECKING:
     from litgpt.tokenizer import Tokenizer

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from litgpt.data.base import DataModule, stream_loader
-from litgpt.data.token_stream import TokenBlocks, TokenFile, cache_directory
-from litgpt.resources import find
+from litgpt.data.token_stream import TokenBlocks, TokenFile
+from litgpt.resources import cache_directory, find
 
 if TYPE_CHECKING:
     from litgpt.tokenizer import Tokenizer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,14 +15,6 @@ from litgpt.checkpoint import atomic_directory
 
 TOKENS_FILE = "tokens.bin"
 INDEX_FILE = "index.json"
-
-
-def cache_directory() -> Path:
-    """Where prepared data lies unless told otherwise: LITGPT_CACHE_DIR, else `litgpt` in the user's cache directory."""
-    if chosen := os.environ.get("LITGPT_CACHE_DIR"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
-    return (Path(base) if base else Path.home() / ".cache") / "litgpt"
 
 
 class TokenFile:

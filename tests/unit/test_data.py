@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader
 
 import litgpt.data.text_files as text_files
 from litgpt.data import DataModule, StreamSampler, TextFiles, stream_loader
-from litgpt.data.token_stream import TokenBlocks, TokenFile, cache_directory
+from litgpt.data.token_stream import TokenBlocks, TokenFile
 from litgpt.data.tokenizer_training import train_tokenizer
+from litgpt.resources import cache_directory
 from litgpt.tokenizer import Tokenizer
 from litgpt.training.batches import BatchStream, micro_batch
 
