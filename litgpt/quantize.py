@@ -271,7 +271,9 @@ def replace_linears(model: GPT, kind: str, dtype: torch.dtype) -> None:
             continue
         has_bias = linear.bias is not None
         sizes = linear.in_features, linear.out_features
-        layer = QuantizedLinear(*sizes, has_bias, kind, dtype, linear.weight.device)
+        # The head costs more than any other layer if it is wrong: with int4 it is in 8 bits (measured, `weight_only`).
+        of_layer = "int8" if name == "lm_head" else kind
+        layer = QuantizedLinear(*sizes, has_bias, of_layer, dtype, linear.weight.device)
         if not linear.weight.is_meta:
             layer.load_weight(linear.weight.detach())
             if has_bias:

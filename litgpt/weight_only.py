@@ -1,7 +1,11 @@
 """Weights in 4 or 8 bits for inference on CPUs: inputs and products stay in the model's type.
 
     int4    4 bits a value, and a scale and a middle for every 32 values of a row: 5 bits a value
-    int8    8 bits a value, and a scale for every row
+    int8    8 bits a value, and a scale for every row; the head of an int4 model, too
+
+Perplexity of SmolLM2-135M-Instruct on 2,048 tokens of Shakespeare: bfloat16 39.7, int8 40.1, int4 39.7, with the head
+in 4 bits 41.3. The checkpoint had been in 4 bits in groups of 32 before, which flatters int4: in groups of 64 it is
+51.8, with bnb.nf4 52.2.
 
 Decoding reads every weight once for each token, so fewer bytes are more tokens. torch's own kernels multiply a few rows
 by the packed weight; for many rows (prompts, large batches) the arithmetic counts, and the weight is de-quantised for a
@@ -21,7 +25,7 @@ KINDS = ("int4", "int8")
 GROUP = 32  # values that share a scale in 4 bits
 ROWS = 64  # rows of a weight that are packed together; the kernel's blocks are parts of it
 # Up to so many rows of inputs the product with the packed weight is the quicker one (measured, see the benchmarks).
-FEW = {"int4": 32, "int8": 16}
+FEW = {"int4": 96, "int8": 16}
 
 
 class WeightOnly(nn.Module):
@@ -74,20 +78,26 @@ class Int4Weight(WeightOnly):
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """(out, in) the values that the codes stand for."""
-        codes = torch.cat((self.codes & 15, self.codes >> 4), dim=2).transpose(1, 2).flatten(0, 1)  # (out, in)
-        scale, middle = self.scales.to(dtype).transpose(0, 1)[..., None].unbind(2)  # (out, groups, 1)
-        values = torch.addcmul(middle, codes.unflatten(1, (-1, GROUP)).to(dtype).sub_(8), scale).flatten(1)
-        return values[: self.shape[0], : self.shape[1]]
+        return self._blocks(dtype).transpose(1, 2).flatten(0, 1)[: self.shape[0], : self.shape[1]]
 
     def multiply(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the type of x."""
         rows = x.shape[:-1].numel()
-        if rows > FEW["int4"]:
-            return F.linear(x, self.dequantised(x.dtype))
         flat = F.pad(x.reshape(rows, self.shape[1]), (0, -self.shape[1] % GROUP))
-        packed = self.codes.view(self.scales.size(1), -1)
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, packed, GROUP, self.scales.to(x.dtype))
+        if rows > FEW["int4"]:
+            y = flat @ self._blocks(x.dtype).transpose(0, 1).flatten(1)
+        else:
+            packed = self.codes.view(self.scales.size(1), -1)
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, packed, GROUP, self.scales.to(x.dtype))
         return y[:, : self.shape[0]].view(*x.shape[:-1], self.shape[0])
+
+    def _blocks(self, dtype: torch.dtype) -> Tensor:
+        """(blocks, in, block) the values in the order of the codes."""
+        codes = torch.cat((self.codes & 15, self.codes >> 4), dim=2).view(torch.int8).sub_(8)
+        blocks, _, block = codes.shape
+        # (blocks, groups, 1, block)
+        scale, middle = self.scales.to(dtype).view(-1, blocks, 1, block, 2).permute(4, 1, 0, 2, 3).contiguous()
+        return torch.addcmul(middle, codes.view(blocks, -1, GROUP, block).to(dtype), scale).view(codes.shape)
 
 
 class Int8Weight(WeightOnly):

@@ -8,7 +8,7 @@ from litgpt.config import Config
 from litgpt.convert import load_model
 from litgpt.model import GPT
 from litgpt.quantize import QuantizedLinear, check_quantize, quantized_layers, replace_linears
-from litgpt.weight_only import FEW, GROUP, KINDS, Int4Weight
+from litgpt.weight_only import FEW, GROUP, KINDS, Int4Weight, Int8Weight
 
 # Relative errors of normally distributed weights, as of a uniform grid over the range of 32 values or of a row.
 ROUNDING = {"int4": 0.08, "int8": 0.009}
@@ -76,7 +76,7 @@ def test_a_model_is_quantised_while_it_is_loaded_with_its_head(kind, tmp_path):
     save_model(tmp_path, model, TIED)
     loaded = load_model(tmp_path, quantize=kind)
     assert sum(1 for _ in quantized_layers(loaded)) == 2 * 5 + 1
-    assert isinstance(loaded.lm_head, QuantizedLinear)
+    assert isinstance(loaded.lm_head.quantized, Int8Weight)  # for both
     torch.testing.assert_close(loaded.transformer["wte"].weight, model.transformer["wte"].weight)
     replace_linears(model, kind, torch.float32)
     ids = torch.arange(48)[None] * 7 % 200
