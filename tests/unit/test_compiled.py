@@ -1,0 +1,213 @@
+"""The compiled decode step: the model's logits and the model's cache, kept on disk, and done without where it must be."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from litgpt.config import Config
+from litgpt.generation.compiled import CompiledDecoder, compile_elsewhere, path_of, specification
+from litgpt.lora import LoRASettings, apply_lora
+from litgpt.model import GPT
+from litgpt.quantize import replace_linears
+
+CONFIG = Config(
+    block_size=256,
+    n_layer=1,
+    n_embd=64,
+    n_head=4,
+    n_query_groups=2,
+    padded_vocab_size=96,
+    intermediate_size=96,
+    bias=False,
+    parallel_residual=False,
+    rotary_percentage=1.0,
+    norm_class_name="RMSNorm",
+    mlp_class_name="LLaMAMLP",
+    tie_embeddings=True,
+)
+ROWS, KIND = 2, (2, torch.float32)
+HAS_COMPILER = any(os.access(Path(folder, "g++"), os.X_OK) for folder in os.get_exec_path())
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="there is no g++")
+
+
+def make(seed: int = 0) -> GPT:
+    torch.manual_seed(seed)
+    model = GPT(CONFIG).eval()
+    model.init_weights()
+    replace_linears(model, "int4", torch.float32)
+    return model
+
+
+def decoder_of(model: GPT, said: list[str], **options) -> CompiledDecoder:
+    return CompiledDecoder(model, after=1, say=said.append, **options)
+
+
+def largest_difference(model: GPT, decoder: CompiledDecoder) -> float:
+    """Of the logits of some steps, and of the caches after them: another cache length, another read length, an idle
+    row, rows in the middle of the cache."""
+    worst = []
+    for max_length, length in ((40, None), (256, 128)):
+        with torch.inference_mode():
+            whole = [model.new_cache(4, max_length) for _ in range(2)]
+            for cache in whole:
+                model(torch.arange(4 * 20).view(4, 20), cache=cache)
+            plain, fast = (cache.select(slice(1, 1 + ROWS)) for cache in whole)
+            plain.read_only(length)
+            fast.read_only(length)
+            for step, idle in enumerate((False, True, False)):
+                tokens, positions = torch.tensor([[7], [8 + step]]), torch.tensor([[20 + step], [-1 if idle else 20]])
+                expected = model(tokens, positions, cache=plain)
+                worst.append((decoder(tokens, positions, cache=fast) - expected)[: 1 if idle else 2])
+        # What is written for an idle row lies in the last slot, which is never seen.
+        worst += [(a - b)[:, :-8] for a, b in zip(*(cache.tensors() for cache in whole), strict=True)]
+    return max(float(difference.abs().max()) for difference in worst)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("code")
+
+
+@pytest.fixture(autouse=True)
+def cache_directory(folder, monkeypatch) -> Path:
+    monkeypatch.setenv("LITGPT_CACHE_DIR", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compiled(folder) -> Path:
+    """Two processes at once are asked for the same code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LITGPT_CACHE_DIR", str(folder))
+        wanted = specification(make(), *KIND)
+        path = path_of(wanted)
+    errors: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            compile_elsewhere(wanted, path)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    return path
+
+
+@needs_compiler
+def test_compiled_logits_and_caches_are_the_models(compiled):
+    """The weights are those of the model at hand, also changed in place, and no part of the code."""
+    said: list[str] = []
+    models = [make(0), make(1)]
+    for model in models:
+        decoder = decoder_of(model, said)
+        assert largest_difference(model, decoder) < 1e-5  # the first steps are the model's own
+        assert decoder.wait()
+        assert largest_difference(model, decoder) < 1e-5
+    with torch.no_grad():
+        models[1].transformer["wte"].weight.mul_(2)
+    assert largest_difference(models[1], decoder) < 1e-5
+    assert said == []
+    assert compiled.stat().st_size < 2_000_000
+
+
+@needs_compiler
+def test_another_process_loads_what_is_on_disk(compiled, tmp_path):
+    before = compiled.stat().st_mtime_ns
+    code = """if True:
+        import sys, torch
+        sys.path.insert(0, sys.argv[1])
+        torch.set_num_threads(int(sys.argv[2]))
+        from tests.unit.test_compiled import decoder_of, make, largest_difference
+        model = make()
+        decoder = decoder_of(model, [])
+        decoder.after = 10**9  # nothing is compiled
+        largest_difference(model, decoder)
+        assert decoder.wait()
+        assert largest_difference(model, decoder) < 1e-5
+    """
+    root = str(Path(__file__).parents[2])
+    words = [sys.executable, "-c", code, root, str(torch.get_num_threads())]
+    result = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == 0, result.stderr
+    assert compiled.stat().st_mtime_ns == before
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", ["empty", "cut", "changed"])
+def test_damaged_code_is_made_anew(compiled, damage, monkeypatch):
+    whole = compiled.read_bytes()
+    half = len(whole) // 2
+    parts = {"empty": b"", "cut": whole[:half], "changed": whole[:half] + b"\0" * 64 + whole[half + 64 :]}
+    compiled.write_bytes(parts[damage])
+    asked = []
+
+    def compile_again(wanted, path):
+        asked.append(path)
+        assert not path.exists()
+        path.write_bytes(whole)
+
+    monkeypatch.setattr("litgpt.generation.compiled.compile_elsewhere", compile_again)
+    said: list[str] = []
+    model = make()
+    decoder = decoder_of(model, said)
+    largest_difference(model, decoder)
+    assert decoder.wait()
+    assert (asked, said) == ([compiled], [])
+    assert largest_difference(model, decoder) < 1e-5
+
+
+def test_without_a_compiler_the_model_goes_on(monkeypatch, tmp_path):
+    monkeypatch.setenv("LITGPT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "/nonexistent/compiler")
+    said: list[str] = []
+    model = make()
+    decoder = decoder_of(model, said)
+    for _ in range(2):
+        assert largest_difference(model, decoder) == 0
+        assert not decoder.wait()
+    assert len(said) == 1
+    assert said[0].startswith("Decoding is not compiled: there is no C++ compiler. Install g++")
+    assert not list(tmp_path.rglob("*.pt2"))
+
+
+def test_what_cannot_be_compiled_is_said_at_once(tmp_path):
+    model = GPT(CONFIG).eval()
+    apply_lora(model, LoRASettings())
+    said: list[str] = []
+    decoder = decoder_of(model, said)
+    assert largest_difference(model, decoder) == 0
+    assert len(said) == 1
+    assert "Merge them" in said[0]
+
+
+def test_code_is_of_one_shape_type_and_number_of_rows():
+    base = specification(make(), *KIND)
+    others = [
+        specification(make(), 4, torch.float32),
+        specification(make(), 2, torch.bfloat16),
+        specification(make().to(torch.bfloat16), *KIND),
+        specification(GPT(CONFIG), *KIND),
+        base | {"code": "another"},
+    ]
+    paths = {path_of(each) for each in (base, *others)}
+    assert len(paths) == 1 + len(others)
+    assert path_of(specification(make(1), *KIND)) == path_of(base)  # other weights
+
+
+def test_a_prompt_and_a_short_answer_start_nothing(monkeypatch, tmp_path):
+    monkeypatch.setenv("LITGPT_CACHE_DIR", str(tmp_path))
+    model, said = make(), []
+    decoder = CompiledDecoder(model, after=100, say=said.append)
+    assert largest_difference(model, decoder) == 0
+    assert not decoder.wait()
+    assert not list(tmp_path.iterdir())
