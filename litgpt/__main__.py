@@ -59,8 +59,12 @@ COMMANDS = {
     "generate_adapter_v2": Command(
         "litgpt.commands.generate_adapter_v2:setup", "The same with what finetune_adapter_v2 has learned"
     ),
+    "generate_tp": Command(
+        "litgpt.commands.generate_tp:setup", "The same with several devices, each with a part of every layer"
+    ),
     "generate_speculatively": Command(
-        "litgpt.commands.generate_speculatively:setup", "The same answer sooner: tokens are drafted, then checked"
+        "litgpt.commands.generate_speculatively:setup",
+        "The same answer sooner: tokens are drafted, then checked",
     ),
     "chat": Command("litgpt.commands.chat:setup", "Talk with a model"),
     "serve": Command("litgpt.commands.serve:setup", "Answer requests over HTTP, OpenAI's API among them"),

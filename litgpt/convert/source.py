@@ -3,7 +3,7 @@
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from litgpt.quantize import is_quantized, quantized_layers, replace_linears
 
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 Named = tuple[str, Tensor]
+Place = torch.device | str | Callable[[str], torch.device]
 
 
 class Source(ABC):
@@ -126,16 +127,17 @@ def meta_model(config: Config) -> GPT:
         return GPT(config)
 
 
-def give_memory(model: GPT, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Uninitialised weights for a model that was built on the meta device.
+def give_memory(model: GPT, dtype: torch.dtype, device: Place) -> None:
+    """Uninitialised weights for a model that was built on the meta device, on one device or each on its own.
 
     (`Module.to_empty` would do, but asks the meta device for it, which imports sympy: a second and 32 MB.)
     """
     model.to(dtype)  # what keeps its own type, whatever that of the model is, knows it
     shapes = model.state_dict().items()
-    empty = {name: torch.empty(like.shape, dtype=like.dtype, device=device) for name, like in shapes}
+    place = device if callable(device) else lambda name: device
+    empty = {name: torch.empty(like.shape, dtype=like.dtype, device=place(name)) for name, like in shapes}
     model.load_state_dict(empty, assign=True)
-    model.rope = RotaryEmbedding(model.config).to(device)  # its tables are no weights
+    model.rope = RotaryEmbedding(model.config).to(place(EMBEDDING))  # its tables are no weights
     model.tie_weights()
 
 
@@ -225,6 +227,28 @@ def same_values(one: Tensor, other: Tensor, release: Release) -> bool:
         release(a)
         release(b)
     return True
+
+
+class PartSource(Source):
+    """A part of each weight of another checkpoint.
+
+    Args:
+        whole: That checkpoint.
+        take: Takes the part of a weight, by its name.
+    """
+
+    def __init__(self, whole: Source, take: Callable[[str, Tensor], Tensor]) -> None:
+        self.whole, self.take = whole, take
+        self.config, self.files, self.dtype, self.note = whole.config, whole.files, whole.dtype, whole.note
+
+    def layout(self) -> dict[str, Tensor]:
+        return {name: self.take(name, tensor) for name, tensor in self.whole.layout().items()}
+
+    def weights(self) -> Iterator[Named]:
+        return ((name, self.take(name, tensor)) for name, tensor in self.whole.weights())
+
+    def release(self, tensor: Tensor) -> None:
+        self.whole.release(tensor)
 
 
 def plain_names(tensors: MappedTensors) -> MappedTensors:
@@ -417,8 +441,9 @@ def load_model(
     source: Source | str | Path,
     *,
     dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
+    device: Place = "cpu",
     quantize: str | None = None,
+    split: Callable[[GPT], Callable[[str, Tensor], Tensor]] | None = None,
 ) -> GPT:
     """A model with a checkpoint's weights, in evaluation mode.
 
@@ -427,12 +452,16 @@ def load_model(
     Args:
         source: An opened checkpoint or its path.
         dtype: The type of the weights; None keeps that of the checkpoint.
-        device: Where the model goes.
+        device: Where the model goes, or where each weight does, by its name.
         quantize: How to quantise the linear layers of the blocks, such as bnb.nf4; see `litgpt.quantize`.
+        split: Leaves a model without memory a part of its weights, and returns what takes that part of a whole weight,
+            by its name.
     """
     source = source if isinstance(source, Source) else open_checkpoint(source)
     dtype = dtype or source.dtype
     model = meta_model(source.config)
+    if split is not None:
+        source = PartSource(source, split(model))
     if quantize is not None:
         replace_linears(model, quantize, dtype)
     give_memory(model, dtype, device)
