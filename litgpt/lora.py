@@ -7,6 +7,7 @@ direction, and rank-stabilised scaling (https://arxiv.org/abs/2312.03732), alpha
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -350,6 +351,36 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], LoRASettings, str | None]:
     return weights, LoRASettings(**given), None if base is None else str(base)
 
 
+def check_update(gpt: GPT, update: dict[str, Tensor]) -> None:
+    """Raises ValueError where LoRA weights are not those of an adapted model."""
+    wanted = {name: p.shape for name, p in gpt.state_dict().items() if is_lora(name)}
+    wrong = sorted(wanted.keys() ^ update.keys())
+    wrong += [name for name in wanted.keys() & update.keys() if wanted[name] != update[name].shape]
+    if wrong:
+        raise ValueError(
+            f"The LoRA weights do not belong to this model: {', '.join(wrong[:4])} ({len(wrong)} in all) differ."
+        )
+
+
+def adapted_copy(gpt: GPT, update: dict[str, Tensor], settings: LoRASettings) -> GPT:
+    """Another model, with LoRA weights, that shares all other weights with this one: it takes no memory for them.
+
+    Args:
+        gpt: The base, which stays as it is.
+        update: The LoRA matrices by name.
+        settings: What they are.
+
+    Raises:
+        ValueError: The matrices belong to another model.
+    """
+    shared = {id(tensor): tensor for tensor in (*gpt.parameters(), *gpt.buffers())}
+    adapted = copy.deepcopy(gpt, shared)
+    apply_lora(adapted, settings)
+    check_update(adapted, update)
+    adapted.load_state_dict(update, strict=False)
+    return adapted.eval()
+
+
 @torch.no_grad()
 def merged_weights(
     weights: Iterable[tuple[str, Tensor]],
@@ -377,13 +408,7 @@ def merged_weights(
             if isinstance(layer, Router) and f"{name}.lora_A" in update:  # LitGPT 0.5.13 adapts these, too
                 replace_module(model, name, LoRALinear(layer, settings, [(layer.out_features, True)]))
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
-    wanted = {name: p.shape for name, p in model.state_dict().items() if is_lora(name)}
-    wrong = sorted(wanted.keys() ^ update.keys())
-    wrong += [name for name in wanted.keys() & update.keys() if wanted[name] != update[name].shape]
-    if wrong:
-        raise ValueError(
-            f"The LoRA weights do not belong to this model: {', '.join(wrong[:4])} ({len(wrong)} in all) differ."
-        )
+    check_update(model, update)
     for name, tensor in weights:
         layer = layers.get(name.removesuffix(".weight"))
         if layer is None:

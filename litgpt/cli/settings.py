@@ -53,8 +53,16 @@ class Collector:
     def _add_value(self, path: tuple[str, ...], value: Any) -> None:
         if len(path) > 1 and not admits(self.signature.parameters[path[0]].annotation, dict):
             self._unknown(path, self.signature.names())
+        elif self._is_repeated(path, value):
+            put(self.layer, path, [*(self.layer.get(path[0]) or []), value])
         else:
             put(self.layer, path, value)
+
+    def _is_repeated(self, path: tuple[str, ...], value: Any) -> bool:
+        """Whether it is one entry of a list: `--adapter A --adapter B`. A whole list is written `[A, B]`."""
+        hint = self.signature.parameters[path[0]].annotation
+        is_list = admits(hint, list) and not admits(hint, str)
+        return is_list and isinstance(value, str) and not value.lstrip().startswith("[")
 
     def _add_field(self, parameter: Parameter, rest: tuple[str, ...], value: Any) -> None:
         """A group (`train`) or some of its fields (`train.max_steps`)."""

@@ -8,8 +8,12 @@ from typing import Literal
 
 from litgpt.commands.inference import say
 from litgpt.distributed import accelerator as best_accelerator
+from litgpt.generation.engine import Engine
 from litgpt.generation.sampling import Sampling
 from litgpt.generation.worker import Worker
+from litgpt.llm import LLM, load_llm
+from litgpt.lora import LORA_WEIGHTS, adapted_copy, read_lora
+from litgpt.prompts import choose_prompt_style
 from litgpt.serving.application import PAGE, create_app
 from litgpt.serving.served import Defaults, ServedModel
 from litgpt.serving.server import Server, listen
@@ -39,6 +43,7 @@ def setup(
     timeout: float = 30,
     max_batch_size: int = 32,
     max_queue: int = 256,
+    adapter: list[str] | None = None,
     generate_strategy: Literal["sequential", "tensor_parallel"] | None = None,
     prompt_style: str | None = None,
     compile: bool = False,
@@ -71,6 +76,8 @@ def setup(
         timeout: A request that has got no token after so many seconds is refused with 504; 0 for no limit.
         max_batch_size: How many answers are generated at a time.
         max_queue: How many more may wait; a request beyond that is refused with 429.
+        adapter: NAME=DIR, once or several times: a LoRA directory finetuned from this checkpoint, which requests choose
+            by the model name NAME. The weights of the base are shared; each adapter has a batch of its own.
         generate_strategy: For several devices; not available.
         prompt_style: Name of a prompt format, a class package.module.Class, or a chat template's .jinja file, in place
             of the checkpoint's own; `default` gives the model the bare prompt.
@@ -95,13 +102,14 @@ def setup(
     path = "/" + (api_path or "/predict").strip("/")
     if path == "/" or path.startswith(("/v1/", "/health", "/metrics", "/docs", "/openapi.json")):
         raise ValueError(f"--api_path {api_path} is taken. Choose another, such as /predict.")
+    adapters = dict(_named_directory(spec) for spec in adapter or ())
+    if len(adapters) < len(adapter or ()):
+        raise ValueError(f"--adapter: two have the same name ({', '.join(adapter)}). Give each its own.")
     api_key = api_key or os.environ.get(API_KEY) or None
     service = Service(max_batch_size, max_queue, timeout)
 
     def load() -> list[ServedModel]:
         service.say(f"loading {checkpoint_dir}")
-        from litgpt.llm import load_llm  # it takes a second, while the server listens already
-
         llm = load_llm(
             checkpoint_dir,
             precision=precision,
@@ -120,8 +128,9 @@ def setup(
             Defaults(temperature, top_k, top_p, max_new_tokens),
             aliases=(str(checkpoint_dir),),
         )
-        say(f"{llm.name} is ready.")
-        return [model]
+        models = [model, *(adapted_model(llm, model, name, path, prompt_style) for name, path in adapters.items())]
+        say(f"{', '.join(each.name for each in models)} {'is' if len(models) == 1 else 'are'} ready.")
+        return models
 
     app = create_app(service, api_path=path, stream=stream, api_key=api_key)
     server = Server(app, service, load)
@@ -132,3 +141,41 @@ def setup(
     if api_key is None and host not in ("127.0.0.1", "::1"):
         say("Anybody who reaches this address can use it: --api_key or LITGPT_API_KEY asks for a key.")
     server.serve_on(listener)
+
+
+def _named_directory(spec: str) -> tuple[str, Path]:
+    """The parts of NAME=DIR.
+
+    Raises:
+        ValueError: it is not of that form, or there are no LoRA weights.
+    """
+    name, _, directory = spec.partition("=")
+    if not name or not directory:
+        raise ValueError(f"--adapter {spec} is not possible: write NAME=DIR, such as poet=out/finetune/lora/final.")
+    path = Path(directory)
+    if not (path / LORA_WEIGHTS).is_file():
+        raise ValueError(
+            f"--adapter {spec}: there is no {LORA_WEIGHTS} in {path}. Give what finetune_lora has written; "
+            "`litgpt convert_to_litgpt` makes that of a PEFT adapter."
+        )
+    return name, path
+
+
+def adapted_model(llm: LLM, base: ServedModel, name: str, directory: Path, prompt_style: str | None) -> ServedModel:
+    """A model of the same weights with an adapter, by a name of its own.
+
+    Raises:
+        ValueError: the adapter belongs to another model, or its name is taken.
+    """
+    if name == base.name:
+        raise ValueError(f"--adapter {name}={directory}: that is the name of the model itself. Choose another.")
+    update, settings, _ = read_lora(directory)
+    try:
+        model = adapted_copy(llm.model, update, settings)
+    except ValueError as error:
+        raise ValueError(f"--adapter {name}={directory}: {error}") from None
+    engine = Engine(model, slots=llm.engine.most_slots, compile=llm.engine.compiles, autocast=llm.engine.autocast)
+    style = choose_prompt_style(
+        Path(llm.tokenizer.dir), explicit=prompt_style, config=llm.config, tokenizer=llm.tokenizer, finetuned=directory
+    )
+    return ServedModel(name, llm.tokenizer, style, Worker(engine), base.defaults)

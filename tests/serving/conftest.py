@@ -3,10 +3,11 @@
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import httpx
 import openai
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from litgpt.checkpoint import WEIGHTS
+from litgpt.commands.serve import adapted_model
 from litgpt.generation.engine import Engine
 from litgpt.generation.worker import Worker
 from litgpt.llm import load_llm
@@ -46,6 +48,10 @@ class Running:
     thread: threading.Thread
 
     @property
+    def engines(self) -> list[Engine]:
+        return [model.worker.engine for model in self.service.models]
+
+    @property
     def model(self) -> ServedModel:
         return self.service.models[0]
 
@@ -56,7 +62,7 @@ class Running:
     def wait_until_idle(self) -> None:
         """Until no answer runs or waits; fails where one stays."""
         deadline = time.monotonic() + 20
-        while self.engine.running or self.engine.waiting or self.service.taken:
+        while self.service.taken or any(e.running or e.waiting for e in self.engines):
             assert time.monotonic() < deadline, (self.engine.running, self.engine.waiting, self.service.taken)
             time.sleep(0.01)
 
@@ -69,6 +75,7 @@ def running(
     queue: int = 64,
     timeout: float = 0,
     before_loading: Callable[[], None] = lambda: None,
+    adapters: Mapping[str, Path] = MappingProxyType({}),
     **options,
 ) -> Iterator[Running]:
     """A server for a checkpoint, in float32; `options` go to the application."""
@@ -78,7 +85,8 @@ def running(
 
     def load() -> list[ServedModel]:
         before_loading()
-        return [ServedModel(llm.name, llm.tokenizer, llm.prompt_style, Worker(llm.engine))]
+        base = ServedModel(llm.name, llm.tokenizer, llm.prompt_style, Worker(llm.engine))
+        return [base, *(adapted_model(llm, base, name, path, None) for name, path in adapters.items())]
 
     server = Server(create_app(service, **options), service, load)
     listener = listen("127.0.0.1", 0)
