@@ -35,6 +35,8 @@ def help_text(signature: Signature, prog: str) -> str:
     ):
         settings = {"metavar": metavar} if metavar else {"action": "store_true"}
         parser.add_argument(name, default=SUPPRESS, help=text, **settings)
+    for action in parser._actions:  # of a list, jsonargparse offers `--name+`, too: here the option is repeated
+        action.option_strings = [option for option in action.option_strings if not option.endswith("+")]
     return parser.format_help().replace("<class 'Path'>", "Path")
 
 
