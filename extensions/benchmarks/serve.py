@@ -131,13 +131,16 @@ async def answer(port: int, work: list[Job], clients: int, ready=None) -> list[A
         timeout=PATIENCE,
         http_client=httpx.AsyncClient(limits=limits, timeout=PATIENCE),
     )
-    models = await client.models.list()
+    try:
+        model = (await client.models.list()).data[0].id
+    except openai.NotFoundError:  # the peer has no such list, and takes any name
+        model = "model"
     left, answers = list(enumerate(work)), [Answer("", 0.0, "not asked")] * len(work)
 
     async def one_client() -> None:
         while left:
             index, job = left.pop(0)
-            answers[index] = await ask(client, models.data[0].id, job)
+            answers[index] = await ask(client, model, job)
 
     await asyncio.gather(*(one_client() for _ in range(min(clients, len(work)))))
     return answers

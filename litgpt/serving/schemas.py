@@ -8,7 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 MOST_CHOICES = 128
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 Stop = Annotated[str, Field(max_length=1000)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
