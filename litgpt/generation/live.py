@@ -6,10 +6,12 @@ import contextlib
 import queue
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from litgpt.generation.engine import Engine
 from litgpt.generation.request import Output, Request
@@ -134,12 +136,13 @@ class LiveEngine:
 def weights_version(model: nn.Module) -> tuple[Any, ...]:
     """What differs whenever a weight has another value, place or type than before.
 
-    Writing to a tensor in place counts up its version: as optimizers and `load_state_dict` do. Not seen is what is
-    written through `.data`.
+    Writing to a tensor in place counts up its version, as `load_state_dict` and most optimizers do; steps of optimizers
+    are counted besides, since fused ones leave no trace there. Not seen is what else is written through `.data`.
     """
     versions: list[Any] = []
     for tensor in (*model.parameters(), *model.buffers()):
-        versions += tensor.data_ptr(), tensor.dtype, tensor.device, 0 if tensor.is_inference() else tensor._version
+        versions += tensor.data_ptr(), tensor.dtype, tensor.device, _optimizer_steps[id(tensor)]
+        versions.append(0 if tensor.is_inference() else tensor._version)
     return tuple(versions)
 
 
@@ -155,3 +158,14 @@ def _close(worker: Worker) -> None:
 def _set_training(modules: list[nn.Module], training: bool) -> None:
     for module in modules:
         module.training = training
+
+
+_optimizer_steps: Counter[int] = Counter()  # by the identity of the parameter: one that follows another only adds
+
+
+def _count_step(optimizer: Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        _optimizer_steps.update(map(id, group["params"]))
+
+
+register_optimizer_step_post_hook(_count_step)
