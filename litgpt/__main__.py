@@ -59,6 +59,9 @@ COMMANDS = {
     "generate_adapter_v2": Command(
         "litgpt.commands.generate_adapter_v2:setup", "The same with what finetune_adapter_v2 has learned"
     ),
+    "generate_sequentially": Command(
+        "litgpt.commands.generate_sequentially:setup", "The same with blocks on several devices, for large models"
+    ),
     "generate_tp": Command(
         "litgpt.commands.generate_tp:setup", "The same with several devices, each with a part of every layer"
     ),

@@ -135,6 +135,23 @@ def count_devices(devices: int | str, num_nodes: int = 1) -> int:
     return int(text) * num_nodes
 
 
+def chosen_devices(devices: int | str) -> list[torch.device]:
+    """The devices of this machine that `devices` means, as for `count_devices`; on a CPU it so many times.
+
+    Raises:
+        ValueError: There is no such device.
+    """
+    kind, text = accelerator(), str(devices).strip()
+    if "," not in text:
+        numbers = list(range(count_devices(devices)))
+    else:
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        numbers = [int(part) for part in parts if part.isdecimal()]
+        if len(numbers) < len(parts) or (kind == "cuda" and max(numbers, default=0) >= torch.cuda.device_count()):
+            raise ValueError(f"--devices {devices} names a device that there is not. Give a number, or auto for all.")
+    return [torch.device(kind, number) if kind == "cuda" else torch.device(kind) for number in numbers]
+
+
 def make_fabric(
     devices: int | str = "auto", num_nodes: int = 1, precision: str | None = None, strategy: Strategy = "auto"
 ) -> Fabric:

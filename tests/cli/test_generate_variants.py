@@ -157,3 +157,22 @@ def test_what_speculation_cannot_do_is_refused(litgpt, base):
         result = litgpt("generate_speculatively", base, option, value)
         assert (result.code, result.out) == (1, "")
         assert result.err.startswith(f"error: {option} {value} ")
+
+
+def test_blocks_on_several_devices_answer_the_same(litgpt, base):
+    expected = litgpt("generate", base, *GREEDY).out
+    for devices in (1, 2):
+        result = litgpt("generate_sequentially", base, *GREEDY, "--devices", devices)
+        assert (result.code, result.out) == (0, expected), result.err
+    quantised = ("--quantize", "bnb.int8")
+    expected = litgpt("generate", base, *GREEDY, *quantised).out
+    assert litgpt("generate_sequentially", base, *GREEDY, "--devices", 2, *quantised).out == expected
+    for options, message in (
+        (("--devices", 3), "--devices 3: tiny-random has 2 blocks"),
+        (("--devices", 2, "--compile", "true"), "--compile true cannot act in generate_sequentially"),
+        (("--devices", "x"), "--devices x is no number of devices"),
+        (("--devices", "0,x"), "--devices 0,x names a device that there is not"),
+    ):
+        result = litgpt("generate_sequentially", base, *options)
+        assert (result.code, result.out) == (1, "")
+        assert f"error: {message}" in result.err

@@ -1,0 +1,47 @@
+"""Print what a model answers whose blocks lie on several devices."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from litgpt import cli
+from litgpt.commands.generate import DEFAULT_PROMPT, Options, answer
+from litgpt.convert import Source, load_model
+from litgpt.convert.source import meta_model
+from litgpt.distributed import chosen_devices
+from litgpt.llm import load_llm
+from litgpt.model import GPT
+from litgpt.sequential import connect_blocks, place_blocks, placed_weights
+
+
+def setup(
+    checkpoint_dir: Path,
+    prompt: str = DEFAULT_PROMPT,
+    devices: int | str = "auto",
+    options: Annotated[Options, cli.Flat()] = Options(),  # noqa: B008
+) -> None:
+    """Print a model's answer, its blocks on several devices, for a model that is larger than one of them.
+
+    The devices work in turn: this makes room. `litgpt generate_tp` has them work at once.
+
+    Args:
+        checkpoint_dir: A checkpoint directory, a Hugging Face directory, a .gguf file, a known name or a Hub id.
+        prompt: What to answer. Without this option a prompt that is piped in is taken, whole.
+        devices: Number of devices, or their numbers as 0,2; auto takes all.
+    """
+    targets = chosen_devices(devices)
+    if len(targets) == 1:
+        answer(partial(load_llm, checkpoint_dir, device=targets[0]), prompt, options)
+        return
+    if options.compile:
+        raise ValueError(
+            "--compile true cannot act in generate_sequentially: moving from device to device is not compiled."
+        )
+
+    def load(source: Source, device: Any, **how: Any) -> GPT:
+        places = place_blocks(meta_model(source.config), len(targets))
+        model = load_model(source, device=placed_weights(places, targets), **how)
+        connect_blocks(model, places, targets)
+        return model
+
+    answer(partial(load_llm, checkpoint_dir, load=load, device=targets[0]), prompt, options)
