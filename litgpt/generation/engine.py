@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from litgpt.generation.compiled import CompiledDecoder, decoder
 from litgpt.generation.request import Output, Progress, Request, TokenLogprob
 from litgpt.generation.sampling import Sampler
 from litgpt.model import GPT, KVCache
@@ -41,7 +42,7 @@ class Engine:
         slots: how many requests run at a time; others wait. The cache grows up to that as it is needed.
         prefill_chunk: how many tokens of the prompts are read in a step; bounds the memory of a long prompt, and how
             long it holds up the requests that are running.
-        compile: compile the decode step with torch.compile. The first tokens wait for it.
+        compile: compile the decode step: on a CPU in the background, on a GPU the first tokens wait for it.
         autocast: a dtype to compute in where the weights are kept in another (mixed precision).
         cache_bytes: the most memory for keys and values. Requests wait where it is not enough for all of them.
         fixed_length: how many tokens prompt and answer may have together, at most the model's context. The cache has
@@ -62,12 +63,14 @@ class Engine:
         self.model = model
         self.device = model.transformer["wte"].weight.device  # the head may have been replaced
         self.context = min(fixed_length or math.inf, model.config.block_size)
-        self._shortest = self.context if fixed_length else 1024 if compile else CACHE_STEP  # that the cache is made
+        self._decoder: Callable[..., Tensor] = decoder(model) if compile else model
+        # What torch.compile makes is for the shapes that it has seen.
+        self._one_shape = compile and not isinstance(self._decoder, CompiledDecoder)
+        self._shortest = self.context if fixed_length else 1024 if self._one_shape else CACHE_STEP  # of caches
         self.most_slots = slots
         self.prefill_chunk = prefill_chunk
         self.autocast = autocast
         self.compiles = compile
-        self._decoder: Callable[..., Tensor] = _compiled(model, self.device) if compile else model
         self._numbers = itertools.count()
         self._waiting: deque[Progress] = deque()
         self._reading: deque[Slot] = deque()  # part of their prompt is not read yet
@@ -394,9 +397,9 @@ class Engine:
     def _running(self, cache: KVCache, length: int, slots: list[Slot], fed: list[list[int]]) -> Iterator[None]:
         """A call of the model that makes the longest row `length` tokens long, and feeds each slot some tokens.
 
-        Attention reads that much of the cache, rounded up; a compiled step reads all of it, to keep one shape.
+        Attention reads that much of the cache, rounded up; all of it where there is to be one shape.
         """
-        whole = self.compiles or length > cache.max_length - CACHE_STEP
+        whole = self._one_shape or length > cache.max_length - CACHE_STEP
         cache.read_only(None if whole else -(-length // CACHE_STEP) * CACHE_STEP)
         try:
             with self._precision():
@@ -467,10 +470,3 @@ def _logprob(logits: Tensor, token: Tensor, count: int) -> TokenLogprob:
     logprobs = logits.log_softmax(dim=-1)
     values, ids = logprobs.topk(count) if count else (logprobs[:0], logprobs[:0])
     return TokenLogprob(int(token), float(logprobs[token]), list(zip(ids.tolist(), values.tolist(), strict=True)))
-
-
-def _compiled(model: GPT, device: torch.device) -> Callable[..., Tensor]:
-    """The model's forward for decoding; on a GPU as a graph, because launching kernels one by one takes longest."""
-    if device.type == "cpu":
-        return torch.compile(model, dynamic=False)
-    return torch.compile(model, dynamic=False, mode="reduce-overhead")

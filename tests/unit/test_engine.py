@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from litgpt.config import Config
+from litgpt.generation import engine as engine_module
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
 from litgpt.generation.worker import Worker
@@ -433,7 +434,7 @@ def test_what_goes_wrong_in_a_step_ends_its_requests_and_no_others(model):
 def test_a_compiled_decode_step_is_compiled_once_and_gives_the_same_tokens(monkeypatch, backend):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    monkeypatch.setattr(engine_module, "decoder", partial(torch.compile, backend=backend, dynamic=False))  # as on a GPU
     model = tiny_model(n_layer=1, block_size=512)
     requests = [Request(prompt * 3, 40, GREEDY) for prompt in PROMPTS[1:3]]
     engine = Engine(model, compile=True)
