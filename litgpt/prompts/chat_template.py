@@ -49,8 +49,6 @@ class ChatTemplate(PromptStyle):
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **kwargs: Any) -> str:
         """As in the base class; `kwargs` (`tools`, `documents`, `enable_thinking`) are variables of the template."""
-        import jinja2
-
         variables = {"tools": None, "documents": None, **self.special_tokens, **kwargs}
         template = _compile(self._choose(variables["tools"]))
         try:
@@ -59,7 +57,7 @@ class ChatTemplate(PromptStyle):
                 add_generation_prompt=add_generation_prompt,
                 **variables,
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # of Jinja, or of what the template does with values of other types than it expects
             raise ValueError(f"The checkpoint's chat template refuses this conversation: {error}") from error
 
     def _choose(self, tools: Any) -> str:

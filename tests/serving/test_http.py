@@ -83,6 +83,7 @@ BAD_BODIES = {
     "bad pattern": (b'{"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "string", "pattern": "(?=x)("}}}}', 400, "schema"),
     "reference": (b'{"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "http://127.0.0.1:9/"}}}}', 400, "schema"),
     "template": (b'{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"opening": 5, "tools": 1}}', 400, "chat_template_kwargs"),
+    "type in the template": (b'{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"opening": 5}}', 400, "template refuses"),
     "tool schema": (b'{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": 5}}}], "tool_choice": "required"}', 400, ""),
 }  # fmt: skip
 
