@@ -14,7 +14,7 @@ from litgpt.generation.worker import Worker
 from litgpt.llm import LLM, load_llm
 from litgpt.lora import LORA_WEIGHTS, adapted_copy, read_lora
 from litgpt.prompts import choose_prompt_style
-from litgpt.serving.application import PAGE, create_app
+from litgpt.serving.application import create_app
 from litgpt.serving.served import Defaults, ServedModel
 from litgpt.serving.server import Server, listen
 from litgpt.serving.service import Service
@@ -100,7 +100,7 @@ def setup(
     if kind not in ("cpu", best):
         raise ValueError(f"--accelerator {accelerator} cannot act: there is none here. Choose cpu, or auto ({best}).")
     path = "/" + (api_path or "/predict").strip("/")
-    if path == "/" or path.startswith(("/v1/", "/health", "/metrics", "/docs", "/openapi.json")):
+    if path == "/" or path.startswith(("/v1/", "/static/", "/health", "/metrics", "/docs", "/openapi.json")):
         raise ValueError(f"--api_path {api_path} is taken. Choose another, such as /predict.")
     adapters = dict(_named_directory(spec) for spec in adapter or ())
     if len(adapters) < len(adapter or ()):
@@ -137,7 +137,7 @@ def setup(
     listener = listen(host, port)
     host, port = listener.getsockname()[:2]
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    say(f"Listening on {where} ({path}, /v1, /health, /metrics, /docs{', the chat page at /' * PAGE.is_file()})")
+    say(f"Listening on {where} ({path}, /v1, /health, /metrics, /docs, the chat page at /)")
     if api_key is None and host not in ("127.0.0.1", "::1"):
         say("Anybody who reaches this address can use it: --api_key or LITGPT_API_KEY asks for a key.")
     server.serve_on(listener)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import JSONResponse
 
 import litgpt
-from litgpt.serving import errors, openai_api, predict
+from litgpt.serving import errors, openai_api, page, predict
 from litgpt.serving.guard import LARGEST_BODY, Guard
 from litgpt.serving.metrics import CountRequests
 from litgpt.serving.service import Service
 from litgpt.serving.streaming import ClientGone
-
-PAGE = Path(__file__).with_name("static") / "index.html"
 
 
 def create_app(
@@ -59,12 +55,7 @@ def create_app(
         """For Prometheus."""
         return Response(service.metrics.text(), media_type=service.metrics.content_type)
 
-    if PAGE.is_file():
-
-        @app.get("/", include_in_schema=False)
-        async def page() -> FileResponse:
-            return FileResponse(PAGE)
-
+    app.include_router(page.router())
     app.include_router(predict.router(service, api_path, stream))
     app.include_router(openai_api.router(service))
     return app

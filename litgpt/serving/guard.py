@@ -8,10 +8,11 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from litgpt.serving import page
 from litgpt.serving.errors import ApiError
 
 LARGEST_BODY = 16 * 2**20  # bytes: ten times the longest context's text
-OPEN = ("/", "/health", "/docs", "/openapi.json", "/favicon.ico")
+OPEN = ("/health", "/docs", "/openapi.json", "/favicon.ico", *page.FILES)
 
 
 class Guard:
