@@ -23,11 +23,11 @@ from litgpt.checkpoint import (
     save_model,
 )
 from litgpt.config import Config
-from litgpt.convert import config_from_hf, load_model
+from litgpt.convert import Source, config_from_hf, load_model
 from litgpt.convert.hf_config import save_config_json
 from litgpt.convert.source import compare_shapes, give_memory, meta_model, shapes_of
 from litgpt.distributed import accelerator as best_accelerator
-from litgpt.distributed import inference_dtypes, inference_precision, memory_used
+from litgpt.distributed import chosen_devices, inference_dtypes, inference_precision, memory_used
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.live import LiveEngine, weights_version
 from litgpt.generation.request import Output
@@ -39,12 +39,12 @@ from litgpt.model import GPT
 from litgpt.prompts import PromptStyle, choose_prompt_style, save_prompt_style
 from litgpt.prompts.styles import Message, with_input
 from litgpt.quantize import check_quantize, quantized_layers, replace_linears
+from litgpt.sequential import connect_blocks, place_blocks, placed_weights
 from litgpt.tokenizer import Tokenizer
 from litgpt.training.loss import IGNORE_INDEX, rows_per_chunk, summed_cross_entropy
 
 Answer: TypeAlias = str | Tensor
 LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-STRATEGIES = ("sequential", "tensor_parallel")
 
 
 class LLM(nn.Module):
@@ -455,7 +455,7 @@ class LLM(nn.Module):
                 computes it in hardware, else 32-true.
             quantize: Keep the weights of the linear layers in 4 or 8 bits: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or
                 bnb.int8, and what else `litgpt.quantize.INFERENCE_KINDS` lists.
-            generate_strategy: How several devices share the model.
+            generate_strategy: How several devices share the model: "sequential" puts some of its blocks on each.
             fixed_kv_cache_size: How many tokens prompt and answer may have together; memory for them is reserved at
                 once. "max_model_supported" is the model's context. By default the memory grows with what is asked.
 
@@ -463,10 +463,24 @@ class LLM(nn.Module):
             ValueError: There is no such device, or an option cannot act.
         """
         device = _device(accelerator)
-        if generate_strategy is not None:
-            known = "" if generate_strategy in STRATEGIES else f" Known are {' and '.join(STRATEGIES)}."
-            raise ValueError(f"generate_strategy={generate_strategy!r} is not available in LLM.{known} Leave it out.")
-        if devices not in ("auto", 1):
+        untouched = self._checkpoint is not None and weights_version(self.model) == self._loaded
+        load = load_model
+        if generate_strategy == "tensor_parallel":
+            raise ValueError(
+                "generate_strategy='tensor_parallel' takes a process for each device, and LLM runs in one. Use "
+                "`litgpt generate_tp`, or 'sequential'."
+            )
+        if generate_strategy == "sequential":
+            targets = chosen_devices(devices)
+            if targets[0].type != device.type or not untouched or self._engine_options.get("compile"):
+                raise ValueError(
+                    "generate_strategy='sequential' cannot act on another accelerator than the best one here, on a "
+                    "model that was trained since it was loaded (save it first), or with compile."
+                )
+            device, load = targets[0], load_over(targets)
+        elif generate_strategy is not None:
+            raise ValueError(f"generate_strategy={generate_strategy!r} is unknown. Give 'sequential' or leave it out.")
+        elif devices not in ("auto", 1):
             raise ValueError(f"devices={devices!r} cannot act without a generate_strategy. Leave it out, or give 1.")
         length = self.config.block_size if fixed_kv_cache_size == "max_model_supported" else fixed_kv_cache_size
         if length is not None and not 1 < length <= self.config.block_size:
@@ -478,9 +492,9 @@ class LLM(nn.Module):
         dtype, autocast = inference_dtypes(precision, device)
         check_quantize(quantize, precision, training=False)
         mode = self.training
-        if self._checkpoint is not None and weights_version(self.model) == self._loaded:
+        if untouched:
             self._live = self.model = None  # their memory is free before the next are read
-            self.model = load_model(open_model(self._checkpoint), dtype=dtype, device=device, quantize=quantize)
+            self.model = load(open_model(self._checkpoint), dtype=dtype, device=device, quantize=quantize)
             self._loaded = weights_version(self.model)
         else:
             if next(quantized_layers(self.model), None):
@@ -660,6 +674,18 @@ def load_llm(
     llm = LLM(model, tokenizer, style, checkpoint=checkpoint if reloads else None, **engine)
     llm.name = name
     return llm
+
+
+def load_over(devices: Sequence[torch.device]) -> Callable[..., GPT]:
+    """What loads a model in place of `load_model`, some of its blocks on each of several devices."""
+
+    def load(source: Source, device: Any, **how: Any) -> GPT:
+        places = place_blocks(meta_model(source.config), len(devices))
+        model = load_model(source, device=placed_weights(places, devices), **how)
+        connect_blocks(model, places, devices)
+        return model
+
+    return load
 
 
 def _say(text: str) -> None:

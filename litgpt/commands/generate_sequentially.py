@@ -2,16 +2,12 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from litgpt import cli
 from litgpt.commands.generate import DEFAULT_PROMPT, Options, answer
-from litgpt.convert import Source, load_model
-from litgpt.convert.source import meta_model
 from litgpt.distributed import chosen_devices
-from litgpt.llm import load_llm
-from litgpt.model import GPT
-from litgpt.sequential import connect_blocks, place_blocks, placed_weights
+from litgpt.llm import load_llm, load_over
 
 
 def setup(
@@ -37,11 +33,4 @@ def setup(
         raise ValueError(
             "--compile true cannot act in generate_sequentially: moving from device to device is not compiled."
         )
-
-    def load(source: Source, device: Any, **how: Any) -> GPT:
-        places = place_blocks(meta_model(source.config), len(targets))
-        model = load_model(source, device=placed_weights(places, targets), **how)
-        connect_blocks(model, places, targets)
-        return model
-
-    answer(partial(load_llm, checkpoint_dir, load=load, device=targets[0]), prompt, options)
+    answer(partial(load_llm, checkpoint_dir, load=load_over(targets), device=targets[0]), prompt, options)

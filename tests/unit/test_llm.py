@@ -482,9 +482,20 @@ def test_a_fixed_cache_bounds_prompt_and_answer(directory):
     assert llm.engine._cache.max_length == 512
 
 
+def test_blocks_lie_on_several_devices(directory, llm):
+    several = LLM.load(directory, precision="32-true")
+    several.distribute(devices=2, precision="32-true", generate_strategy="sequential")
+    assert several.model.transformer.h[1]._forward_pre_hooks  # fetches what it reads
+    assert greedy(several, ["Hello", "Hi there"], 12) == greedy(llm, ["Hello", "Hi there"], 12)
+    load_others(several)
+    with pytest.raises(ValueError, match="save it first"):
+        several.distribute(devices=2, generate_strategy="sequential")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"generate_strategy": "tensor_parallel"}, "litgpt generate_tp"),
         ({"accelerator": "tpu"}, "accelerator='tpu'"),
         ({"devices": 2}, "devices=2 cannot act"),
         ({"fixed_kv_cache_size": 1024}, "fixed_kv_cache_size=1024"),
