@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from litgpt.model import GPT, AttentionPlan, Rotation
 
+KINDS = 6  # more than a model has of plans, one for each size of window, and of rotations together
 BLOCK = re.compile(r"transformer\.h\.(\d+)\.")
 
 
@@ -67,11 +69,9 @@ def connect_blocks(gpt: GPT, places: Sequence[int], devices: Sequence[torch.devi
         devices: The devices.
     """
     movers = [Mover(device) for device in devices]
-    for block, before, place in zip(gpt.transformer["h"], [0, *places], places, strict=False):
+    for block, place in zip(gpt.transformer["h"], places, strict=True):
         if place:
             block.register_forward_pre_hook(movers[place].move_block)
-        if place != before:
-            block.register_forward_pre_hook(movers[place].begin, prepend=True)
     gpt.transformer["ln_f"].register_forward_pre_hook(movers[0].move_input)
 
 
@@ -80,14 +80,10 @@ class Mover:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._moved: list[tuple[Any, Any]] = []
-
-    def begin(self, block: nn.Module, args: tuple) -> None:
-        """Before the first of the device's blocks: a new call."""
-        self._moved = []
+        self._moved: deque[tuple[Any, Any]] = deque(maxlen=KINDS)
 
     def move_block(self, block: nn.Module, args: tuple) -> tuple:
-        """Before each of them."""
+        """Before each block."""
         x, rotation, plan, *cache = args
         return x.to(self.device), self._once(rotation), self._once(plan), *cache
 
