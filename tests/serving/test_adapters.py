@@ -12,6 +12,7 @@ from litgpt.convert import load_model
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
 from litgpt.lora import LoRASettings, apply_lora, lora_layers, merge_lora, save_lora
+from litgpt.prompts import PromptStyle, save_prompt_style
 from tests.serving.conftest import running
 
 SETTINGS = {
@@ -36,17 +37,18 @@ def adapted(chat_directory, tmp_path_factory):
         save_lora(directories[name], weights, settings, str(chat_directory))
         merge_lora(model)
         models[name] = model
+    save_prompt_style("alpaca", directories["clerk"])
     return directories, models
 
 
 def test_each_name_answers_with_its_adapter_and_the_base_is_shared(chat_directory, adapted):
     directories, models = adapted
     with running(chat_directory, adapters=directories) as server:
-        prompt = server.model.encode(MESSAGES)
-        expected = {
-            name: server.model.tokenizer.decode(Engine(model).complete([Request(prompt, 20, Sampling(0))])[0])
-            for name, model in models.items()
-        }
+        tokenizer, expected = server.model.tokenizer, {}
+        for name, model in models.items():
+            style = PromptStyle.from_name("alpaca") if name == "clerk" else server.model.style
+            request = Request(style.encode(tokenizer, MESSAGES), 20, Sampling(0))
+            expected[name] = tokenizer.decode(Engine(model).complete([request])[0])
         assert len(set(expected.values())) == 3
         assert [model.id for model in server.client.models.list()] == ["tiny-random", "poet", "clerk"]
 
