@@ -37,8 +37,8 @@ def setup(
     ranks = count_devices(devices)
     if options.quantize not in (None, *FOUR_BIT_KINDS):
         raise ValueError(
-            f"--quantize {options.quantize} cannot act in generate_tp: its scales are of whole rows, which the ranks "
-            f"share. Choose one of: {', '.join(FOUR_BIT_KINDS)}."
+            f"--quantize {options.quantize} cannot act in generate_tp, which stores parts of a matrix in bitsandbytes' 4 "
+            f"bits only. Choose one of: {', '.join(FOUR_BIT_KINDS)}."
         )
     if options.compile:
         raise ValueError("--compile true cannot act in generate_tp: what the ranks exchange is not compiled.")

@@ -205,6 +205,9 @@ def why_not(model: GPT) -> str | None:
     layers = {type(layer.quantized) for _, layer in quantized_layers(model)}
     if any(not issubclass(layer, WeightOnly) for layer in layers):
         return "the weights are quantised by bitsandbytes, whose kernels inductor does not know"
+    for module in model.transformer["h"].modules():
+        if module._forward_hooks or module._forward_pre_hooks:  # the code would do without what they do
+            return "the model is spread over several devices"
     for module in model.modules():
         if isinstance(module, LLaMAMoE):
             return "how many tokens an expert gets is known only while the model runs"

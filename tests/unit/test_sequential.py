@@ -7,6 +7,7 @@ import torch
 
 from litgpt.convert import load_model
 from litgpt.convert.source import meta_model
+from litgpt.generation.compiled import why_not
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
 from litgpt.model import GPT, AttentionPlan
@@ -79,6 +80,13 @@ def test_weights_are_read_to_where_they_belong(tmp_path):
 def test_devices_hold_about_the_same(changes, count, expected):
     model = meta_model(tiny_model(**changes).config)
     assert place_blocks(model, count) == expected
+
+
+def test_code_that_would_leave_the_moves_out_is_not_compiled():
+    model = tiny_model()
+    assert why_not(model) is None
+    connect_blocks(model, [0, 1, 1], [CPU, CPU])
+    assert why_not(model) == "the model is spread over several devices"
 
 
 def test_more_devices_than_blocks_are_refused():
