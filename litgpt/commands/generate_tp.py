@@ -37,8 +37,8 @@ def setup(
     ranks = count_devices(devices)
     if options.quantize not in (None, *FOUR_BIT_KINDS):
         raise ValueError(
-            f"--quantize {options.quantize} cannot act in generate_tp, which stores parts of a matrix in bitsandbytes' 4 "
-            f"bits only. Choose one of: {', '.join(FOUR_BIT_KINDS)}."
+            f"--quantize {options.quantize} cannot act in generate_tp, where bitsandbytes' 4 bits alone "
+            f"are stored in parts. Choose one of: {', '.join(FOUR_BIT_KINDS)}."
         )
     if options.compile:
         raise ValueError("--compile true cannot act in generate_tp: what the ranks exchange is not compiled.")
