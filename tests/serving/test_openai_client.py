@@ -164,6 +164,7 @@ def test_settings_reach_the_sampling(served, chat):
         )
     for extra in ({"top_k": 1}, {"min_p": 1}):
         assert chat(temperature=3, extra_body=extra).choices[0].message.content == plain
+    assert chat(temperature=1e-300).choices[0].message.content == plain
     assert chat(temperature=3, top_p=0).choices[0].message.content == plain
     assert chat(max_tokens=None, max_completion_tokens=2).usage.completion_tokens == 2
     opened = chat(extra_body={"chat_template_kwargs": {"opening": "Well"}})
