@@ -115,8 +115,7 @@ sys.exit(main(["generate_tp", *sys.argv[1:]]))
 """
 
 
-@pytest.mark.parametrize("quantize", [None, "bnb.nf4"])
-def test_the_command_answers_once(litgpt_main, tmp_path, quantize):
+def test_the_command_answers_once_with_quantised_parts(litgpt_main, tmp_path):
     """Blocks of 64 values lie within one rank's part here: both quantise to the same."""
     directory = checkpoint_files.chat_model(tmp_path / "model")
     sizes = {"n_embd": 128, "n_head": 2, "intermediate_size": 128, "mlp_class_name": "LLaMAMLP", "bias": False}
@@ -125,8 +124,7 @@ def test_the_command_answers_once(litgpt_main, tmp_path, quantize):
     model.init_weights()
     save_model(directory, {name: 3 * p for name, p in model.state_dict().items()}, model.config)
     options = [directory, "--prompt", "Hello", "--top_k", 1, "--precision", "32-true", "--max_new_tokens", 12]
-    if quantize is not None:
-        options += ["--quantize", quantize]
+    options += ["--quantize", "bnb.nf4"]
     assert on_two_ranks(COMMAND, tmp_path, *options, "--devices", 2) == litgpt_main("generate", *options)
 
 
