@@ -6,10 +6,11 @@ import * as settings from "./settings.js";
 import { load, save } from "./store.js";
 
 const MOST_TRIES = 5; // of a request that finds the server's queue full
+const UNANSWERED = "Not answered, and left out of what the model reads";
 const $ = (id) => document.getElementById(id);
 const [turnsBox, composer, message, send, banner] = ["turns", "composer", "message", "send", "banner"].map($);
 
-let turns = load("conversation") ?? []; // [{question, answer, note, problem, figures}]
+let turns = restored(); // [{question, answer, note, problem, figures}]
 let earlier = null; // the conversation before "New chat"
 let running = null; // the AbortController of the answer that is on its way
 let loaded = []; // the server's models
@@ -18,8 +19,19 @@ const views = new WeakMap(); // of the turns
 
 // ---- The conversation on the page
 
+function restored() {
+  const kept = load("conversation");
+  if (!Array.isArray(kept)) return [];
+  const whole = kept.filter((turn) => typeof turn?.question === "string" && typeof turn.answer === "string");
+  for (const turn of whole) if (!turn.answer) turn.note ||= UNANSWERED;
+  return whole;
+}
+
 function show() {
-  turnsBox.replaceChildren(...turns.map((turn) => views.get(turn) ?? view(turn)));
+  const wanted = turns.map((turn) => views.get(turn) ?? view(turn));
+  // What stays is not touched: a screen reader would read it again.
+  for (const child of [...turnsBox.children]) if (!wanted.includes(child)) child.remove();
+  for (const child of wanted) if (!child.isConnected) turnsBox.append(child);
   turns.forEach(update);
   $("welcome").hidden = turns.length > 0;
   $("back").hidden = !earlier;
@@ -30,7 +42,10 @@ function view(turn) {
   const made = $("turn").content.firstElementChild.cloneNode(true);
   const on = (name, action) => made.querySelector(name).addEventListener("click", action);
   on(".edit", () => edit(turn));
-  on(".retry", () => retry(turn));
+  on(".retry", (event) => {
+    if (event.detail === 0) message.focus(); // by a key: the button is about to go, and the focus with it
+    if (!running) answer(turn);
+  });
   on(".copy", (event) => copy(turn.answer, event.currentTarget));
   made.querySelector(".question .text").textContent = turn.question;
   views.set(turn, made);
@@ -82,10 +97,6 @@ function ask(question) {
   following = true;
   show();
   return answer(turns.at(-1));
-}
-
-function retry(turn) {
-  if (!running) return answer(turn);
 }
 
 // What the server gets. A turn without an answer is left out: it would leave two questions in a row.
@@ -177,7 +188,7 @@ async function receive(turn, signal) {
 function figures(tokens, untilFirst, afterFirst) {
   if (!tokens) return "";
   const parts = [`${tokens} token${tokens === 1 ? "" : "s"}`];
-  if (tokens > 1 && afterFirst > 0) parts.push(`${(((tokens - 1) * 1000) / afterFirst).toFixed(1)} tokens/s`);
+  if (tokens > 1 && afterFirst > 50) parts.push(`${(((tokens - 1) * 1000) / afterFirst).toFixed(1)} tokens/s`);
   parts.push(`first after ${(untilFirst / 1000).toFixed(2)} s`);
   return parts.join(" · ");
 }
@@ -197,7 +208,7 @@ async function countdown(problem, signal, tell) {
 function fail(turn, problem) {
   if (!problem.kind) console.error(problem); // a mistake of this page
   turn.problem = problem.message;
-  if (!turn.answer) turn.note = "Not answered, and left out of what the model reads";
+  if (!turn.answer) turn.note = UNANSWERED;
   if (problem.kind === "key") settings.askForKey();
   if (problem.kind === "network" || problem.kind === "broken") watch();
 }
@@ -271,6 +282,8 @@ message.addEventListener("keydown", (event) => {
     edit(turns.at(-1));
   }
 });
+
+window.addEventListener("pagehide", keep); // with what there is of an answer
 
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && !$("settings").open) stop();
