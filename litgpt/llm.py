@@ -117,7 +117,7 @@ class LLM(nn.Module):
             quantize: Keep the weights in 4 or 8 bits, see `distribute`.
             prompt_style: Name of a prompt format, a class package.module.Class, a chat template's .jinja file or a
                 PromptStyle, in place of the checkpoint's own.
-            compile: Compile the decoding with torch.compile: it starts slower and then runs faster.
+            compile: Compile the decoding: on a CPU in the background, for later runs too; a GPU's first answer waits.
 
         Raises:
             FileNotFoundError: There is no such checkpoint, or it lacks something.
@@ -490,7 +490,7 @@ class LLM(nn.Module):
             )
         precision = precision or inference_precision(device)
         dtype, autocast = inference_dtypes(precision, device)
-        check_quantize(quantize, precision, training=False)
+        check_quantize(quantize, precision, training=False, device=device)
         mode = self.training
         if untouched:
             self._live = self.model = None  # their memory is free before the next are read
@@ -655,7 +655,7 @@ def load_llm(
     if dtype is None:
         precision = precision or inference_precision(device)
         dtype, autocast = inference_dtypes(precision, device)
-        check_quantize(quantize, precision, training=False)
+        check_quantize(quantize, precision, training=False, device=device)
     source = open_model(checkpoint, access_token)
     # The small files first: what is wrong with them is said before the weights are read.
     files = find_checkpoint(tokenizer_dir, access_token, tokenizer_only=True) if tokenizer_dir else source.files

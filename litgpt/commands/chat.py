@@ -55,7 +55,7 @@ def setup(
         quantize: Keep the weights in 4 or 8 bits: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8.
         precision: 32-true, bf16-true, 16-true (weights and computation), bf16-mixed, 16-mixed (float32 weights). By
             default bf16-true where the device computes it in hardware, else 32-true.
-        compile: Compile the decoding with torch.compile: the first reply starts slower, then all run faster.
+        compile: Compile the decoding: on a CPU in the background, for later runs too; a GPU's first answer waits.
         multiline: A prompt may have several lines; !submit on a line of its own sends it.
         seed: Of the first reply; the others count on from it.
         access_token: For a gated model that has to be downloaded first.

@@ -49,7 +49,7 @@ class Options:
     quantize: str | None = None
     """Keep the weights in 4 or 8 bits: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8."""
     compile: bool = False
-    """Compile the decoding with torch.compile: it starts slower and then runs faster."""
+    """Compile the decoding: on a CPU in the background, for later runs too; a GPU's first answer waits."""
     seed: int = 1234
     """Of the first answer; the others count on from it."""
     access_token: str | None = None

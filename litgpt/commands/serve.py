@@ -81,7 +81,7 @@ def setup(
         generate_strategy: For several devices; not available.
         prompt_style: Name of a prompt format, a class package.module.Class, or a chat template's .jinja file, in place
             of the checkpoint's own; `default` gives the model the bare prompt.
-        compile: Compile the decoding with torch.compile: it starts slower, then runs faster.
+        compile: Compile the decoding: on a CPU in the background, for later runs too; a GPU's first answer waits.
     """
     Sampling(temperature, top_k, top_p)
     for name, value, least in (

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from litgpt.distributed import memory_free
 from litgpt.generation.compiled import CompiledDecoder, decoder
 from litgpt.generation.request import Output, Progress, Request, TokenLogprob
 from litgpt.generation.sampling import Sampler
@@ -44,7 +45,8 @@ class Engine:
             long it holds up the requests that are running.
         compile: compile the decode step: on a CPU in the background, on a GPU the first tokens wait for it.
         autocast: a dtype to compute in where the weights are kept in another (mixed precision).
-        cache_bytes: the most memory for keys and values. Requests wait where it is not enough for all of them.
+        cache_bytes: the most memory for keys and values; by default nine tenths of what the device has left. Requests
+            wait where it is not enough for all of them.
         fixed_length: how many tokens prompt and answer may have together, at most the model's context. The cache has
             room for so many from the start, and does not grow.
     """
@@ -57,7 +59,7 @@ class Engine:
         prefill_chunk: int = PREFILL_CHUNK,
         compile: bool = False,
         autocast: torch.dtype | None = None,
-        cache_bytes: float = math.inf,
+        cache_bytes: float | None = None,
         fixed_length: int | None = None,
     ) -> None:
         self.model = model
@@ -77,7 +79,7 @@ class Engine:
         self._writing: list[Slot] = []  # get a token each step
         self._slots: list[Slot] = []
         self._cache: KVCache | None = None
-        self._cache_bytes = cache_bytes
+        self._cache_bytes = 0.9 * (memory_free(self.device) or math.inf) if cache_bytes is None else cache_bytes
         self._batch: Batch | None = None  # that of the last step
 
     # -- one by one
