@@ -80,7 +80,8 @@ def run(program: Program, arguments: argparse.Namespace, work: list[Job], tokeni
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = ["--port", str(port), "--openai_spec", "true", "--timeout", str(PATIENCE), "--max_new_tokens", "256"]
+    options = ["--port", str(port), "--openai_spec", "true", "--timeout", str(PATIENCE)]
+    options += ["--max_new_tokens", str(arguments.max_tokens)]  # the peer does not mind the request's max_tokens
     options += ["--precision", arguments.precision, *(arguments.ours if program.name == "ours" else [])]
     command = [*program.command, "serve", arguments.checkpoint, *options]
     with tempfile.TemporaryFile() as log:
