@@ -262,7 +262,7 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(tmp_path):
         terminal.wait_for(">> Prompt: ")
         terminal.type("Hello\n")
         terminal.wait_for(">> Reply: ")
-        time.sleep(0.5)
+        terminal.wait_for(" ", seconds=60)  # it has begun
         terminal.type("\x03")
         stopped = terminal.wait_for("Time for inference", seconds=20)
         assert "Traceback" not in stopped
