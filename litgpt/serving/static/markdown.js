@@ -264,7 +264,6 @@ const NAMED = { amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0"
 function inline(parent, text) {
   const items = [];
   const brackets = []; // those that are open: {index in items, image, active}
-  const unclosed = new Set(); // lengths of runs of backticks that no other run closes
   let at = 0;
 
   function match(pattern) {
@@ -284,11 +283,9 @@ function inline(parent, text) {
       take("  ", text[at + 1] === "\n" ? element("br") : text[at + 1]);
     } else if (character === "`") {
       const [run] = match(CODE);
-      const end = unclosed.has(run.length) ? -1 : closing(text, at + run.length, run.length);
-      if (end < 0) {
-        unclosed.add(run.length);
-        take(run, run);
-      } else {
+      const end = closing(text, at + run.length, run.length);
+      if (end < 0) take(run, run);
+      else {
         const code = text.slice(at + run.length, end).replaceAll("\n", " ");
         const padded = code.startsWith(" ") && code.endsWith(" ") && code.trim();
         take({ length: end + run.length - at }, element("code", "", [padded ? code.slice(1, -1) : code]));
@@ -338,7 +335,7 @@ function inline(parent, text) {
   return parent;
 }
 
-// Where the next run of exactly so many backticks begins, or -1.
+// Where the next run of exactly so many backticks begins, or -1. It is -1 once for a length at most, which bounds the work.
 function closing(text, from, length) {
   for (let at = text.indexOf("`", from); at >= 0; at = text.indexOf("`", at)) {
     CODE.lastIndex = at;
