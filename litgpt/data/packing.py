@@ -122,6 +122,8 @@ class Collate:
 
     def _width(self, tokens: int) -> int:
         """T + 1 for rows of up to so many tokens."""
+        if self.packed and self.longest is not None:  # all but the last rows are full: one shape for all
+            return max(self.longest, tokens - 1) + 1
         inputs = -(-max(tokens - 1, 1) // self.multiple) * self.multiple
         if self.longest is not None:
             inputs = min(inputs, max(self.longest, tokens - 1))
