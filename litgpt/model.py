@@ -14,20 +14,16 @@ Letters of the shapes written beside the tensors:
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before torch 2.10
-    varlen_attn = None
 
 from litgpt.config import Config
 
@@ -786,12 +782,9 @@ def attends_by_document(
     if device == "cpu":
         return window is None or bool((document_starts.diff() <= window).all())
     computes_in = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
-    knows_groups = "enable_gqa" in (
-        getattr(varlen_attn, "__kwdefaults__", None) or ()
-    )  # and windows; not before torch 2.12
-    return (
-        device == "cuda" and knows_groups and computes_in in (torch.float16, torch.bfloat16) and config.head_size <= 256
-    )
+    if device != "cuda" or computes_in not in (torch.float16, torch.bfloat16) or config.head_size > 256:
+        return False
+    return "enable_gqa" in (getattr(varlen_kernel(), "__kwdefaults__", None) or ())  # and windows, in newer torch
 
 
 def attend_by_document(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
@@ -822,7 +815,19 @@ def attend_at_once(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: 
     """The same by a GPU's kernel for sequences of unequal lengths."""
     starts, longest = plan.documents, q.size(0)  # an upper bound, for which the GPU need not be asked
     window = (-1 if plan.window is None else plan.window - 1, 0)  # how far a token looks back, and ahead
-    return varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=window, enable_gqa=grouped)
+    return varlen_kernel()(
+        q, k, v, starts, starts, longest, longest, scale=scale, window_size=window, enable_gqa=grouped
+    )
+
+
+@cache
+def varlen_kernel() -> Callable[..., Tensor] | None:
+    """torch's attention for sequences of unequal lengths, None before torch 2.10. Importing it brings the compiler."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
 
 
 def attend_written_out(

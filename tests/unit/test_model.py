@@ -261,7 +261,9 @@ def test_documents_on_their_own_equal_the_mask(monkeypatch, window, device):
 
     if device != "cpu":
         monkeypatch.setattr(model_module, "attends_by_document", lambda *_: True)
-        monkeypatch.setattr(model_module, "varlen_attn", lambda *args, **kw: calls.append(1) or varlen(*args, **kw))
+        monkeypatch.setattr(
+            model_module, "varlen_kernel", lambda: lambda *args, **kw: calls.append(1) or varlen(*args, **kw)
+        )
         monkeypatch.setattr(model_module, "attend_one_by_one", model_module.attend_at_once)
     separate = outcome()
     assert len(calls) == (0 if device == "cpu" else model.config.n_layer)
