@@ -7,7 +7,8 @@ from typing import Annotated
 from litgpt import cli
 from litgpt.commands.generate import DEFAULT_PROMPT, Options, answer
 from litgpt.distributed import chosen_devices
-from litgpt.llm import load_llm, load_over
+from litgpt.llm import load_llm
+from litgpt.llm.placement import load_over
 
 
 def setup(

@@ -1,0 +1,111 @@
+"""A model with its tokenizer, its prompt format and the engine that answers: what commands and the server build on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from litgpt.config import Config
+from litgpt.generation.engine import Engine, Request
+from litgpt.generation.live import LiveEngine, weights_version
+from litgpt.generation.sampling import Sampling
+from litgpt.generation.worker import Worker
+from litgpt.model import GPT
+from litgpt.prompts import PromptStyle
+from litgpt.prompts.styles import Message, with_input
+from litgpt.tokenizer import Tokenizer
+
+
+class Assistant(nn.Module):
+    """A model that is ready to answer, from messages to token ids and from these to text.
+
+    Args:
+        model: The model, on its device.
+        tokenizer: The model's.
+        prompt_style: The format of its prompts; may be replaced.
+        name: What the model is called; by default as its configuration says.
+        checkpoint: Where its weights are from, if they may be read again.
+        engine: Options of the engine that answers (`litgpt.generation.engine.Engine`).
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        prompt_style: PromptStyle,
+        *,
+        name: str | None = None,
+        checkpoint: Path | str | None = None,
+        **engine: Any,
+    ) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.prompt_style = model, tokenizer, prompt_style
+        self.training = model.training
+        self.name = name or model.config.name or Path(tokenizer.dir).name
+        self._checkpoint = checkpoint
+        self._use(model, **engine)
+        self._loaded: tuple[Any, ...] | None = weights_version(model)  # until something else is done to the weights
+
+    @property
+    def config(self) -> Config:
+        """The model's shape."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.transformer["wte"].weight.device
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, made for the weights as they are now. Not for several threads at a time: see `worker`."""
+        return self._live.engine
+
+    @property
+    def worker(self) -> Worker:
+        """The thread that runs the engine for all callers."""
+        return self._live.worker
+
+    @property
+    def stops(self) -> list[list[int]]:
+        """Token sequences that end an answer."""
+        return self.prompt_style.stop_sequences(self.tokenizer)
+
+    def encode(self, messages: Sequence[Message], input: str = "") -> list[int]:
+        """The token ids of a conversation, ready for the reply; `input` is what the last question is about.
+
+        Raises:
+            ValueError: The prompt format refuses the conversation, or the tokenizer is not this model's.
+        """
+        messages, fields = with_input(self.prompt_style, messages, input)
+        ids = self.prompt_style.encode(self.tokenizer, messages, **fields)
+        largest = max(ids, default=0)
+        if largest >= self.config.padded_vocab_size:
+            raise ValueError(
+                f"The tokenizer in {self.tokenizer.dir} gives the token id {largest}, but the model's vocabulary ends "
+                f"at {self.config.padded_vocab_size - 1}. They do not belong together: copy the model's own tokenizer "
+                "there."
+            )
+        return ids
+
+    def request(self, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling, seed: int | None) -> Request:
+        """What to ask the engine for the answer to a prompt."""
+        return Request(prompt, max_new_tokens, sampling, self.stops, seed)
+
+    def stream(self, request: Request) -> Iterator[int]:
+        """The token ids of an answer as they come; safe from any thread. Closing the iterator ends the answer."""
+        for ids in self._live.run([request], lambda index, output: (output.token_ids, False)):
+            yield from ids
+
+    def text(self, ids: Iterable[int], prompt: Sequence[int], joins: bool = False) -> Iterator[str]:
+        """The answer's text as it comes. Where it `joins` the prompt's text, as after a bare prompt, it keeps the space
+        between the two."""
+        return self.tokenizer.decode_stream(ids, after=prompt if joins or self.prompt_style.continues_text else ())
+
+    def _use(self, model: GPT, **engine: Any) -> None:
+        self._engine_options = engine
+        self._live = LiveEngine(model, **engine)

@@ -1,0 +1,144 @@
+"""From what a user names to all that an LLM consists of."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from litgpt.checkpoint import CONFIG, resolve_checkpoint_dir
+from litgpt.config import Config
+from litgpt.convert import config_from_hf, load_model
+from litgpt.convert.source import give_memory, meta_model
+from litgpt.distributed import accelerator as best_accelerator
+from litgpt.distributed import inference_dtypes, inference_precision
+from litgpt.generation.engine import Engine
+from litgpt.loading import find_checkpoint, open_model
+from litgpt.model import GPT
+from litgpt.prompts import PromptStyle, choose_prompt_style
+from litgpt.quantize import check_quantize
+from litgpt.tokenizer import Tokenizer
+
+
+@dataclass
+class Parts:
+    """What an LLM is made of; the arguments of `Assistant`."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    prompt_style: PromptStyle
+    name: str | None = None
+    checkpoint: Path | str | None = None
+    engine: dict[str, Any] = field(default_factory=dict)
+
+
+def load_parts(
+    checkpoint: Path | str,
+    *,
+    precision: str | None = None,
+    compile: bool = False,
+    prompt_style: str | PromptStyle | None = None,
+    access_token: str | None = None,
+    quantize: str | None = None,
+    tokenizer_dir: Path | str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    load: Callable[..., GPT] = load_model,
+    finetuned: Path | None = None,
+    make_engine: Callable[..., Engine] = Engine,
+) -> Parts:
+    """Finds, downloads if need be, and loads a checkpoint: as `LLM.load`, with more to say.
+
+    Args:
+        checkpoint, precision, compile, prompt_style, access_token, quantize, tokenizer_dir: As for `LLM.load`.
+        device: Where to; by default the best device there is.
+        dtype: Type of the weights, in place of a precision.
+        load: Makes the model of the opened checkpoint; called as `load_model` is.
+        finetuned: The directory of what was finetuned from the checkpoint; its prompt format comes first.
+        make_engine: Makes the engine that answers, as `Engine` is made.
+
+    Raises:
+        FileNotFoundError, ValueError: As for `LLM.load`.
+    """
+    device = torch.device(device or best_accelerator())
+    autocast = None
+    if dtype is None:
+        precision = precision or inference_precision(device)
+        dtype, autocast = inference_dtypes(precision, device)
+        check_quantize(quantize, precision, training=False, device=device)
+    source = open_model(checkpoint, access_token)
+    # The small files first: what is wrong with them is said before the weights are read.
+    files = find_checkpoint(tokenizer_dir, access_token, tokenizer_only=True) if tokenizer_dir else source.files
+    tokenizer = Tokenizer(files)
+    style = choose_prompt_style(
+        source.files, explicit=prompt_style, config=source.config, tokenizer=tokenizer, finetuned=finetuned
+    )
+    name = source.config.name or Path(checkpoint).stem
+    how = (precision or str(dtype).removeprefix("torch."), quantize, device.type)
+    _say(f"Loading {name} ({', '.join(filter(None, how))})")
+    if source.note:
+        _say(source.note)
+    model = load(source, dtype=dtype, device=device, quantize=quantize)
+    reloads = load is load_model
+    engine = {"make": make_engine, "autocast": autocast, "compile": compile}
+    return Parts(model, tokenizer, style, name, checkpoint if reloads else None, engine)
+
+
+def random_parts(
+    model: str | Path,
+    *,
+    tokenizer_dir: str | Path | None,
+    places: bool,
+    compile: bool,
+    precision: str | None,
+    prompt_style: str | PromptStyle | None,
+    access_token: str | None,
+) -> Parts:
+    """A model of random weights, with a tokenizer that there is: as `LLM.load`.
+
+    Args:
+        places: Whether it goes where it answers quickest; else it stays on the CPU in torch's default type.
+        model, tokenizer_dir, compile, precision, prompt_style, access_token: As for `LLM.load`.
+
+    Raises:
+        FileNotFoundError, ValueError: As for `LLM.load`.
+    """
+    config = _shape_of(model)
+    if tokenizer_dir is None and not Path(model).is_dir():
+        raise ValueError(
+            f"init='random' makes the weights of {model}, but not its tokenizer. Give tokenizer_dir, a checkpoint "
+            f"(`litgpt download {model} --tokenizer_only true`)."
+        )
+    tokenizer = Tokenizer(find_checkpoint(tokenizer_dir or model, access_token, tokenizer_only=True))
+    style = choose_prompt_style(Path(tokenizer.dir), explicit=prompt_style, config=config, tokenizer=tokenizer)
+    device = torch.device(best_accelerator() if places else "cpu")
+    dtype, autocast = torch.get_default_dtype(), None
+    if places:
+        dtype, autocast = inference_dtypes(precision or inference_precision(device), device)
+    gpt = meta_model(config)
+    give_memory(gpt, dtype, device)
+    gpt.init_weights()
+    return Parts(gpt, tokenizer, style, engine={"autocast": autocast, "compile": compile})
+
+
+def _say(text: str) -> None:
+    """A line about the work, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _shape_of(model: str | Path) -> Config:
+    """The configuration of a checkpoint that is here, or of a known name."""
+    try:
+        path = resolve_checkpoint_dir(model, incomplete=True)
+    except FileNotFoundError:
+        return Config.from_name(str(model).removeprefix("checkpoints/"))
+    if (path / CONFIG).is_file():
+        return Config.from_checkpoint(path)
+    if (path / "config.json").is_file():
+        return config_from_hf(json.loads((path / "config.json").read_text(encoding="utf-8")), str(model))
+    return Config.from_name(path.name)
