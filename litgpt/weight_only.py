@@ -63,7 +63,7 @@ class Int4Weight(WeightOnly):
     @torch.no_grad()
     def fill(self, parts: Iterator[Tensor]) -> None:
         """Takes the matrix, in parts of some rows each, of which all but the last are multiples of 64."""
-        row, block = 0, 2 * self.codes.size(2)
+        row = 0
         for part in parts:
             values = F.pad(part.float(), (0, -part.size(1) % GROUP, 0, -len(part) % ROWS)).unflatten(1, (-1, GROUP))
             smallest, largest = values.aminmax(dim=2)  # (rows, groups)
@@ -71,10 +71,43 @@ class Int4Weight(WeightOnly):
             scales = scales.to(self.scales.dtype)
             scale, middle = scales.float()[..., None].unbind(2)  # (rows, groups, 1)
             codes = torch.where(scale > 0, (values - middle) / scale, 0).round_().add_(8).clamp_(0, 15)
-            pairs = codes.to(torch.uint8).flatten(1).unflatten(0, (-1, 2, block // 2))  # (blocks, 2, half, in)
-            self.codes[row // block : (row + len(values)) // block] = (pairs[:, 0] | pairs[:, 1] << 4).transpose(1, 2)
-            self.scales[:, row : row + len(values)] = scales.transpose(0, 1)
+            self._put(row, codes.to(torch.uint8).flatten(1), scales)
             row += len(values)
+
+    def _put(self, row: int, codes: Tensor, scales: Tensor) -> None:
+        """Takes codes (rows, in) and scales (rows, groups, 2) from one row on; whole blocks of rows."""
+        block = 2 * self.codes.size(2)
+        pairs = codes.unflatten(0, (-1, 2, block // 2))  # (blocks, 2, half, in)
+        self.codes[row // block : (row + len(codes)) // block] = (pairs[:, 0] | pairs[:, 1] << 4).transpose(1, 2)
+        self.scales[:, row : row + len(codes)] = scales.transpose(0, 1)
+
+    def plain(self) -> dict[str, Tensor]:
+        """The tensors in an order that no CPU decides, for a file.
+
+        `codes` (out, in / 2) hold two neighbours of a row in a byte, the first one in the lower half; `scales` are
+        (out, groups, 2). `in` is padded to whole groups.
+        """
+        codes = torch.cat((self.codes & 15, self.codes >> 4), dim=2).transpose(1, 2)  # (blocks, block, in)
+        codes = codes.flatten(0, 1)[: self.shape[0]]
+        return {
+            "codes": codes[:, ::2] | codes[:, 1::2] << 4,
+            "scales": self.scales.transpose(0, 1)[: self.shape[0]].contiguous(),
+        }
+
+    def plain_shapes(self) -> dict[str, torch.Size]:
+        """The shapes of what `plain` gives."""
+        groups, rows = self.scales.size(0), self.shape[0]
+        return {"codes": torch.Size((rows, groups * GROUP // 2)), "scales": torch.Size((rows, groups, 2))}
+
+    @torch.no_grad()
+    def take_plain(self, codes: Tensor, scales: Tensor) -> None:
+        """Takes the tensors back from that order, a few megabytes at a time."""
+        rows = max(1, 2**20 // codes.size(1) // ROWS) * ROWS
+        for row, part, factors in zip(range(0, len(codes), rows), codes.split(rows), scales.split(rows), strict=True):
+            values = torch.stack((part & 15, part >> 4), dim=2).flatten(1)  # (rows, in)
+            missing = -len(part) % ROWS
+            factors = F.pad(factors, (0, 0, 0, 0, 0, missing)).to(self.scales)
+            self._put(row, F.pad(values, (0, 0, 0, missing), value=8), factors)  # 8 is zero, as `fill` pads
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """(out, in) the values that the codes stand for."""

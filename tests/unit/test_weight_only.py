@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from litgpt import weight_only
 from litgpt.checkpoint import save_model
 from litgpt.config import Config
 from litgpt.convert import load_model
@@ -55,6 +56,29 @@ def test_few_rows_and_many_are_multiplied_by_the_same_weight(kind, shape):
             assert y.dtype == dtype
             assert y.shape == expected.shape
             assert not y.numel() or error(y, expected) < tolerance
+
+
+@pytest.mark.parametrize("shape", [(192, 128), (130, 96), (37, 33)], ids=["whole", "uneven-rows", "odd"])
+def test_the_order_for_files_is_the_same_for_every_cpu(shape, monkeypatch):
+    weight = torch.randn(shape)
+    packed = []
+    for block in (weight_only.rows_of_block(), 16, 32, 64):
+        monkeypatch.setattr(weight_only, "rows_of_block", lambda block=block: block)
+        packed.append(Int4Weight(weight.shape, torch.bfloat16, "cpu"))
+        packed[-1].fill(iter([weight]))
+    first = packed[0].plain()
+    assert {name: tensor.shape for name, tensor in first.items()} == packed[0].plain_shapes()
+    codes = torch.stack((first["codes"] & 15, first["codes"] >> 4), dim=2).flatten(1).float()
+    scale, middle = first["scales"].float().repeat_interleave(GROUP, dim=1).unbind(2)
+    values = ((codes - 8) * scale + middle)[:, : shape[1]]
+    torch.testing.assert_close(values, packed[0].dequantised(torch.float32))
+    for one in packed:
+        assert all(torch.equal(one.plain()[name], tensor) for name, tensor in first.items())
+        before = {name: parameter.clone() for name, parameter in one.named_parameters()}
+        for parameter in one.parameters():
+            parameter.data.fill_(1)
+        one.take_plain(**first)
+        assert all(torch.equal(before[name], parameter) for name, parameter in one.named_parameters())
 
 
 def test_a_group_spans_its_values_and_a_constant_one_is_exact():
