@@ -178,7 +178,7 @@ class QuantizedLinear(nn.Module):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
+        self.in_features, self.out_features, self.dtype, self.kind = in_features, out_features, dtype, kind
         self.quantized = _quantized_weight((out_features, in_features), kind, dtype, device)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
 
@@ -295,6 +295,12 @@ def is_quantized(name: str) -> bool:
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
     """The quantised layers and their names."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLinear))
+
+
+def kind_of(model: nn.Module) -> str | None:
+    """How a model's layers are quantised; None if none is."""
+    kinds = {layer.kind for _, layer in quantized_layers(model)}
+    return "int4" if "int4" in kinds else next(iter(kinds), None)  # the head of such a model is in int8
 
 
 def num_parameters(model: GPT, trainable_only: bool = False) -> int:

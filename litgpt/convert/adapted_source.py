@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from litgpt.adapter import ADAPTER_FILES, load_adapter, read_adapter
+from litgpt.convert.quantised_parts import Parts
 from litgpt.convert.source import HEAD, Named, Source
 from litgpt.lora import LORA_WEIGHTS, merged_weights, read_lora
 from litgpt.model import GPT
@@ -24,7 +25,7 @@ class AdaptedSource(Source):
 
     def __init__(self, base: Source, directory: Path) -> None:
         self.base, self.files = base, directory
-        self.config, self.dtype, self.note = copy(base.config), base.dtype, base.note
+        self.config, self.dtype, self.note = copy(base.config), base.dtype, base.note_on_plain
 
     def layout(self) -> dict[str, Tensor]:
         return self.base.layout()
@@ -55,6 +56,10 @@ class AdapterSource(AdaptedSource):
     def __init__(self, base: Source, directory: Path) -> None:
         super().__init__(base, directory)
         self.adapter, _ = read_adapter(directory)
+        self.quantized, self.note = base.quantized, base.note
+
+    def forms(self, kind: str | None) -> Iterator[tuple[str, Tensor | Parts]]:
+        return self.base.forms(kind)
 
     def load_into(self, model: GPT) -> None:
         super().load_into(model)

@@ -42,9 +42,9 @@ def dtype_from_name(name: str | None, option: str = "--dtype") -> torch.dtype | 
 
 
 def tell_note(source: Source) -> None:
-    """Says on stderr what of a checkpoint is left out or changed by loading it, if anything is."""
-    if source.note:
-        print(source.note, file=sys.stderr)
+    """Says on stderr what of a checkpoint is left out or changed by taking its plain weights, if anything is."""
+    if source.note_on_plain:
+        print(source.note_on_plain, file=sys.stderr)
 
 
 class Progress:

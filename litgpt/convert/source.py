@@ -24,12 +24,23 @@ from litgpt.checkpoint import (
 from litgpt.config import Config
 from litgpt.convert.architecture import Architecture
 from litgpt.convert.hf_config import config_from_hf, config_to_hf
+from litgpt.convert.quantised_parts import (
+    Parts,
+    compare_types,
+    dequantised,
+    fill,
+    parts_in,
+    same_form,
+    saved_shapes,
+    take_kind,
+    weight_name,
+)
 from litgpt.convert.quantised_weights import Quantised, Weights, dequantised_type, read_quantised
 from litgpt.convert.recognition import architecture_of, text_model, text_name
 from litgpt.convert.safetensors_file import read_safetensors
 from litgpt.model import GPT, RotaryEmbedding
 from litgpt.models import find_known
-from litgpt.quantize import is_quantized, quantized_layers, replace_linears
+from litgpt.quantize import QuantizedLinear, is_quantized, kind_of, quantized_layers, replace_linears
 
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 Named = tuple[str, Tensor]
@@ -44,12 +55,22 @@ class Source(ABC):
         files: A directory with the tokenizer's and the JSON files.
         dtype: The type of the weights (of the first one).
         note: What of the checkpoint is left out or changed by loading it, for the user to know; None if nothing.
+        quantized: How its weights are quantised, if a model can have them so, such as bnb.nf4; None if it cannot.
     """
 
     config: Config
     files: Path
     dtype: torch.dtype
     note: str | None = None
+    quantized: str | None = None
+
+    @property
+    def note_on_plain(self) -> str | None:
+        """The note where plain weights are taken, though the checkpoint has them quantised."""
+        if self.quantized is None:
+            return self.note
+        dtype = str(self.dtype).removeprefix("torch.")
+        return " ".join(filter(None, (self.note, f"Its {self.quantized} weights are de-quantised to {dtype}.")))
 
     @abstractmethod
     def layout(self) -> dict[str, Tensor]:
@@ -63,13 +84,17 @@ class Source(ABC):
         asked for. Tied embeddings come right after one another, as one tensor under both names.
         """
 
+    def forms(self, kind: str | None) -> Iterator[tuple[str, Tensor | Parts]]:
+        """As `weights`, for a model quantised as `kind`: a weight that is here in that form comes as its parts."""
+        return self.weights()
+
     def release(self, tensor: Tensor) -> None:  # noqa: B027 - not every source has mapped files
         """Gives back the memory of a tensor, or of a part of one, if it is a view of this checkpoint's files."""
 
     def load_into(self, model: GPT) -> None:
         """Copies the weights into a model, converting their type and moving them to its device.
 
-        Quantised layers quantise theirs, in the type that the checkpoint has.
+        Quantised layers quantise theirs, in the type that the checkpoint has, or take them as they are quantised there.
 
         Raises:
             ValueError: The model has other weights than this checkpoint; lists every missing and unexpected name and
@@ -89,8 +114,10 @@ class Source(ABC):
             )
         filled: set[int] = set()
         with torch.no_grad():
-            for name, tensor in self.weights():
-                if name in quantized:
+            for name, tensor in self.forms(kind_of(model)):
+                if not isinstance(tensor, Tensor):
+                    fill(quantized[name], tensor, self.release)
+                elif name in quantized:
                     quantized[name].load_weight(tensor, self.release)
                 # A tied weight of the model is one tensor under two names: fill it once.
                 elif targets[name].data_ptr() not in filled:
@@ -116,15 +143,19 @@ def on_meta(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, device="meta")
 
 
-def shapes_of(config: Config) -> dict[str, Tensor]:
+def shapes_of(config: Config, quantize: str | None = None) -> dict[str, Tensor]:
     """Our names of all weights of such a model, with tensors on the meta device."""
-    return meta_model(config).state_dict()
+    return meta_model(config, quantize).state_dict()
 
 
-def meta_model(config: Config) -> GPT:
-    """A model with shapes and no memory."""
+def meta_model(config: Config, quantize: str | None = None, dtype: torch.dtype = torch.float32) -> GPT:
+    """A model with shapes and no memory; where it is quantised, in a type."""
     with torch.device("meta"), _NoInitialisation():
-        return GPT(config)
+        model = GPT(config)
+    if quantize is not None:
+        replace_linears(model, quantize, dtype)
+        model.to(dtype)
+    return model
 
 
 def give_memory(model: GPT, dtype: torch.dtype, device: Place) -> None:
@@ -176,18 +207,39 @@ class LitSource(Source):
         weights = weights or path / WEIGHTS
         self.files = path if base is None else base.files
         self.tensors = plain_names(read_state_dict(weights))
+        self.quantized = take_kind(self.tensors, weights)
         self.config = Config.from_checkpoint(path) if base is None else copy(base.config)
         self.config.tie_embeddings = self._is_tied()
         self.dtype = _first_dtype(self.tensors)
-        problems = compare_shapes(shapes_of(self.config), self.tensors, CONFIG, weights.name)
+        self.layers: dict[str, QuantizedLinear] = {}
+        if self.quantized is None:
+            problems = compare_shapes(shapes_of(self.config), self.tensors, CONFIG, weights.name)
+        else:
+            model = meta_model(self.config, self.quantized, self.dtype)
+            wanted = saved_shapes(model)
+            problems = compare_shapes(wanted, self.tensors, CONFIG, weights.name)
+            problems += compare_types(wanted, self.tensors, weights.name)
+            self.layers = {f"{name}.weight": layer for name, layer in quantized_layers(model)}
         if problems:
             raise ValueError(misfit(weights, f"'{self.files if base else path / CONFIG}'", problems))
 
     def layout(self) -> dict[str, Tensor]:
-        return {name: on_meta(self.tensors[name]) for name in self._order()}
+        layers = self.layers
+        return {n: layers[n].weight_shape() if n in layers else on_meta(self.tensors[n]) for n in self._order()}
 
     def weights(self) -> Iterator[Named]:
+        for name, weight in self.forms(self.quantized):
+            whole = isinstance(weight, Tensor)
+            yield name, weight if whole else dequantised(self.layers[name], weight, self.release)
+
+    def forms(self, kind: str | None) -> Iterator[tuple[str, Tensor | Parts]]:
+        if self.quantized is not None and not (kind and same_form(kind, self.quantized)):
+            yield from self.weights()
+            return
         for name in self._order():
+            if name in self.layers:
+                yield name, parts_in(self.tensors, self.layers[name], name)
+                continue
             tensor = self.tensors[EMBEDDING if name == HEAD and self.config.tie_embeddings else name]
             yield name, tensor
             self.release(tensor)
@@ -197,7 +249,7 @@ class LitSource(Source):
 
     def _order(self) -> list[str]:
         """Embedding and head first, one after the other, as they may be one."""
-        return [EMBEDDING, HEAD, *(name for name in self.tensors if name not in (EMBEDDING, HEAD))]
+        return list(dict.fromkeys((EMBEDDING, HEAD, *map(weight_name, self.tensors))))
 
     def _is_tied(self) -> bool:
         head, embedding = self.tensors.get(HEAD), self.tensors.get(EMBEDDING)
@@ -444,6 +496,7 @@ def load_model(
     device: Place = "cpu",
     quantize: str | None = None,
     split: Callable[[GPT], Callable[[str, Tensor], Tensor]] | None = None,
+    plain: bool = False,
 ) -> GPT:
     """A model with a checkpoint's weights, in evaluation mode.
 
@@ -453,17 +506,54 @@ def load_model(
         source: An opened checkpoint or its path.
         dtype: The type of the weights; None keeps that of the checkpoint.
         device: Where the model goes, or where each weight does, by its name.
-        quantize: How to quantise the linear layers of the blocks, such as bnb.nf4; see `litgpt.quantize`.
+        quantize: How to quantise the linear layers of the blocks, such as bnb.nf4; see `litgpt.quantize`. None keeps
+            them as the checkpoint has them.
         split: Leaves a model without memory a part of its weights, and returns what takes that part of a whole weight,
             by its name.
+        plain: De-quantise weights that the checkpoint has quantised.
+
+    Raises:
+        ValueError: The checkpoint is quantised in another way.
     """
     source = source if isinstance(source, Source) else open_checkpoint(source)
     dtype = dtype or source.dtype
+    quantize = None if plain else kind_for(source, quantize)
     model = meta_model(source.config)
     if split is not None:
+        check_whole(source)
         source = PartSource(source, split(model))
     if quantize is not None:
         replace_linears(model, quantize, dtype)
     give_memory(model, dtype, device)
     source.load_into(model)
     return model.eval()
+
+
+def kind_for(source: Source, quantize: str | None) -> str | None:
+    """How a model is quantised that gets a checkpoint's weights: as is asked for, or else as the checkpoint is.
+
+    Raises:
+        ValueError: The checkpoint is quantised in another way.
+    """
+    own = source.quantized
+    if own is None or quantize is None:
+        return quantize or own
+    if not same_form(quantize, own):
+        raise ValueError(
+            f"--quantize {quantize} cannot act: the weights in '{source.files}' are {own} already. Leave it out, or "
+            "give the checkpoint that they were made from."
+        )
+    return quantize
+
+
+def check_whole(source: Source) -> None:
+    """Refuses weights that are to be split over devices, but are quantised already.
+
+    Raises:
+        ValueError: They are.
+    """
+    if source.quantized is not None:
+        raise ValueError(
+            f"'{source.files}' holds {source.quantized} weights, which cannot be split over devices. Give the "
+            "checkpoint that they were made from, with --quantize, or use generate_sequentially."
+        )

@@ -10,16 +10,17 @@ import torch
 from litgpt.checkpoint import atomic_directory, copy_companion_files, save_model
 from litgpt.convert import load_model
 from litgpt.convert.hf_config import save_config_json
+from litgpt.convert.quantised_parts import saved_weights
 from litgpt.convert.source import compare_shapes, shapes_of
 from litgpt.distributed import chosen_devices, inference_dtypes, inference_precision
 from litgpt.generation.live import weights_version
 from litgpt.llm.answers import Answering
-from litgpt.llm.loading import Parts, load_parts, random_parts
+from litgpt.llm.loading import Parts, load_parts, random_parts, settled_kind
 from litgpt.llm.placement import load_over, named_device
 from litgpt.llm.training import Trainable
 from litgpt.loading import open_model
 from litgpt.prompts import PromptStyle, save_prompt_style
-from litgpt.quantize import check_quantize, quantized_layers, replace_linears
+from litgpt.quantize import check_quantize, kind_of, quantized_layers, replace_linears
 
 
 class LLM(Answering, Trainable):
@@ -166,8 +167,10 @@ class LLM(Answering, Trainable):
         check_quantize(quantize, precision, training=False, device=device)
         mode = self.training
         if untouched:
+            source = open_model(self._checkpoint)
+            settled_kind(source, quantize, precision, device)
             self._live = self.model = None  # their memory is free before the next are read
-            self.model = load(open_model(self._checkpoint), dtype=dtype, device=device, quantize=quantize)
+            self.model = load(source, dtype=dtype, device=device, quantize=quantize)
             self._loaded = weights_version(self.model)
         else:
             if next(quantized_layers(self.model), None):
@@ -179,7 +182,7 @@ class LLM(Answering, Trainable):
         super().train(mode)
 
     def save(self, out_dir: str | Path, prompt_style: str | PromptStyle | None = None) -> None:
-        """Writes a checkpoint directory that every command and `LLM.load` take.
+        """Writes a checkpoint directory that every command and `LLM.load` take; quantised weights as they are.
 
         Args:
             out_dir: A new directory, there whole or not at all.
@@ -189,10 +192,8 @@ class LLM(Answering, Trainable):
             ValueError: The directory exists, or the model has been changed into what no plain checkpoint holds.
             SaveError: The disk is full.
         """
-        weights = self.model.state_dict()
-        if next(quantized_layers(self.model), None):
-            raise ValueError("Quantised weights are not saved. Load the model without quantize, and save that.")
-        problems = compare_shapes(shapes_of(self.config), weights, "a checkpoint", "this model")
+        wanted = shapes_of(self.config, kind_of(self.model))
+        problems = compare_shapes(wanted, self.model.state_dict(), "a checkpoint", "this model")
         if problems:
             raise ValueError(
                 "This model is not a plain one any more; merge LoRA first (`litgpt.lora.merge_lora(llm.model)`):\n"
@@ -203,7 +204,7 @@ class LLM(Answering, Trainable):
             if self._checkpoint is None:  # the tokenizer's config.json is another model's
                 save_config_json(self.config, place)
             save_prompt_style(prompt_style or self.prompt_style, place)
-            save_model(place, weights, self.config)
+            save_model(place, saved_weights(self.model), self.config)
 
 
 def load_llm(checkpoint: Path | str, **how: Any) -> LLM:

@@ -13,8 +13,8 @@ import torch
 
 from litgpt.checkpoint import CONFIG, resolve_checkpoint_dir
 from litgpt.config import Config
-from litgpt.convert import config_from_hf, load_model
-from litgpt.convert.source import give_memory, meta_model
+from litgpt.convert import Source, config_from_hf, load_model
+from litgpt.convert.source import give_memory, kind_for, meta_model
 from litgpt.distributed import accelerator as best_accelerator
 from litgpt.distributed import inference_dtypes, inference_precision
 from litgpt.generation.engine import Engine
@@ -23,6 +23,7 @@ from litgpt.model import GPT
 from litgpt.prompts import PromptStyle, choose_prompt_style
 from litgpt.quantize import check_quantize
 from litgpt.tokenizer import Tokenizer
+from litgpt.weight_only import KINDS as WEIGHT_ONLY
 
 
 @dataclass
@@ -72,6 +73,7 @@ def load_parts(
         dtype, autocast = inference_dtypes(precision, device)
         check_quantize(quantize, precision, training=False, device=device)
     source = open_model(checkpoint, access_token)
+    kind = settled_kind(source, quantize, precision, device)
     # The small files first: what is wrong with them is said before the weights are read.
     files = find_checkpoint(tokenizer_dir, access_token, tokenizer_only=True) if tokenizer_dir else source.files
     tokenizer = Tokenizer(files)
@@ -79,7 +81,7 @@ def load_parts(
         source.files, explicit=prompt_style, config=source.config, tokenizer=tokenizer, finetuned=finetuned
     )
     name = source.config.name or Path(checkpoint).stem
-    how = (precision or str(dtype).removeprefix("torch."), quantize, device.type)
+    how = (precision or str(dtype).removeprefix("torch."), kind, device.type)
     _say(f"Loading {name} ({', '.join(filter(None, how))})")
     if source.note:
         _say(source.note)
@@ -87,6 +89,22 @@ def load_parts(
     reloads = load is load_model
     engine = {"make": make_engine, "autocast": autocast, "compile": compile}
     return Parts(model, tokenizer, style, name, checkpoint if reloads else None, engine)
+
+
+def settled_kind(source: Source, quantize: str | None, precision: str | None, device: torch.device) -> str | None:
+    """How the model is quantised: as is asked for, or else as its checkpoint is.
+
+    Raises:
+        ValueError: It cannot be, or not here.
+    """
+    kind = kind_for(source, quantize)
+    if quantize is None and kind in WEIGHT_ONLY and device.type != "cpu":
+        raise ValueError(
+            f"The weights in '{source.files}' are {kind}, which is for CPUs, and the model goes to {device}. Give the "
+            "checkpoint that they were made from, with --quantize bnb.nf4."
+        )
+    check_quantize(kind, precision or "32-true", training=False, device=device)
+    return kind
 
 
 def random_parts(

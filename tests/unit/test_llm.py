@@ -436,10 +436,26 @@ def test_what_no_plain_checkpoint_holds_is_not_saved(trained, tmp_path):
         trained.save(tmp_path / "out")
     merge_lora(trained.model)
     trained.save(tmp_path / "out")
-    quantized = LLM.load(tmp_path / "out", quantize="bnb.int8")
-    with pytest.raises(ValueError, match="without quantize"):
-        quantized.save(tmp_path / "other")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["bnb.nf4-dq", "bnb.int8", "int4"])
+def test_quantised_weights_are_saved_as_they_are(directory, kind, tmp_path):
+    llm = LLM.load(directory, quantize=kind, precision="32-true")
+    llm.save(tmp_path / "out")
+    again = LLM.load(tmp_path / "out", precision="32-true")
+    ids = torch.arange(40)[None]
+    assert torch.equal(again(ids), llm(ids))
+    assert greedy(again) == greedy(llm)
+    with pytest.raises(ValueError, match=rf"--quantize bnb\.fp4 cannot act: the weights in .*out' are {kind} already"):
+        again.distribute(quantize="bnb.fp4")
+    assert greedy(again) == greedy(llm)  # it is as it was
+    again.distribute(precision="bf16-true")
+    expected = LLM.load(tmp_path / "out", precision="bf16-true", quantize=kind)
+    assert torch.equal(again(ids), expected(ids))
+    apply_lora(again.model, LoRASettings())
+    with pytest.raises(ValueError, match=r"merge_lora\(llm\.model\)"):
+        again.save(tmp_path / "other")
 
 
 def test_distribute_gives_what_loading_so_would_give(directory):
