@@ -82,6 +82,10 @@ COMMANDS = {
         "litgpt.commands.convert_from_litgpt:setup",
         "Export a checkpoint in the Hugging Face format, or its LoRA weights in PEFT's",
     ),
+    "convert_lit_checkpoint": Command(
+        "litgpt.commands.convert_lit_checkpoint:setup",
+        "Write a checkpoint with quantised weights, or in another type",
+    ),
     "convert_pretrained_checkpoint": Command(
         "litgpt.commands.convert_pretrained_checkpoint:setup",
         "Strip the training state off a pretraining checkpoint",

@@ -303,6 +303,11 @@ def kind_of(model: nn.Module) -> str | None:
     return "int4" if "int4" in kinds else next(iter(kinds), None)  # the head of such a model is in int8
 
 
+def same_form(one: str, other: str) -> bool:
+    """Whether two kinds store weights alike, as that for training and that for inference do."""
+    return one.removesuffix("-training") == other.removesuffix("-training")
+
+
 def num_parameters(model: GPT, trainable_only: bool = False) -> int:
     """Number of parameters as if nothing were quantised: not the bytes and scales of which quantised ones consist."""
     count = model.num_parameters(trainable_only)

@@ -59,7 +59,8 @@ def setup(
     options = with_learning_rate(options, method)
     if method == "full":
         refuse_lora_options(quantize, lora, lora_plus_ratio)
-    job = Finetuning(checkpoint_dir, out_dir, options, cli.spread(setup, locals()), quantize, on_pairs=True)
+    settings = cli.spread(setup, locals())
+    job = Finetuning(checkpoint_dir, out_dir, options, settings, quantize, on_pairs=True, trains_all=method == "full")
     loss = partial(PreferenceLoss, settings=dpo)
     if method == "lora":
         train_lora(job, lora, lora_plus_ratio, str(checkpoint_dir), loss)

@@ -21,7 +21,7 @@ def setup(
         checkpoint_dir: The model to finetune: a checkpoint directory, a known name, or a Hub id, downloaded if need be.
         out_dir: Where checkpoints, metrics.csv, logs.txt and loss.png go.
     """
-    job = Finetuning(checkpoint_dir, out_dir, options, cli.spread(setup, locals()))
+    job = Finetuning(checkpoint_dir, out_dir, options, cli.spread(setup, locals()), trains_all=True)
     gpt = job.load_model().requires_grad_(True)
     outcome = job.train(gpt, Saved(), partial(save_model, config=job.config))
     if outcome is not None and not outcome.interrupted:

@@ -21,6 +21,7 @@ from litgpt.commands.download import download
 from litgpt.commands.pretrain import choose_logger, plan_lines, sequence_length, stop_early
 from litgpt.config import Config
 from litgpt.convert import Source, load_model, open_checkpoint
+from litgpt.convert.source import kind_for
 from litgpt.data import Alpaca
 from litgpt.data.base import DataModule
 from litgpt.data.preferences import PreferenceData
@@ -31,7 +32,7 @@ from litgpt.generation.sampling import Sampling
 from litgpt.memory import Usage, estimate_memory
 from litgpt.model import GPT
 from litgpt.prompts import choose_prompt_style, save_prompt_style
-from litgpt.quantize import check_quantize, num_parameters, without_mixing
+from litgpt.quantize import TRAINING_KINDS, check_quantize, num_parameters, same_form, without_mixing
 from litgpt.tokenizer import Tokenizer
 from litgpt.training.activation_checkpointing import checkpoint_blocks
 from litgpt.training.arguments import EvalArgs, LogArgs, TrainArgs
@@ -112,8 +113,9 @@ class Finetuning:
         out_dir: Where the run's files go.
         options: What all methods take.
         settings: All settings of the command, to be shown.
-        quantize: How frozen weights are stored.
+        quantize: How frozen weights are stored; by default as the checkpoint has them, if they can be trained on so.
         on_pairs: Whether it learns from pairs of replies, not from single ones.
+        trains_all: Whether all weights are trained, so that none stays quantised.
     """
 
     def __init__(
@@ -124,9 +126,10 @@ class Finetuning:
         settings: dict[str, Any],
         quantize: str | None = None,
         on_pairs: bool = False,
+        trains_all: bool = False,
     ) -> None:
         self.options = options = replace(options, train=replace(options.train))  # the batch is settled below
-        self.out_dir, self.quantize = out_dir, quantize
+        self.out_dir = out_dir
         self.data = chosen_data(options.data, on_pairs)
         train = options.train
         self.world_size = distributed.count_devices(options.devices, options.num_nodes)
@@ -145,6 +148,10 @@ class Finetuning:
         fetch = partial(download, access_token=options.access_token)
         self.source: Source = open_checkpoint(resolve_checkpoint_dir(checkpoint_dir, download=fetch))
         self.config: Config = self.source.config
+        self.quantize = None if trains_all else frozen_kind(self.source, quantize)
+        if self.quantize != quantize:
+            precision = options.precision or without_mixing(precision)
+            check_quantize(self.quantize, precision, training=True)
         self.tokenizer = Tokenizer(self.source.files)
         self.tokens = sequence_length(train, self.config)
 
@@ -156,8 +163,11 @@ class Finetuning:
         self.console.print(pprint.pformat(dict(sorted(settings.items()))))
         distributed.seed_everything(options.seed)
         self.console.print(f"Seed set to {options.seed}\n{distributed.describe_devices(self.fabric)}")
-        if self.source.note:
-            self.console.print(self.source.note)
+        note = self.source.note if self.quantize else self.source.note_on_plain
+        if note:
+            self.console.print(note)
+        if self.quantize != quantize:
+            self.console.print(f"The frozen weights stay as they are in the checkpoint: {self.quantize}")
         if self.checkpoint is not None:
             self.console.print(f"Resuming from {str(self.checkpoint)!r}")
         self._prepare_data()
@@ -199,7 +209,7 @@ class Finetuning:
         dtype, _ = distributed.PRECISIONS[distributed.precision_of(self.fabric)]
         # Quantising is work for the device; whole weights go there when they are sharded.
         device = self.fabric.device if self.quantize else "cpu"
-        return load_model(self.source, dtype=dtype, device=device, quantize=self.quantize)
+        return load_model(self.source, dtype=dtype, device=device, quantize=self.quantize, plain=not self.quantize)
 
     def train(
         self,
@@ -342,6 +352,16 @@ class Finetuning:
         finally:
             gpt.train(was_training)
         return f"{messages[-1]['content']}\n-> {answer}"
+
+
+def frozen_kind(source: Source, quantize: str | None) -> str | None:
+    """How frozen weights are stored: as is asked for, or else as in the checkpoint, if they can be trained on so.
+
+    Raises:
+        ValueError: The checkpoint is quantised in another way.
+    """
+    kind = kind_for(source, quantize)
+    return next((known for known in TRAINING_KINDS if kind and same_form(known, kind)), None)
 
 
 def chosen_data(given: DataModule | None, on_pairs: bool) -> SFTData:

@@ -128,8 +128,8 @@ def setup(
     console.print(pprint.pformat(settings))
     distributed.seed_everything(seed)
     console.print(f"Seed set to {seed}\n{distributed.describe_devices(fabric)}")
-    if source is not None and source.note:
-        console.print(source.note)
+    if source is not None and source.note_on_plain:
+        console.print(source.note_on_plain)
     if checkpoint is not None:
         console.print(f"Resuming from {str(checkpoint)!r}")
 

@@ -18,23 +18,12 @@ from torch import Tensor, nn
 
 from litgpt.checkpoint import Release
 from litgpt.model import GPT
-from litgpt.quantize import (
-    INFERENCE_KINDS,
-    QuantizedLinear,
-    is_quantized,
-    kind_of,
-    quantized_layers,
-)
+from litgpt.quantize import INFERENCE_KINDS, QuantizedLinear, is_quantized, kind_of, quantized_layers
 from litgpt.weight_only import Int4Weight
 
 KIND = "quantize"
 Named = tuple[str, Tensor]
 Parts = dict[str, Tensor]
-
-
-def same_form(one: str, other: str) -> bool:
-    """Whether two kinds store weights alike, as that for training and that for inference do."""
-    return one.removesuffix("-training") == other.removesuffix("-training")
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

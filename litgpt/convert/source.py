@@ -30,7 +30,6 @@ from litgpt.convert.quantised_parts import (
     dequantised,
     fill,
     parts_in,
-    same_form,
     saved_shapes,
     take_kind,
     weight_name,
@@ -40,7 +39,7 @@ from litgpt.convert.recognition import architecture_of, text_model, text_name
 from litgpt.convert.safetensors_file import read_safetensors
 from litgpt.model import GPT, RotaryEmbedding
 from litgpt.models import find_known
-from litgpt.quantize import QuantizedLinear, is_quantized, kind_of, quantized_layers, replace_linears
+from litgpt.quantize import QuantizedLinear, is_quantized, kind_of, quantized_layers, replace_linears, same_form
 
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 Named = tuple[str, Tensor]

@@ -1,0 +1,72 @@
+"""Write a checkpoint anew with quantised weights, or in another type."""
+
+from pathlib import Path
+
+import torch
+
+from litgpt.checkpoint import WEIGHTS, atomic_directory, copy_companion_files, save_model
+from litgpt.convert.adapted_source import AdapterSource
+from litgpt.convert.options import Progress, dtype_from_name, tell_note
+from litgpt.convert.quantised_parts import quantised_stream
+from litgpt.convert.source import kind_for, meta_model
+from litgpt.loading import find_checkpoint, open_model
+from litgpt.quantize import check_quantize
+
+
+def setup(
+    checkpoint_dir: Path,
+    out_dir: Path | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    access_token: str | None = None,
+    verbose: bool = False,
+) -> None:
+    """Write a checkpoint with quantised weights, or in another type, for litgpt itself.
+
+    The result is a checkpoint directory that generate, chat, serve and LLM.load take as it is: smaller on the disk,
+    quicker to load, and without --quantize. It is made matrix by matrix, so that the memory needed does not grow with
+    the model. For other programs, use convert_from_litgpt.
+
+    Args:
+        checkpoint_dir: A checkpoint directory, a Hugging Face directory, a .gguf file, a known name or a Hub id.
+        out_dir: The directory to create. By default it is beside checkpoint_dir and named like it and the kind, as
+            final-bnb.nf4.
+        dtype: Data type of what is not quantised (float32, float16, bfloat16); by default that of the checkpoint. It is
+            best that in which the model is to answer. Without quantize, all weights are written in it, and quantised
+            ones are de-quantised.
+        quantize: Keep the weights of the linear layers in 4 or 8 bits: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq,
+            bnb.int8, or for CPUs int4 or int8.
+        access_token: For a gated model that has to be downloaded first.
+        verbose: Print every tensor instead of a progress bar.
+    """
+    target = dtype_from_name(dtype)
+    if quantize is None and target is None:
+        raise ValueError(
+            "--quantize and --dtype are missing: there is nothing to change. Give one, such as --quantize bnb.nf4, or "
+            "use `litgpt convert_from_litgpt` to export for other programs."
+        )
+    check_quantize(quantize, "32-true", training=False)
+    if quantize is not None and target is torch.float64:
+        raise ValueError(f"--dtype {dtype} cannot act with --quantize {quantize}. Use --dtype float32 or less.")
+    path = find_checkpoint(checkpoint_dir, access_token)
+    source = open_model(path, access_token)
+    if isinstance(source, AdapterSource):
+        raise ValueError(f"'{checkpoint_dir}' holds an adapter, which cannot be merged. Give the model it belongs to.")
+    kind = kind_for(source, quantize)
+    if quantize is not None and kind == source.quantized:
+        raise ValueError(f"--quantize {quantize} cannot act: '{checkpoint_dir}' is quantised so already.")
+    tell_note(source)
+    if out_dir is None:
+        path = path.with_suffix("") if path.is_file() else path.resolve()
+        out_dir = path.with_name(f"{path.name}-{quantize or dtype}")
+    target = target or source.dtype
+    if quantize is None:
+        weights = Progress(source, verbose, target)(source.weights())
+    else:
+        model = meta_model(source.config, quantize, target)
+        weights = quantised_stream(Progress(source, verbose)(source.weights()), model, source.release)
+    with atomic_directory(out_dir) as directory:
+        copy_companion_files(source.files, directory)
+        save_model(directory, weights, source.config, source.release)
+        size = (directory / WEIGHTS).stat().st_size
+    print(f"Saved {WEIGHTS} ({size / 1e6:,.1f} MB) to {out_dir}. To talk with it, run:\nlitgpt chat {out_dir}")
