@@ -8,16 +8,13 @@ from typing import Literal
 
 from litgpt.commands.inference import say
 from litgpt.distributed import accelerator as best_accelerator
-from litgpt.generation.engine import Engine
+from litgpt.generation.engine import Engine, share_memory
 from litgpt.generation.sampling import Sampling
 from litgpt.generation.worker import Worker
 from litgpt.llm import LLM, load_llm
 from litgpt.lora import LORA_WEIGHTS, adapted_copy, read_lora
 from litgpt.prompts import choose_prompt_style
-from litgpt.serving.application import create_app
 from litgpt.serving.served import Defaults, ServedModel
-from litgpt.serving.server import Server, listen
-from litgpt.serving.service import Service
 
 API_KEY = "LITGPT_API_KEY"
 
@@ -40,7 +37,7 @@ def setup(
     openai_spec: bool = True,
     access_token: str | None = None,
     api_path: str | None = "/predict",
-    timeout: float = 30,
+    timeout: float = 600,
     max_batch_size: int = 32,
     max_queue: int = 256,
     adapter: list[str] | None = None,
@@ -73,7 +70,8 @@ def setup(
         openai_spec: OpenAI's API is there in any case.
         access_token: For a gated model that has to be downloaded first.
         api_path: Where /predict is.
-        timeout: A request that has got no token after so many seconds is refused with 504; 0 for no limit.
+        timeout: A request that is not answered to its end after so many seconds, waiting included, is ended: with 504,
+            or with an error as the last event of a stream. 0 for no limit.
         max_batch_size: How many answers are generated at a time.
         max_queue: How many more may wait; a request beyond that is refused with 429.
         adapter: NAME=DIR, once or several times: a LoRA directory finetuned from this checkpoint, which requests choose
@@ -83,6 +81,11 @@ def setup(
             of the checkpoint's own; `default` gives the model the bare prompt.
         compile: Compile the decoding: on a CPU in the background, for later runs too; a GPU's first answer waits.
     """
+    # Here, so that the help is there without what only a running server needs.
+    from litgpt.serving.application import create_app
+    from litgpt.serving.server import Server, listen
+    from litgpt.serving.service import Service
+
     Sampling(temperature, top_k, top_p)
     for name, value, least in (
         ("max_new_tokens", max_new_tokens, 1),
@@ -129,6 +132,7 @@ def setup(
             aliases=(str(checkpoint_dir),),
         )
         models = [model, *(adapted_model(llm, model, name, path, prompt_style) for name, path in adapters.items())]
+        share_memory([each.worker.engine for each in models])
         say(f"{', '.join(each.name for each in models)} {'is' if len(models) == 1 else 'are'} ready.")
         return models
 

@@ -27,11 +27,12 @@ from litgpt.generation.request import Output, Progress, Request, TokenLogprob
 from litgpt.generation.sampling import Sampler
 from litgpt.model import GPT, KVCache
 
-__all__ = ["Engine", "Output", "Request"]
+__all__ = ["Engine", "Output", "Request", "share_memory"]
 
 SLOTS = 32  # requests that run at a time
 CACHE_STEP = 128  # attention reads the cache in multiples of this, so that few distinct shapes occur
 PREFILL_CHUNK = 1024  # tokens of prompts that are read in a step
+CACHE_SHARE = 0.9  # of the memory that is left: the rest is for what a step computes
 WORTH_COPYING = 16  # a beginning that another slot holds is copied from this many tokens on
 
 
@@ -79,7 +80,9 @@ class Engine:
         self._writing: list[Slot] = []  # get a token each step
         self._slots: list[Slot] = []
         self._cache: KVCache | None = None
-        self._cache_bytes = 0.9 * (memory_free(self.device) or math.inf) if cache_bytes is None else cache_bytes
+        self.cache_bytes = cache_bytes
+        if cache_bytes is None:
+            share_memory([self])
         self._batch: Batch | None = None  # that of the last step
 
     # -- one by one
@@ -220,11 +223,11 @@ class Engine:
         if self._cache is not None and (rows, longest) == (len(self._slots), self._cache.max_length):
             return True
         self._batch = None
-        if self._size(rows, longest) > self._cache_bytes:
+        if self._size(rows, longest) > self.cache_bytes:
             if self.running:
                 return False
             rows, longest = 1, min(self.context, -(-length // CACHE_STEP) * CACHE_STEP)
-            if self._size(rows, longest) > self._cache_bytes:
+            if self._size(rows, longest) > self.cache_bytes:
                 longest = length  # the last resort: the device says whether it has the memory
             self._cache, self._slots = None, []
         if self._cache is None:
@@ -452,6 +455,17 @@ class Batch:
     def __post_init__(self) -> None:
         self.numbers = [slot.progress.number for slot in self.slots]
         self.is_full = self.rows.tolist() == list(range(self.tokens.size(0)))
+
+
+def share_memory(engines: Sequence[Engine]) -> None:
+    """Gives each of some engines on one device an equal part of what it has left for keys and values.
+
+    Equal, not first come, first served: a cache keeps its size, so that one engine's busy hour would leave the others
+    without any.
+    """
+    free = memory_free(engines[0].device) or math.inf
+    for engine in engines:
+        engine.cache_bytes = CACHE_SHARE * free / len(engines)
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from litgpt.generation.request import Output, Request, TokenLogprob
@@ -84,15 +84,17 @@ class Answers:
             too_long = len(request.prompt) >= self.model.context
             raise bad_request(error, self.param, "context_length_exceeded" if too_long else "invalid_value") from None
         service.enter(len(self.requests))
-        running: dict[int, Ticket] = {}
         left = len(self.requests)
+        running: dict[int, Ticket] = {}
+        # Not a bound on each wait: what has come before the end is given out, however slowly the client reads.
+        end = loop.call_later(service.timeout, self._time_is_up, running, outputs) if service.timeout else None
         try:
             for index, request in enumerate(self.requests):
                 running[index] = self.model.worker.submit(request, _deliverer(loop, outputs, index))
-            deadline = began + service.timeout if service.timeout else None
             while running:
-                index, output = await self._next(outputs, deadline)
-                deadline = None
+                index, output = await outputs.get()
+                if isinstance(output, ApiError):
+                    raise output
                 if isinstance(output, Exception):
                     running.pop(index, None)
                     raise engine_error(output) from output
@@ -113,20 +115,21 @@ class Answers:
         except RuntimeError as error:  # the engine was shut down before all were handed in
             raise engine_error(error) from error
         finally:
-            for ticket in running.values():
-                ticket.cancel()
+            if end is not None:
+                end.cancel()
+            _cancel(running)
             service.leave(left)
 
-    async def _next(
-        self, outputs: asyncio.Queue[tuple[int, Output | Exception]], deadline: float | None
-    ) -> tuple[int, Output | Exception]:
-        if deadline is None:
-            return await outputs.get()
-        try:
-            return await asyncio.wait_for(outputs.get(), max(0.0, deadline - time.monotonic()))
-        except (asyncio.TimeoutError, TimeoutError):
-            message = f"No token in {self.service.timeout:g} seconds: the server is too busy. Try again later."
-            raise ApiError(504, message, code="timeout") from None
+    def _time_is_up(
+        self, running: Mapping[int, Ticket], outputs: asyncio.Queue[tuple[int, Output | Exception]]
+    ) -> None:
+        """Ends what is not finished, and says so after what has come."""
+        _cancel(running)
+        message = (
+            f"The answer was not complete after {self.service.timeout:g} seconds, the server's limit for a request. "
+            "Ask for fewer tokens, or try again when it is less busy."
+        )
+        outputs.put_nowait((-1, ApiError(504, message, code="timeout")))
 
     def _count(self, index: int, output: Output, began: float) -> None:
         metrics, text = self.service.metrics, self._texts[index]
@@ -198,6 +201,11 @@ def several(request: Request, count: int) -> list[Request]:
         )
         for index in range(count)
     ]
+
+
+def _cancel(running: Mapping[int, Ticket]) -> None:
+    for ticket in running.values():
+        ticket.cancel()
 
 
 def _deliverer(loop: asyncio.AbstractEventLoop, outputs: asyncio.Queue, index: int):

@@ -6,7 +6,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 import litgpt
-from litgpt.serving import errors, openai_api, page, predict
+from litgpt.serving import description, errors, openai_api, page, predict
 from litgpt.serving.guard import LARGEST_BODY, Guard
 from litgpt.serving.metrics import CountRequests
 from litgpt.serving.service import Service
@@ -34,6 +34,7 @@ def create_app(
         title="litgpt",
         version=litgpt.__version__,
         description="A language model behind `POST /predict` and OpenAI's API.",
+        docs_url=None,  # FastAPI's page loads its scripts from elsewhere
         redoc_url=None,
     )
     errors.install(app)
@@ -56,6 +57,7 @@ def create_app(
         return Response(service.metrics.text(), media_type=service.metrics.content_type)
 
     app.include_router(page.router())
+    app.include_router(description.router(app.openapi))
     app.include_router(predict.router(service, api_path, stream))
     app.include_router(openai_api.router(service))
     return app

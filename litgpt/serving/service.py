@@ -21,7 +21,7 @@ class Service:
     Args:
         max_running: How many answers are generated at a time.
         max_queue: How many more may wait; beyond that requests are refused.
-        timeout: Seconds after which a request that has got no token is refused; 0 for no limit.
+        timeout: Seconds after which a request that is not answered to its end is ended with an error; 0 for no limit.
     """
 
     def __init__(self, max_running: int, max_queue: int, timeout: float = 0) -> None:

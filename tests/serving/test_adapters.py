@@ -13,6 +13,7 @@ from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
 from litgpt.lora import LoRASettings, apply_lora, lora_layers, merge_lora, save_lora
 from litgpt.prompts import PromptStyle, save_prompt_style
+from litgpt.serving.server import Server
 from tests.serving.conftest import running
 
 SETTINGS = {
@@ -68,6 +69,23 @@ def test_each_name_answers_with_its_adapter_and_the_base_is_shared(chat_director
         assert httpx.get(f"{server.url}/health").json()["models"] == ["tiny-random", "poet", "clerk"]
         with pytest.raises(openai.NotFoundError, match="Did you mean 'poet'"):
             ask("poets")
+
+
+def test_models_of_one_server_share_the_memory_for_their_caches(chat_directory, adapted, monkeypatch):
+    served = []
+
+    class Caught(Server):
+        def serve_on(self, listener):
+            listener.close()
+            served.extend(self._load())
+
+    monkeypatch.setattr("litgpt.serving.server.Server", Caught)
+    monkeypatch.setattr("litgpt.generation.engine.memory_free", lambda device: 3000)
+    words = [word for name, path in adapted[0].items() for word in ("--adapter", f"{name}={path}")]
+    assert main(["serve", str(chat_directory), "--port", "0", *words]) == 0
+    assert [model.worker.engine.cache_bytes for model in served] == [900] * 3
+    for model in served:
+        model.worker.close()
 
 
 def test_adapters_that_cannot_be_served_are_refused(chat_directory, adapted, tmp_path, capsys):

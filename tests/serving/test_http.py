@@ -1,14 +1,18 @@
 """What the server says over HTTP beside OpenAI's API: /predict, keys, limits, and what a client does wrong."""
 
+import asyncio
 import json
 import threading
 import time
 
 import httpx
+import openai
 import pytest
 
 from litgpt.generation.request import Request
 from litgpt.generation.sampling import Sampling
+from litgpt.serving.answers import Answers
+from litgpt.serving.errors import ApiError
 from tests.serving.conftest import raw_request, running
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "temperature": 0}
@@ -201,15 +205,77 @@ def test_a_client_that_goes_away_frees_its_slot(chat_directory, stream, path):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_that_gets_no_token_in_time_is_refused(chat_directory, stream):
+def test_a_request_that_waits_too_long_is_refused(chat_directory, stream):
     with running(chat_directory, slots=1, timeout=0.3) as narrow:
         brake = Brake(narrow)
+        first = in_background(lambda: post(narrow, "/v1/chat/completions", CHAT))
+        wait_for(lambda: narrow.service.taken == 1)
         response = post(narrow, "/v1/chat/completions", {**CHAT, "stream": stream})
         assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
+        assert "0.3 seconds" in response.json()["error"]["message"]
         brake.release()
+        first[0].join(20)
+        assert first[1][0].status_code == 504
         narrow.wait_until_idle()
-        long = post(narrow, "/v1/chat/completions", {**CHAT, "max_tokens": 300, "ignore_eos": True})
-        assert long.json()["usage"]["completion_tokens"] == 300
+        narrow.service.timeout = 0
+        assert post(narrow, "/v1/chat/completions", CHAT).status_code == 200
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/predict"])
+def test_an_answer_that_takes_too_long_is_ended(chat_directory, path, count):
+    """The time that an answer takes after its first token counts, too."""
+    stream = path == "/predict"
+    with running(chat_directory, timeout=0.6, stream=stream) as slow:
+        handle = slow.engine.model.register_forward_pre_hook(lambda *_: time.sleep(0.03))
+        long = {**CHAT, "max_tokens": 400, "ignore_eos": True, "n": count}
+        before = time.monotonic()
+        if stream:
+            with httpx.stream("POST", slow.url + path, json={"prompt": "Hello", "max_new_tokens": 400}) as response:
+                *lines, last = [json.loads(line) for line in response.iter_lines()]
+            assert response.status_code == 200
+            assert len(lines) > 3
+            assert last["error"]["code"] == "timeout"
+            pieces = []
+            with pytest.raises(openai.APIError, match=r"not complete after 0\.6 seconds") as refused:  # noqa: PT012
+                for chunk in slow.client.chat.completions.create(
+                    model="tiny-random", messages=CHAT["messages"], max_tokens=400, n=count, stream=True, temperature=0
+                ):
+                    pieces += [choice.delta.content for choice in chunk.choices]
+            assert refused.value.code == "timeout"
+            assert len("".join(filter(None, pieces))) > 3
+        else:
+            response = post(slow, path, long)
+            assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
+        slow.wait_until_idle()
+        assert time.monotonic() - before < 10  # to the end it would be twelve seconds for each
+        handle.remove()
+        assert post(slow, path, {**CHAT, "n": count} if not stream else {"prompt": "x", "max_new_tokens": 1}).is_success
+
+
+def test_a_client_that_does_not_read_holds_its_slot_no_longer_than_the_limit(chat_directory):
+    with running(chat_directory, timeout=0.6) as slow:
+        handle = slow.engine.model.register_forward_pre_hook(lambda *_: time.sleep(0.03))
+
+        async def read() -> None:
+            prompt = slow.model.encode(CHAT["messages"])
+            answers = Answers(slow.service, slow.model, [Request(prompt, 400, Sampling(0))])
+            pieces = answers.pieces()
+            assert (await anext(pieces)).text
+            deadline = time.monotonic() + 6  # to the end it would be twelve seconds
+            while slow.engine.running:
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.02)
+            later = []
+            with pytest.raises(ApiError, match="not complete") as refused:  # noqa: PT012
+                async for piece in pieces:
+                    later.append(piece.text)
+            assert refused.value.status == 504
+            assert len(later) > 3  # what came in time is given out
+
+        asyncio.run(read())
+        handle.remove()
+        assert slow.service.taken == 0
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -140,6 +140,32 @@ def test_options_that_cannot_act_are_refused(chat_directory, capsys, options, me
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("missing", ["fastapi", "uvicorn"])
+def test_without_its_packages_the_help_is_there_and_the_command_says_what_to_install(chat_directory, missing):
+    code = f"""
+import sys
+from importlib.abc import MetaPathFinder
+
+class Absent(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == {missing!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Absent())
+from litgpt.__main__ import main
+
+for words in (["--help"], ["serve", "--help"]):
+    assert main(words) == 0
+assert main(["serve", {str(chat_directory)!r}, "--port", "0"]) == 1
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "--max_batch_size" in done.stdout
+    assert done.stderr.strip() == (
+        f"error: the Python package {missing!r} is not installed: pip install 'litgpt[all]' or pip install {missing}"
+    )
+
+
 def test_a_checkpoint_that_is_not_there_ends_the_command(tmp_path, capsys):
     from litgpt.__main__ import main
 

@@ -1,5 +1,6 @@
 """The engine against the plain model: whole forward passes, one token at a time."""
 
+import math
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ import torch
 
 from litgpt.config import Config
 from litgpt.generation import engine as engine_module
-from litgpt.generation.engine import Engine, Request
+from litgpt.generation.engine import Engine, Request, share_memory
 from litgpt.generation.sampling import Sampling
 from litgpt.generation.worker import Worker
 from litgpt.model import GPT
@@ -333,6 +334,17 @@ def test_requests_wait_where_the_cache_would_need_too_much_memory(model):
         finally:
             handle.remove()
         assert max(ran) == most
+
+
+def test_engines_of_one_device_share_what_memory_it_has_left(model, monkeypatch):
+    monkeypatch.setattr("litgpt.generation.engine.memory_free", lambda device: 1000)
+    engines = [Engine(model) for _ in range(4)]
+    assert [engine.cache_bytes for engine in engines] == [900] * 4
+    share_memory(engines)
+    assert [engine.cache_bytes for engine in engines] == [225] * 4
+    monkeypatch.setattr("litgpt.generation.engine.memory_free", lambda device: None)
+    share_memory(engines)
+    assert engines[0].cache_bytes == math.inf
 
 
 @torch.inference_mode()
