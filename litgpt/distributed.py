@@ -112,13 +112,15 @@ def store_frozen_matrices(gpt: GPT, precision: str) -> None:
                 parameter.data = parameter.data.to(dtype)
 
 
-def count_devices(devices: int | str, num_nodes: int = 1) -> int:
+def count_devices(devices: int | str, num_nodes: int = 1, kind: str | None = None) -> int:
     """How many devices `devices` means over all nodes: a number, "auto" or -1 for all, "0,2" for those two.
+
+    Of the kind given, by default of the best there is.
 
     Raises:
         ValueError: There are not that many, or it is no number.
     """
-    kind = accelerator()
+    kind = kind or accelerator()
     present = {"cuda": torch.cuda.device_count, "mps": lambda: 1, "cpu": lambda: 1}[kind]()
     text = str(devices).strip()
     if text in ("auto", "-1"):
@@ -135,15 +137,15 @@ def count_devices(devices: int | str, num_nodes: int = 1) -> int:
     return int(text) * num_nodes
 
 
-def chosen_devices(devices: int | str) -> list[torch.device]:
+def chosen_devices(devices: int | str, kind: str | None = None) -> list[torch.device]:
     """The devices of this machine that `devices` means, as for `count_devices`; on a CPU it so many times.
 
     Raises:
         ValueError: There is no such device.
     """
-    kind, text = accelerator(), str(devices).strip()
+    kind, text = kind or accelerator(), str(devices).strip()
     if "," not in text:
-        numbers = list(range(count_devices(devices)))
+        numbers = list(range(count_devices(devices, kind=kind)))
     else:
         parts = [part.strip() for part in text.split(",") if part.strip()]
         numbers = [int(part) for part in parts if part.isdecimal()]

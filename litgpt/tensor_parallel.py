@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from litgpt.config import Config
 from litgpt.model import GPT, CausalSelfAttention, GptNeoxMLP, LatentAttention, LLaMAMLP, RMSNorm
+from litgpt.process_group import ProcessGroup
 
 Take = Callable[[str, Tensor], Tensor]
 
@@ -46,13 +46,12 @@ def check_split(config: Config, ranks: int) -> None:
         refuse("its LayerNorm over all heads at once cannot be computed in parts")
 
 
-def split_model(gpt: GPT, rank: int, ranks: int) -> Take:
+def split_model(gpt: GPT, group: ProcessGroup) -> Take:
     """Leaves a model on the meta device its rank's part.
 
     Args:
         gpt: The model, without memory. Its calls are then collective: every rank makes the same ones.
-        rank: Which part.
-        ranks: How many parts there are, as many as the default process group has.
+        group: The ranks, which need not have met yet.
 
     Returns:
         What takes this rank's part of a whole weight, by the weight's name: of a view of a file another view where
@@ -61,13 +60,13 @@ def split_model(gpt: GPT, rank: int, ranks: int) -> Take:
     Raises:
         ValueError: The model cannot be split so.
     """
-    check_split(gpt.config, ranks)
-    return _Split(gpt, rank, ranks).part
+    check_split(gpt.config, group.count)
+    return _Split(gpt, group).part
 
 
 class _Split:
-    def __init__(self, gpt: GPT, rank: int, ranks: int) -> None:
-        self.rank, self.ranks = rank, ranks
+    def __init__(self, gpt: GPT, group: ProcessGroup) -> None:
+        self.group, self.rank, self.ranks = group, group.rank, group.count
         self.parts: dict[str, Callable[[Tensor], Tensor]] = {}
         self.names = {module: name for name, module in gpt.named_modules()}
         for block in gpt.transformer["h"]:
@@ -76,12 +75,12 @@ class _Split:
             for module in block.mlp.modules():
                 if isinstance(module, (GptNeoxMLP, LLaMAMLP)):
                     self.mlp(module)
-            block.attn.register_forward_hook(_added_up)
-            block.mlp.register_forward_hook(_added_up)
+            block.attn.register_forward_hook(self.added_up)
+            block.mlp.register_forward_hook(self.added_up)
         head = gpt.lm_head
-        if not gpt.config.tie_embeddings and head.out_features % ranks == 0:
+        if not gpt.config.tie_embeddings and head.out_features % self.ranks == 0:
             self.rows(head, [self.share(head.out_features)])
-            head.register_forward_hook(_side_by_side)
+            head.register_forward_hook(self.side_by_side)
 
     def part(self, name: str, tensor: Tensor) -> Tensor:
         return self.parts[name](tensor) if name in self.parts else tensor
@@ -109,7 +108,7 @@ class _Split:
             for norm, (start, length) in ((attention.norm_q, spans[0]), (attention.norm_k, (group, group_count))):
                 span = (start * size, length * size)
                 self.tensor(norm, "weight", lambda t, span=span: t.narrow(0, *span))
-                norm.__class__ = SplitRMSNorm
+                norm.__class__, norm.group = SplitRMSNorm, self.group
 
     def latent_attention(self, attention: LatentAttention) -> None:
         heads = attention.n_head
@@ -147,15 +146,27 @@ class _Split:
         setattr(module, name, nn.Parameter(whole.new_empty(part(whole.detach()).shape)))
         self.parts[f"{self.names[module]}.{name}"] = part
 
+    def added_up(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """A forward hook: the sum of the ranks' outputs."""
+        output = output.contiguous()
+        self.group.add_up(output)
+        return output
+
+    def side_by_side(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """A forward hook: the ranks' outputs in a row."""
+        return self.group.side_by_side(output.contiguous())
+
 
 class SplitRMSNorm(RMSNorm):
     """A norm over all ranks' heads: the squares are added up over the ranks."""
 
+    group: ProcessGroup
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., size of this rank) -> the same."""
         squares = x.float().square().mean(dim=-1, keepdim=True)
-        dist.all_reduce(squares)  # heads that several ranks have count as often in the divisor
-        scale = torch.rsqrt(squares / dist.get_world_size() + self.eps)
+        self.group.add_up(squares)  # heads that several ranks have count as often in the divisor
+        scale = torch.rsqrt(squares / self.group.count + self.eps)
         weight = 1 + self.weight.float() if self.unit_offset else self.weight.float()
         return (x.float() * scale * weight).to(x.dtype)
 
@@ -167,17 +178,3 @@ def _rows(tensor: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
     if tensor.is_meta:  # torch.cat would import torch's compiler for it
         return tensor.new_empty(sum(length for _, length in spans), *tensor.shape[1:])
     return torch.cat(parts)
-
-
-def _added_up(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    """A forward hook: the sum of the ranks' outputs."""
-    output = output.contiguous()
-    dist.all_reduce(output)
-    return output
-
-
-def _side_by_side(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    """A forward hook: the ranks' outputs in a row."""
-    parts = [torch.empty_like(output) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, output.contiguous())
-    return torch.cat(parts, dim=-1)

@@ -6,9 +6,8 @@ from typing import Annotated
 
 from litgpt import cli
 from litgpt.commands.generate import DEFAULT_PROMPT, Options, answer
-from litgpt.distributed import chosen_devices
 from litgpt.llm import load_llm
-from litgpt.llm.placement import load_over
+from litgpt.llm.placement import place
 
 
 def setup(
@@ -26,12 +25,5 @@ def setup(
         prompt: What to answer. Without this option a prompt that is piped in is taken, whole.
         devices: Number of devices, or their numbers as 0,2; auto takes all.
     """
-    targets = chosen_devices(devices)
-    if len(targets) == 1:
-        answer(partial(load_llm, checkpoint_dir, device=targets[0]), prompt, options)
-        return
-    if options.compile:
-        raise ValueError(
-            "--compile true cannot act in generate_sequentially: moving from device to device is not compiled."
-        )
-    answer(partial(load_llm, checkpoint_dir, load=load_over(targets), device=targets[0]), prompt, options)
+    placement = place(devices=devices, strategy="sequential")
+    answer(partial(load_llm, checkpoint_dir, placement=placement), prompt, options)

@@ -2,51 +2,71 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from litgpt.generation.engine import Engine
 from litgpt.generation.request import Output, Request
 from litgpt.generation.sampling import Sampling
 from litgpt.model import GPT
+from litgpt.process_group import ProcessGroup
 
-FOREVER = timedelta(days=365)  # how long the others wait for the next request
+News = list[tuple[str, Any]]
+"""What rank 0 has done since its last step, in order; plain values."""
 
 
-class Ranks:
-    """What rank 0 tells the others, on a channel of its own. Making one is collective."""
+class RanksLost(RuntimeError):
+    """A process that has a part of the model is gone, or has lost step with the others: it must be loaded anew."""
 
-    def __init__(self) -> None:
-        self.leads = dist.get_rank() == 0
-        self._group = dist.new_group(backend="gloo", timeout=FOREVER)
 
-    def tell(self, news: Any) -> Any:
-        """On rank 0, what the others get to know; there, what rank 0 tells. Plain values."""
-        box = [news]
-        dist.broadcast_object_list(box, src=0, group=self._group)
-        return box[0]
+class Ranks(Protocol):
+    """The processes that have a model's parts, seen from one of them."""
+
+    group: ProcessGroup
+
+    def tell(self, news: News) -> None:
+        """On rank 0: lets the others know. Raises RanksLost where one of them is gone."""
+
+    def hear(self) -> News | None:
+        """On the others: what rank 0 tells next; None when it needs them no more."""
+
+    def lost(self, error: Exception) -> RanksLost:
+        """On rank 0: ends the others after an error in the middle of what all do; says what has become of them."""
+
+    def check(self) -> None:
+        """On rank 0: raises RanksLost where one of the others is gone."""
 
 
 class RankEngine(Engine):
     """The engine of one rank. All of them hold the same requests and make the same steps at the same time.
 
-    Rank 0's is used like any engine. The others' `follow` until it tells them None. Only rank 0 draws tokens, so that
-    no difference in rounding can lead the ranks apart.
+    Rank 0's is used like any engine, while the others `follow`. Only rank 0 draws tokens, so that no difference in
+    rounding can lead the ranks apart.
 
     Args:
         model: This rank's part of the model (`litgpt.tensor_parallel`).
         ranks: The channel between them.
-        options: As for `Engine`, the same on all ranks.
+        options: As for `Engine`; on rank 0, which lets the others know.
     """
 
-    def __init__(self, model: GPT, ranks: Ranks, **options: Any) -> None:
-        super().__init__(model, **options)
-        self.ranks = ranks
-        self._news: list[tuple[str, Any]] = []  # that the others get to know with the next step
+    def __init__(
+        self, model: GPT, ranks: Ranks, *, autocast: torch.dtype | None = None, compile: bool = False, **options: Any
+    ) -> None:
+        self.ranks, self.leads = ranks, ranks.group.rank == 0
+        self._news: News = []
+        if self.leads:
+            ranks.tell([("engine", {**options, "autocast": autocast and str(autocast).removeprefix("torch.")})])
+        super().__init__(model, autocast=autocast, **options)
+        in_one_memory = ranks.group.count if self.device.type == "cpu" else 1
+        with ranks.group.together():  # all must admit the same requests
+            self._most_bytes = ranks.group.least(self.cache_bytes / in_one_memory)
+
+    def check(self, request: Request) -> int:
+        if self.leads:
+            self.ranks.check()
+        return super().check(request)
 
     def submit(self, request: Request) -> int:
         number = super().submit(request)
@@ -63,29 +83,53 @@ class RankEngine(Engine):
         self._news.append(("forget", None))
 
     def step(self) -> list[Output]:
-        if self.ranks.leads:
-            news, self._news = self._news, []
-            self.ranks.tell(news)
-        return super().step()
+        if not self.leads:
+            return self._step()
+        news, self._news = self._news, []
+        self.cache_bytes = min(self.cache_bytes, self._most_bytes)
+        self.ranks.tell([*news, ("step", (self.most_slots, self.cache_bytes))])
+        try:
+            outputs = self._step()
+        except Exception as error:  # here or on another rank: some have stored keys and values that others have not
+            raise self.ranks.lost(error) from error
+        self.ranks.check()  # what an aborted exchange has left is no output
+        return outputs
 
-    def follow(self) -> None:
-        """Does as rank 0 does, until that tells None."""
-        while (news := self.ranks.tell(None)) is not None:
-            for what, about in news:
-                if what == "submit":
-                    prompt, count, stops = about
-                    super().submit(Request(prompt, count, Sampling(0), stops, seed=0))
-                elif what == "cancel":
-                    super().cancel(about)
-                else:
-                    super().forget()
+    def _step(self) -> list[Output]:
+        with self.ranks.group.together():
+            return super().step()
+
+    def do(self, what: str, about: Any) -> None:
+        """On another rank than 0: one of the things that rank 0 has done."""
+        if what == "submit":
+            prompt, count, stops = about
+            Engine.submit(self, Request(prompt, count, Sampling(0), stops, seed=0))
+        elif what == "cancel":
+            Engine.cancel(self, about)
+        elif what == "forget":
+            Engine.forget(self)
+        else:
+            self.most_slots, self.cache_bytes = about
             self.step()
 
     def _draw(self, logits: Tensor, slots: list, sampler: Any) -> tuple[Tensor, list]:
-        if self.ranks.leads:
+        if self.leads:
             tokens, logprobs = super()._draw(logits, slots, sampler)
         else:
             tokens = torch.empty(len(slots), dtype=torch.int64, device=self.device)
             logprobs = [None] * len(slots)
-        dist.broadcast(tokens, src=0)
+        self.ranks.group.hand_out(tokens)
         return tokens, logprobs
+
+
+def follow(model: GPT, ranks: Ranks) -> None:
+    """What every rank but 0 does: as rank 0 does, until that needs it no more."""
+    engine: RankEngine | None = None
+    while (news := ranks.hear()) is not None:
+        for what, about in news:
+            if what == "engine":
+                engine = None  # its memory is free before the next one's
+                autocast = about.pop("autocast")
+                engine = RankEngine(model, ranks, autocast=autocast and getattr(torch, autocast), **about)
+            else:
+                engine.do(what, about)

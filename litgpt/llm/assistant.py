@@ -14,6 +14,7 @@ from litgpt.generation.engine import Engine, Request
 from litgpt.generation.live import LiveEngine, weights_version
 from litgpt.generation.sampling import Sampling
 from litgpt.generation.worker import Worker
+from litgpt.llm.placement import Placement
 from litgpt.model import GPT
 from litgpt.prompts import PromptStyle
 from litgpt.prompts.styles import Message, with_input
@@ -29,6 +30,7 @@ class Assistant(nn.Module):
         prompt_style: The format of its prompts; may be replaced.
         name: What the model is called; by default as its configuration says.
         checkpoint: Where its weights are from, if they may be read again.
+        placement: Where it is, if it is on several devices.
         engine: Options of the engine that answers (`litgpt.generation.engine.Engine`).
     """
 
@@ -40,6 +42,7 @@ class Assistant(nn.Module):
         *,
         name: str | None = None,
         checkpoint: Path | str | None = None,
+        placement: Placement | None = None,
         **engine: Any,
     ) -> None:
         super().__init__()
@@ -47,6 +50,7 @@ class Assistant(nn.Module):
         self.training = model.training
         self.name = name or model.config.name or Path(tokenizer.dir).name
         self._checkpoint = checkpoint
+        self.placement = placement or Placement([self.device])
         self._use(model, **engine)
         self._loaded: tuple[Any, ...] | None = weights_version(model)  # until something else is done to the weights
 

@@ -8,15 +8,14 @@ from typing import Any, Literal
 import torch
 
 from litgpt.checkpoint import atomic_directory, copy_companion_files, save_model
-from litgpt.convert import load_model
 from litgpt.convert.hf_config import save_config_json
 from litgpt.convert.quantised_parts import saved_weights
 from litgpt.convert.source import compare_shapes, shapes_of
-from litgpt.distributed import chosen_devices, inference_dtypes, inference_precision
+from litgpt.distributed import inference_dtypes, inference_precision
 from litgpt.generation.live import weights_version
 from litgpt.llm.answers import Answering
 from litgpt.llm.loading import Parts, load_parts, random_parts, settled_kind
-from litgpt.llm.placement import load_over, named_device
+from litgpt.llm.placement import place
 from litgpt.llm.training import Trainable
 from litgpt.loading import open_model
 from litgpt.prompts import PromptStyle, save_prompt_style
@@ -104,6 +103,7 @@ class LLM(Answering, Trainable):
             parts.prompt_style,
             name=parts.name,
             checkpoint=parts.checkpoint,
+            placement=parts.placement,
             **parts.engine,
         )
 
@@ -129,33 +129,24 @@ class LLM(Answering, Trainable):
                 computes it in hardware, else 32-true.
             quantize: Keep the weights of the linear layers in 4 or 8 bits: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or
                 bnb.int8, and what else `litgpt.quantize.INFERENCE_KINDS` lists.
-            generate_strategy: How several devices share the model: "sequential" puts some of its blocks on each.
+            generate_strategy: How several devices share the model: "sequential" puts some of its blocks on each, for a
+                model that is larger than one; "tensor_parallel" a part of every layer, in a process for each, so that
+                they work at once. These end with the model or this process. The model then answers, and nothing else.
             fixed_kv_cache_size: How many tokens prompt and answer may have together; memory for them is reserved at
                 once. "max_model_supported" is the model's context. By default the memory grows with what is asked.
 
         Raises:
             ValueError: There is no such device, or an option cannot act.
+            RanksLost: A process could not load its part of the model (a RuntimeError).
         """
-        device = named_device(accelerator)
+        placement = place(accelerator, devices, generate_strategy)
+        device = placement.device
         untouched = self._checkpoint is not None and weights_version(self.model) == self._loaded
-        load = load_model
-        if generate_strategy == "tensor_parallel":
+        if placement.strategy is not None and not untouched:
             raise ValueError(
-                "generate_strategy='tensor_parallel' takes a process for each device, and LLM runs in one. Use "
-                "`litgpt generate_tp`, or 'sequential'."
+                f"generate_strategy={generate_strategy!r} cannot act on a model that was trained since it was loaded. "
+                "Save it, and load what was saved."
             )
-        if generate_strategy == "sequential":
-            targets = chosen_devices(devices)
-            if targets[0].type != device.type or not untouched or self._engine_options.get("compile"):
-                raise ValueError(
-                    "generate_strategy='sequential' cannot act on another accelerator than the best one here, on a "
-                    "model that was trained since it was loaded (save it first), or with compile."
-                )
-            device, load = targets[0], load_over(targets)
-        elif generate_strategy is not None:
-            raise ValueError(f"generate_strategy={generate_strategy!r} is unknown. Give 'sequential' or leave it out.")
-        elif devices not in ("auto", 1):
-            raise ValueError(f"devices={devices!r} cannot act without a generate_strategy. Leave it out, or give 1.")
         length = self.config.block_size if fixed_kv_cache_size == "max_model_supported" else fixed_kv_cache_size
         if length is not None and not 1 < length <= self.config.block_size:
             raise ValueError(
@@ -168,9 +159,11 @@ class LLM(Answering, Trainable):
         mode = self.training
         if untouched:
             source = open_model(self._checkpoint)
-            settled_kind(source, quantize, precision, device)
+            kind = settled_kind(source, quantize, precision, device)
+            placement.check(source, kind, self._engine_options.get("compile", False))
             self._live = self.model = None  # their memory is free before the next are read
-            self.model = load(source, dtype=dtype, device=device, quantize=quantize)
+            self.placement.close()
+            self.model = placement.load(self._checkpoint, source, dtype=dtype, quantize=quantize)
             self._loaded = weights_version(self.model)
         else:
             if next(quantized_layers(self.model), None):
@@ -178,7 +171,9 @@ class LLM(Answering, Trainable):
             self.model.to(device, dtype)
             if quantize is not None:
                 replace_linears(self.model, quantize, dtype)
-        self._use(self.model, **self._engine_options | {"autocast": autocast, "fixed_length": length})
+        self.placement = placement
+        options = {"autocast": autocast, "fixed_length": length, "make": placement.make_engine}
+        self._use(self.model, **self._engine_options | options)
         super().train(mode)
 
     def save(self, out_dir: str | Path, prompt_style: str | PromptStyle | None = None) -> None:
@@ -192,6 +187,8 @@ class LLM(Answering, Trainable):
             ValueError: The directory exists, or the model has been changed into what no plain checkpoint holds.
             SaveError: The disk is full.
         """
+        if self.placement.is_split:
+            raise ValueError("The model is split over processes (tensor_parallel). Load it again, and save that.")
         wanted = shapes_of(self.config, kind_of(self.model))
         problems = compare_shapes(wanted, self.model.state_dict(), "a checkpoint", "this model")
         if problems:

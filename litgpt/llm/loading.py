@@ -18,6 +18,7 @@ from litgpt.convert.source import give_memory, kind_for, meta_model
 from litgpt.distributed import accelerator as best_accelerator
 from litgpt.distributed import inference_dtypes, inference_precision
 from litgpt.generation.engine import Engine
+from litgpt.llm.placement import Placement
 from litgpt.loading import find_checkpoint, open_model
 from litgpt.model import GPT
 from litgpt.prompts import PromptStyle, choose_prompt_style
@@ -35,6 +36,7 @@ class Parts:
     prompt_style: PromptStyle
     name: str | None = None
     checkpoint: Path | str | None = None
+    placement: Placement | None = None
     engine: dict[str, Any] = field(default_factory=dict)
 
 
@@ -49,9 +51,10 @@ def load_parts(
     tokenizer_dir: Path | str | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    placement: Placement | None = None,
     load: Callable[..., GPT] = load_model,
     finetuned: Path | None = None,
-    make_engine: Callable[..., Engine] = Engine,
+    make_engine: Callable[..., Engine] | None = None,
 ) -> Parts:
     """Finds, downloads if need be, and loads a checkpoint: as `LLM.load`, with more to say.
 
@@ -59,6 +62,7 @@ def load_parts(
         checkpoint, precision, compile, prompt_style, access_token, quantize, tokenizer_dir: As for `LLM.load`.
         device: Where to; by default the best device there is.
         dtype: Type of the weights, in place of a precision.
+        placement: Several devices, in place of one.
         load: Makes the model of the opened checkpoint; called as `load_model` is.
         finetuned: The directory of what was finetuned from the checkpoint; its prompt format comes first.
         make_engine: Makes the engine that answers, as `Engine` is made.
@@ -66,14 +70,15 @@ def load_parts(
     Raises:
         FileNotFoundError, ValueError: As for `LLM.load`.
     """
-    device = torch.device(device or best_accelerator())
-    autocast = None
+    placement = placement or Placement([torch.device(device or best_accelerator())], load=load)
+    device, autocast = placement.device, None
     if dtype is None:
         precision = precision or inference_precision(device)
         dtype, autocast = inference_dtypes(precision, device)
         check_quantize(quantize, precision, training=False, device=device)
     source = open_model(checkpoint, access_token)
     kind = settled_kind(source, quantize, precision, device)
+    placement.check(source, kind, compile)
     # The small files first: what is wrong with them is said before the weights are read.
     files = find_checkpoint(tokenizer_dir, access_token, tokenizer_only=True) if tokenizer_dir else source.files
     tokenizer = Tokenizer(files)
@@ -81,14 +86,14 @@ def load_parts(
         source.files, explicit=prompt_style, config=source.config, tokenizer=tokenizer, finetuned=finetuned
     )
     name = source.config.name or Path(checkpoint).stem
-    how = (precision or str(dtype).removeprefix("torch."), kind, device.type)
+    how = (precision or str(dtype).removeprefix("torch."), kind, str(placement))
     _say(f"Loading {name} ({', '.join(filter(None, how))})")
     if source.note:
         _say(source.note)
-    model = load(source, dtype=dtype, device=device, quantize=quantize)
+    model = placement.load(checkpoint, source, dtype=dtype, quantize=quantize)
     reloads = load is load_model
-    engine = {"make": make_engine, "autocast": autocast, "compile": compile}
-    return Parts(model, tokenizer, style, name, checkpoint if reloads else None, engine)
+    engine = {"make": make_engine or placement.make_engine, "autocast": autocast, "compile": compile}
+    return Parts(model, tokenizer, style, name, checkpoint if reloads else None, placement, engine)
 
 
 def settled_kind(source: Source, quantize: str | None, precision: str | None, device: torch.device) -> str | None:

@@ -1,29 +1,154 @@
-"""Where a model goes: the devices that a user names, and what loads it over several of them."""
+"""Where a model goes: the devices that a user names, what loads it there, and what runs it there."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from litgpt.convert import Source, load_model
+from litgpt.convert.adapted_source import AdapterSource
 from litgpt.convert.source import meta_model
 from litgpt.distributed import accelerator as best_accelerator
+from litgpt.distributed import chosen_devices
+from litgpt.generation.engine import Engine
+from litgpt.generation.ranks import RankEngine
+from litgpt.llm.leader import Leader
 from litgpt.model import GPT
+from litgpt.quantize import FOUR_BIT_KINDS
 from litgpt.sequential import connect_blocks, place_blocks, placed_weights
+from litgpt.tensor_parallel import check_split, split_model
+
+STRATEGIES = ("sequential", "tensor_parallel")
 
 
-def load_over(devices: Sequence[torch.device]) -> Callable[..., GPT]:
-    """What loads a model in place of `load_model`, some of its blocks on each of several devices."""
+class Placement:
+    """Some devices, and how they share a model.
 
-    def load(source: Source, device: Any, **how: Any) -> GPT:
-        places = place_blocks(meta_model(source.config), len(devices))
-        model = load_model(source, device=placed_weights(places, devices), **how)
-        connect_blocks(model, places, devices)
+    Args:
+        devices: Where it goes; inputs and outputs are on the first.
+        strategy: "sequential" puts some blocks on each device, "tensor_parallel" a part of every layer, in a process
+            for each; None for one device.
+        load: What loads the model where there is one device, in place of `load_model`.
+
+    Attributes:
+        leader: What runs the other processes, where there are some and the model is loaded.
+    """
+
+    def __init__(
+        self, devices: Sequence[torch.device], strategy: str | None = None, load: Callable[..., GPT] = load_model
+    ) -> None:
+        self.devices, self.strategy = list(devices), strategy
+        self.leader: Leader | None = None
+        self._load = load
+
+    def __str__(self) -> str:
+        """Such as "cpu", or "2 x cuda, sequential"."""
+        kind = self.device.type
+        return f"{len(self.devices)} x {kind}, {self.strategy}" if self.strategy else kind
+
+    @property
+    def is_split(self) -> bool:
+        """Whether this process has only a part of the model."""
+        return self.strategy == "tensor_parallel"
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs and outputs are."""
+        return self.devices[0]
+
+    def check(self, source: Source, quantize: str | None, compile: bool) -> None:
+        """Refuses a model or options that cannot be shared so, before any weights are read.
+
+        Raises:
+            ValueError: Says what cannot act.
+        """
+        if self.strategy is None:
+            return
+        if compile:
+            raise ValueError(
+                f"--compile true cannot act with {self.strategy}: what the devices exchange is not compiled. Leave it "
+                "out, or take one device."
+            )
+        if self.strategy == "sequential":
+            place_blocks(meta_model(source.config), len(self.devices))
+            return
+        if quantize not in (None, *FOUR_BIT_KINDS):
+            raise ValueError(
+                f"--quantize {quantize} cannot act with tensor_parallel: bitsandbytes' 4 bits alone are stored in "
+                f"parts. Choose one of: {', '.join(FOUR_BIT_KINDS)}; or take sequential."
+            )
+        if isinstance(source, AdapterSource):
+            raise ValueError(
+                f"'{source.files}' holds an adapter, which cannot be split over processes (tensor_parallel). Take "
+                "sequential, or one device."
+            )
+        check_split(source.config, len(self.devices))
+
+    def load(self, checkpoint: Path | str, source: Source, dtype: torch.dtype, **how: Any) -> GPT:
+        """Loads a model, here or everywhere.
+
+        Args:
+            checkpoint: What the user named.
+            source: The same, opened.
+            dtype: The type of the weights.
+            how: Other arguments of `load_model`.
+
+        Raises:
+            RanksLost: One of several processes could not load its part.
+        """
+        if self.strategy is None:
+            return self._load(source, dtype=dtype, device=self.device, **how)
+        if self.strategy == "sequential":
+            places = place_blocks(meta_model(source.config), len(self.devices))
+            model = self._load(source, dtype=dtype, device=placed_weights(places, self.devices), **how)
+            connect_blocks(model, places, self.devices)
+            return model
+        name = str(dtype).removeprefix("torch.")
+        self.leader = Leader(
+            self.devices, {"checkpoint": str(checkpoint), "dtype": name, "quantize": how.get("quantize")}
+        )
+        split = partial(split_model, group=self.leader.group)
+        model = self._load(source, dtype=dtype, device=self.device, split=split, **how)
+        self.leader.meet()
         return model
 
-    return load
+    def make_engine(self, model: GPT, **options: Any) -> Engine:
+        """The engine of a model that was loaded so."""
+        return Engine(model, **options) if self.leader is None else RankEngine(model, self.leader, **options)
+
+    def close(self) -> None:
+        """Ends the other processes, if there are any."""
+        if self.leader is not None:
+            self.leader.close()
+
+
+def place(accelerator: str = "auto", devices: int | str = "auto", strategy: str | None = None) -> Placement:
+    """The devices that a user names.
+
+    Args:
+        accelerator: cpu, cuda, gpu, mps, or auto for the best there is.
+        devices: How many, or their numbers as 0,2. Without a strategy it is one.
+        strategy: How several of them share the model.
+
+    Raises:
+        ValueError: There is no such device, or no such strategy.
+    """
+    device = named_device(accelerator)
+    if strategy is None:
+        if str(devices) not in ("auto", "1"):
+            raise ValueError(
+                f"--devices {devices} cannot act without --generate_strategy: 'sequential' puts some of the model's "
+                "blocks on each device, 'tensor_parallel' a part of every layer."
+            )
+        return Placement([device])
+    if strategy not in STRATEGIES:
+        raise ValueError(f"--generate_strategy {strategy} is unknown. Give {' or '.join(STRATEGIES)}, or leave it out.")
+    targets = chosen_devices(devices, device.type)
+    return Placement(targets, strategy if len(targets) > 1 else None)
 
 
 def named_device(kind: str) -> torch.device:
@@ -35,5 +160,5 @@ def named_device(kind: str) -> torch.device:
     best = best_accelerator()
     kind = {"auto": best, "gpu": "cuda"}.get(kind, kind)
     if kind not in ("cpu", best):
-        raise ValueError(f"accelerator={kind!r}: there is none here. Give 'cpu' or 'auto', which is {best!r}.")
+        raise ValueError(f"--accelerator {kind}: there is none here. Give cpu or auto, which is {best}.")
     return torch.device(kind)

@@ -44,8 +44,14 @@ class Trainable(Assistant):
             where there are none.
 
         Raises:
-            ValueError: T is larger than the model's context, or the shapes of ids and targets differ.
+            ValueError: T is larger than the model's context, the shapes of ids and targets differ, or this process has
+                only a part of the model.
         """
+        if self.placement.is_split:
+            raise ValueError(
+                "The model is split over processes (tensor_parallel): it answers, but gives no logits and is not "
+                "trained. Load it again for that."
+            )
         if self.training and torch.is_grad_enabled():  # the weights are about to change, perhaps without a trace
             self._loaded = None
             self._live.weights_changed()

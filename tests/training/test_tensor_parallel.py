@@ -1,17 +1,27 @@
 """Two real processes (gloo), each with a part of every layer, say what one says with the whole model."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
+from litgpt import LLM
 from litgpt.checkpoint import save_model
 from litgpt.config import Config
 from litgpt.convert import open_checkpoint
 from litgpt.generation.engine import Engine, Request
+from litgpt.generation.ranks import RanksLost
 from litgpt.generation.sampling import Sampling
 from litgpt.model import GPT
+from litgpt.process_group import ProcessGroup
 from litgpt.tensor_parallel import check_split, split_model
 from tests import checkpoint_files
 from tests.training.conftest import on_two_ranks
@@ -40,40 +50,57 @@ SHAPES = {
 PROMPTS = [[1, 2, 3, 4, 5], list(range(20)), [7]]
 
 RANK = """
-import json, sys
+import json, subprocess, sys
 import torch
 import torch.distributed as dist
 from functools import partial
 from pathlib import Path
 from litgpt.convert import load_model
-from litgpt.distributed import make_fabric
-from litgpt.generation.ranks import RankEngine, Ranks
+from litgpt.generation.ranks import RankEngine, follow
+from litgpt.process_group import ProcessGroup
 from litgpt.tensor_parallel import split_model
 from tests.training.test_tensor_parallel import requests
 
-fabric = make_fabric(2, precision="32-true", strategy="ddp")
-fabric.launch()
-ranks, results = Ranks(), {}
-for directory in sorted(Path(sys.argv[1]).iterdir()):
-    model = load_model(directory, split=partial(split_model, rank=fabric.global_rank, ranks=2))
-    with torch.inference_mode():
+class Channel:
+    def __init__(self, folder, group):
+        self.store, self.group, self.count = dist.FileStore(str(folder / "news"), 2), group, 0
+    def tell(self, news):
+        self.count += 1
+        self.store.set(str(self.count), json.dumps(news))
+    def hear(self):
+        self.count += 1
+        return json.loads(self.store.get(str(self.count)))
+    def check(self):
+        pass
+
+folder, rank, results = Path(sys.argv[1]), len(sys.argv) - 2, {}
+if rank == 0:
+    other = subprocess.Popen([sys.executable, *sys.argv, "other"])
+for directory in sorted((folder / "models").iterdir()):
+    group = ProcessGroup(rank, 2, torch.device("cpu"))
+    model = load_model(directory, split=partial(split_model, group=group))
+    meeting = folder / directory.name
+    meeting.mkdir(exist_ok=True)
+    group.meet(meeting)
+    channel = Channel(meeting, group)
+    with torch.inference_mode(), group.together():
         logits = model(torch.arange(24)[None])
-    everywhere = [torch.empty_like(logits) for _ in range(2)]
-    dist.all_gather(everywhere, logits.contiguous())
-    engine = RankEngine(model, ranks, slots=2)
-    if fabric.global_rank == 0:
-        cancelled = engine.submit(requests()[0])
-        engine.step()
-        engine.cancel(cancelled)
-        tokens = engine.complete(requests())
-        ranks.tell(None)
-        results[directory.name] = {
-            "tokens": tokens, "same": torch.equal(*everywhere), "size": sum(p.numel() for p in model.parameters()),
-        }
-        torch.save(logits, directory / "logits.pth")
-    else:
-        engine.follow()
-if fabric.global_rank == 0:
+        everywhere = group.side_by_side(logits.contiguous()).chunk(2, dim=-1)
+    if rank == 1:
+        follow(model, channel)
+        continue
+    engine = RankEngine(model, channel, slots=2)
+    cancelled = engine.submit(requests()[0])
+    engine.step()
+    engine.cancel(cancelled)
+    tokens = engine.complete(requests())
+    channel.tell(None)
+    results[directory.name] = {
+        "tokens": tokens, "same": torch.equal(*everywhere), "size": sum(p.numel() for p in model.parameters()),
+    }
+    torch.save(logits, directory / "logits.pth")
+if rank == 0:
+    assert other.wait() == 0
     print("RESULTS " + json.dumps(results))
 """
 
@@ -95,7 +122,7 @@ def test_two_ranks_say_what_one_says(tmp_path):
         (tmp_path / "models" / name).mkdir(parents=True)
         save_model(tmp_path / "models" / name, model, model.config)
         models[name] = model
-    out = on_two_ranks(RANK, tmp_path, tmp_path / "models")
+    out = on_two_ranks(RANK, tmp_path, tmp_path)
     results = json.loads(re.search(r"RESULTS (.*)", out)[1])
     assert results.keys() == models.keys()
     for name, model in models.items():
@@ -108,30 +135,98 @@ def test_two_ranks_say_what_one_says(tmp_path):
         assert results[name]["size"] < 0.75 * model.num_parameters(), name
 
 
-COMMAND = """
-import sys
-from litgpt.__main__ import main
-sys.exit(main(["generate_tp", *sys.argv[1:]]))
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """Blocks of 64 values lie within one rank's part here: both quantise to the same."""
+    directory = checkpoint_files.chat_model(tmp_path_factory.mktemp("chat") / "model")
+    sizes = {"n_embd": 128, "n_head": 2, "intermediate_size": 128, "mlp_class_name": "LLaMAMLP", "bias": False}
+    torch.manual_seed(0)
+    sizes |= {"block_size": 512, "vocab_size": 700, "padded_vocab_size": 704}
+    model = GPT(Config(name="tiny", **{**SMALL, **sizes}))
+    model.init_weights()
+    save_model(directory, {name: 3 * p for name, p in model.state_dict().items()}, model.config)
+    return directory
+
+
+def test_the_command_answers_with_quantised_parts(litgpt_main, directory):
+    options = [directory, "--prompt", "Hello", "--top_k", 1, "--precision", "32-true", "--max_new_tokens", 12]
+    options += ["--quantize", "bnb.nf4"]
+    assert litgpt_main("generate_tp", *options, "--devices", 2) == litgpt_main("generate", *options)
+    assert not followers()
+
+
+def test_an_llm_shares_its_work_and_says_so_where_a_process_dies(directory):
+    llm = LLM.load(directory, precision="32-true")
+    prompts = ["Hello", "How are you?", "What do llamas eat?", "Hello again"]
+    expected = [llm.generate(prompt, top_k=1, max_new_tokens=16) for prompt in prompts]
+    threads = torch.get_num_threads()
+    llm.distribute(devices=2, precision="32-true", generate_strategy="tensor_parallel", fixed_kv_cache_size=200)
+    assert len(followers()) == 1
+    assert sum(p.numel() for p in llm.parameters()) < 0.75 * GPT(llm.config).num_parameters()
+
+    def ask(prompt: str) -> str:
+        left = llm.generate(prompt, max_new_tokens=100, stream=True)
+        next(left)
+        left.close()
+        return llm.generate(prompt, top_k=1, max_new_tokens=16)
+
+    with ThreadPoolExecutor(4) as callers:
+        assert list(callers.map(ask, prompts)) == expected
+    llm.eval()  # takes a new engine, on all ranks
+    assert llm.generate(prompts, top_k=1, max_new_tokens=16) == expected
+    for use in (lambda: llm(torch.ones(1, 4, dtype=torch.int64)), lambda: llm.save(directory / "out")):
+        with pytest.raises(ValueError, match=r"split over processes \(tensor_parallel\)"):
+            use()
+    with pytest.raises(RuntimeError, match="cannot be called directly"):
+        llm.model(torch.ones(1, 4, dtype=torch.int64))
+
+    stream = llm.generate("Hello", top_k=1, max_new_tokens=150, stream=True)
+    next(stream)
+    os.kill(followers()[0], signal.SIGKILL)
+    with pytest.raises(RanksLost, match=r"Rank 1.*killed by signal 9.*Load the model again"):
+        list(stream)
+    with pytest.raises(RanksLost, match="killed by signal 9"):
+        llm.generate("Hello")
+    llm.distribute(precision="32-true")
+    assert torch.get_num_threads() == threads
+    assert llm.generate(prompts, top_k=1, max_new_tokens=16) == expected
+
+
+LEFT = """
+import os, signal, sys
+from litgpt import LLM
+
+llm = LLM.load(sys.argv[1], precision="32-true")
+llm.distribute(devices=2, precision="32-true", generate_strategy="tensor_parallel")
+stream = llm.generate("Hello", max_new_tokens=400, stream=True)
+next(stream)
+print(llm.placement.leader.others[0].process.pid, flush=True)
+if sys.argv[2] == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_the_command_answers_once_with_quantised_parts(litgpt_main, tmp_path):
-    """Blocks of 64 values lie within one rank's part here: both quantise to the same."""
-    directory = checkpoint_files.chat_model(tmp_path / "model")
-    sizes = {"n_embd": 128, "n_head": 2, "intermediate_size": 128, "mlp_class_name": "LLaMAMLP", "bias": False}
-    torch.manual_seed(0)
-    model = GPT(Config(name="tiny", **{**SMALL, **sizes, "vocab_size": 700, "padded_vocab_size": 704}))
-    model.init_weights()
-    save_model(directory, {name: 3 * p for name, p in model.state_dict().items()}, model.config)
-    options = [directory, "--prompt", "Hello", "--top_k", 1, "--precision", "32-true", "--max_new_tokens", 12]
-    options += ["--quantize", "bnb.nf4"]
-    assert on_two_ranks(COMMAND, tmp_path, *options, "--devices", 2) == litgpt_main("generate", *options)
+@pytest.mark.parametrize("end", ["killed", "over"])
+def test_no_process_outlives_the_first(directory, end):
+    done = subprocess.run([sys.executable, "-c", LEFT, directory, end], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == (-signal.SIGKILL if end == "killed" else 0)
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{done.stdout.strip()}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def followers() -> list[int]:
+    """The processes that this one has started."""
+    task = Path(f"/proc/{os.getpid()}/task")
+    children = {int(pid) for thread in task.iterdir() for pid in (thread / "children").read_text().split()}
+    return [pid for pid in children if "follower" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
 def test_each_rank_reads_views_of_the_file(tmp_path):
     source = open_checkpoint(checkpoint_files.chat_model(tmp_path))
     with torch.device("meta"):
-        take = split_model(GPT(source.config), 1, 2)
+        take = split_model(GPT(source.config), ProcessGroup(1, 2, torch.device("cpu")))
     for name, tensor in source.weights():
         part = take(name, tensor)
         if "mlp" in name:

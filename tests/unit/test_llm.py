@@ -504,18 +504,20 @@ def test_blocks_lie_on_several_devices(directory, llm):
     assert several.model.transformer.h[1]._forward_pre_hooks  # fetches what it reads
     assert greedy(several, ["Hello", "Hi there"], 12) == greedy(llm, ["Hello", "Hi there"], 12)
     load_others(several)
-    with pytest.raises(ValueError, match="save it first"):
+    with pytest.raises(ValueError, match="Save it, and load"):
         several.distribute(devices=2, generate_strategy="sequential")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"generate_strategy": "tensor_parallel"}, "litgpt generate_tp"),
-        ({"accelerator": "tpu"}, "accelerator='tpu'"),
-        ({"devices": 2}, "devices=2 cannot act"),
+        ({"generate_strategy": "tensor_parallel", "devices": 3}, "--devices 3 cannot split tiny-random"),
+        ({"generate_strategy": "tensor_parallel", "devices": 2, "quantize": "bnb.int8"}, "bnb.int8 cannot act with"),
+        ({"generate_strategy": "sequential", "devices": 3}, "--devices 3: tiny-random has 2 blocks"),
+        ({"accelerator": "tpu"}, "--accelerator tpu"),
+        ({"devices": 2}, "--devices 2 cannot act without --generate_strategy"),
         ({"fixed_kv_cache_size": 1024}, "fixed_kv_cache_size=1024"),
-        ({"generate_strategy": "magic"}, "generate_strategy='magic'"),
+        ({"generate_strategy": "magic"}, "--generate_strategy magic is unknown"),
         ({"quantize": "bnb.int8-training"}, "is not for inference"),
     ],
 )

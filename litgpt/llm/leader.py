@@ -1,0 +1,187 @@
+"""Rank 0 of a model that is split over processes: it starts the others, tells them what to do, and ends them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from litgpt.generation.ranks import News, RanksLost
+from litgpt.process_group import ProcessGroup
+
+PATIENCE = 10  # seconds that a process has to end after it was told to
+
+
+class Leader:
+    """The other ranks of a model, seen from the first, which is in the process of whoever uses the model.
+
+    They are processes of their own (`litgpt.llm.follower`), which know nothing of the script or notebook here. Each
+    gets lines of JSON on its standard input. That ends when this process does, however it ends, and they end then.
+
+    Args:
+        devices: Where the ranks are, this one's first.
+        part: How to load a rank's part of the model; plain values.
+
+    Attributes:
+        group: Through which the ranks exchange tensors.
+        others: Their processes.
+        on_loss: Called, in a thread of its own, where a process ends that nobody told to.
+    """
+
+    def __init__(self, devices: Sequence[torch.device], part: dict[str, Any]) -> None:
+        self.group = ProcessGroup(0, len(devices), devices[0])
+        self._folder = Path(tempfile.mkdtemp(prefix="litgpt-"))
+        self._threads = torch.get_num_threads()
+        self.others: list[_Process] = []
+        self._end = weakref.finalize(self, _end, self.others, self.group, self._folder, self._threads)
+        threads = max(1, self._threads // len(devices)) if devices[0].type == "cpu" else self._threads
+        torch.set_num_threads(threads)
+        for rank, device in enumerate(devices[1:], 1):
+            place = {"rank": rank, "count": len(devices), "device": str(device), "folder": str(self._folder)}
+            self.others.append(_Process(place | part | {"threads": threads}, self.group))
+
+    @property
+    def on_loss(self) -> Callable[[RanksLost], None] | None:
+        return self.others[0].on_loss
+
+    @on_loss.setter
+    def on_loss(self, call: Callable[[RanksLost], None] | None) -> None:
+        for process in self.others:
+            process.on_loss = call
+
+    def meet(self) -> None:
+        """Waits until the others have loaded their parts, and opens the group.
+
+        Raises:
+            RanksLost: One of them could not.
+        """
+        try:
+            for process in self.others:
+                process.wait_until_ready()
+            self.group.meet(self._folder)
+        except BaseException:
+            self.close()
+            raise
+
+    def tell(self, news: News) -> None:
+        self.check()
+        for process in self.others:
+            process.write(news)
+        self.check()
+
+    def hear(self) -> News | None:
+        raise NotImplementedError("Rank 0 hears nothing.")
+
+    def check(self) -> None:
+        if not self._end.alive:
+            raise self.others[0].failure or RanksLost("The processes that share this model have been ended.")
+        for process in self.others:
+            if process.failure is not None:
+                raise process.failure
+
+    def lost(self, error: Exception) -> RanksLost:
+        for process in self.others:  # where one has ended, that is the cause, and perhaps not known yet
+            process.expect_end(seconds=2 if isinstance(error, RuntimeError) else 0)
+        failure = next((process.failure for process in self.others if process.failure), None)
+        failure = failure or RanksLost(f"Rank 0 has lost step with the others ({error}). Load the model again.")
+        for process in self.others:
+            process.failure = process.failure or failure
+        self.close()
+        return failure
+
+    def close(self) -> None:
+        """Ends the others."""
+        self._end()
+
+    def __reduce__(self) -> Any:
+        raise TypeError("A model that is split over several processes cannot be copied. Load it again.")
+
+
+class _Process:
+    """One of the other ranks. What reads from it holds no leader, so that one who is not used any more can go."""
+
+    def __init__(self, job: dict[str, Any], group: ProcessGroup) -> None:
+        self.rank, self.group = job["rank"], group
+        self.failure: RanksLost | None = None
+        self.on_loss: Callable[[RanksLost], None] | None = None
+        self.is_over = False  # it was told to end
+        self._said: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        paths = os.pathsep.join(path for path in sys.path if path)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "litgpt.llm.follower"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(job["threads"])},
+            start_new_session=True,  # Ctrl-C is for this process, which tells the others
+        )
+        self._reader = threading.Thread(target=self._read, name=f"litgpt-rank-{self.rank}", daemon=True)
+        self._reader.start()
+        self.write(job)
+
+    def write(self, what: Any) -> None:
+        try:
+            self.process.stdin.write(json.dumps(what).encode() + b"\n")
+            self.process.stdin.flush()
+        except OSError:
+            if not self.is_over:
+                self.expect_end(PATIENCE)
+
+    def wait_until_ready(self) -> None:
+        said = self._said.get()
+        if said is None:
+            raise self.failure
+
+    def expect_end(self, seconds: float) -> None:
+        """Waits for what is read from a process that has ended or is about to."""
+        self._reader.join(seconds)
+
+    def _read(self) -> None:
+        reason = None
+        for line in self.process.stdout:
+            said = json.loads(line)
+            reason = said.get("error", reason)
+            self._said.put(said if reason is None else None)
+        code = self.process.wait()
+        if self.is_over:
+            return
+        how = reason or (f"it was killed by signal {-code}" if code < 0 else f"it ended with exit code {code}")
+        self.failure = self.failure or RanksLost(
+            f"Rank {self.rank}, a process that has a part of the model, is gone: {how}. Load the model again."
+        )
+        self._said.put(None)
+        self.group.abort()
+        if self.on_loss is not None:
+            self.on_loss(self.failure)
+
+    def end(self) -> None:
+        """Tells it to end."""
+        self.is_over = True
+        self.write(None)
+        with contextlib.suppress(OSError):  # it is gone already
+            self.process.stdin.close()
+
+
+def _end(processes: list[_Process], group: ProcessGroup, folder: Path, threads: int) -> None:
+    for process in processes:
+        process.end()
+    group.abort()
+    for process in processes:
+        try:
+            process.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.process.kill()
+            process.process.wait()
+    shutil.rmtree(folder, ignore_errors=True)
+    torch.set_num_threads(threads)
