@@ -41,7 +41,7 @@ def setup(
         if draft_model_checkpoint_dir is not None:
             draft = open_model(draft_model_checkpoint_dir, options.access_token)
             check_same_tokens(Tokenizer(source.files), Tokenizer(draft.files))
-            drafts["draft"] = load_model(draft, **how)
+            drafts["draft"] = load_model(draft, **how | {"watch": iter})  # the bar is the larger model's
         return load_model(source, **how)
 
     def make_engine(model: GPT, **how: Any) -> Engine:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 from litgpt.commands.inference import say
-from litgpt.distributed import accelerator as best_accelerator
 from litgpt.generation.engine import Engine, share_memory
 from litgpt.generation.sampling import Sampling
 from litgpt.generation.worker import Worker
 from litgpt.llm import LLM, load_llm
+from litgpt.llm.placement import place
 from litgpt.lora import LORA_WEIGHTS, adapted_copy, read_lora
 from litgpt.prompts import choose_prompt_style
 from litgpt.serving.served import Defaults, ServedModel
@@ -28,7 +28,7 @@ def setup(
     top_k: int | None = 50,
     top_p: float = 1.0,
     max_new_tokens: int = 50,
-    devices: int = 1,
+    devices: int | str = 1,
     accelerator: str = "auto",
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -60,7 +60,8 @@ def setup(
         top_p: Of requests that name none: draw from the likeliest tokens that together reach this probability.
         max_new_tokens: Of requests that name none: an answer of /predict and /v1/completions ends after so many tokens.
             A reply of /v1/chat/completions ends after 1,024, or after this where it is more.
-        devices: How many devices the model runs on; only 1 so far.
+        devices: Number of devices that share the model, or their numbers as 0,2; auto takes all. On a CPU, the number
+            of processes.
         accelerator: cpu, cuda, mps, or auto for the best there is.
         host: The address to listen on; 0.0.0.0 for all of this machine's. Then set --api_key.
         port: The port to listen on.
@@ -76,7 +77,8 @@ def setup(
         max_queue: How many more may wait; a request beyond that is refused with 429.
         adapter: NAME=DIR, once or several times: a LoRA directory finetuned from this checkpoint, which requests choose
             by the model name NAME. The weights of the base are shared; each adapter has a batch of its own.
-        generate_strategy: For several devices; not available.
+        generate_strategy: How several devices share the model. sequential: each has some blocks, for a model that is
+            larger than one device; tensor_parallel: each has a part of every layer, and they work at once.
         prompt_style: Name of a prompt format, a class package.module.Class, or a chat template's .jinja file, in place
             of the checkpoint's own; `default` gives the model the bare prompt.
         compile: Compile the decoding: on a CPU in the background, for later runs too; a GPU's first answer waits.
@@ -95,13 +97,11 @@ def setup(
     ):
         if not value >= least:
             raise ValueError(f"--{name} {value} is not possible: give {least} or more.")
-    if devices != 1 or generate_strategy is not None:
-        option = f"--devices {devices}" if devices != 1 else f"--generate_strategy {generate_strategy}"
-        raise ValueError(f"{option} cannot act: serve runs on one device. For several, run one server on each.")
-    best = best_accelerator()
-    kind = {"auto": best, "gpu": "cuda"}.get(accelerator, accelerator)
-    if kind not in ("cpu", best):
-        raise ValueError(f"--accelerator {accelerator} cannot act: there is none here. Choose cpu, or auto ({best}).")
+    if generate_strategy is not None and str(devices) == "1":
+        raise ValueError(f"--generate_strategy {generate_strategy} cannot act on one device. Give --devices as well.")
+    placement = place(accelerator, devices, generate_strategy)
+    if adapter and placement.is_split:
+        raise ValueError("--adapter cannot act with tensor_parallel. Take sequential, or merge it (litgpt merge_lora).")
     path = "/" + (api_path or "/predict").strip("/")
     if path == "/" or path.startswith(("/v1/", "/static/", "/health", "/metrics", "/docs", "/openapi.json")):
         raise ValueError(f"--api_path {api_path} is taken. Choose another, such as /predict.")
@@ -112,7 +112,10 @@ def setup(
     service = Service(max_batch_size, max_queue, timeout)
 
     def load() -> list[ServedModel]:
-        service.say(f"loading {checkpoint_dir}")
+        def tell(share: float) -> None:
+            service.say(f"loading {checkpoint_dir} ({share:.0%})")
+
+        tell(0)
         llm = load_llm(
             checkpoint_dir,
             precision=precision,
@@ -120,8 +123,11 @@ def setup(
             prompt_style=prompt_style,
             access_token=access_token,
             quantize=quantize,
-            device=kind,
+            placement=placement,
+            tell=tell,
         )
+        if placement.leader is not None:
+            placement.leader.on_loss = server.fail
         llm.engine.most_slots = max_batch_size
         model = ServedModel(
             llm.name,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from litgpt.adapter import ADAPTER_FILES, load_adapter, read_adapter
 from litgpt.convert.quantised_parts import Parts
-from litgpt.convert.source import HEAD, Named, Source
+from litgpt.convert.source import HEAD, Named, Source, Watch
 from litgpt.lora import LORA_WEIGHTS, merged_weights, read_lora
 from litgpt.model import GPT
 
@@ -59,10 +59,10 @@ class AdapterSource(AdaptedSource):
         self.quantized, self.note = base.quantized, base.note
 
     def forms(self, kind: str | None) -> Iterator[tuple[str, Tensor | Parts]]:
-        return self.base.forms(kind)
+        return self.weights()
 
-    def load_into(self, model: GPT) -> None:
-        super().load_into(model)
+    def load_into(self, model: GPT, watch: Watch = iter) -> None:
+        super().load_into(model, watch)
         load_adapter(model, self.adapter)
 
 

@@ -1,7 +1,7 @@
 """A checkpoint as a Hugging Face directory."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -16,11 +16,9 @@ from litgpt.convert.architectures import ARCHITECTURES
 from litgpt.convert.hf_config import config_from_hf, config_to_hf, differences
 from litgpt.convert.recognition import architecture_of, text_model
 from litgpt.convert.safetensors_file import write_safetensors
-from litgpt.convert.source import HEAD, Source, open_checkpoint
+from litgpt.convert.source import HEAD, Named, Source, Watch, open_checkpoint
 
 SHARD_SIZE = 5_000_000_000
-Named = tuple[str, Tensor]
-Watch = Callable[[Iterator[Named]], Iterator[Named]]
 
 
 def export_hf(

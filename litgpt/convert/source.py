@@ -44,6 +44,7 @@ from litgpt.quantize import QuantizedLinear, is_quantized, kind_of, quantized_la
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 Named = tuple[str, Tensor]
 Place = torch.device | str | Callable[[str], torch.device]
+Watch = Callable[[Iterator[tuple[str, Any]]], Iterator[tuple[str, Any]]]
 
 
 class Source(ABC):
@@ -90,10 +91,14 @@ class Source(ABC):
     def release(self, tensor: Tensor) -> None:  # noqa: B027 - not every source has mapped files
         """Gives back the memory of a tensor, or of a part of one, if it is a view of this checkpoint's files."""
 
-    def load_into(self, model: GPT) -> None:
+    def load_into(self, model: GPT, watch: Watch = iter) -> None:
         """Copies the weights into a model, converting their type and moving them to its device.
 
         Quantised layers quantise theirs, in the type that the checkpoint has, or take them as they are quantised there.
+
+        Args:
+            model: The model.
+            watch: Wraps the stream of weights, to show progress.
 
         Raises:
             ValueError: The model has other weights than this checkpoint; lists every missing and unexpected name and
@@ -113,7 +118,7 @@ class Source(ABC):
             )
         filled: set[int] = set()
         with torch.no_grad():
-            for name, tensor in self.forms(kind_of(model)):
+            for name, tensor in watch(self.forms(kind_of(model))):
                 if not isinstance(tensor, Tensor):
                     fill(quantized[name], tensor, self.release)
                 elif name in quantized:
@@ -496,6 +501,7 @@ def load_model(
     quantize: str | None = None,
     split: Callable[[GPT], Callable[[str, Tensor], Tensor]] | None = None,
     plain: bool = False,
+    watch: Watch = iter,
 ) -> GPT:
     """A model with a checkpoint's weights, in evaluation mode.
 
@@ -510,6 +516,7 @@ def load_model(
         split: Leaves a model without memory a part of its weights, and returns what takes that part of a whole weight,
             by its name.
         plain: De-quantise weights that the checkpoint has quantised.
+        watch: Wraps the stream of weights, to show progress.
 
     Raises:
         ValueError: The checkpoint is quantised in another way.
@@ -524,7 +531,7 @@ def load_model(
     if quantize is not None:
         replace_linears(model, quantize, dtype)
     give_memory(model, dtype, device)
-    source.load_into(model)
+    source.load_into(model, watch)
     return model.eval()
 
 

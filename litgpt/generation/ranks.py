@@ -17,7 +17,7 @@ News = list[tuple[str, Any]]
 """What rank 0 has done since its last step, in order; plain values."""
 
 
-class RanksLost(RuntimeError):
+class RanksLost(ChildProcessError):
     """A process that has a part of the model is gone, or has lost step with the others: it must be loaded anew."""
 
 

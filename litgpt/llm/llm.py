@@ -14,7 +14,7 @@ from litgpt.convert.source import compare_shapes, shapes_of
 from litgpt.distributed import inference_dtypes, inference_precision
 from litgpt.generation.live import weights_version
 from litgpt.llm.answers import Answering
-from litgpt.llm.loading import Parts, load_parts, random_parts, settled_kind
+from litgpt.llm.loading import Parts, load_parts, random_parts, settled_kind, shown
 from litgpt.llm.placement import place
 from litgpt.llm.training import Trainable
 from litgpt.loading import open_model
@@ -137,7 +137,7 @@ class LLM(Answering, Trainable):
 
         Raises:
             ValueError: There is no such device, or an option cannot act.
-            RanksLost: A process could not load its part of the model (a RuntimeError).
+            RanksLost: A process could not load its part of the model (a ChildProcessError).
         """
         placement = place(accelerator, devices, generate_strategy)
         device = placement.device
@@ -163,7 +163,7 @@ class LLM(Answering, Trainable):
             placement.check(source, kind, self._engine_options.get("compile", False))
             self._live = self.model = None  # their memory is free before the next are read
             self.placement.close()
-            self.model = placement.load(self._checkpoint, source, dtype=dtype, quantize=quantize)
+            self.model = placement.load(self._checkpoint, source, dtype=dtype, quantize=quantize, watch=shown(source))
             self._loaded = weights_version(self.model)
         else:
             if next(quantized_layers(self.model), None):

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from litgpt.checkpoint import CONFIG, resolve_checkpoint_dir
 from litgpt.config import Config
 from litgpt.convert import Source, config_from_hf, load_model
-from litgpt.convert.source import give_memory, kind_for, meta_model
+from litgpt.convert.source import Watch, give_memory, kind_for, meta_model
 from litgpt.distributed import accelerator as best_accelerator
 from litgpt.distributed import inference_dtypes, inference_precision
 from litgpt.generation.engine import Engine
@@ -55,6 +56,7 @@ def load_parts(
     load: Callable[..., GPT] = load_model,
     finetuned: Path | None = None,
     make_engine: Callable[..., Engine] | None = None,
+    tell: Callable[[float], None] | None = None,
 ) -> Parts:
     """Finds, downloads if need be, and loads a checkpoint: as `LLM.load`, with more to say.
 
@@ -66,6 +68,7 @@ def load_parts(
         load: Makes the model of the opened checkpoint; called as `load_model` is.
         finetuned: The directory of what was finetuned from the checkpoint; its prompt format comes first.
         make_engine: Makes the engine that answers, as `Engine` is made.
+        tell: Called with the share of the weights that has been read, as they are.
 
     Raises:
         FileNotFoundError, ValueError: As for `LLM.load`.
@@ -90,10 +93,32 @@ def load_parts(
     _say(f"Loading {name} ({', '.join(filter(None, how))})")
     if source.note:
         _say(source.note)
-    model = placement.load(checkpoint, source, dtype=dtype, quantize=quantize)
+    model = placement.load(checkpoint, source, dtype=dtype, quantize=quantize, watch=shown(source, tell))
     reloads = load is load_model
     engine = {"make": make_engine or placement.make_engine, "autocast": autocast, "compile": compile}
     return Parts(model, tokenizer, style, name, checkpoint if reloads else None, placement, engine)
+
+
+def shown(source: Source, tell: Callable[[float], None] | None = None) -> Watch:
+    """What wraps the weights of a checkpoint while they are loaded: it shows a bar if that takes over two seconds.
+
+    Args:
+        source: The checkpoint.
+        tell: Called with the share of the weights that has been read.
+    """
+    sizes = {name: tensor.numel() * tensor.itemsize for name, tensor in source.layout().items()}
+
+    def watch(weights: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        done, total = 0, sum(sizes.values())
+        with tqdm(total=total, desc="Loading", unit="B", unit_scale=True, delay=2, disable=None, leave=False) as bar:
+            for name, weight in weights:
+                yield name, weight
+                bar.update(sizes[name])
+                done += sizes[name]
+                if tell is not None:
+                    tell(done / total)
+
+    return watch
 
 
 def settled_kind(source: Source, quantize: str | None, precision: str | None, device: torch.device) -> str | None:

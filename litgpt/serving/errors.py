@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from litgpt.generation.ranks import RanksLost
 from litgpt.suggest import did_you_mean
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -67,6 +68,8 @@ def engine_error(error: Exception) -> ApiError:
         return ApiError(503, message, code="out_of_memory", headers={"Retry-After": "5"})
     if isinstance(error, RuntimeError) and "shut down" in str(error):
         return ApiError(503, "The server is shutting down.", code="shutting_down", headers={"Retry-After": "5"})
+    if isinstance(error, RanksLost):  # the server is about to end
+        return ApiError(503, "The server has lost a process that has a part of the model.", code="shutting_down")
     return internal_error(error)
 
 
@@ -117,9 +120,13 @@ def install(app: FastAPI) -> None:
     async def unforeseen(_: Request, error: Exception) -> JSONResponse:
         return internal_error(error).response
 
+    async def lost(_: Request, error: Exception) -> JSONResponse:
+        return engine_error(error).response
+
     app.add_exception_handler(ApiError, ours)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, validation)
+    app.add_exception_handler(RanksLost, lost)
     app.add_exception_handler(Exception, unforeseen)
 
 

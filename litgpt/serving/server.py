@@ -40,7 +40,7 @@ class Server(uvicorn.Server):
         """Runs until it is stopped.
 
         Raises:
-            BaseException: what went wrong while the models were loaded.
+            BaseException: what went wrong while the models were loaded, or what `fail` was told.
         """
         threading.Thread(target=self._load_models, name="litgpt-load", daemon=True).start()
         try:
@@ -59,6 +59,11 @@ class Server(uvicorn.Server):
         self.should_exit = True
         if not finish:
             self._end_at_once()
+
+    def fail(self, error: BaseException) -> None:
+        """Lets it end, since it cannot answer any more; `serve_on` raises the error. Safe from any thread."""
+        self._failure = error
+        self.stop()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -87,8 +92,7 @@ class Server(uvicorn.Server):
         try:
             self.service.ready(self._load())
         except BaseException as error:  # SystemExit, too: the main thread is to end with it
-            self._failure = error
-            self.should_exit = True
+            self.fail(error)
 
 
 def listen(host: str, port: int) -> socket.socket:

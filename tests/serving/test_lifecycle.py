@@ -11,8 +11,10 @@ import time
 import httpx
 import pytest
 
+from litgpt import LLM
 from litgpt.serving.server import listen
 from tests.serving.conftest import running, wait_until_ready
+from tests.training.test_tensor_parallel import followers
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 300, "temperature": 0, "ignore_eos": True}
 
@@ -99,6 +101,23 @@ def start(*words: str, **variables: str) -> tuple[subprocess.Popen, str]:
     return process, found[0]
 
 
+def test_it_ends_where_a_process_that_has_a_part_of_the_model_is_gone(chat_directory):
+    options = ("--devices", "2", "--generate_strategy", "tensor_parallel", "--accelerator", "cpu")
+    process, url = start(str(chat_directory), "--precision", "32-true", *options)
+    try:
+        wait_until_ready(url)
+        reply = httpx.post(f"{url}/v1/chat/completions", json={**CHAT, "max_tokens": 12}).json()
+        expected = LLM.load(chat_directory, precision="32-true").chat(CHAT["messages"], 12, temperature=0)
+        assert reply["choices"][0]["message"]["content"] == expected
+        (other,) = followers(process.pid)
+        os.kill(other, signal.SIGKILL)
+        assert process.wait(20) == 1
+        assert "error: Rank 1, a process that has a part of the model, is gone" in process.stderr.read()
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
 def test_the_command_serves_and_ends_by_a_signal(chat_directory):
     process, url = start(str(chat_directory), "--precision", "32-true", LITGPT_API_KEY="k-secret")
@@ -128,7 +147,12 @@ def test_the_command_serves_and_ends_by_a_signal(chat_directory):
     [
         (["--max_queue", "-1"], "--max_queue -1 is not possible"),
         (["--temperature", "-1"], "temperature -1.0 is not possible"),
-        (["--devices", "2"], "--devices 2 cannot act"),
+        (["--devices", "2"], "--devices 2 cannot act without --generate_strategy"),
+        (
+            ["--devices", "2", "--generate_strategy", "tensor_parallel", "--compile", "true"],
+            "--compile true cannot act",
+        ),
+        (["--devices", "3", "--generate_strategy", "sequential"], "--devices 3: tiny-random has 2 blocks"),
         (["--generate_strategy", "sequential"], "--generate_strategy sequential cannot act"),
         (["--api_path", "/health"], "--api_path /health is taken"),
     ],

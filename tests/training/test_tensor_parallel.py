@@ -216,9 +216,9 @@ def test_no_process_outlives_the_first(directory, end):
         time.sleep(0.05)
 
 
-def followers() -> list[int]:
-    """The processes that this one has started."""
-    task = Path(f"/proc/{os.getpid()}/task")
+def followers(leader: int | None = None) -> list[int]:
+    """The other ranks that a process has started, by default this one."""
+    task = Path(f"/proc/{leader or os.getpid()}/task")
     children = {int(pid) for thread in task.iterdir() for pid in (thread / "children").read_text().split()}
     return [pid for pid in children if "follower" in Path(f"/proc/{pid}/cmdline").read_text()]
 

@@ -17,6 +17,7 @@ from litgpt.checkpoint import WEIGHTS, copy_companion_files
 from litgpt.convert import load_model
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
+from litgpt.llm import load_llm
 from litgpt.lora import LoRASettings, apply_lora, is_lora, lora_layers, merge_lora, save_lora
 from litgpt.prompts import save_prompt_style
 from tests import checkpoint_files
@@ -496,6 +497,16 @@ def test_a_fixed_cache_bounds_prompt_and_answer(directory):
     llm.distribute(precision="32-true", fixed_kv_cache_size="max_model_supported")
     greedy(llm)
     assert llm.engine._cache.max_length == 512
+
+
+@pytest.mark.parametrize("quantize", [None, "bnb.nf4"])
+def test_loading_tells_how_far_it_is(directory, quantize):
+    shares = []
+    load_llm(directory, precision="bf16-true", quantize=quantize, tell=shares.append)
+    assert len(shares) > 10
+    assert shares == sorted(shares)
+    assert shares[0] > 0
+    assert shares[-1] == 1
 
 
 def test_blocks_lie_on_several_devices(directory, llm):
