@@ -59,7 +59,7 @@ class AdapterSource(AdaptedSource):
         self.quantized, self.note = base.quantized, base.note
 
     def forms(self, kind: str | None) -> Iterator[tuple[str, Tensor | Parts]]:
-        return self.weights()
+        return self.base.forms(kind)
 
     def load_into(self, model: GPT, watch: Watch = iter) -> None:
         super().load_into(model, watch)
