@@ -12,7 +12,7 @@ from litgpt.training.state import Saved
 
 def setup(
     checkpoint_dir: Path,
-    out_dir: Path = Path("out/finetune/adapter_v2"),
+    out_dir: Path = Path("out/finetune/adapter-v2"),
     quantize: str | None = None,
     adapter_prompt_length: int = 10,
     adapter_start_layer: int = 2,

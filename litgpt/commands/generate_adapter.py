@@ -1,11 +1,11 @@
-"""Print what a model answers with the learned prompts of LLaMA-Adapter."""
+"""Print what a model answers with what LLaMA-Adapter or Adapter v2 has learned."""
 
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from litgpt import cli
-from litgpt.adapter import ADAPTER_WEIGHTS, is_v2, load_adapter, read_adapter
+from litgpt.adapter import ADAPTER_WEIGHTS, load_adapter, read_adapter
 from litgpt.commands.generate import DEFAULT_PROMPT, Options, answer
 from litgpt.convert import Source, load_model
 from litgpt.llm import load_llm
@@ -19,30 +19,21 @@ def setup(
     adapter_path: Path = Path("out/finetune/adapter/final") / ADAPTER_WEIGHTS,
     options: Annotated[Options, cli.Flat()] = Options(max_new_tokens=100),  # noqa: B008
 ) -> None:
-    """Print what a model answers to a prompt that was finetuned with LLaMA-Adapter.
+    """Print what a model answers to a prompt that was finetuned with LLaMA-Adapter, or with Adapter v2.
 
     Args:
         checkpoint_dir: The model that was finetuned: a directory, a .gguf file, a known name or a Hub id.
         prompt: What to answer. Without this option a prompt that is piped in is taken, whole.
         input: What the prompt is about, for formats such as Alpaca's that have a place for it.
-        adapter_path: What `litgpt finetune_adapter` learned: its file, or the directory of it.
+        adapter_path: What `litgpt finetune_adapter` or `litgpt finetune_adapter_v2` learned: its file, or the directory
+            of it.
     """
-    answer_adapted(checkpoint_dir, prompt, input, adapter_path, options, v2=False)
-
-
-def answer_adapted(
-    checkpoint_dir: Path, prompt: str, input: str, adapter_path: Path, options: Options, *, v2: bool
-) -> None:
-    """Prints the answer of a model with an adapter of either kind."""
     if not adapter_path.exists():
         raise FileNotFoundError(
-            f"--adapter_path {adapter_path} does not exist. Give the file or directory that "
-            f"`litgpt finetune_adapter{'_v2' * v2}` has written."
+            f"--adapter_path {adapter_path} does not exist. Give the file or directory that `litgpt finetune_adapter` "
+            "or `litgpt finetune_adapter_v2` has written."
         )
-    weights, _ = read_adapter(adapter_path)
-    if is_v2(weights) != v2:
-        kind, command = ("LLaMA-Adapter", "generate_adapter") if v2 else ("Adapter v2", "generate_adapter_v2")
-        raise ValueError(f"--adapter_path {adapter_path} was learned with {kind}. Use `litgpt {command}`.")
+    weights, _ = read_adapter(adapter_path)  # which say of what kind they are
 
     def load(source: Source, **how: Any) -> GPT:
         model = load_model(source, **how)

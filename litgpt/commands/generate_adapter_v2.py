@@ -1,22 +1,24 @@
-"""Print what a model answers with the prompts, biases and scales of Adapter v2."""
+"""`generate_adapter`, which looks for what `finetune_adapter_v2` has learned."""
 
 from pathlib import Path
 from typing import Annotated
 
 from litgpt import cli
 from litgpt.adapter import ADAPTER_V2_WEIGHTS
+from litgpt.commands import generate_adapter
 from litgpt.commands.generate import DEFAULT_PROMPT, Options
-from litgpt.commands.generate_adapter import answer_adapted
 
 
 def setup(
     checkpoint_dir: Path,
     prompt: str = DEFAULT_PROMPT,
     input: str = "",
-    adapter_path: Path = Path("out/finetune/adapter_v2/final") / ADAPTER_V2_WEIGHTS,
+    adapter_path: Path = Path("out/finetune/adapter-v2/final") / ADAPTER_V2_WEIGHTS,
     options: Annotated[Options, cli.Flat()] = Options(max_new_tokens=100),  # noqa: B008
 ) -> None:
     """Print what a model answers to a prompt that was finetuned with Adapter v2.
+
+    `litgpt generate_adapter` does the same; it looks elsewhere where no --adapter_path is given.
 
     Args:
         checkpoint_dir: The model that was finetuned: a directory, a .gguf file, a known name or a Hub id.
@@ -24,4 +26,4 @@ def setup(
         input: What the prompt is about, for formats such as Alpaca's that have a place for it.
         adapter_path: What `litgpt finetune_adapter_v2` learned: its file, or the directory of it.
     """
-    answer_adapted(checkpoint_dir, prompt, input, adapter_path, options, v2=True)
+    generate_adapter.setup(checkpoint_dir, prompt, input, adapter_path, options)
