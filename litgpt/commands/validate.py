@@ -9,7 +9,7 @@ With --json, one object is printed:
                  not fail is a warning
     summary      name, architecture, parameters, dtypes (type: how many values), context, sliding_window, rows (of the
                  embedding), tied_head, tokens (of the tokenizer), prompt_format, special_tokens (bos, eos, pad, stop),
-                 lora_weights, note; null where there is no readable configuration
+                 lora_weights, quantized, note; null where there is no readable configuration
     memory       precision, batch_size, context, devices, lora_r, device, device_bytes, methods (inference, lora, qlora
                  and full: parts in bytes, total, fits); null likewise
 """
@@ -34,7 +34,6 @@ from litgpt.lora import LoRASettings, apply_lora
 from litgpt.memory import Usage, estimate_memory
 from litgpt.model import GPT
 from litgpt.prompts import ChatTemplate, PromptStyle, WrittenStyle
-from litgpt.quantize import replace_linears
 from litgpt.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 4096
@@ -96,7 +95,8 @@ def setup(
             raise ValueError(f"--context {context} is beyond the model's context of {limit}. Give {limit} or less.")
         context = context or min(DEFAULT_CONTEXT, findings.config.block_size)
         report["summary"] = summarise(findings, findings.config)
-        report["memory"] = estimate(findings.config, device, precision, batch_size, context, lora_r, devices)
+        kind = findings.source.quantized if findings.source else None
+        report["memory"] = estimate(findings.config, device, precision, batch_size, context, lora_r, devices, kind)
     print(dumps(report, indent=2) if json else "\n".join(as_text(report)))
     if not findings.valid:
         sys.exit(1)
@@ -121,6 +121,7 @@ def summarise(findings: Findings, config: Config) -> dict[str, Any]:
         "prompt_format": format_name(findings.style),
         "special_tokens": special_tokens(tokenizer) if tokenizer else {},
         "lora_weights": findings.path.is_dir() and (findings.path / LORA_WEIGHTS).is_file(),
+        "quantized": source.quantized if source else None,
         "note": source.note if source else None,
     }
 
@@ -163,15 +164,25 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def estimate(
-    config: Config, device: torch.device, precision: str, batch_size: int, context: int, lora_r: int, devices: int
+    config: Config,
+    device: torch.device,
+    precision: str,
+    batch_size: int,
+    context: int,
+    lora_r: int,
+    devices: int,
+    kind: str | None,
 ) -> dict[str, Any]:
-    """The memory that each use of the model needs on this kind of device, beside what there is."""
+    """The memory that each use of the model needs on this kind of device, beside what there is.
+
+    Of weights that are quantised, inference keeps the `kind`; LoRA is estimated on plain ones, and QLoRA in 4 bits.
+    """
     weights, compute = inference_dtypes(precision, device)
     present = memory_present(device)
     methods = {}
     for method in METHOD_TITLES:
         mixed = None if method == "qlora" else compute  # its products are in the type of the other weights
-        model = model_for(method, config, compute or weights if method == "qlora" else weights, lora_r)
+        model = model_for(method, config, compute or weights if method == "qlora" else weights, lora_r, kind)
         if mixed is not None and method == "lora":
             store_frozen_matrices(model, precision)
         usage = Usage(method != "inference", mixed, batch_size, context, device.type, devices)
@@ -182,11 +193,9 @@ def estimate(
     return {**settings, "lora_r": lora_r, "device": device.type, "device_bytes": present, "methods": methods}
 
 
-def model_for(method: str, config: Config, dtype: torch.dtype, lora_r: int) -> GPT:
-    """The model as it is used, without memory for its weights."""
-    model = meta_model(config).to(dtype)
-    if method == "qlora":
-        replace_linears(model, "bnb.nf4", dtype)
+def model_for(method: str, config: Config, dtype: torch.dtype, lora_r: int, kind: str | None = None) -> GPT:
+    """The model as it is used, without memory for its weights, which are quantised as `kind` for inference."""
+    model = meta_model(config, {"qlora": "bnb.nf4", "inference": kind}.get(method), dtype).to(dtype)
     if method in ("lora", "qlora"):
         apply_lora(model, LoRASettings(r=lora_r))
     return model
@@ -232,6 +241,7 @@ def summary_lines(summary: dict[str, Any]) -> Iterator[str]:
         "vocabulary": f"{tokens}{summary['rows']:,} rows in the embedding{tied}",
         "special tokens": ", ".join(f"{name} {token}" for name, token in known.items()),
         "prompt format": summary["prompt_format"],
+        "quantised": summary["quantized"],
         "LoRA": f"{LORA_WEIGHTS} is beside the weights" if summary["lora_weights"] else None,
         "note": summary["note"],
     }

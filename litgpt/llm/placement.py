@@ -11,7 +11,7 @@ import torch
 
 from litgpt.convert import Source, load_model
 from litgpt.convert.adapted_source import AdapterSource
-from litgpt.convert.source import meta_model
+from litgpt.convert.source import check_whole, meta_model
 from litgpt.distributed import accelerator as best_accelerator
 from litgpt.distributed import chosen_devices
 from litgpt.generation.engine import Engine
@@ -76,6 +76,7 @@ class Placement:
         if self.strategy == "sequential":
             place_blocks(meta_model(source.config), len(self.devices))
             return
+        check_whole(source)
         if quantize not in (None, *FOUR_BIT_KINDS):
             raise ValueError(
                 f"--quantize {quantize} cannot act with tensor_parallel: bitsandbytes' 4 bits alone are stored in "
@@ -111,9 +112,13 @@ class Placement:
         self.leader = Leader(
             self.devices, {"checkpoint": str(checkpoint), "dtype": name, "quantize": how.get("quantize")}
         )
-        split = partial(split_model, group=self.leader.group)
-        model = self._load(source, dtype=dtype, device=self.device, split=split, **how)
-        self.leader.meet()
+        try:
+            split = partial(split_model, group=self.leader.group)
+            model = self._load(source, dtype=dtype, device=self.device, split=split, **how)
+            self.leader.meet()
+        except BaseException:
+            self.leader.close()
+            raise
         return model
 
     def make_engine(self, model: GPT, **options: Any) -> Engine:

@@ -175,7 +175,7 @@ def test_another_kind_than_the_checkpoints_is_refused(plain):
         ValueError, match=r"--quantize int8 cannot act: the weights in '.*' are bnb.int8 already. Leave it out"
     ):
         load_model(source, quantize="int8")
-    with pytest.raises(ValueError, match=r"bnb\.int8 weights, which cannot be split over devices"):
+    with pytest.raises(ValueError, match=r"bnb\.int8 weights, which cannot be split over processes"):
         load_model(source, split=lambda model: lambda name, tensor: tensor)
     cuda, source = torch.device("cuda"), open_checkpoint(plain("llama", "int4"))
     with pytest.raises(
