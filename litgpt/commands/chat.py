@@ -52,7 +52,8 @@ def setup(
         system_prompt: Replaces the system message of the model's prompt format.
         prompt_style: Name of a prompt format, a class package.module.Class, or a chat template's .jinja file, in place
             of the checkpoint's own; `default` gives the model the bare prompt.
-        quantize: Keep the weights in 4 or 8 bits: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8.
+        quantize: Keep the weights in 4 or 8 bits: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8, or for CPUs
+            int4 or int8. By default as the checkpoint has them.
         precision: 32-true, bf16-true, 16-true (weights and computation), bf16-mixed, 16-mixed (float32 weights). By
             default bf16-true where the device computes it in hardware, else 32-true.
         compile: Compile the decoding: on a CPU in the background, for later runs too; a GPU's first answer waits.

@@ -61,7 +61,7 @@ class LLM(Answering, Trainable):
                 hardware. None keeps it on the CPU in torch's default type (float32) and in training mode, to be trained
                 there or moved by `distribute` or a Trainer.
             precision: 32-true, bf16-true, 16-true, bf16-mixed or 16-mixed, in place of the device's own.
-            quantize: Keep the weights in 4 or 8 bits, see `distribute`.
+            quantize: Keep the weights in 4 or 8 bits, see `distribute`; by default as the checkpoint has them.
             prompt_style: Name of a prompt format, a class package.module.Class, a chat template's .jinja file or a
                 PromptStyle, in place of the checkpoint's own.
             compile: Compile the decoding: on a CPU in the background, for later runs too; a GPU's first answer waits.

@@ -61,12 +61,17 @@ def test_the_seeds_commands_write_checkpoints_that_load_as_they_are(litgpt, base
         assert loaded(ids).dtype == dtype
 
 
-def test_generate_takes_the_kind_and_says_so(litgpt, base, quantised):
+def test_generate_takes_the_kind_and_says_so(litgpt, base, quantised, monkeypatch):
     expected = litgpt("generate", base, *ANSWER, "--quantize", "bnb.nf4", "--precision", "bf16-true")
     for options in ((), ("--quantize", "bnb.nf4")):
         result = litgpt("generate", quantised, *ANSWER, *options, "--precision", "bf16-true")
         assert (result.code, result.out) == (0, expected.out), result.err
         assert "(bf16-true, bnb.nf4, cpu)" in result.err
+    lines = iter(["Hello", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    chat = litgpt("chat", quantised, *ANSWER[2:], "--precision", "bf16-true")
+    assert expected.out.strip() in chat.out
+    assert "(bf16-true, bnb.nf4, cpu)" in chat.err
     result = litgpt("generate", quantised, *ANSWER, "--quantize", "int4")
     assert result.code == 1
     assert "--quantize int4 cannot act: the weights in 'small' are bnb.nf4 already. Leave it out" in result.err
