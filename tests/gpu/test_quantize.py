@@ -6,6 +6,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from litgpt.checkpoint import save_model
+from litgpt.convert import load_model
+from litgpt.convert.quantised_parts import saved_weights
 from litgpt.lora import LoRASettings, apply_lora, lora_layers
 from litgpt.quantize import FOUR_BIT_KINDS, TRAINING_KINDS
 from tests.unit.test_quantize import IDS, MODELS, error, layer_of, loss_of, make, quantised
@@ -31,6 +34,16 @@ def test_a_layer_quantised_there_or_moved_there_computes_as_on_the_cpu(kind, wid
     assert error(moved(x.cuda()).cpu(), x @ layer.plain_weight().T) < (1e-3 if kind in FOUR_BIT_KINDS else 0.03)
     half = moved.to(torch.bfloat16)
     assert error(half(x.cuda().bfloat16()).cpu(), x @ layer.plain_weight().T) < 0.03
+
+
+@pytest.mark.parametrize("kind", [*FOUR_BIT_KINDS, "bnb.int8"])
+def test_saved_from_there_it_is_the_same_there_and_here(kind, tmp_path):
+    model = quantised(make("moe"), kind).cuda()
+    save_model(tmp_path, saved_weights(model), model.config)
+    for device in ("cpu", "cuda"):
+        again = load_model(tmp_path, device=device).state_dict()
+        assert {tensor.device.type for tensor in again.values()} == {device}
+        assert all(torch.equal(again[name].cpu(), tensor.cpu()) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", MODELS)
