@@ -23,7 +23,7 @@ from litgpt.training.metrics import val_column
 from litgpt.training.recorder import Recorder, figures_in_words
 from litgpt.training.run_directory import RunDirectory
 from litgpt.training.schedule import Schedule
-from litgpt.training.signals import StopSignals
+from litgpt.training.signals import StopSignals, shield_workers
 from litgpt.training.state import STATE_FILE, Progress, Saved, collect, restore, whole_weights
 from litgpt.training.validation import validate
 
@@ -115,6 +115,8 @@ def fit(
             progress.seconds = recorder.seconds
             save_checkpoint(fabric, gpt, inner, progress, run, directory)
 
+    for loader in (batches.loader, val_batches):
+        shield_workers(loader)
     model.train()
     with StopSignals() as signals, recorder.running(progress, run.total_steps, resumed=run.resume is not None):
         if evaluation.initial_validation and val_batches and progress.step == 0:

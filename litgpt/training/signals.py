@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
+
+from torch.utils.data import DataLoader
 
 
 class StopSignals:
@@ -32,3 +36,40 @@ class StopSignals:
         if number == signal.SIGINT and self.received is not None:
             raise KeyboardInterrupt
         self.received = "SIGTERM" if number == signal.SIGTERM else "Ctrl-C"
+
+
+def shield_workers(loader: Any) -> None:
+    """Has a loader's workers leave SIGTERM and Ctrl-C to this process, which needs their batches to finish its step.
+
+    A terminal, SLURM and systemd send them to all processes of a run. The workers end when this process ends them, or
+    ends.
+    """
+    if isinstance(loader, DataLoader) and not isinstance(loader.worker_init_fn, ShieldedWorker):
+        loader.worker_init_fn = ShieldedWorker(loader.worker_init_fn)
+
+
+class ShieldedWorker:
+    """A `worker_init_fn` that lets a worker ignore what is not its parent's.
+
+    Args:
+        then: What else the worker does at its start.
+    """
+
+    def __init__(self, then: Callable[[int], None] | None = None) -> None:
+        self.then = then
+
+    def __call__(self, worker: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
+            # Not ignored altogether: SIGTERM is also how `multiprocessing` ends a worker, which it then waits for. A
+            # handler is not told who has sent it; who waits for the signal is.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            threading.Thread(target=_end_by_parent, daemon=True).start()
+        if self.then is not None:
+            self.then(worker)
+
+
+def _end_by_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

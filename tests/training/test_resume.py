@@ -1,5 +1,6 @@
 """A resumed run equals an uninterrupted one, bit for bit."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -7,11 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from torch.utils.data import DataLoader, get_worker_info
 
 from litgpt.training.arguments import EvalArgs
 from litgpt.training.metrics import read_metrics
+from litgpt.training.signals import shield_workers
 from tests.training.conftest import assert_same_run, killed_in_step
 
 
@@ -44,11 +48,13 @@ sys.exit(main(sys.argv[1:]))
 def start(root: Path, out_dir: Path, text: Path, cache: Path, *more: str) -> subprocess.Popen:
     command = [sys.executable, "-c", COMMAND.format(root=str(root)), "pretrain", "tiny", f"--out_dir={out_dir}"]
     command += [f"--model_config.{k}={str(v).lower()}" for k, v in SUBPROCESS_SHAPE.items()]
-    command += ["--data=TextFiles", f"--data.train_data_path={text}", "--data.num_workers=0", "--devices=1"]
+    command += ["--data=TextFiles", f"--data.train_data_path={text}", "--data.num_workers=2", "--devices=1"]
     command += ["--tokenizer_vocab_size=300", "--train.global_batch_size=8", "--train.micro_batch_size=4"]
     command += ["--train.lr_warmup_steps=5", "--logger_name=csv", "--eval.interval=50", "--eval.max_iters=4", *more]
     environment = {**os.environ, "LITGPT_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 def wait_for_step(process: subprocess.Popen, out_dir: Path, step: int) -> None:
@@ -61,16 +67,20 @@ def wait_for_step(process: subprocess.Popen, out_dir: Path, step: int) -> None:
 
 def test_sigkill_and_sigterm_lose_nothing(train, text, tmp_path):
     root, cache = Path(__file__).parents[2], tmp_path / "cache"
-    options = ["--train.max_steps=300", "--train.save_interval=20"]
+    options = ["--train.max_steps=120", "--train.save_interval=20"]
     run = start(root, tmp_path / "parts", text, cache, *options)
-    wait_for_step(run, tmp_path / "parts", 45)
+    wait_for_step(run, tmp_path / "parts", 25)
+    workers = psutil.Process(run.pid).children(recursive=True)
+    assert len(workers) == min(2, os.cpu_count())
     run.send_signal(signal.SIGKILL)
     run.wait()
     assert not (tmp_path / "parts/final").exists()
 
     run = start(root, tmp_path / "parts", text, cache, *options, "--resume=auto")
-    wait_for_step(run, tmp_path / "parts", 100)
-    run.send_signal(signal.SIGTERM)
+    wait_for_step(run, tmp_path / "parts", 55)
+    workers += psutil.Process(run.pid).children(recursive=True)
+    # To all processes, as SLURM and systemd send it: without the workers the run would have no data to finish its step.
+    os.killpg(run.pid, signal.SIGTERM)
     output = run.communicate()[0]
     assert run.returncode == 0, output
     assert "Resuming from" in output
@@ -80,10 +90,36 @@ def test_sigkill_and_sigterm_lose_nothing(train, text, tmp_path):
     stopped_at = int(read_metrics(tmp_path / "parts/metrics.csv")[-1]["step"])
     assert (tmp_path / f"parts/step-{stopped_at:08d}/training_state.pth").exists()
 
-    same = {"max_steps": 300, "eval": EvalArgs(interval=50, max_iters=4), "shape": SUBPROCESS_SHAPE}
+    assert psutil.wait_procs(workers, timeout=15)[1] == []
+    same = {"max_steps": 120, "eval": EvalArgs(interval=50, max_iters=4), "shape": SUBPROCESS_SHAPE}
     train(tmp_path / "parts", resume=True, **same)
     train(tmp_path / "whole", **same)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts", rows=300)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", rows=120)
+
+
+def children(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="this system does not say who has sent a signal")
+def test_workers_end_by_nobody_but_their_process():
+    loader = DataLoader(
+        torch.arange(1000), num_workers=2, worker_init_fn=lambda _: get_worker_info().dataset.add_(1000)
+    )
+    for _ in range(2):
+        shield_workers(loader)
+    batches = iter(loader)
+    numbers = [int(next(batches)), int(next(batches))]  # one of each worker: they have begun
+    workers = [psutil.Process(process.pid) for process in multiprocessing.active_children()]
+    assert len(workers) == 2
+    for name in ("TERM", "INT", "INT", "TERM"):
+        subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
+    numbers += [int(next(batches)) for _ in range(100)]
+    assert numbers == [*range(1000, 1102)]  # the workers live, and what else they were to do at their start is done
+    assert psutil.wait_procs(workers, timeout=0.2)[0] == []
+    for worker in workers:
+        worker.terminate()
+    assert psutil.wait_procs(workers, timeout=10)[1] == []
 
 
 def test_resume_of_a_finished_run_changes_nothing(train, tmp_path, capsys):
