@@ -43,7 +43,6 @@ class ProcessGroup:
         store = dist.FileStore(str(folder / "meeting"), self.count)
         store.set_timeout(MEETING)
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
             self._backend = dist.ProcessGroupNCCL(store, self.rank, self.count, EXCHANGE)
             return
         options = dist.ProcessGroupGloo._Options()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -32,7 +34,7 @@ class Ranks(Protocol):
     def hear(self) -> News | None:
         """On the others: what rank 0 tells next; None when it needs them no more."""
 
-    def lost(self, error: Exception) -> RanksLost:
+    def lost(self, error: BaseException) -> RanksLost:
         """On rank 0: ends the others after an error in the middle of what all do; says what has become of them."""
 
     def check(self) -> None:
@@ -60,7 +62,7 @@ class RankEngine(Engine):
             ranks.tell([("engine", {**options, "autocast": autocast and str(autocast).removeprefix("torch.")})])
         super().__init__(model, autocast=autocast, **options)
         in_one_memory = ranks.group.count if self.device.type == "cpu" else 1
-        with ranks.group.together():  # all must admit the same requests
+        with self._together():  # all must admit the same requests
             self._most_bytes = ranks.group.least(self.cache_bytes / in_one_memory)
 
     def check(self, request: Request) -> int:
@@ -88,16 +90,27 @@ class RankEngine(Engine):
         news, self._news = self._news, []
         self.cache_bytes = min(self.cache_bytes, self._most_bytes)
         self.ranks.tell([*news, ("step", (self.most_slots, self.cache_bytes))])
-        try:
-            outputs = self._step()
-        except Exception as error:  # here or on another rank: some have stored keys and values that others have not
-            raise self.ranks.lost(error) from error
+        outputs = self._step()
         self.ranks.check()  # what an aborted exchange has left is no output
         return outputs
 
     def _step(self) -> list[Output]:
-        with self.ranks.group.together():
+        with self._together():
             return super().step()
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """What all ranks do at the same time."""
+        try:
+            with self.ranks.group.together():
+                yield
+        except BaseException as error:  # here or on another rank: some have stored keys and values that others have not
+            if not self.leads:
+                raise
+            failure = self.ranks.lost(error)
+            if isinstance(error, Exception):
+                raise failure from error
+            raise  # KeyboardInterrupt stays what it is
 
     def do(self, what: str, about: Any) -> None:
         """On another rank than 0: one of the things that rank 0 has done."""

@@ -42,7 +42,7 @@ class Follower:
     def tell(self, news: News) -> None:
         raise NotImplementedError("Rank 0 tells.")
 
-    def lost(self, error: Exception) -> RanksLost:
+    def lost(self, error: BaseException) -> RanksLost:
         raise NotImplementedError("Rank 0 says so.")
 
     def check(self) -> None:
@@ -67,6 +67,8 @@ def main() -> None:
 def _work(job: dict[str, Any], lines: queue.SimpleQueue[bytes], replies: Any) -> None:
     torch.set_num_threads(job["threads"])
     ranks = Follower(job, lines)
+    if ranks.group.device.type == "cuda":
+        torch.cuda.set_device(ranks.group.device)  # or else it would take memory of the first one, too
     model = load_model(
         open_model(job["checkpoint"]),
         dtype=getattr(torch, job["dtype"]),

@@ -43,11 +43,12 @@ class Leader:
     def __init__(self, devices: Sequence[torch.device], part: dict[str, Any]) -> None:
         self.group = ProcessGroup(0, len(devices), devices[0])
         self._folder = Path(tempfile.mkdtemp(prefix="litgpt-"))
-        self._threads = torch.get_num_threads()
         self.others: list[_Process] = []
-        self._end = weakref.finalize(self, _end, self.others, self.group, self._folder, self._threads)
-        threads = max(1, self._threads // len(devices)) if devices[0].type == "cpu" else self._threads
-        torch.set_num_threads(threads)
+        threads = torch.get_num_threads()
+        self._end = weakref.finalize(self, _end, self.others, self.group, self._folder, threads, os.getpid())
+        if devices[0].type == "cpu":
+            threads = max(1, threads // len(devices))
+            torch.set_num_threads(threads)
         for rank, device in enumerate(devices[1:], 1):
             place = {"rank": rank, "count": len(devices), "device": str(device), "folder": str(self._folder)}
             self.others.append(_Process(place | part | {"threads": threads}, self.group))
@@ -67,13 +68,9 @@ class Leader:
         Raises:
             RanksLost: One of them could not.
         """
-        try:
-            for process in self.others:
-                process.wait_until_ready()
-            self.group.meet(self._folder)
-        except BaseException:
-            self.close()
-            raise
+        for process in self.others:
+            process.wait_until_ready()
+        self.group.meet(self._folder)
 
     def tell(self, news: News) -> None:
         self.check()
@@ -91,11 +88,12 @@ class Leader:
             if process.failure is not None:
                 raise process.failure
 
-    def lost(self, error: Exception) -> RanksLost:
+    def lost(self, error: BaseException) -> RanksLost:
         for process in self.others:  # where one has ended, that is the cause, and perhaps not known yet
             process.expect_end(seconds=2 if isinstance(error, RuntimeError) else 0)
         failure = next((process.failure for process in self.others if process.failure), None)
-        failure = failure or RanksLost(f"Rank 0 has lost step with the others ({error}). Load the model again.")
+        cause = f"{type(error).__name__}: {error}".removesuffix(": ")
+        failure = failure or RanksLost(f"Rank 0 has lost step with the others ({cause}). Load the model again.")
         for process in self.others:
             process.failure = process.failure or failure
         self.close()
@@ -117,7 +115,7 @@ class _Process:
         self.failure: RanksLost | None = None
         self.on_loss: Callable[[RanksLost], None] | None = None
         self.is_over = False  # it was told to end
-        self._said: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._replies: queue.SimpleQueue[str] = queue.SimpleQueue()
         paths = os.pathsep.join(path for path in sys.path if path)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "litgpt.llm.follower"],
@@ -139,8 +137,7 @@ class _Process:
                 self.expect_end(PATIENCE)
 
     def wait_until_ready(self) -> None:
-        said = self._said.get()
-        if said is None:
+        if self._replies.get() == "gone":
             raise self.failure
 
     def expect_end(self, seconds: float) -> None:
@@ -150,9 +147,9 @@ class _Process:
     def _read(self) -> None:
         reason = None
         for line in self.process.stdout:
-            said = json.loads(line)
-            reason = said.get("error", reason)
-            self._said.put(said if reason is None else None)
+            reason = json.loads(line).get("error")
+            if reason is None:
+                self._replies.put("ready")
         code = self.process.wait()
         if self.is_over:
             return
@@ -160,7 +157,7 @@ class _Process:
         self.failure = self.failure or RanksLost(
             f"Rank {self.rank}, a process that has a part of the model, is gone: {how}. Load the model again."
         )
-        self._said.put(None)
+        self._replies.put("gone")
         self.group.abort()
         if self.on_loss is not None:
             self.on_loss(self.failure)
@@ -173,7 +170,9 @@ class _Process:
             self.process.stdin.close()
 
 
-def _end(processes: list[_Process], group: ProcessGroup, folder: Path, threads: int) -> None:
+def _end(processes: list[_Process], group: ProcessGroup, folder: Path, threads: int, owner: int) -> None:
+    if os.getpid() != owner:
+        return  # a copy of the process, made by fork, goes
     for process in processes:
         process.end()
     group.abort()

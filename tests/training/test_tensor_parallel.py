@@ -20,6 +20,7 @@ from litgpt.convert import open_checkpoint
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.ranks import RanksLost
 from litgpt.generation.sampling import Sampling
+from litgpt.llm.leader import Leader
 from litgpt.model import GPT
 from litgpt.process_group import ProcessGroup
 from litgpt.tensor_parallel import check_split, split_model
@@ -192,6 +193,24 @@ def test_an_llm_shares_its_work_and_says_so_where_a_process_dies(directory):
     assert llm.generate(prompts, top_k=1, max_new_tokens=16) == expected
 
 
+def test_what_goes_wrong_on_one_rank_ends_all(directory, monkeypatch):
+    job = {"checkpoint": str(directory / "nowhere"), "dtype": "float32", "quantize": None}
+    leader = Leader([torch.device("cpu")] * 2, job)
+    with pytest.raises(RanksLost, match=r"Rank 1.*FileNotFoundError: .*nowhere"):
+        leader.meet()
+    leader.close()
+    llm = LLM.load(directory, precision="32-true")
+    llm.distribute(devices=2, precision="32-true", generate_strategy="tensor_parallel")
+
+    def fail(self: Engine) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Engine, "_write", fail)
+    with pytest.raises(RanksLost, match=r"Rank 0 has lost step with the others \(MemoryError\)"):
+        llm.generate("Hello", max_new_tokens=4)
+    assert not followers()
+
+
 LEFT = """
 import os, signal, sys
 from litgpt import LLM
@@ -201,7 +220,9 @@ llm.distribute(devices=2, precision="32-true", generate_strategy="tensor_paralle
 stream = llm.generate("Hello", max_new_tokens=400, stream=True)
 next(stream)
 print(llm.placement.leader.others[0].process.pid, flush=True)
-if sys.argv[2] == "killed":
+if sys.argv[2] == "killed":  # while nobody waits for anybody
+    stream.close()
+    llm.generate("Hello", max_new_tokens=1)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
