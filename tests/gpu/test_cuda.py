@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from litgpt import LLM
 from litgpt.config import Config
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
 from litgpt.model import GPT, starts_of_documents
+from litgpt.process_group import ProcessGroup
+from tests import checkpoint_files
 
 pytestmark = [
     pytest.mark.gpu,
@@ -100,3 +103,26 @@ def test_pretraining_then_generating(tmp_path, capsys):
     assert "bf16-mixed" in (out / "logs.txt").read_text()
     assert main(["generate", str(out / "final"), "--prompt", "ROMEO:", "--max_new_tokens", "16"]) == 0
     assert capsys.readouterr().out.strip()
+
+
+def test_a_group_exchanges_over_nccl(tmp_path):
+    group = ProcessGroup(0, 1, torch.device("cuda:0"))
+    group.meet(tmp_path)
+    tensor = torch.arange(6.0, device="cuda", dtype=torch.bfloat16).view(2, 3)
+    expected = tensor.clone()
+    with group.together():
+        assert group.least(1e12) == 1e12
+        group.add_up(tensor)
+        group.hand_out(tensor)
+        assert torch.equal(group.side_by_side(tensor), expected)
+    assert torch.equal(tensor, expected)
+    group.abort()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("strategy", ["sequential", "tensor_parallel"])
+def test_two_gpus_say_what_one_says(tmp_path, strategy):
+    llm = LLM.load(checkpoint_files.chat_model(tmp_path / "model"), precision="32-true")
+    expected = llm.generate(["Hello", "How are you?"], top_k=1, max_new_tokens=12)
+    llm.distribute(devices=2, precision="32-true", generate_strategy=strategy)
+    assert llm.generate(["Hello", "How are you?"], top_k=1, max_new_tokens=12) == expected
