@@ -82,7 +82,7 @@ class LoRASettings:
 
 
 class Dropout(nn.Dropout):
-    """Dropout of the input of LoRA's first matrix, as a part of that product."""
+    """Dropout of the input of LoRA's first matrix; it says what to drop, `LowRank` does it."""
 
     def keeps(self, x: Tensor) -> Tensor:
         """1 where a value of x is kept and 0 elsewhere, in x's shape, uint8.
@@ -93,29 +93,47 @@ class Dropout(nn.Dropout):
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return torch.empty_like(x, dtype=torch.uint8).bernoulli_(1 - self.p)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None).view(torch.int16)
-        return (bits[: x.numel()].view(x.shape) >= round(self.p * (1 << 16)) - (1 << 15)).view(torch.uint8)
-
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """dropout(x) weight^T: (..., in), (out, in) -> (..., out)."""
-        if torch.is_autocast_enabled(x.device.type):
-            x, weight = (part.to(torch.get_autocast_dtype(x.device.type)) for part in (x, weight))
-        return _DroppedProduct.apply(x, weight, self.keeps(x)) / (1 - self.p)
+        bits = bits[: x.numel()].view(x.shape)
+        return bits.ge_(round(self.p * (1 << 16)) - (1 << 15)).to(torch.uint8)  # a comparison into bytes takes longer
 
 
-class _DroppedProduct(torch.autograd.Function):
-    """(x kept) W^T. For the backward pass a byte is kept of each value, and x, which others keep, too: not what dropout
-    left of it, for every layer that reads it."""
+def kept_values(x: Tensor, kept: Tensor | None) -> Tensor:
+    """x where `kept`, of x's shape in uint8, is 1, and 0 where it is 0; all of x where it is None."""
+    if kept is None:
+        return x
+    if x.device.type != "cpu":
+        return x * kept
+    # A CPU multiplies floats by bytes at a tenth of the speed at which it masks their bits.
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return kept.to(bits).neg_().bitwise_and_(x.view(bits)).view(x.dtype)
+
+
+class LowRank(torch.autograd.Function):
+    """scale * up down (x kept): (..., in) -> (..., out), with `down` (r, in) and `up` (out, r) in float32 or x's type.
+
+    One function instead of six for autograd: the matrices are small, so that calling takes as long as computing. For
+    the backward pass it holds x, which others hold, too, and a byte for each of its values: not what dropout left of
+    it, for every layer that reads it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, kept)
-        return F.linear(x * kept, weight)
+    def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, kept: Tensor | None, scale: float) -> Tensor:
+        hidden = F.linear(kept_values(x, kept), down.to(x.dtype)).mul_(scale)  # (..., r)
+        ctx.save_for_backward(x, down, up, kept, hidden)
+        ctx.scale = scale
+        return F.linear(hidden, up.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, kept = ctx.saved_tensors
-        rows = (x * kept).flatten(0, -2)
-        return (gradient @ weight) * kept, gradient.flatten(0, -2).T @ rows, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, down, up, kept, hidden = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)  # (N, out)
+        scaled = (rows @ up.to(x.dtype)).mul_(ctx.scale)  # (N, r) the gradient of what `down` gives
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = kept_values((scaled @ down.to(x.dtype)).view(x.shape), kept)
+        of_down = (scaled.T @ kept_values(x, kept).flatten(0, -2)).to(down.dtype)
+        of_up = (rows.T @ hidden.flatten(0, -2)).to(up.dtype)
+        return of_x, of_down, of_up, None, None
 
 
 class LoRALinear(KeepsFloat32):
@@ -166,16 +184,22 @@ class LoRALinear(KeepsFloat32):
         y = self.linear(x)
         if not self.enabled:
             return y
-        down = self.lora_A.to(x.dtype)
+        # autocast would do it within `F.linear`, and not in the backward pass
+        typed = x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
         drops = self.training and isinstance(self.dropout, Dropout)
-        hidden = self.scaling * (self.dropout.product(x, down) if drops else F.linear(x, down))  # (..., n * r)
-        parts = zip(hidden.split(self.rank, dim=-1), self.lora_B.to(x.dtype).split(self._sizes()), strict=True)
-        update = torch.cat([F.linear(a, b) for a, b in parts], dim=-1)  # (..., updated rows)
-        if self.lora_magnitude is not None:
-            return self._with_magnitude(x, y, update)
-        return y + self._spread(update)
+        kept, scale = (self.dropout.keeps(x), self.scaling / (1 - self.dropout.p)) if drops else (None, self.scaling)
+        update = LowRank.apply(typed, self.lora_A, self._up(), kept, scale)
+        return y + update if self.lora_magnitude is None else self._with_magnitude(y, self._updated(update, dim=-1))
 
-    def _with_magnitude(self, x: Tensor, y: Tensor, update: Tensor) -> Tensor:
+    def _up(self) -> Tensor:
+        """(out, n * r) lora_B with each part's rows beside that part's ranks, and zeros elsewhere."""
+        if len(self.rows) == 1:
+            return self.lora_B
+        parts = iter(self.lora_B.split(self._sizes()))
+        blank = self.lora_B.new_empty
+        return torch.block_diag(*(next(parts) if updates else blank(size, 0) for size, updates in self.rows))
+
+    def _with_magnitude(self, y: Tensor, update: Tensor) -> Tensor:
         """DoRA: each updated row is brought to its learned length; the norm itself gets no gradient (section 4.3)."""
         with torch.no_grad():  # `detach` at the end would keep the sum, as large as the weight, until the backward pass
             weight = self._updated(plain_weight(self.linear).float())

@@ -43,7 +43,7 @@ from litgpt.lora import LoRALinear
 from litgpt.model import GPT, QUERY_BLOCK, LLaMAMoE
 from litgpt.quantize import QuantizedLinear
 from litgpt.training.activation_checkpointing import checkpointed_blocks
-from litgpt.training.loss import even_rows, rows_per_chunk
+from litgpt.training.loss import CACHED_ELEMENTS, even_rows, rows_per_chunk
 
 PROGRAM_BYTES = 750_000_000  # Python with torch and what training imports, or a GPU's context: before any tensor
 SAMPLING_BYTES = 32  # of one logit while a token is drawn: probabilities, sorted ones and their places
@@ -284,14 +284,16 @@ class Activations:
         if prompt and not deep and not _is_trained(attention.qkv):
             return prompt + queries * element  # what the queries find in the prompt, and themselves
         kept = prompt + self.linears([attention.qkv], config.n_embd)
-        kept += self.linears([attention.proj], queries, kept=not self.holds_scores, inner=True)
+        grouped = config.n_head != config.n_query_groups
+        own = self.usage.device == "cpu" and element == 2 and grouped and not self.holds_scores  # causal_attention.py
+        kept += self.linears([attention.proj], queries, kept=not self.holds_scores and not own, inner=True)
         if config.norm_qk:
             shared = config.norm_class_name == "RMSNorm" and self.usage.device == "cpu" and element == 4
             # ... with what qkv gave
             kept += self.norm(attention.norm_q, queries + keys, element) - shared * (queries + keys) * 4
         if not self.holds_scores:
             qkv = (queries + 2 * keys) + (queries + keys if config.rope_n_elem else 0)
-            return kept + (qkv + queries) * element + config.n_head * 4
+            return kept + qkv * element + (0 if own else queries * element + config.n_head * 4)
         scores = self.usage.context + config.attention_sinks
         kept += 3 * queries * element
         kept += config.n_head * scores * 4  # the softmax
@@ -353,8 +355,9 @@ def _training_working(model: GPT, usage: Usage) -> int:
     """What comes and goes: a chunk of logits with the head's gradient, or a block's gradients on their way back."""
     config, element = model.config, _compute_bytes(model, usage)
     rows = even_rows(usage.tokens, rows_per_chunk(usage.device, config.padded_vocab_size))
-    # The logits, in float32 where they are not, and probabilities, which become the gradient.
-    logits = rows * config.padded_vocab_size * (8 if element == 4 else element + 8)
+    # The logits, which become their gradient, and probabilities in float32: on a CPU of a few rows at a time.
+    at_once = CACHED_ELEMENTS * 2 if usage.device == "cpu" else rows * config.padded_vocab_size
+    logits = rows * config.padded_vocab_size * element + at_once * 4
     head = weight_bytes(model.lm_head, trained=True)
     loss = logits + head * (2 if rows < usage.tokens else 1) + 2 * usage.tokens * config.n_embd * element
     widest = max(_mlp_values(config, layer) for layer in range(config.n_layer))

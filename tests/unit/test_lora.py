@@ -14,6 +14,7 @@ from litgpt.lora import (
     Dropout,
     LoRALinear,
     LoRASettings,
+    LowRank,
     apply_lora,
     is_lora,
     lora_layers,
@@ -236,25 +237,48 @@ def test_dropout_zeroes_its_share():
         assert together == pytest.approx(0.05**2, abs=0.0005)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_the_product_with_dropout_and_its_gradients(autocast, monkeypatch):
-    """As autograd has it for the two steps one by one."""
-    drop, x, weight = Dropout(0.3), torch.randn(4, 7, 24), torch.randn(5, 24)
-    kept = drop.keeps(x)
-    monkeypatch.setattr(drop, "keeps", lambda _: kept)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("drops", [False, True])
+def test_the_update_and_its_gradients(drops, dtype):
+    """As autograd has it for the steps one by one."""
+    kept = torch.randint(0, 2, (4, 7, 24), dtype=torch.uint8) if drops else None
+    shapes = (4, 7, 24), (5, 24), (30, 5)
+    x, down, up = (torch.randn(shape, dtype=dtype) for shape in shapes)
 
-    def outcome(product) -> list[torch.Tensor]:
-        leaves = x.clone().requires_grad_(True), weight.clone().requires_grad_(True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            y = product(*leaves)
+    def outcome(update, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        leaves = [tensor.clone().requires_grad_(True) for tensor in tensors]
+        y = update(*leaves)
         y.square().sum().backward()
         return [y, *(leaf.grad for leaf in leaves)]
 
-    expected = outcome(lambda x, weight: F.linear(x * kept / 0.7, weight))
-    for found, of_autograd in zip(outcome(drop.product), expected, strict=True):
-        assert found.dtype == of_autograd.dtype
-        tolerance = 0.02 if autocast else 1e-5
-        torch.testing.assert_close(found, of_autograd, rtol=tolerance, atol=tolerance * of_autograd.abs().max().item())
+    def one_by_one(x, down, up):
+        return F.linear(F.linear(x if kept is None else x * kept, down), up) * 1.7
+
+    matrices = (down.float(), up.float()) if dtype == torch.bfloat16 else (down, up)  # what is trained is in float32
+    found = outcome(lambda x, down, up: LowRank.apply(x, down, up, kept, 1.7), x, *matrices)
+    expected = outcome(one_by_one, x.double(), down.double(), up.double())
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float64: 1e-12}[dtype]
+    for one, of_autograd, dtype_of in zip(found, expected, (x, x, *matrices), strict=True):
+        assert one.dtype == dtype_of.dtype
+        scale = of_autograd.abs().max().item()
+        torch.testing.assert_close(one.double(), of_autograd, rtol=tolerance, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_dropout_and_its_scale_reach_the_update(autocast, monkeypatch):
+    layer = LoRALinear(nn.Linear(24, 30), settings(dropout=0.3), [(10, True), (8, False), (12, True)])
+    layer.reset_lora()
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(4, 7, 24)
+    kept = torch.randint(0, 2, x.shape, dtype=torch.uint8)
+    monkeypatch.setattr(layer.dropout, "keeps", lambda _: kept)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = layer(x)
+    weight = layer.merged_weight() - layer.linear.weight
+    expected = layer.linear(x) + F.linear(x * kept / 0.7, weight)
+    assert found.dtype == (torch.bfloat16 if autocast else torch.float32)
+    tolerance = 0.02 if autocast else 1e-5
+    torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,0 +1,71 @@
+"""Attention with its own backward pass on a CPU: gradients as autograd has them, and where it is used."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from litgpt.causal_attention import BLOCK, CausalAttention, suits
+from litgpt.config import Config
+from litgpt.model import GPT
+
+SCALE = 0.3
+
+
+def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    k, v = (part.repeat_interleave(q.size(2) // k.size(2), dim=2) for part in (k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q, k) * SCALE
+    scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), float("-inf"))
+    return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (4, 1), (3, 3)])
+@pytest.mark.parametrize("tokens", [1, 7, BLOCK, BLOCK + 1, 2 * BLOCK + 44])
+def test_gradients_are_those_of_autograd(tokens, heads, groups, dtype):
+    torch.manual_seed(0)
+    sizes = [heads * 8, groups * 8, groups * 8]
+    together = torch.randn(2, tokens, sum(sizes), dtype=dtype)
+    weight = torch.randn(2, tokens, heads, 8, dtype=dtype)
+
+    def outcome(attention, qkv: torch.Tensor) -> list[torch.Tensor]:
+        qkv = qkv.clone().requires_grad_(True)
+        y = attention(*(part.unflatten(-1, (-1, 8)) for part in qkv.split(sizes, dim=-1)))
+        (y * weight.to(y.dtype)).sum().backward()
+        return [y.detach().double(), qkv.grad.double()]
+
+    found = outcome(lambda q, k, v: CausalAttention.apply(q, k, v, SCALE), together)
+    for one, exact in zip(found, outcome(written_out, together.double()), strict=True):
+        assert ((one - exact).norm() / exact.norm()).item() < (1e-6 if dtype == torch.float32 else 0.01)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_it_is_what_16_bit_training_on_a_cpu_uses(packed, monkeypatch):
+    """And the gradients are those of torch's own backward pass, to within the rounding of 16 bits."""
+    config = Config(n_layer=2, n_embd=64, n_head=4, n_query_groups=2, vocab_size=50, block_size=64)
+    torch.manual_seed(0)
+    gpt, calls = GPT(config).to(torch.bfloat16), []
+    idx = torch.randint(0, 50, (2, 40))
+    documents = (torch.arange(40) // 13).expand(2, -1) if packed else None
+
+    def gradients() -> torch.Tensor:
+        gpt.zero_grad()
+        F.cross_entropy(gpt(idx, document_ids=documents).flatten(0, 1).float(), idx.flatten()).backward()
+        return torch.cat([p.grad.float().flatten() for p in gpt.transformer.h.parameters()])
+
+    backward = CausalAttention.backward
+    monkeypatch.setattr(CausalAttention, "backward", lambda *given: calls.append(given) or backward(*given))
+    found = gradients()
+    assert len(calls) == 2 * (8 if packed else 1)
+    monkeypatch.setattr("litgpt.causal_attention.suits", lambda q, k: False)
+    expected = gradients()
+    assert ((found - expected).norm() / expected.norm()).item() < 0.02
+
+
+def test_where_it_does_not_suit():
+    q, k = torch.randn(1, 5, 4, 8, dtype=torch.bfloat16, requires_grad=True), torch.randn(1, 5, 2, 8).bfloat16()
+    assert suits(q, k)
+    assert not suits(q.float(), k.float())
+    assert not suits(q, q)
+    assert not suits(q.detach(), k)
+    with torch.no_grad():
+        assert not suits(q, k)
