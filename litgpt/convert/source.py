@@ -37,6 +37,7 @@ from litgpt.convert.quantised_parts import (
 from litgpt.convert.quantised_weights import Quantised, Weights, dequantised_type, read_quantised
 from litgpt.convert.recognition import architecture_of, text_model, text_name
 from litgpt.convert.safetensors_file import read_safetensors
+from litgpt.huge_pages import Pages
 from litgpt.model import GPT, RotaryEmbedding
 from litgpt.models import find_known
 from litgpt.quantize import QuantizedLinear, is_quantized, kind_of, quantized_layers, replace_linears, same_form
@@ -170,7 +171,8 @@ def give_memory(model: GPT, dtype: torch.dtype, device: Place) -> None:
     model.to(dtype)  # what keeps its own type, whatever that of the model is, knows it
     shapes = model.state_dict().items()
     place = device if callable(device) else lambda name: device
-    empty = {name: torch.empty(like.shape, dtype=like.dtype, device=place(name)) for name, like in shapes}
+    pages = Pages(like.nbytes for name, like in shapes if torch.device(place(name)).type == "cpu")
+    empty = {name: pages.empty(like.shape, like.dtype, place(name)) for name, like in shapes}
     model.load_state_dict(empty, assign=True)
     model.rope = RotaryEmbedding(model.config).to(place(EMBEDDING))  # its tables are no weights
     model.tie_weights()
