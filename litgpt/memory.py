@@ -237,13 +237,15 @@ class Activations:
         return kept + (self.mlp(block) if before_mlp or _is_trained(block.mlp) else 0)
 
     def norm(self, norm: nn.Module, width: int | None = None, element: int | None = None) -> int:
-        """Its input of that element size and, on a CPU, where RMSNorm is no single kernel, the normalised values."""
+        """Its input, and a number or two for each row."""
         width, element = width or self.config.n_embd, element or self.stream
         if isinstance(norm, nn.LayerNorm):
             return width * (4 if isinstance(norm, TrainedLayerNorm) else element) + 8
-        if self.usage.device != "cpu":
-            return width * (4 if self.config.norm_unit_offset else element) + 4
-        return width * 4 * (2 if _is_trained(norm) else 1) + 4
+        return width * max(element, self.norm_bytes(norm)) + 4
+
+    def norm_bytes(self, norm: nn.Module) -> int:
+        """Of a value that RMSNorm computes with: where its input has less, it keeps a copy."""
+        return 4 if self.config.norm_unit_offset else norm.weight.element_size()
 
     def linears(self, layers: Iterable[nn.Module], width: int, *, kept: bool = False, inner: bool = False) -> int:
         """Linear layers that read one tensor of that width: what they keep of it, and what is theirs alone.
@@ -285,12 +287,13 @@ class Activations:
             return prompt + queries * element  # what the queries find in the prompt, and themselves
         kept = prompt + self.linears([attention.qkv], config.n_embd)
         grouped = config.n_head != config.n_query_groups
-        own = self.usage.device == "cpu" and element == 2 and grouped and not self.holds_scores  # causal_attention.py
+        own = self.usage.device == "cpu" and element == 2 and grouped and not self.holds_scores  # cpu_backward.py
         kept += self.linears([attention.proj], queries, kept=not self.holds_scores and not own, inner=True)
         if config.norm_qk:
-            shared = config.norm_class_name == "RMSNorm" and self.usage.device == "cpu" and element == 4
+            plain = config.norm_class_name == "RMSNorm" and self.usage.device == "cpu"
+            shared = plain and self.norm_bytes(attention.norm_q) <= element
             # ... with what qkv gave
-            kept += self.norm(attention.norm_q, queries + keys, element) - shared * (queries + keys) * 4
+            kept += self.norm(attention.norm_q, queries + keys, element) - shared * (queries + keys) * element
         if not self.holds_scores:
             qkv = (queries + 2 * keys) + (queries + keys if config.rope_n_elem else 0)
             return kept + qkv * element + (0 if own else queries * element + config.n_head * 4)

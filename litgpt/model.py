@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from litgpt import causal_attention
+from litgpt import cpu_backward
 from litgpt.config import Config
 
 # Added to the score of a key that must not be seen. Finite, so that a row that sees nothing (padding) stays finite, and
@@ -555,9 +555,12 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., size) -> (..., size)."""
         weight = 1 + self.weight.float() if self.unit_offset else self.weight
-        if weight.dtype == x.dtype:
-            return F.rms_norm(x, self.weight.shape, weight, self.eps)  # one kernel, in float32 within
-        return F.rms_norm(x.float(), self.weight.shape, weight.float(), self.eps).to(x.dtype)
+        y, weight = (x, weight) if weight.dtype == x.dtype else (x.float(), weight.float())
+        if cpu_backward.suits(y, weight):
+            y = cpu_backward.RMSNorm.apply(y, weight, self.eps)
+        else:
+            y = F.rms_norm(y, self.weight.shape, weight, self.eps)  # one kernel, in float32 within
+        return y.to(x.dtype)
 
 
 def build_norm(config: Config, size: int) -> nn.Module:
@@ -753,8 +756,8 @@ def attend(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention by the kernel that suits: q (B, T, H, Q), k (B, S, G, Q), v (B, S, G, D) -> (B, T, H, D)."""
-    if mask is None and softcap is None and sinks is None and causal_attention.suits(q, k):
-        return causal_attention.CausalAttention.apply(q, k, v, scale)
+    if mask is None and softcap is None and sinks is None and cpu_backward.suits_attention(q, k):
+        return cpu_backward.CausalAttention.apply(q, k, v, scale)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     heads, groups, tokens = q.size(1), k.size(1), q.size(2)
     if k.dtype != q.dtype:  # a cache in another dtype
