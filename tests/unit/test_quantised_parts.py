@@ -73,7 +73,7 @@ def test_saved_and_loaded_the_logits_are_the_same_bit_for_bit(plain, name, kind)
     assert torch.equal(load_model(saved, dtype=torch.float32)(IDS), copy.deepcopy(expected).float()(IDS))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ["moe", "tied"])
 @pytest.mark.parametrize("kind", INFERENCE_KINDS)
 def test_matrix_by_matrix_they_become_what_a_loaded_model_has(plain, name, kind, tmp_path):
     source = open_checkpoint(plain(name))
