@@ -143,6 +143,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total += _loss_and_gradient(gradient, labels[chunk])
             row_gradient[chunk], *gradients = torch.autograd.grad(logits, [x, *parameters], gradient)
             sums = [g if s is None else s.add_(g) for s, g in zip(sums, gradients, strict=True)]
+            del x, logits, gradient  # or they stay while the next chunk is made
         ctx.gradients = [row_gradient, *sums]
         return total
 
