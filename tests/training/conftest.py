@@ -22,6 +22,7 @@ from litgpt.data import TextFiles
 from litgpt.training import loop
 from litgpt.training.arguments import EvalArgs, TrainArgs
 from litgpt.training.metrics import read_metrics
+from tests.training.two_ranks import TwoRanks
 
 TEXT = Path(__file__).parents[2] / "config_hub/pretrain/data/shakespeare.txt"
 SHAPE = {
@@ -145,10 +146,29 @@ def killed_in_step(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
             yield
 
 
-def on_two_ranks(script: str, directory: Path, *arguments: object) -> str:
-    """Run a program that trains with `devices=2`: two processes, gloo between them. Returns what it printed."""
+two_ranks: TwoRanks | None = None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_ranks_end() -> Iterator[None]:
+    yield
+    if two_ranks is not None:
+        two_ranks.close()
+
+
+def on_two_ranks(script: str, directory: Path, *arguments: object, fresh: bool = False) -> str:
+    """Run a program that trains with `devices=2`: two processes, gloo between them. Returns what it printed.
+
+    `fresh` has the program start the second process itself, as a user's does. It takes longer.
+    """
+    global two_ranks
     path = directory / "on_two_ranks.py"
     path.write_text(script)
+    if not fresh and hasattr(os, "fork"):
+        two_ranks = two_ranks or TwoRanks()
+        codes, output = two_ranks.run(path, *map(str, arguments))
+        assert codes == [0, 0], output
+        return output
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, str(path), *map(str, arguments)]

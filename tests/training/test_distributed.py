@@ -25,8 +25,8 @@ pretrain.setup("tiny", ConfigOverrides(SHAPE), out_dir=Path(out_dir), devices=2,
 """
 
 
-def two_ranks(text: Path, out_dir: Path, strategy: str, steps: int, resume: str = "false") -> str:
-    return on_two_ranks(RUN, out_dir.parent, text, out_dir, strategy, steps, resume)
+def two_ranks(text: Path, out_dir: Path, strategy: str, steps: int, resume: str = "false", fresh: bool = False) -> str:
+    return on_two_ranks(RUN, out_dir.parent, text, out_dir, strategy, steps, resume, fresh=fresh)
 
 
 EVALUATION = EvalArgs(interval=4, max_iters=3)  # 3 batches for 2 ranks: one of them runs out
@@ -34,7 +34,7 @@ EVALUATION = EvalArgs(interval=4, max_iters=3)  # 3 batches for 2 ranks: one of 
 
 def test_two_ranks_with_ddp_equal_one(train, text, tmp_path):
     train(tmp_path / "one", max_steps=12, eval=EVALUATION, micro_batch_size=2, save_interval=6)
-    output = two_ranks(text, tmp_path / "two", "ddp", 12)
+    output = two_ranks(text, tmp_path / "two", "ddp", 12, fresh=True)
     assert output.count("Training time") == 1  # only one rank talks
     assert "2 x CPU process" in output
     assert_close_runs(tmp_path / "one", tmp_path / "two", range(1, 13))

@@ -123,7 +123,7 @@ def test_two_ranks_say_what_one_says(tmp_path):
         (tmp_path / "models" / name).mkdir(parents=True)
         save_model(tmp_path / "models" / name, model, model.config)
         models[name] = model
-    out = on_two_ranks(RANK, tmp_path, tmp_path)
+    out = on_two_ranks(RANK, tmp_path, tmp_path, fresh=True)  # it starts the other itself
     results = json.loads(re.search(r"RESULTS (.*)", out)[1])
     assert results.keys() == models.keys()
     for name, model in models.items():
