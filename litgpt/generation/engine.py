@@ -32,6 +32,10 @@ __all__ = ["Engine", "Output", "Request", "share_memory"]
 SLOTS = 32  # requests that run at a time
 CACHE_STEP = 128  # attention reads the cache in multiples of this, so that few distinct shapes occur
 PREFILL_CHUNK = 1024  # tokens of prompts that are read in a step
+MOST_PADDING = (
+    0.25  # of the tokens of prompts that are read together; so many are free, as a call costs something, too:
+)
+FREE_PADDING = 128
 CACHE_SHARE = 0.9  # of the memory that is left: the rest is for what a step computes
 WORTH_COPYING = 16  # a beginning that another slot holds is copied from this many tokens on
 
@@ -327,15 +331,22 @@ class Engine:
         return self._take(ready, tokens.tolist(), logprobs)
 
     def _next_to_read(self) -> list[Slot]:
-        """Takes those off the queue whose next chunks fit into one call, padded to the longest."""
-        slots, width = [], 0
-        while self._reading:
-            progress = self._reading[0].progress
-            wider = max(width, min(self.prefill_chunk, len(progress.request.prompt) - progress.read))
-            if slots and wider * (len(slots) + 1) > self.prefill_chunk:
-                break
-            width = wider
-            slots.append(self._reading.popleft())
+        """Takes the first off the queue, and with it those whose next chunks fit into one call, padded to the longest:
+        the most alike in length first, as long as not too much of the call is padding."""
+
+        def width(slot: Slot) -> int:
+            return min(self.prefill_chunk, len(slot.progress.request.prompt) - slot.progress.read)
+
+        first, *others = self._reading
+        slots, widths = [first], [width(first)]
+        for slot in sorted(others, key=lambda slot: abs(width(slot) - widths[0])):
+            wider = [*widths, width(slot)]
+            padded = max(wider) * len(wider)
+            padding = padded - sum(wider)
+            if padded <= self.prefill_chunk and padding <= max(FREE_PADDING, MOST_PADDING * padded):
+                slots, widths = [*slots, slot], wider
+        for slot in slots:
+            self._reading.remove(slot)
         return slots
 
     def _write(self) -> list[Output]:

@@ -134,7 +134,7 @@ def next_tokens(logits: Tensor, samplings: Sequence[Sampling], generators: Seque
 def sample(logits: Tensor, filters: Filters, generators: Sequence[torch.Generator]) -> Tensor:
     """Draws one token per row, one generator per row: (B, V) float logits -> (B,) int64."""
     scores, candidates = filtered(logits / filters.temperature, filters)  # (B, K), (B, K) or None
-    choice = draw(scores, generators, filters.candidates)  # (B,)
+    choice = draw(scores, generators)  # (B,)
     return choice if candidates is None else candidates.gather(-1, choice[:, None])[:, 0]
 
 
@@ -178,18 +178,20 @@ def keep_min_p(logits: Tensor, min_p: float | Tensor) -> Tensor:
     return logits.masked_fill(excluded, float("-inf"))
 
 
-def draw(scores: Tensor, generators: Sequence[torch.Generator], counts: Sequence[int] | None = None) -> Tensor:
+def draw(scores: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """Draws an index per row with probability softmax(scores): (B, K) -> (B,).
 
-    The argmax of p / Exp(1) noise is distributed as p (the Gumbel trick): no synchronisation with the device, and a
-    row's noise comes from its own generator. Where only the first `counts` scores of a row are not -inf, only these
-    get noise: how much a row draws must not depend on the rows beside it.
+    One number for each row, from its own generator, says where in the running sum of the probabilities its index is.
+    Nothing waits for the device.
     """
-    noise = torch.ones_like(scores)
-    for row, generator in enumerate(generators):
-        noise[row, : counts and counts[row]].exponential_(generator=generator)
-    noise.clamp_min_(torch.finfo(noise.dtype).tiny)  # 0 / 0 would win the argmax
-    return (scores.softmax(dim=-1) / noise).argmax(dim=-1)
+    probabilities = scores.softmax(dim=-1)
+    sums = probabilities.cumsum(dim=-1)
+    numbers = torch.cat([torch.rand(1, generator=generator, device=generator.device) for generator in generators])
+    places = numbers.to(scores.device)[:, None] * sums[:, -1:]
+    choice = torch.searchsorted(sums, places, right=True).clamp_(max=scores.size(-1) - 1)  # (B, 1)
+    # Where sums are rounded, a place may lie beyond the last of them, or in a gap of no width.
+    possible = probabilities.gather(-1, choice) > 0
+    return torch.where(possible, choice, probabilities.argmax(dim=-1, keepdim=True))[:, 0]
 
 
 class Penalties:

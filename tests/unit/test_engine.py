@@ -304,6 +304,24 @@ def test_a_long_prompt_holds_others_up_for_one_chunk_at_a_time(model):
     assert [output.request for output in engine.step()] == [first, second]
 
 
+def test_prompts_of_like_length_are_read_together(model, monkeypatch):
+    """And the first of those who wait is always among them."""
+    monkeypatch.setattr(engine_module, "FREE_PADDING", 0)
+    lengths = [10, 80, 12, 9, 70, 11, 78]
+    requests = [Request([place % 90] * length, 3, GREEDY) for place, length in enumerate(lengths)]
+    shapes, hidden_states = [], model.hidden_states
+
+    def noted(idx: torch.Tensor, *rest, **named) -> torch.Tensor:
+        shapes.append(tuple(idx.shape))
+        return hidden_states(idx, *rest, **named)
+
+    monkeypatch.setattr(model, "hidden_states", noted)
+    answers = Engine(model, prefill_chunk=250).complete(requests)
+    assert [shape for shape in shapes if shape[1] > 1] == [(4, 12), (3, 80)]
+    monkeypatch.undo()
+    assert answers == [plain(model, request.prompt, 3) for request in requests]
+
+
 def test_short_and_long_sequences_are_rotated_each_in_its_way():
     factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 6.0, 9.0], "attention_factor": 1.2}
     model = tiny_model(rope_adjustments={**factors, "original_max_seq_len": 32})

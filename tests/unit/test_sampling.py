@@ -82,6 +82,15 @@ def test_what_is_impossible_is_never_drawn():
     assert draw(scores, [generator()] * 500).tolist() == [2] * 500
 
 
+@pytest.mark.parametrize(("number", "expected"), [(0.0, 2), (0.49, 2), (0.5, 6), (1 - 2**-24, 6), (1.0, 2)])
+def test_rounding_does_not_lead_to_what_is_impossible(number, expected, monkeypatch):
+    """Neither a place between two tokens nor one beyond the last: then the most likely is taken."""
+    scores = torch.full((1, 9), float("-inf"))
+    scores[0, [2, 6]] = 0.0
+    monkeypatch.setattr(torch, "rand", lambda *size, **named: torch.full(size, number))
+    assert draw(scores, [generator()]).item() == expected
+
+
 def test_half_precision_logits_are_compared_in_float32():
     assert next_tokens(LOGITS[None].half(), [Sampling(0)], [generator()]).dtype == torch.int64
     assert (frequencies(Sampling(top_p=0.9), LOGITS.bfloat16(), 2000) > 0).tolist() == [False, True, True, True, True]
