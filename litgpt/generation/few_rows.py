@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from litgpt.quantize import KEPT
 from litgpt.weight_only import GROUP, Int4Weight, Int8Weight
 
+VALUES = {torch.bfloat16: "bf16", torch.float32: "float"}  # types of inputs, and their names in C++
 # Up to so many rows these are the quicker ones (measured, see the benchmarks).
 FEW = {"linear": 8, "int8": 16, "int4": 16}
 
@@ -225,8 +226,7 @@ inline AOTITorchError start_int4(
     AtenTensorHandle x, AtenTensorHandle codes, AtenTensorHandle scales, AtenTensorHandle* y) {
   Tensor inputs(x), pairs(scales);
   *y = empty(inputs.sizes[0], pairs.sizes[1], inputs.dtype);
-  if (inputs.dtype == aoti_torch_dtype_bfloat16()) return run_int4<bf16>(inputs, Tensor(codes), pairs, *y);
-  return run_int4<float>(inputs, Tensor(codes), pairs, *y);
+  return run_int4<@VALUE@>(inputs, Tensor(codes), pairs, *y);
 }
 
 template <class X> AOTITorchError run(Tensor x, Tensor w, const X* scales, AtenTensorHandle y) {
@@ -241,8 +241,7 @@ inline AOTITorchError start(AtenTensorHandle x, AtenTensorHandle w, AtenTensorHa
   Tensor inputs(x), weight(w);
   *y = empty(inputs.sizes[0], weight.sizes[0], inputs.dtype);
   const void* of_rows = scales ? Tensor(scales).data : nullptr;
-  if (inputs.dtype == aoti_torch_dtype_bfloat16()) return run(inputs, weight, (const bf16*)of_rows, *y);
-  return run(inputs, weight, (const float*)of_rows, *y);
+  return run(inputs, weight, (const @VALUE@*)of_rows, *y);
 }
 }  // namespace few_rows
 #pragma GCC pop_options
@@ -345,7 +344,7 @@ def use(model: nn.Module, rows: int, dtype: torch.dtype) -> dict[torch._ops.OpOv
     Returns:
         What AOTInductor is to write into the code for the operators (`custom_ops_to_c_shims`).
     """
-    known = torch.backends.cpu.get_cpu_capability() == "AVX512" and dtype in (torch.bfloat16, torch.float32)
+    known = torch.backends.cpu.get_cpu_capability() == "AVX512" and dtype in VALUES
     if not known or rows > max(FEW.values()):
         return {}
     for name, module in model.named_modules():
@@ -357,7 +356,10 @@ def use(model: nn.Module, rows: int, dtype: torch.dtype) -> dict[torch._ops.OpOv
             module.__class__ = FewRowsInt8
         elif type(module) is Int4Weight and rows <= FEW["int4"] and module.codes.size(2) % 16 == 0:
             module.__class__ = FewRowsInt4
-    code = CODE.replace("@GROUP@", str(GROUP)).replace("@THREADS@", str(torch.get_num_threads()))
+    constants = {"GROUP": GROUP, "THREADS": torch.get_num_threads(), "VALUE": VALUES[dtype]}
+    code = CODE
+    for name, value in constants.items():
+        code = code.replace(f"@{name}@", str(value))
     return {  # `extern` is put before each piece
         torch.ops.litgpt.linear_few.default: [f'"C++" {{{code}}}', LINEAR],
         torch.ops.litgpt.linear_few_int8.default: [LINEAR_INT8],
