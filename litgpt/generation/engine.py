@@ -32,10 +32,8 @@ __all__ = ["Engine", "Output", "Request", "share_memory"]
 SLOTS = 32  # requests that run at a time
 CACHE_STEP = 128  # attention reads the cache in multiples of this, so that few distinct shapes occur
 PREFILL_CHUNK = 1024  # tokens of prompts that are read in a step
-MOST_PADDING = (
-    0.25  # of the tokens of prompts that are read together; so many are free, as a call costs something, too:
-)
-FREE_PADDING = 128
+MOST_PADDING = 0.25  # of the tokens of prompts that are read together
+FREE_PADDING = 128  # tokens of padding that cost less than another call
 CACHE_SHARE = 0.9  # of the memory that is left: the rest is for what a step computes
 WORTH_COPYING = 16  # a beginning that another slot holds is copied from this many tokens on
 
