@@ -43,7 +43,7 @@ def setup(
     adapter: list[str] | None = None,
     generate_strategy: Literal["sequential", "tensor_parallel"] | None = None,
     prompt_style: str | None = None,
-    compile: bool = False,
+    compile: bool | None = None,
 ) -> None:
     """Serve a model over HTTP: POST /predict takes {"prompt": ...}, and /v1 speaks OpenAI's API.
 
@@ -81,7 +81,8 @@ def setup(
             larger than one device; tensor_parallel: each has a part of every layer, and they work at once.
         prompt_style: Name of a prompt format, a class package.module.Class, or a chat template's .jinja file, in place
             of the checkpoint's own; `default` gives the model the bare prompt.
-        compile: Compile the decoding: on a CPU in the background, for later runs too; a GPU's first answer waits.
+        compile: Compile the decoding: on a CPU in the background, for later runs too; a GPU's first answer waits. By
+            default on one CPU.
     """
     # Here, so that the help is there without what only a running server needs.
     from litgpt.serving.application import create_app
@@ -110,6 +111,7 @@ def setup(
         raise ValueError(f"--adapter: two have the same name ({', '.join(adapter)}). Give each its own.")
     api_key = api_key or os.environ.get(API_KEY) or None
     service = Service(max_batch_size, max_queue, timeout)
+    on_one_cpu = placement.device.type == "cpu" and generate_strategy is None
 
     def load() -> list[ServedModel]:
         def tell(share: float) -> None:
@@ -119,7 +121,7 @@ def setup(
         llm = load_llm(
             checkpoint_dir,
             precision=precision,
-            compile=compile,
+            compile=on_one_cpu if compile is None else compile,
             prompt_style=prompt_style,
             access_token=access_token,
             quantize=quantize,
@@ -184,7 +186,8 @@ def adapted_model(llm: LLM, base: ServedModel, name: str, directory: Path, promp
         model = adapted_copy(llm.model, update, settings)
     except ValueError as error:
         raise ValueError(f"--adapter {name}={directory}: {error}") from None
-    engine = Engine(model, slots=llm.engine.most_slots, compile=llm.engine.compiles, autocast=llm.engine.autocast)
+    compiles = llm.engine.compiles and llm.engine.device.type != "cpu"  # the code for CPUs knows no adapters
+    engine = Engine(model, slots=llm.engine.most_slots, compile=compiles, autocast=llm.engine.autocast)
     style = choose_prompt_style(
         Path(llm.tokenizer.dir), explicit=prompt_style, config=llm.config, tokenizer=llm.tokenizer, finetuned=directory
     )

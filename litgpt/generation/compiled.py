@@ -164,6 +164,7 @@ class Program:
     def __init__(self, path: str | Path, model: GPT) -> None:
         if (damaged := _damaged(path)) is not None:  # it would be loaded, and run
             raise ValueError(f"'{path}' is damaged: {damaged}")
+        few_rows.has_tiles()  # the system lets a process use them that has asked
         self._run = torch._inductor.aoti_load_package(str(path))
         self._flat = getattr(self._run.loader, "boxed_run", self._run.loader.run)
         held = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
@@ -256,7 +257,7 @@ def _code_version() -> str:
     """A digest of the sources that the step is made from."""
     folder = Path(litgpt.__file__).parent
     sources = ("model.py", "quantize.py", "weight_only.py", "config.py")
-    sources = (*sources, "generation/compiled.py", "generation/few_rows.py")
+    sources = (*sources, "generation/compiled.py", "generation/few_rows.py", "generation/few_rows.h")
     return hashlib.sha256(b"".join((folder / source).read_bytes() for source in sources)).hexdigest()
 
 

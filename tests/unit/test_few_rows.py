@@ -1,4 +1,4 @@
-"""The C++ of linear layers for a few rows, compiled, against the layers that it stands for."""
+"""The C++ of layers for a few rows, compiled, against the layers that it stands for."""
 
 import copy
 import os
@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from litgpt.config import Config
 from litgpt.generation import few_rows
+from litgpt.model import AttentionPlan, CausalSelfAttention
 from litgpt.quantize import QuantizedLinear
 
 HAS_COMPILER = any(os.access(Path(folder, "g++"), os.X_OK) for folder in os.get_exec_path())
 HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 # Sizes that are no multiples of vectors, of the rows that are taken together and of the blocks of int4.
 SIZES = [(96, 128), (75, 70)]
-ROWS = 3  # two and one
 
 
 class Layers(nn.Module):
@@ -37,15 +38,19 @@ class Layers(nn.Module):
 
 
 @pytest.mark.skipif(not (HAS_COMPILER and HAS_AVX512), reason="there is no g++, or no AVX-512")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_compiled_layers_are_the_layers(dtype, tmp_path):
+@pytest.mark.parametrize(("rows", "dtype"), [(3, torch.bfloat16), (20, torch.bfloat16), (3, torch.float32)])
+def test_compiled_layers_are_the_layers(rows, dtype, tmp_path):
     torch.manual_seed(0)
     layers = Layers(dtype)
-    inputs = [torch.randn(ROWS, 1, size[0], dtype=dtype) for size in SIZES for _ in range(3)]
+    inputs = [torch.randn(rows, 1, size[0], dtype=dtype) for size in SIZES for _ in range(3)]
     fast = copy.deepcopy(layers)
-    kernels = few_rows.use(fast, ROWS, dtype)
+    kernels = few_rows.use(fast, rows, dtype)
     kinds = {type(getattr(layer, "quantized", layer)).__name__ for layer in fast.layers}
-    assert kinds == {"FewRowsLinear", "FewRowsInt8", "FewRowsInt4"}
+    if rows == 3:
+        assert kinds == {"FewRowsLinear", "FewRowsInt8", "FewRowsInt4"}
+    elif few_rows.has_tiles():
+        # Only the first size fills tiles, and only the second is too much for torch.
+        assert kinds == {"FewRowsLinear", "Linear", "Int8Weight", "FewRowsInt8", "Int4Weight"}
     with torch.no_grad():
         program = torch.export.export(fast, (inputs,))
         options = {"aot_inductor.custom_ops_to_c_shims": kernels}
@@ -58,3 +63,43 @@ def test_compiled_layers_are_the_layers(dtype, tmp_path):
     for result, right in zip(results, expected, strict=True):
         assert result.dtype == dtype
         torch.testing.assert_close(result.float(), right, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+class Attend(nn.Module):
+    """The attention of one token of each row."""
+
+    def __init__(self, config: Config, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.attention = CausalSelfAttention(config).to(dtype)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return self.attention.attended(q, k, v, AttentionPlan(mask))
+
+
+@pytest.mark.skipif(not (HAS_COMPILER and HAS_AVX512), reason="there is no g++, or no AVX-512")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_compiled_attention_is_attention(dtype, tmp_path):
+    """Rows of unlike lengths, one of them idle: it sees nothing."""
+    torch.manual_seed(0)
+    rows, keys = 4, 37
+    config = Config(n_embd=96, n_head=6, n_query_groups=2, head_size=16)
+    plain = Attend(config, dtype).requires_grad_(False)
+    fast = copy.deepcopy(plain)
+    kernels = few_rows.use(fast, rows, dtype)
+    assert type(fast.attention).__name__ == "FewRowsAttention"
+    q = torch.randn(rows, 1, 6, 16, dtype=dtype) * 3
+    k, v = torch.randn(2, rows, 64, 2, 16, dtype=dtype)[:, :, :keys]  # a part of a longer cache
+    hidden = torch.arange(keys) >= torch.tensor([37, 1, 20, 0])[:, None]
+    mask = torch.where(hidden, -30000.0, 0.0).to(dtype)[:, None, None]
+    with torch.no_grad():
+        program = torch.export.export(fast, (q, k, v, mask))
+        options = {"aot_inductor.custom_ops_to_c_shims": kernels}
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "attention.pt2"), inductor_configs=options
+        )
+        found = torch._inductor.aoti_load_package(path)(q, k, v, mask)
+        expected = plain.float()(*(x.float() for x in (q, k, v, mask)))
+    assert (found.dtype, found.shape) == (dtype, q.shape)
+    assert found.isfinite().all()
+    tolerance = 2**-8 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found[:3].float(), expected[:3], rtol=tolerance, atol=tolerance)
