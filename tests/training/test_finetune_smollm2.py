@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from litgpt.__main__ import main
@@ -42,6 +43,15 @@ def replies(directory: Path) -> list[str]:
     return [tokenizer.decode(ids) for ids in engine.complete(requests)]
 
 
+def generated(model: torch.nn.Module, directory: Path) -> list[str]:
+    """The same by transformers."""
+    tokenizer, made = Tokenizer(directory), []
+    for prompt in prompts(directory):
+        ids = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=24, do_sample=False)
+        made.append(tokenizer.decode(ids[0, len(prompt) :]))
+    return made
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("quantize", [None, "bnb.nf4"])
 def test_a_behaviour_is_learned(smollm2_gguf, tmp_path, quantize):
@@ -65,7 +75,12 @@ def test_a_behaviour_is_learned(smollm2_gguf, tmp_path, quantize):
     assert main(["convert_from_litgpt", str(out / "final"), str(tmp_path / "hf"), "--format", "safetensors"]) == 0
     assert replies(tmp_path / "hf") == merged
     reference = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
-    tokenizer = Tokenizer(tmp_path / "hf")
-    for prompt, reply in zip(prompts(tmp_path / "hf"), merged, strict=True):
-        ids = reference.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :]
-        assert tokenizer.decode(ids) == reply
+    assert generated(reference, tmp_path / "hf") == merged
+
+    assert main(["convert_from_litgpt", str(smollm2_gguf), str(tmp_path / "base"), "--format", "safetensors"]) == 0
+    assert main(["convert_from_litgpt", str(out / "final"), str(tmp_path / "adapter"), "--format", "peft"]) == 0
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert all(is_json(reply) for reply in generated(adapted, tmp_path / "base"))
+    with adapted.disable_adapter():
+        assert not any(is_json(reply) for reply in generated(adapted, tmp_path / "base"))
