@@ -40,7 +40,8 @@ optimizer = fabric.setup_optimizers(torch.optim.AdamW([p for p in gpt.parameters
 idx = torch.randint(64, (8, 16), generator=torch.Generator().manual_seed(0))
 rows = idx.tensor_split(fabric.world_size)[fabric.global_rank]
 losses = []
-for _ in range(6):
+# No more: 8-bit products round their inputs, and sooner or later 1e-7 more or less makes a whole step of that.
+for _ in range(3):
     loss = model(rows[:, :-1], rows[:, 1:]) * fabric.world_size / (8 * 15)  # gradients are averaged over ranks
     fabric.backward(loss)
     optimizer.step()
