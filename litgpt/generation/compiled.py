@@ -24,7 +24,7 @@ import tempfile
 import threading
 import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -98,6 +98,13 @@ class CompiledDecoder:
             return self.model(tokens, positions, cache=cache)
         return program(tokens, positions, state, read_length(cache))
 
+    def load(self, numbers: Iterable[int]) -> None:
+        """Loads in the background what is on disk already for these numbers of rows, before the first step asks."""
+        for rows in numbers if self._fits is None else ():
+            kind = rows, self.model.transformer["wte"].weight.dtype
+            if self._path(kind).exists():
+                self._start(kind)
+
     def wait(self, timeout: float | None = None) -> bool:
         """Waits for what is being compiled or loaded; whether any compiled code is there."""
         for thread in list(self._threads.values()):
@@ -121,15 +128,20 @@ class CompiledDecoder:
         """Loads the code if it is on disk, or has it compiled once it is worth it."""
         if kind in self._threads or self._failed:
             return
+        if self._calls[kind[0]] >= self.after or self._path(kind).exists():
+            self._start(kind)
+
+    def _path(self, kind: tuple[int, torch.dtype]) -> Path:
         if kind not in self._paths:
             self._paths[kind] = path_of(specification(self.model, *kind))
-        if self._calls[kind[0]] < self.after and not self._paths[kind].exists():
-            return
+        return self._paths[kind]
+
+    def _start(self, kind: tuple[int, torch.dtype]) -> None:
         self._threads[kind] = threading.Thread(target=self._prepare, args=[kind], name="compile", daemon=True)
         self._threads[kind].start()
 
     def _prepare(self, kind: tuple[int, torch.dtype]) -> None:
-        path = self._paths[kind]
+        path = self._path(kind)
         with self._turn:
             if self._failed:
                 return

@@ -71,6 +71,8 @@ class Engine:
         self._decoder: Callable[..., Tensor] = decoder(model) if compile else model
         # What torch.compile makes is for the shapes that it has seen.
         self._one_shape = compile and not isinstance(self._decoder, CompiledDecoder)
+        if isinstance(self._decoder, CompiledDecoder):
+            self._decoder.load(sorted({min(1 << power, slots) for power in range(slots.bit_length() + 1)}))
         self._shortest = self.context if fixed_length else 1024 if self._one_shape else CACHE_STEP  # of caches
         self.most_slots = slots
         self.prefill_chunk = prefill_chunk

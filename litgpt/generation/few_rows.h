@@ -6,6 +6,9 @@ namespace few_rows {
 constexpr int LANES = 16, TOGETHER = 4;
 constexpr int AHEAD = 8192;  // bytes: how early memory is fetched (measured)
 constexpr int KEYS_AHEAD = 16;
+// Where a mask hides a key, it holds -30000, or what that is in its type: -29952 in bfloat16. A score falls as low by
+// nothing else.
+constexpr float HIDDEN = -30000, SEEN_ABOVE = HIDDEN / 2;
 
 struct bf16 { uint16_t bits; };
 inline float wide(float x) { return x; }
@@ -278,9 +281,9 @@ template <class X> struct Attention {
       for (int d = 0; d < PIECES; ++d)
         vectors[h][d] = _mm512_mul_ps(load(q + (b * heads + first + h) * size + d * LANES), _mm512_set1_ps(scale));
     for (long s = 0; s < padded; ++s) {
-      const float hidden = s < keys ? wide(of_mask[s]) : -30000;
-      if (hidden <= -30000) {
-        for (int h = 0; h < COUNT; ++h) scores[h * padded + s] = -30000;
+      const float added = s < keys ? wide(of_mask[s]) : HIDDEN;
+      if (added < SEEN_ABOVE) {
+        for (int h = 0; h < COUNT; ++h) scores[h * padded + s] = HIDDEN;
         continue;
       }
       const X* key = k + b * k_strides[0] + s * k_strides[1] + g * k_strides[2];
@@ -296,12 +299,12 @@ template <class X> struct Attention {
         const __m512 piece = load(key + d * LANES);
         for (int h = 0; h < COUNT; ++h) sums[h] = _mm512_fmadd_ps(vectors[h][d], piece, sums[h]);
       }
-      for (int h = 0; h < COUNT; ++h) scores[h * padded + s] = _mm512_reduce_add_ps(sums[h]) + hidden;
+      for (int h = 0; h < COUNT; ++h) scores[h * padded + s] = _mm512_reduce_add_ps(sums[h]) + added;
     }
     float factors[COUNT];
     for (int h = 0; h < COUNT; ++h) {
       float* of_head = scores + h * padded;
-      __m512 most = _mm512_set1_ps(-30000), total = _mm512_setzero_ps();
+      __m512 most = _mm512_set1_ps(HIDDEN), total = _mm512_setzero_ps();
       for (long s = 0; s < padded; s += LANES) most = _mm512_max_ps(most, load(of_head + s));
       most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
       for (long s = 0; s < padded; s += LANES) {
@@ -313,7 +316,7 @@ template <class X> struct Attention {
     }
     for (int h = 0; h < COUNT; ++h) for (int d = 0; d < PIECES; ++d) vectors[h][d] = _mm512_setzero_ps();
     for (long s = 0; s < keys; ++s) {
-      if (wide(of_mask[s]) <= -30000) continue;
+      if (wide(of_mask[s]) < SEEN_ABOVE) continue;
       const X* value = v + b * v_strides[0] + s * v_strides[1] + g * v_strides[2];
       __m512 weights[COUNT];
       for (int h = 0; h < COUNT; ++h) weights[h] = _mm512_set1_ps(scores[h * padded + s]);

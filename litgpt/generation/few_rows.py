@@ -143,8 +143,8 @@ class FewRowsAttention(CausalSelfAttention):
         """q (B, 1, H, D), k and v (B, S, G, D) -> (B, 1, H, D)."""
         if k.dtype != q.dtype:
             k, v = k.to(q.dtype), v.to(q.dtype)
-        mask = plan.mask[:, 0, 0].contiguous()
-        return torch.ops.litgpt.attend_few(q[:, 0].contiguous(), k, v, mask, self.scale)[:, None]
+        # The mask is no copy, so that all layers have the same.
+        return torch.ops.litgpt.attend_few(q[:, 0].contiguous(), k, v, plan.mask[:, 0, 0], self.scale)[:, None]
 
 
 def has_tiles() -> bool:

@@ -121,6 +121,22 @@ def test_compiled_logits_and_caches_are_the_models(compiled):
 
 
 @needs_compiler
+def test_what_is_on_disk_is_loaded_before_the_first_step(compiled):
+    model = make()
+    decoder = decoder_of(model, [])
+    rows, dtype = KIND
+    decoder.load([rows, rows + 1])
+    assert set(decoder._threads) == {(rows, dtype)}  # the other would have to be compiled
+    assert decoder.wait()
+    with torch.no_grad():
+        cache = model.new_cache(rows, 64)
+        cache.is_empty = False
+        tokens = torch.ones(rows, 1, dtype=torch.int64)
+        decoder(tokens, tokens, cache=cache)
+    assert decoder._calls.total() == 0  # the model has not been asked
+
+
+@needs_compiler
 def test_another_process_loads_what_is_on_disk(compiled, tmp_path):
     before = compiled.stat().st_mtime_ns
     code = """if True:
