@@ -264,6 +264,31 @@ inline __m512 exp(__m512 x) {  // of numbers that are not positive; 2^whole time
   return _mm512_scalef_ps(y, whole);
 }
 
+// The vectors of a head, in an order that is quick to load: of bfloat16 the even values, then the odd ones.
+template <int PIECES> inline void load_head(const float* p, __m512* vectors) {
+  for (int d = 0; d < PIECES; ++d) vectors[d] = load(p + d * LANES);
+}
+template <int PIECES> inline void load_head(const bf16* p, __m512* vectors) {
+  for (int d = 0; d + 1 < PIECES; d += 2) {
+    const __m512i pairs = _mm512_loadu_si512(p + d * LANES);
+    vectors[d] = (__m512)_mm512_slli_epi32(pairs, 16);
+    vectors[d + 1] = (__m512)_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000));
+  }
+  if (PIECES % 2) vectors[PIECES - 1] = load(p + (PIECES - 1) * LANES);
+}
+template <int PIECES> inline int place(const float*, int d, int lane) { return d * LANES + lane; }
+template <int PIECES> inline int place(const bf16*, int d, int lane) {
+  return d / 2 * 2 + 1 < PIECES ? d / 2 * 2 * LANES + 2 * lane + d % 2 : d * LANES + lane;
+}
+
+inline __m128 sums_of_4(const __m512* x) {
+  __m256 halves[4];
+  for (int i = 0; i < 4; ++i)
+    halves[i] = _mm256_add_ps(_mm512_castps512_ps256(x[i]), (__m256)_mm512_extractf64x4_pd((__m512d)x[i], 1));
+  const __m256 y = _mm256_hadd_ps(_mm256_hadd_ps(halves[0], halves[1]), _mm256_hadd_ps(halves[2], halves[3]));
+  return _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+}
+
 template <class X> struct Attention {
   const X *q, *k, *v, *mask;
   X* y;
@@ -272,34 +297,38 @@ template <class X> struct Attention {
   long mask_stride;
   float scale;
 
-  // COUNT heads from `first` on, of group `g` in row `b`; D is PIECES vectors, so that all of them are in registers.
-  template <int PIECES, int COUNT> void some(long b, long g, long first, float* scores) const {
-    const long padded = (keys + LANES - 1) / LANES * LANES;
-    const X* of_mask = mask + b * mask_stride;
-    __m512 vectors[COUNT][PIECES];
-    for (int h = 0; h < COUNT; ++h)
-      for (int d = 0; d < PIECES; ++d)
-        vectors[h][d] = _mm512_mul_ps(load(q + (b * heads + first + h) * size + d * LANES), _mm512_set1_ps(scale));
-    for (long s = 0; s < padded; ++s) {
-      const float added = s < keys ? wide(of_mask[s]) : HIDDEN;
-      if (added < SEEN_ABOVE) {
-        for (int h = 0; h < COUNT; ++h) scores[h * padded + s] = HIDDEN;
-        continue;
+  // COUNT heads from `first` on, of group `g` in row `b`, which sees keys from `from` to `to` at most; D is PIECES
+  // vectors, so that all of them are in registers.
+  template <int PIECES, int COUNT> void some(long b, long g, long first, long from, long to, float* scores) const {
+    const long count = to - from, padded = (count + LANES - 1) / LANES * LANES;
+    const X* of_mask = mask + b * mask_stride + from;
+    const X* of_keys = k + b * k_strides[0] + from * k_strides[1] + g * k_strides[2];
+    const X* of_values = v + b * v_strides[0] + from * v_strides[1] + g * v_strides[2];
+    __m512 vectors[COUNT][PIECES], piece[PIECES];
+    for (int h = 0; h < COUNT; ++h) {
+      load_head<PIECES>(q + (b * heads + first + h) * size, vectors[h]);
+      for (int d = 0; d < PIECES; ++d) vectors[h][d] = _mm512_mul_ps(vectors[h][d], _mm512_set1_ps(scale));
+    }
+    for (long s = 0; s < padded; s += 4) {
+      __m512 sums[COUNT][4];
+      float added[4];
+      for (int i = 0; i < 4; ++i) {
+        added[i] = s + i < count ? wide(of_mask[s + i]) : HIDDEN;
+        for (int h = 0; h < COUNT; ++h) sums[h][i] = _mm512_setzero_ps();
+        if (added[i] < SEEN_ABOVE) continue;
+        const X* key = of_keys + (s + i) * k_strides[1];
+        // Keys of one group do not lie together: the CPU does not see by itself what comes next.
+        const X* value = of_values + (s + i) * v_strides[1];
+        for (size_t line = 0; line < PIECES * LANES * sizeof(X); line += 64) {
+          _mm_prefetch((const char*)(key + KEYS_AHEAD * k_strides[1]) + line, _MM_HINT_T0);
+          _mm_prefetch((const char*)value + line, _MM_HINT_T1);  // for the second half
+        }
+        load_head<PIECES>(key, piece);
+        for (int d = 0; d < PIECES; ++d)
+          for (int h = 0; h < COUNT; ++h) sums[h][i] = _mm512_fmadd_ps(vectors[h][d], piece[d], sums[h][i]);
       }
-      const X* key = k + b * k_strides[0] + s * k_strides[1] + g * k_strides[2];
-      // Keys of one group do not lie together: the CPU does not see by itself what comes next.
-      const X* value = v + b * v_strides[0] + s * v_strides[1] + g * v_strides[2];
-      for (size_t line = 0; line < PIECES * LANES * sizeof(X); line += 64) {
-        _mm_prefetch((const char*)(key + KEYS_AHEAD * k_strides[1]) + line, _MM_HINT_T0);
-        _mm_prefetch((const char*)value + line, _MM_HINT_T1);  // for the second half
-      }
-      __m512 sums[COUNT];
-      for (int h = 0; h < COUNT; ++h) sums[h] = _mm512_setzero_ps();
-      for (int d = 0; d < PIECES; ++d) {
-        const __m512 piece = load(key + d * LANES);
-        for (int h = 0; h < COUNT; ++h) sums[h] = _mm512_fmadd_ps(vectors[h][d], piece, sums[h]);
-      }
-      for (int h = 0; h < COUNT; ++h) scores[h * padded + s] = _mm512_reduce_add_ps(sums[h]) + added;
+      for (int h = 0; h < COUNT; ++h)
+        _mm_storeu_ps(scores + h * padded + s, _mm_add_ps(sums_of_4(sums[h]), _mm_loadu_ps(added)));
     }
     float factors[COUNT];
     for (int h = 0; h < COUNT; ++h) {
@@ -315,32 +344,40 @@ template <class X> struct Attention {
       factors[h] = 1 / _mm512_reduce_add_ps(total);
     }
     for (int h = 0; h < COUNT; ++h) for (int d = 0; d < PIECES; ++d) vectors[h][d] = _mm512_setzero_ps();
-    for (long s = 0; s < keys; ++s) {
+    for (long s = 0; s < count; ++s) {
       if (wide(of_mask[s]) < SEEN_ABOVE) continue;
-      const X* value = v + b * v_strides[0] + s * v_strides[1] + g * v_strides[2];
+      load_head<PIECES>(of_values + s * v_strides[1], piece);
       __m512 weights[COUNT];
       for (int h = 0; h < COUNT; ++h) weights[h] = _mm512_set1_ps(scores[h * padded + s]);
-      for (int d = 0; d < PIECES; ++d) {
-        const __m512 piece = load(value + d * LANES);
-        for (int h = 0; h < COUNT; ++h) vectors[h][d] = _mm512_fmadd_ps(weights[h], piece, vectors[h][d]);
-      }
+      for (int d = 0; d < PIECES; ++d)
+        for (int h = 0; h < COUNT; ++h) vectors[h][d] = _mm512_fmadd_ps(weights[h], piece[d], vectors[h][d]);
     }
     for (int h = 0; h < COUNT; ++h)
       for (int d = 0; d < PIECES; ++d) {
         float lanes[LANES];
         _mm512_storeu_ps(lanes, _mm512_mul_ps(vectors[h][d], _mm512_set1_ps(factors[h])));
-        X* found = y + (b * heads + first + h) * size + d * LANES;
-        for (int i = 0; i < LANES; ++i) store(found + i, lanes[i]);
+        X* found = y + (b * heads + first + h) * size;
+        for (int i = 0; i < LANES; ++i) store(found + place<PIECES>(found, d, i), lanes[i]);
       }
   }
 
   void group(long b, long g) const {
     constexpr int PIECES = HEAD_SIZE / LANES, MOST = PIECES <= 4 ? 4 : PIECES <= 8 ? 2 : 1;
     constexpr int TOGETHER = HEADS < MOST ? HEADS : MOST, LEFT = HEADS % TOGETHER;  // HEADS are those of a group
-    float* scores = (float*)__builtin_malloc(TOGETHER * (keys + LANES) * sizeof(float));
+    const X* of_mask = mask + b * mask_stride;
+    long from = 0, to = keys;
+    const __m512 limit = _mm512_set1_ps(SEEN_ABOVE);
+    while (to >= LANES && _mm512_cmp_ps_mask(load(of_mask + to - LANES), limit, _CMP_GE_OQ) == 0) to -= LANES;
+    while (to > 0 && wide(of_mask[to - 1]) < SEEN_ABOVE) --to;
+    while (from < to && wide(of_mask[from]) < SEEN_ABOVE) ++from;
+    if (from == to) {  // an idle row
+      for (long i = 0; i < HEADS * size; ++i) store(y + (b * heads + g * HEADS) * size + i, 0);
+      return;
+    }
+    float* scores = (float*)__builtin_malloc(TOGETHER * (to - from + LANES) * sizeof(float));
     for (long first = g * HEADS; first < (g + 1) * HEADS - LEFT; first += TOGETHER)
-      some<PIECES, TOGETHER>(b, g, first, scores);
-    if (LEFT) some<PIECES, LEFT ? LEFT : TOGETHER>(b, g, (g + 1) * HEADS - LEFT, scores);
+      some<PIECES, TOGETHER>(b, g, first, from, to, scores);
+    if (LEFT) some<PIECES, LEFT ? LEFT : TOGETHER>(b, g, (g + 1) * HEADS - LEFT, from, to, scores);
     __builtin_free(scores);
   }
 

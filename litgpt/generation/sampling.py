@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+BLOCK = 256  # probabilities that are summed at a time
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,9 @@ class Sampling:
 
 
 class Filters(NamedTuple):
-    """The settings of some rows, each (B, 1); None where no row has such a filter."""
+    """The settings of some rows, each (B, 1); None where no row has such a setting."""
 
-    temperature: Tensor
+    temperature: Tensor | None
     top_k: Tensor | None
     top_p: Tensor | None
     min_p: Tensor | None
@@ -83,12 +86,13 @@ class Filters(NamedTuple):
         def column(values: list, wanted: bool = True) -> Tensor | None:
             return torch.tensor(values, device=device)[:, None] if wanted else None
 
+        temperature = [sampling.temperature for sampling in samplings]
         top_k = [sampling.top_k or 0 for sampling in samplings]
         # Of rows without a nucleus nothing is left out, not even by rounding.
         top_p = [sampling.top_p if sampling.top_p < 1 else float("inf") for sampling in samplings]
         min_p = [sampling.min_p for sampling in samplings]
         return cls(
-            column([sampling.temperature for sampling in samplings]),
+            column(temperature, wanted=any(value != 1 for value in temperature)),
             column(top_k, wanted=any(top_k)),
             column(top_p, wanted=min(top_p) < 1),
             column(min_p, wanted=any(min_p)),
@@ -133,16 +137,19 @@ def next_tokens(logits: Tensor, samplings: Sequence[Sampling], generators: Seque
 
 def sample(logits: Tensor, filters: Filters, generators: Sequence[torch.Generator]) -> Tensor:
     """Draws one token per row, one generator per row: (B, V) float logits -> (B,) int64."""
-    scores, candidates = filtered(logits / filters.temperature, filters)  # (B, K), (B, K) or None
+    scores, candidates = filtered(logits, filters)  # (B, K), (B, K) or None
     choice = draw(scores, generators)  # (B,)
     return choice if candidates is None else candidates.gather(-1, choice[:, None])[:, 0]
 
 
 def filtered(logits: Tensor, filters: Filters) -> tuple[Tensor, Tensor | None]:
-    """What top-k, top-p and min-p leave: scores (B, K), -inf where excluded, and the tokens (B, K) they belong to.
+    """What the temperature makes of (B, V) logits, and top-k, top-p and min-p leave of that: scores (B, K), -inf where
+    excluded, and the tokens (B, K) they belong to.
 
     None for the tokens means all of the vocabulary in order; otherwise the most likely come first.
     """
+    if filters.temperature is not None:
+        logits = logits / filters.temperature
     candidates = None
     if filters.top_k is not None:
         most = min(max(filters.candidates), logits.size(-1))
@@ -181,17 +188,30 @@ def keep_min_p(logits: Tensor, min_p: float | Tensor) -> Tensor:
 def draw(scores: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """Draws an index per row with probability softmax(scores): (B, K) -> (B,).
 
-    One number for each row, from its own generator, says where in the running sum of the probabilities its index is.
-    Nothing waits for the device.
+    One number for each row, from its own generator, says where in the running sum of the probabilities its index is: in
+    which block first, as running sums of a whole vocabulary take as long as all the rest. Nothing waits for the device.
     """
     probabilities = scores.softmax(dim=-1)
-    sums = probabilities.cumsum(dim=-1)
+    if rest := -probabilities.size(-1) % BLOCK:
+        probabilities = F.pad(probabilities, (0, rest))
+    blocks = probabilities.unflatten(-1, (-1, BLOCK))  # (B, N, BLOCK)
+    sums = blocks.sum(dim=-1)  # (B, N)
+    ends = sums.cumsum(dim=-1)
     numbers = torch.cat([torch.rand(1, generator=generator, device=generator.device) for generator in generators])
-    places = numbers.to(scores.device)[:, None] * sums[:, -1:]
-    choice = torch.searchsorted(sums, places, right=True).clamp_(max=scores.size(-1) - 1)  # (B, 1)
-    # Where sums are rounded, a place may lie beyond the last of them, or in a gap of no width.
-    possible = probabilities.gather(-1, choice) > 0
-    return torch.where(possible, choice, probabilities.argmax(dim=-1, keepdim=True))[:, 0]
+    places = numbers.to(scores.device)[:, None] * ends[:, -1:]  # (B, 1)
+    block = index_at(sums, ends, places)
+    within = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0]  # (B, BLOCK)
+    begins = ends.gather(-1, block) - sums.gather(-1, block)
+    return (block * BLOCK + index_at(within, within.cumsum(dim=-1), places - begins))[:, 0]
+
+
+def index_at(values: Tensor, ends: Tensor, places: Tensor) -> Tensor:
+    """Where places (B, 1) lie in values (B, K), of which `ends` are the running sums: (B, 1).
+
+    Sums are rounded: a place beyond the last of them, or at a value of 0, goes to the largest value.
+    """
+    index = torch.searchsorted(ends, places, right=True).clamp_(max=values.size(-1) - 1)
+    return torch.where(values.gather(-1, index) > 0, index, values.argmax(dim=-1, keepdim=True))
 
 
 class Penalties:

@@ -34,7 +34,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.is_greedy:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
     filters = Filters.of([sampling] * logits.size(0), logits.device)
-    scores, candidates = filtered(logits / filters.temperature, filters)
+    scores, candidates = filtered(logits, filters)
     found = scores.softmax(dim=-1)
     return found if candidates is None else torch.zeros_like(logits).scatter_(-1, candidates, found)
 

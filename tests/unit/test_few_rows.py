@@ -77,19 +77,20 @@ class Attend(nn.Module):
 
 
 @pytest.mark.skipif(not (HAS_COMPILER and HAS_AVX512), reason="there is no g++, or no AVX-512")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_compiled_attention_is_attention(dtype, tmp_path):
-    """Rows of unlike lengths, one of them idle: it sees nothing."""
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 48), (torch.bfloat16, 64), (torch.float32, 48)])
+def test_compiled_attention_is_attention(dtype, size, tmp_path):
+    """Rows of unlike lengths; one has a hole, and one is idle: it sees nothing."""
     torch.manual_seed(0)
-    rows, keys = 4, 37
-    config = Config(n_embd=96, n_head=6, n_query_groups=2, head_size=16)
+    rows, keys = 5, 37
+    config = Config(n_embd=6 * size, n_head=6, n_query_groups=2, head_size=size)
     plain = Attend(config, dtype).requires_grad_(False)
     fast = copy.deepcopy(plain)
     kernels = few_rows.use(fast, rows, dtype)
     assert type(fast.attention).__name__ == "FewRowsAttention"
-    q = torch.randn(rows, 1, 6, 16, dtype=dtype) * 3
-    k, v = torch.randn(2, rows, 64, 2, 16, dtype=dtype)[:, :, :keys]  # a part of a longer cache
-    hidden = torch.arange(keys) >= torch.tensor([37, 1, 20, 0])[:, None]
+    q = torch.randn(rows, 1, 6, size, dtype=dtype) * 3
+    k, v = torch.randn(2, rows, 64, 2, size, dtype=dtype)[:, :, :keys]  # a part of a longer cache
+    hidden = torch.arange(keys) >= torch.tensor([37, 1, 20, 33, 0])[:, None]
+    hidden[3, :6] = hidden[3, 10:13] = True
     mask = torch.where(hidden, -30000.0, 0.0).to(dtype)[:, None, None]
     with torch.no_grad():
         program = torch.export.export(fast, (q, k, v, mask))
@@ -106,4 +107,4 @@ def test_compiled_attention_is_attention(dtype, tmp_path):
     assert (found.dtype, found.shape) == (dtype, q.shape)
     assert found.isfinite().all()
     tolerance = 2**-8 if dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(found[:3].float(), expected[:3], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found[:4].float(), expected[:4], rtol=tolerance, atol=tolerance)

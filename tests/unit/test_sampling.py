@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from litgpt.generation.sampling import Filters, Penalties, Sampling, draw, filtered, keep_min_p, keep_top_p, next_tokens
+from litgpt.generation.sampling import (
+    BLOCK,
+    Filters,
+    Penalties,
+    Sampling,
+    draw,
+    filtered,
+    keep_min_p,
+    keep_top_p,
+    next_tokens,
+)
 
 PROBABILITIES = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])
 LOGITS = PROBABILITIES.log()
@@ -89,6 +99,25 @@ def test_rounding_does_not_lead_to_what_is_impossible(number, expected, monkeypa
     scores[0, [2, 6]] = 0.0
     monkeypatch.setattr(torch, "rand", lambda *size, **named: torch.full(size, number))
     assert draw(scores, [generator()]).item() == expected
+
+
+@pytest.mark.parametrize("size", [BLOCK + 1, 1000, 3 * BLOCK])
+def test_a_number_finds_its_place_in_a_large_vocabulary(size, monkeypatch):
+    """As in the running sum of all probabilities; blocks that are impossible are passed over."""
+    scores = torch.randn(size, generator=generator(1)) * 4
+    scores[BLOCK - 20 : BLOCK + 1] = float("-inf")
+    ends = scores.double().softmax(dim=-1).cumsum(dim=-1)
+    numbers = torch.linspace(0, 1 - 1e-4, 500)
+    drawn = []
+    for number in numbers.tolist():
+        monkeypatch.setattr(torch, "rand", lambda *shape, number=number, **named: torch.full(shape, number))
+        drawn.append(draw(scores[None], [generator()]).item())
+    expected = torch.searchsorted(ends, numbers.double() * ends[-1], right=True)
+    # Where a number is as good as a boundary, float32 may come to the other side of it.
+    clear = (numbers.double()[:, None] * ends[-1] - ends).abs().amin(dim=-1) > 1e-6
+    assert clear.sum() > 400
+    assert torch.tensor(drawn)[clear].tolist() == expected[clear].tolist()
+    assert scores[drawn].isfinite().all()
 
 
 def test_half_precision_logits_are_compared_in_float32():
