@@ -1,6 +1,7 @@
 """The decode step as machine code: compiled in the background, kept on disk, used from the moment it is there.
 
-One token at a time, a small model spends half its time between its kernels. `torch.export` writes the step down once,
+One token at a time, a small model spends half its time between its kernels, and a third where it reads prompts; so that
+is compiled, too, once for all numbers of rows and tokens. `torch.export` writes the step down once,
 with the cache's tensors as arguments that it changes, and AOTInductor makes a library of it. The library holds no
 weights: it is given those of the model. So it is small (4 MB for 30 layers), serves every checkpoint of the shape, and
 costs no memory. Another process compiles it, which takes a minute; until then, and where it cannot be, the model itself
@@ -37,12 +38,13 @@ import litgpt
 from litgpt.checkpoint import atomic_file
 from litgpt.config import Config
 from litgpt.generation import few_rows
-from litgpt.model import GPT, KVCache, LLaMAMoE, RotaryEmbedding
+from litgpt.model import GPT, KVCache, LLaMAMoE, RotaryEmbedding, positions_or_default
 from litgpt.quantize import QuantizedLinear, quantized_layers, replace_linears
 from litgpt.resources import cache_directory
 from litgpt.weight_only import GROUP, Int4Weight, WeightOnly
 
 AFTER = 32  # steps of so many rows that are made before their compilation is begun: a short answer is not worth it
+READING = 0  # in the place of a number of rows: the code that reads prompts, of any number of rows
 PRIORITY = 10  # niceness of the process that compiles
 OPTIONS = {"aot_inductor.package_constants_in_so": False}  # the weights stay with the model
 
@@ -82,6 +84,7 @@ class CompiledDecoder:
         self._failed = False
         self._state: tuple[KVCache | None, list[Tensor]] = (None, [])
         self._fits = why_not(model)
+        self._reads = self._fits is None and reads_compiled(model)
         if self._fits is not None:
             self._fail(self._fits)
 
@@ -90,17 +93,32 @@ class CompiledDecoder:
         state = self._tensors_of(cache)
         if state is None:
             return self.model(tokens, positions, cache=cache)
-        kind = tokens.size(0), state[-1].dtype
-        program = self._programs.get(kind)
+        program = self._program((tokens.size(0), state[-1].dtype))
         if program is None:
-            self._calls[tokens.size(0)] += 1
-            self._begin(kind)
             return self.model(tokens, positions, cache=cache)
         return program(tokens, positions, state, read_length(cache))
 
+    def hidden_states(self, tokens: Tensor, positions: Tensor | None, *, cache: KVCache) -> Tensor:
+        """As `GPT.hidden_states`, for prompts: (B, T) tokens at (B, T) positions, -1 for padding -> (B, T, C)."""
+        tensors, program = list(cache.tensors()), None
+        if self._reads and not torch.is_autocast_enabled("cpu"):
+            program = self._program((READING, tensors[-1].dtype))
+        if program is None:
+            return self.model.hidden_states(tokens, positions, cache=cache)
+        rows = next(iter(cache.rings.values())).rows[:, 0]
+        if cache.is_empty:
+            for ring in cache.rings.values():
+                ring.table[rows] = -1
+            cache.is_empty = False
+        positions = positions_or_default(tokens, positions).contiguous()
+        return program(tokens, positions, [rows, cache.lengths, *tensors], read_length(cache))
+
     def load(self, numbers: Iterable[int]) -> None:
-        """Loads in the background what is on disk already for these numbers of rows, before the first step asks."""
-        for rows in numbers if self._fits is None else ():
+        """Loads in the background what is on disk already, for these numbers of rows and for reading, before the first
+        step asks."""
+        if self._fits is not None:
+            return
+        for rows in (*numbers, READING) if self._reads else numbers:
             kind = rows, self.model.transformer["wte"].weight.dtype
             if self._path(kind).exists():
                 self._start(kind)
@@ -124,8 +142,14 @@ class CompiledDecoder:
 
     # -- in the background
 
+    def _program(self, kind: tuple[int, torch.dtype]) -> Program | None:
+        """The code if it is there. If not, has it loaded if it is on disk, or compiled once it is worth it."""
+        if kind not in self._programs:
+            self._calls[kind[0]] += 1
+            self._begin(kind)
+        return self._programs.get(kind)
+
     def _begin(self, kind: tuple[int, torch.dtype]) -> None:
-        """Loads the code if it is on disk, or has it compiled once it is worth it."""
         if kind in self._threads or self._failed:
             return
         if self._calls[kind[0]] >= self.after or self._path(kind).exists():
@@ -153,7 +177,8 @@ class CompiledDecoder:
                     program = Program(path, self.model)
                 self._programs[kind] = program
             except (OSError, RuntimeError, ValueError) as error:
-                self._fail(str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__)
+                reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+                self._fail(reason, reading=kind[0] == READING)
 
     def _load(self, path: Path) -> Program | None:
         try:
@@ -161,9 +186,11 @@ class CompiledDecoder:
         except (OSError, RuntimeError, ValueError):
             return None
 
-    def _fail(self, reason: str) -> None:
-        self._failed = True
-        self._say(f"Decoding is not compiled: {reason.rstrip('.')}. It goes on uncompiled, at a lower speed.")
+    def _fail(self, reason: str, reading: bool = False) -> None:
+        self._reads = False
+        self._failed = self._failed or not reading
+        what = "Reading prompts" if reading else "Decoding"
+        self._say(f"{what} is not compiled: {reason.rstrip('.')}. It goes on uncompiled, at a lower speed.")
 
 
 class Program:
@@ -233,12 +260,23 @@ def why_not(model: GPT) -> str | None:
     return None
 
 
+def reads_compiled(model: GPT) -> bool:
+    """Whether the code that reads prompts can be compiled, and is worth it, where that of the step can.
+
+    Attention that is written out takes the tokens in blocks, latents are better made to heads for many tokens, and
+    quantised weights are multiplied in another way.
+    """
+    config = model.config
+    written_out = config.attention_logit_softcapping is not None or config.attention_sinks
+    return not written_out and config.latent_attention is None and not any(quantized_layers(model))
+
+
 def specification(model: GPT, rows: int, dtype: torch.dtype) -> dict[str, Any]:
     """All that the compiled code of a step depends on, as JSON has it.
 
     Args:
         model: The model.
-        rows: How many rows the step has.
+        rows: How many rows the step has, or READING.
         dtype: The type of keys and values.
     """
     weights = [layer.quantized for _, layer in quantized_layers(model)]
@@ -299,14 +337,30 @@ class DecodeStep(nn.Module):
             state: The cache's `lengths` and `tensors()`; the latter are changed.
             reach: Of so many values as attention reads slots of the cache.
         """
-        cache, tensors = self._like.select(slice(None)), iter(state)
-        cache.lengths = next(tensors)
+        lengths, *tensors = state
+        return self.model(tokens, positions, cache=self.cache_of(tensors, lengths, slice(None), reach))
+
+    def cache_of(self, tensors: list[Tensor], lengths: Tensor, rows: slice | Tensor, reach: Tensor) -> KVCache:
+        """The cache of these tensors, of some of its rows."""
+        cache, rest = self._like.select(slice(None)), iter(tensors)
         for ring in cache.rings.values():
-            ring.table = next(tensors)
+            ring.table = next(rest)
         for layer in cache.layers:
-            layer.tensors = [next(tensors) for _ in layer.tensors]
+            layer.tensors = [next(rest) for _ in layer.tensors]
+        cache = cache.select(rows)
+        cache.lengths = lengths
         cache.read_only(reach.size(0))
-        return self.model(tokens, positions, cache=cache)
+        return cache
+
+
+class ReadStep(DecodeStep):
+    """The tokens of some prompts, as a function of tensors alone."""
+
+    def forward(self, tokens: Tensor, positions: Tensor, state: list[Tensor], reach: Tensor) -> Tensor:
+        """(B, T) tokens and positions -> (B, T, C) hidden states. `state` begins with the rows (B,) of the cache that
+        the prompts are in; the rest as for `DecodeStep`, of these rows the lengths, of all rows the tensors."""
+        rows, lengths, *tensors = state
+        return self.model.hidden_states(tokens, positions, cache=self.cache_of(tensors, lengths, rows, reach))
 
 
 # --- the process that compiles ---------------------------------------------------------------------------------------
@@ -349,13 +403,17 @@ def compile_step(specification: dict[str, Any], path: Path) -> None:
             return
         torch.set_num_threads(specification["threads"])
         step, example = _step_and_example(specification)
-        kernels = few_rows.use(step.model, specification["rows"], getattr(torch, specification["dtype"]))
+        kernels = {}
+        tokens, state = {}, [{}]  # lengths, then tables, keys and values
         any_size = torch.export.Dim.DYNAMIC
-        lengths, tables, kept = {}, {1: any_size}, {1: any_size}
-        rings = len(step._like.rings)
-        state = [lengths, *[tables] * rings, *[kept] * (len(example[2]) - 1 - rings)]
+        of_cache = {1: any_size}
+        if isinstance(step, ReadStep):
+            tokens, state, of_cache = {0: any_size, 1: any_size}, [{0: any_size}] * 2, {0: any_size, 1: any_size}
+        else:
+            kernels = few_rows.use(step.model, specification["rows"], getattr(torch, specification["dtype"]))
+        state = [*state, *[of_cache] * (len(example[2]) - len(state))]
         with torch.no_grad():
-            program = torch.export.export(step, example, dynamic_shapes=({}, {}, state, {0: any_size}))
+            program = torch.export.export(step, example, dynamic_shapes=(tokens, tokens, state, {0: any_size}))
             with atomic_file(path) as temporary:
                 options = OPTIONS | {"aot_inductor.custom_ops_to_c_shims": kernels}
                 made = torch._inductor.aoti_compile_and_package(
@@ -379,14 +437,19 @@ def _step_and_example(specification: dict[str, Any]) -> tuple[DecodeStep, tuple[
     if weights != specification["weights"]:
         different = sorted(set(map(str, weights.items())) ^ set(map(str, specification["weights"].items())))
         raise ValueError(f"the model is not as its configuration says: {different[0]}")
-    rows = specification["rows"]
+    rows, tokens = specification["rows"] or 3, 1 if specification["rows"] else 16
+    held = rows if specification["rows"] else 5
     cache = model.new_cache(
-        rows, min(model.config.block_size, 1000), dtype=getattr(torch, specification["cache_dtype"])
+        held, min(model.config.block_size, 1000), dtype=getattr(torch, specification["cache_dtype"])
     )
     cache.is_empty = False
-    ones = torch.ones(rows, 1, dtype=torch.int64)
+    cache.max_length = model.config.block_size  # its tensors may be of any length
+    ones = torch.ones(rows, tokens, dtype=torch.int64)
     reach = torch.empty(max(2, next(iter(cache.rings.values())).length // 2), dtype=torch.int8)
-    return DecodeStep(model, cache), (ones, ones.clone(), [cache.lengths, *cache.tensors()], reach)
+    if specification["rows"]:
+        return DecodeStep(model, cache), (ones, ones.clone(), [cache.lengths, *cache.tensors()], reach)
+    state = [torch.arange(rows), cache.lengths[:rows], *cache.tensors()]
+    return ReadStep(model, cache), (ones, torch.arange(tokens).repeat(rows, 1), state, reach)
 
 
 @contextmanager

@@ -71,7 +71,9 @@ class Engine:
         self._decoder: Callable[..., Tensor] = decoder(model) if compile else model
         # What torch.compile makes is for the shapes that it has seen.
         self._one_shape = compile and not isinstance(self._decoder, CompiledDecoder)
+        self._hidden_states = model.hidden_states
         if isinstance(self._decoder, CompiledDecoder):
+            self._hidden_states = self._decoder.hidden_states
             self._decoder.load(sorted({min(1 << power, slots) for power in range(slots.bit_length() + 1)}))
         self._shortest = self.context if fixed_length else 1024 if self._one_shape else CACHE_STEP  # of caches
         self.most_slots = slots
@@ -315,7 +317,7 @@ class Engine:
             slice(rows[0], rows[0] + 1) if len(rows) == 1 else torch.tensor(rows, device=self.device), is_empty
         )
         with self._running(cache, max(starts) + width, slots, chunks):
-            hidden = self.model.hidden_states(idx, positions, cache=cache)  # (B, T, C)
+            hidden = self._hidden_states(idx, positions, cache=cache)  # (B, T, C)
         for slot, chunk in zip(slots, chunks, strict=True):
             slot.progress.read += len(chunk)
         done = [index for index, slot in enumerate(slots) if slot.progress.read == len(prompts[index])]

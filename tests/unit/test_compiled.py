@@ -4,13 +4,21 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from litgpt.config import Config
-from litgpt.generation.compiled import CompiledDecoder, compile_elsewhere, path_of, specification
+from litgpt.generation.compiled import (
+    READING,
+    CompiledDecoder,
+    compile_elsewhere,
+    path_of,
+    reads_compiled,
+    specification,
+)
 from litgpt.lora import LoRASettings, apply_lora
 from litgpt.model import GPT
 from litgpt.quantize import replace_linears
@@ -118,6 +126,57 @@ def test_compiled_logits_and_caches_are_the_models(compiled):
     assert largest_difference(models[1], decoder) < 1e-5
     assert said == []
     assert compiled.stat().st_size < 2_000_000
+
+
+@needs_compiler
+def test_compiled_reading_is_the_models(tmp_path, monkeypatch):
+    """Prompts of unlike lengths, alone and together, in any rows, after what a row holds already, and over a window."""
+    monkeypatch.setenv("LITGPT_CACHE_DIR", str(tmp_path))
+    config = replace(CONFIG, n_layer=2, sliding_window_size=24, sliding_window_indices=[1, 0])
+    torch.manual_seed(0)
+    model = GPT(config).eval()
+    model.init_weights()
+    said: list[str] = []
+    decoder = decoder_of(model, said)
+    with torch.inference_mode():
+        decoder.hidden_states(torch.ones(1, 5, dtype=torch.int64), None, cache=model.new_cache(1, 64))
+        assert decoder.wait()
+        assert said == []
+        plain, fast = model.new_cache(4, 200), model.new_cache(4, 200)
+        for cache in (plain, fast):
+            model(torch.arange(4 * 30).view(4, 30) % 96, cache=cache)  # what requests before have left
+        for rows, is_empty, lengths in (
+            (slice(1, 2), True, [40]),
+            (torch.tensor([3, 0]), True, [17, 60]),
+            (torch.tensor([1, 3, 2]), False, [50, 1, 33]),
+            (slice(0, 1), False, [2]),
+        ):
+            width = max(lengths)
+            tokens = torch.randint(0, 96, (len(lengths), width))
+            results = []
+            for cache, reader in ((plain, model.hidden_states), (fast, decoder.hidden_states)):
+                chosen = cache.select(rows, is_empty)
+                for row in chosen.rings[None].rows[:, 0].tolist() if is_empty else ():
+                    cache.rewind(row, 0)
+                begins = (chosen.rings[None].positions.amax(dim=1) + 1).tolist()
+                places = [
+                    [*range(begin, begin + length), *[-1] * (width - length)]
+                    for begin, length in zip(begins, lengths, strict=True)
+                ]
+                chosen.read_only(128)
+                results.append(reader(tokens, torch.tensor(places), cache=chosen))
+            seen = torch.tensor(places) >= 0
+            torch.testing.assert_close(results[1][seen], results[0][seen], rtol=1e-4, atol=1e-4)
+        for window in (None, 24):
+            assert torch.equal(plain.rings[window].table[:, :-1], fast.rings[window].table[:, :-1])
+    assert decoder._calls[READING] == 1  # none of it has been the model's own
+
+
+def test_what_cannot_be_read_compiled_is_read_by_the_model():
+    for change in ({"attention_logit_softcapping": 30.0}, {"attention_sinks": True}):
+        assert not reads_compiled(GPT(replace(CONFIG, **change)))
+    assert not reads_compiled(make())  # quantised
+    assert reads_compiled(GPT(CONFIG))
 
 
 @needs_compiler
