@@ -52,13 +52,14 @@ class Sampling:
             raise ValueError(f"top_p {self.top_p} is not possible: it is a probability, between 0 and 1.")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p {self.min_p} is not possible: it is a fraction, between 0 and 1.")
-        if not 0 < self.repetition_penalty < float("inf"):
+        # What is smaller or larger overflows float32, here or as its inverse.
+        if not 0.01 <= self.repetition_penalty <= 100:
             raise ValueError(
-                f"repetition_penalty {self.repetition_penalty} is not possible: give more than 0, 1 for none."
+                f"repetition_penalty {self.repetition_penalty} is not possible: give 0.01 to 100, 1 for none."
             )
         for name in ("presence_penalty", "frequency_penalty"):
-            if not abs(getattr(self, name)) < float("inf"):
-                raise ValueError(f"{name} {getattr(self, name)} is not possible: give a number, 0 for none.")
+            if not abs(getattr(self, name)) <= 100:
+                raise ValueError(f"{name} {getattr(self, name)} is not possible: give -100 to 100, 0 for none.")
 
     @property
     def is_greedy(self) -> bool:

@@ -1,5 +1,7 @@
 """Sampling: what the filters leave, and that what is drawn follows it."""
 
+import re
+
 import pytest
 import torch
 
@@ -160,10 +162,12 @@ def test_penalties():
         ("top_p", 1.5),
         ("min_p", 2),
         ("repetition_penalty", 0),
+        ("repetition_penalty", 1e-200),
         ("presence_penalty", float("nan")),
         ("frequency_penalty", float("inf")),
+        ("frequency_penalty", 1e300),
     ],
 )
 def test_a_value_out_of_range_is_named(name, value):
-    with pytest.raises(ValueError, match=f"{name} {value} is not possible"):
+    with pytest.raises(ValueError, match=re.escape(f"{name} {value} is not possible")):
         Sampling(**{name: value})
