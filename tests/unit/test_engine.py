@@ -381,7 +381,7 @@ def test_logprobs_are_those_of_the_model(model):
 def test_penalties_and_biases_act_on_their_own_row(model):
     plainly = plain(model, PROMPTS[0], 20)
     forbidden = Sampling(0, logit_bias={plainly[3]: -100.0})
-    never_again = Sampling(0, presence_penalty=1000.0)
+    never_again = Sampling(0, presence_penalty=100.0)
     requests = [Request(PROMPTS[0], 20, sampling) for sampling in (GREEDY, forbidden, never_again)]
     answers = Engine(model).complete(requests)
     assert answers[0] == plainly
