@@ -28,6 +28,21 @@ inline void store(bf16* p, float x) {  // rounds to the nearest, ties to even
   p->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+inline __m128 sums_of_4(const __m512* x) {
+  __m256 halves[4];
+  for (int i = 0; i < 4; ++i)
+    halves[i] = _mm256_add_ps(_mm512_castps512_ps256(x[i]), (__m256)_mm512_extractf64x4_pd((__m512d)x[i], 1));
+  const __m256 y = _mm256_hadd_ps(_mm256_hadd_ps(halves[0], halves[1]), _mm256_hadd_ps(halves[2], halves[3]));
+  return _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+}
+
+// The sums of each of COUNT vectors.
+template <int COUNT> inline void sums_of(const __m512* x, float* y) {
+  static_assert(COUNT == 1 || COUNT == TOGETHER);
+  if (COUNT == TOGETHER) _mm_storeu_ps(y, sums_of_4(x));
+  else *y = _mm512_reduce_add_ps(*x);
+}
+
 // Fetches lines of memory that are needed soon. They are asked for one after another, as they lie: a CPU that fetches
 // ahead by itself gets half as much from several places in turn (measured on Zen 4).
 template <int BYTES> inline void fetch(const char* p) {
@@ -49,11 +64,11 @@ template <int COUNT, int ROWS, class W> inline void dot(const float* x, const W*
       for (int r = 0; r < COUNT; ++r) sums[b][r] = _mm512_fmadd_ps(inputs, of_row[r], sums[b][r]);
     }
   }
-  for (int b = 0; b < ROWS; ++b)
-    for (int r = 0; r < COUNT; ++r) {
-      y[b][r] = _mm512_reduce_add_ps(sums[b][r]);
+  for (int b = 0; b < ROWS; ++b) {
+    sums_of<COUNT>(sums[b], y[b]);
+    for (int r = 0; r < COUNT; ++r)
       for (long i = k; i < in; ++i) y[b][r] += x[b * in + i] * wide(w[r * in + i]);
-    }
+  }
 }
 
 #ifdef __AVX512BF16__
@@ -74,7 +89,7 @@ template <int COUNT, int ROWS> inline void dot(const bf16* x, const bf16* w, lon
   long k = 0;
   for (; k + 2 * LANES <= in; k += 2 * LANES) step(k, ~__mmask32(0));
   if (k < in) step(k, (__mmask32(1) << (in - k)) - 1);
-  for (int b = 0; b < ROWS; ++b) for (int r = 0; r < COUNT; ++r) y[b][r] = _mm512_reduce_add_ps(sums[b][r]);
+  for (int b = 0; b < ROWS; ++b) sums_of<COUNT>(sums[b], y[b]);
 }
 template <class X, class W> struct Inputs { using type = float; };
 template <> struct Inputs<bf16, bf16> { using type = bf16; };
@@ -319,14 +334,6 @@ template <int PIECES> inline void load_head(const bf16* p, __m512* vectors) {
 template <int PIECES> inline int place(const float*, int d, int lane) { return d * LANES + lane; }
 template <int PIECES> inline int place(const bf16*, int d, int lane) {
   return d / 2 * 2 + 1 < PIECES ? d / 2 * 2 * LANES + 2 * lane + d % 2 : d * LANES + lane;
-}
-
-inline __m128 sums_of_4(const __m512* x) {
-  __m256 halves[4];
-  for (int i = 0; i < 4; ++i)
-    halves[i] = _mm256_add_ps(_mm512_castps512_ps256(x[i]), (__m256)_mm512_extractf64x4_pd((__m512d)x[i], 1));
-  const __m256 y = _mm256_hadd_ps(_mm256_hadd_ps(halves[0], halves[1]), _mm256_hadd_ps(halves[2], halves[3]));
-  return _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
 }
 
 template <class X> struct Attention {

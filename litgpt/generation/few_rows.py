@@ -29,7 +29,7 @@ from litgpt.weight_only import GROUP, Int4Weight, Int8Weight
 
 VALUES = {torch.bfloat16: "bf16", torch.float32: "float"}  # types of inputs, and their names in C++
 # Up to so many rows these are the quicker ones (measured, see the benchmarks).
-FEW = {"linear": 8, "int8": 16, "int4": 16}
+FEW = {"linear": 8, "pairs": 32, "int8": 16, "int4": 16}
 TILED = range(5, 33)  # rows for which CPUs with AMX multiply tiles
 
 CODE = Path(__file__).with_suffix(".h")
@@ -166,12 +166,13 @@ def use(model: nn.Module, rows: int, dtype: torch.dtype) -> dict[torch._ops.OpOv
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or dtype not in VALUES:
         return {}
     tiled = dtype == torch.bfloat16 and rows in TILED and has_tiles()
+    pairs = dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
     for name, module in model.named_modules():
         if name.endswith(KEPT):  # its matrix is taken apart
             continue
         if type(module) is CausalSelfAttention and _suits(module):
             module.__class__ = FewRowsAttention
-        elif type(module) is nn.Linear and (rows <= FEW["linear"] or (tiled and _fills_tiles(module))):
+        elif type(module) is nn.Linear and (rows <= FEW["pairs" if pairs else "linear"] or (tiled and _fills_tiles(module))):
             module.__class__ = FewRowsLinear
         elif type(module) is Int8Weight and (rows <= FEW["int8"] or module.shape[1] % 16):  # torch's reads over the end
             module.__class__ = FewRowsInt8
