@@ -3,6 +3,9 @@
 #include <type_traits>
 #pragma GCC push_options
 #pragma GCC optimize("O3")  // what is around it, is compiled for the compiler's time
+// Arrays of vectors are kept in registers only where the compiler takes the loops over them apart first, of which it
+// has to be told: it otherwise stores every sum at every step.
+#define UNROLLED _Pragma("GCC unroll 16")
 namespace few_rows {
 constexpr int LANES = 16, TOGETHER = 4;
 constexpr int AHEAD = 8192;  // bytes: how early memory is fetched (measured)
@@ -30,7 +33,7 @@ inline void store(bf16* p, float x) {  // rounds to the nearest, ties to even
 
 inline __m128 sums_of_4(const __m512* x) {
   __m256 halves[4];
-  for (int i = 0; i < 4; ++i)
+  UNROLLED for (int i = 0; i < 4; ++i)
     halves[i] = _mm256_add_ps(_mm512_castps512_ps256(x[i]), (__m256)_mm512_extractf64x4_pd((__m512d)x[i], 1));
   const __m256 y = _mm256_hadd_ps(_mm256_hadd_ps(halves[0], halves[1]), _mm256_hadd_ps(halves[2], halves[3]));
   return _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
@@ -52,21 +55,21 @@ template <int BYTES> inline void fetch(const char* p) {
 // The products of COUNT rows of the weight, which lie one after another, with ROWS rows of inputs.
 template <int COUNT, int ROWS, class W> inline void dot(const float* x, const W* w, long in, float (*y)[TOGETHER]) {
   __m512 sums[ROWS][COUNT];
-  for (int b = 0; b < ROWS; ++b) for (int r = 0; r < COUNT; ++r) sums[b][r] = _mm512_setzero_ps();
+  UNROLLED for (int b = 0; b < ROWS; ++b) UNROLLED for (int r = 0; r < COUNT; ++r) sums[b][r] = _mm512_setzero_ps();
   long k = 0;
   const char* next = (const char*)(w + COUNT * in) + AHEAD;
   for (; k + LANES <= in; k += LANES) {
     __m512 of_row[COUNT];
-    for (int r = 0; r < COUNT; ++r) of_row[r] = load(w + r * in + k);
+    UNROLLED for (int r = 0; r < COUNT; ++r) of_row[r] = load(w + r * in + k);
     fetch<COUNT * LANES * sizeof(W)>(next + k * COUNT * sizeof(W));
-    for (int b = 0; b < ROWS; ++b) {
+    UNROLLED for (int b = 0; b < ROWS; ++b) {
       const __m512 inputs = load(x + b * in + k);
-      for (int r = 0; r < COUNT; ++r) sums[b][r] = _mm512_fmadd_ps(inputs, of_row[r], sums[b][r]);
+      UNROLLED for (int r = 0; r < COUNT; ++r) sums[b][r] = _mm512_fmadd_ps(inputs, of_row[r], sums[b][r]);
     }
   }
-  for (int b = 0; b < ROWS; ++b) {
+  UNROLLED for (int b = 0; b < ROWS; ++b) {
     sums_of<COUNT>(sums[b], y[b]);
-    for (int r = 0; r < COUNT; ++r)
+    UNROLLED for (int r = 0; r < COUNT; ++r)
       for (long i = k; i < in; ++i) y[b][r] += x[b * in + i] * wide(w[r * in + i]);
   }
 }
@@ -75,21 +78,21 @@ template <int COUNT, int ROWS, class W> inline void dot(const float* x, const W*
 // The same where the CPU multiplies pairs of bfloat16, and adds them up in float32.
 template <int COUNT, int ROWS> inline void dot(const bf16* x, const bf16* w, long in, float (*y)[TOGETHER]) {
   __m512 sums[ROWS][COUNT];
-  for (int b = 0; b < ROWS; ++b) for (int r = 0; r < COUNT; ++r) sums[b][r] = _mm512_setzero_ps();
+  UNROLLED for (int b = 0; b < ROWS; ++b) UNROLLED for (int r = 0; r < COUNT; ++r) sums[b][r] = _mm512_setzero_ps();
   const char* next = (const char*)(w + COUNT * in) + AHEAD;
-  const auto step = [&](long k, __mmask32 some) {
+  const auto step = [&](long k, __mmask32 some) __attribute__((always_inline)) {
     __m512bh of_row[COUNT];
-    for (int r = 0; r < COUNT; ++r) of_row[r] = (__m512bh)_mm512_maskz_loadu_epi16(some, w + r * in + k);
+    UNROLLED for (int r = 0; r < COUNT; ++r) of_row[r] = (__m512bh)_mm512_maskz_loadu_epi16(some, w + r * in + k);
     fetch<COUNT * 64>(next + k * COUNT * sizeof(bf16));
-    for (int b = 0; b < ROWS; ++b) {
+    UNROLLED for (int b = 0; b < ROWS; ++b) {
       const __m512bh inputs = (__m512bh)_mm512_maskz_loadu_epi16(some, x + b * in + k);
-      for (int r = 0; r < COUNT; ++r) sums[b][r] = _mm512_dpbf16_ps(sums[b][r], inputs, of_row[r]);
+      UNROLLED for (int r = 0; r < COUNT; ++r) sums[b][r] = _mm512_dpbf16_ps(sums[b][r], inputs, of_row[r]);
     }
   };
   long k = 0;
   for (; k + 2 * LANES <= in; k += 2 * LANES) step(k, ~__mmask32(0));
   if (k < in) step(k, (__mmask32(1) << (in - k)) - 1);
-  for (int b = 0; b < ROWS; ++b) sums_of<COUNT>(sums[b], y[b]);
+  UNROLLED for (int b = 0; b < ROWS; ++b) sums_of<COUNT>(sums[b], y[b]);
 }
 template <class X, class W> struct Inputs { using type = float; };
 template <> struct Inputs<bf16, bf16> { using type = bf16; };
@@ -234,35 +237,35 @@ template <int PIECES, int ROWS, class X> inline void dot_int4(
   constexpr int PARTS = 2 * PIECES;  // the lower halves of the pieces, then the upper ones
   const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
   __m512 sums[ROWS][PARTS];
-  for (int b = 0; b < ROWS; ++b) for (int p = 0; p < PARTS; ++p) sums[b][p] = _mm512_setzero_ps();
+  UNROLLED for (int b = 0; b < ROWS; ++b) UNROLLED for (int p = 0; p < PARTS; ++p) sums[b][p] = _mm512_setzero_ps();
   for (long g = 0; g < in / GROUP; ++g) {
     __m512 of_group[ROWS][PARTS];
-    for (int b = 0; b < ROWS; ++b) for (int p = 0; p < PARTS; ++p) of_group[b][p] = _mm512_setzero_ps();
+    UNROLLED for (int b = 0; b < ROWS; ++b) UNROLLED for (int p = 0; p < PARTS; ++p) of_group[b][p] = _mm512_setzero_ps();
     for (long k = g * GROUP; k < (g + 1) * GROUP; ++k) {
       const uint8_t* codes = w + k * half;
       _mm_prefetch((const char*)codes + AHEAD, _MM_HINT_T0);
-      for (int p = 0; p < PIECES; ++p) {
+      UNROLLED for (int p = 0; p < PIECES; ++p) {
         const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + p * LANES)));
         const __m512 low = _mm512_permutexvar_ps(both, values);  // looks at the lowest 4 bits
         const __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), values);
-        for (int b = 0; b < ROWS; ++b) {
+        UNROLLED for (int b = 0; b < ROWS; ++b) {
           const __m512 input = _mm512_set1_ps(x[b * in + k]);
           of_group[b][p] = _mm512_fmadd_ps(input, low, of_group[b][p]);
           of_group[b][PIECES + p] = _mm512_fmadd_ps(input, high, of_group[b][PIECES + p]);
         }
       }
     }
-    for (int p = 0; p < PARTS; ++p) {
+    UNROLLED for (int p = 0; p < PARTS; ++p) {
       __m512 scale, middle;
       load_pairs(scales + 2 * (g * out + (p < PIECES ? p * LANES : half + (p - PIECES) * LANES)), &scale, &middle);
-      for (int b = 0; b < ROWS; ++b) {
+      UNROLLED for (int b = 0; b < ROWS; ++b) {
         sums[b][p] = _mm512_fmadd_ps(scale, of_group[b][p], sums[b][p]);
         sums[b][p] = _mm512_fmadd_ps(middle, _mm512_set1_ps(group_sums[b * (in / GROUP) + g]), sums[b][p]);
       }
     }
   }
-  for (int b = 0; b < ROWS; ++b)
-    for (int p = 0; p < PARTS; ++p) {
+  UNROLLED for (int b = 0; b < ROWS; ++b)
+    UNROLLED for (int p = 0; p < PARTS; ++p) {
       float lanes[LANES];
       _mm512_storeu_ps(lanes, sums[b][p]);
       X* of_part = y + b * out + (p < PIECES ? p * LANES : half + (p - PIECES) * LANES);
@@ -321,10 +324,10 @@ inline __m512 exp(__m512 x) {  // of numbers that are not positive; 2^whole time
 
 // The vectors of a head, in an order that is quick to load: of bfloat16 the even values, then the odd ones.
 template <int PIECES> inline void load_head(const float* p, __m512* vectors) {
-  for (int d = 0; d < PIECES; ++d) vectors[d] = load(p + d * LANES);
+  UNROLLED for (int d = 0; d < PIECES; ++d) vectors[d] = load(p + d * LANES);
 }
 template <int PIECES> inline void load_head(const bf16* p, __m512* vectors) {
-  for (int d = 0; d + 1 < PIECES; d += 2) {
+  UNROLLED for (int d = 0; d + 1 < PIECES; d += 2) {
     const __m512i pairs = _mm512_loadu_si512(p + d * LANES);
     vectors[d] = (__m512)_mm512_slli_epi32(pairs, 16);
     vectors[d + 1] = (__m512)_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000));
@@ -352,16 +355,16 @@ template <class X> struct Attention {
     const X* of_keys = k + b * k_strides[0] + from * k_strides[1] + g * k_strides[2];
     const X* of_values = v + b * v_strides[0] + from * v_strides[1] + g * v_strides[2];
     __m512 vectors[COUNT][PIECES], piece[PIECES];
-    for (int h = 0; h < COUNT; ++h) {
+    UNROLLED for (int h = 0; h < COUNT; ++h) {
       load_head<PIECES>(q + (b * heads + first + h) * size, vectors[h]);
-      for (int d = 0; d < PIECES; ++d) vectors[h][d] = _mm512_mul_ps(vectors[h][d], _mm512_set1_ps(scale));
+      UNROLLED for (int d = 0; d < PIECES; ++d) vectors[h][d] = _mm512_mul_ps(vectors[h][d], _mm512_set1_ps(scale));
     }
     for (long s = 0; s < padded; s += 4) {
       __m512 sums[COUNT][4];
       float added[4];
-      for (int i = 0; i < 4; ++i) {
+      UNROLLED for (int i = 0; i < 4; ++i) {
         added[i] = s + i < count ? wide(of_mask[s + i]) : HIDDEN;
-        for (int h = 0; h < COUNT; ++h) sums[h][i] = _mm512_setzero_ps();
+        UNROLLED for (int h = 0; h < COUNT; ++h) sums[h][i] = _mm512_setzero_ps();
         if (added[i] < SEEN_ABOVE) continue;
         const X* key = of_keys + (s + i) * k_strides[1];
         // Keys of one group do not lie together: the CPU does not see by itself what comes next.
@@ -371,14 +374,14 @@ template <class X> struct Attention {
           _mm_prefetch((const char*)value + line, _MM_HINT_T1);  // for the second half
         }
         load_head<PIECES>(key, piece);
-        for (int d = 0; d < PIECES; ++d)
-          for (int h = 0; h < COUNT; ++h) sums[h][i] = _mm512_fmadd_ps(vectors[h][d], piece[d], sums[h][i]);
+        UNROLLED for (int d = 0; d < PIECES; ++d)
+          UNROLLED for (int h = 0; h < COUNT; ++h) sums[h][i] = _mm512_fmadd_ps(vectors[h][d], piece[d], sums[h][i]);
       }
-      for (int h = 0; h < COUNT; ++h)
+      UNROLLED for (int h = 0; h < COUNT; ++h)
         _mm_storeu_ps(scores + h * padded + s, _mm_add_ps(sums_of_4(sums[h]), _mm_loadu_ps(added)));
     }
     float factors[COUNT];
-    for (int h = 0; h < COUNT; ++h) {
+    UNROLLED for (int h = 0; h < COUNT; ++h) {
       float* of_head = scores + h * padded;
       __m512 most = _mm512_set1_ps(HIDDEN), total = _mm512_setzero_ps();
       for (long s = 0; s < padded; s += LANES) most = _mm512_max_ps(most, load(of_head + s));
@@ -390,17 +393,17 @@ template <class X> struct Attention {
       }
       factors[h] = 1 / _mm512_reduce_add_ps(total);
     }
-    for (int h = 0; h < COUNT; ++h) for (int d = 0; d < PIECES; ++d) vectors[h][d] = _mm512_setzero_ps();
+    UNROLLED for (int h = 0; h < COUNT; ++h) UNROLLED for (int d = 0; d < PIECES; ++d) vectors[h][d] = _mm512_setzero_ps();
     for (long s = 0; s < count; ++s) {
       if (wide(of_mask[s]) < SEEN_ABOVE) continue;
       load_head<PIECES>(of_values + s * v_strides[1], piece);
       __m512 weights[COUNT];
-      for (int h = 0; h < COUNT; ++h) weights[h] = _mm512_set1_ps(scores[h * padded + s]);
-      for (int d = 0; d < PIECES; ++d)
-        for (int h = 0; h < COUNT; ++h) vectors[h][d] = _mm512_fmadd_ps(weights[h], piece[d], vectors[h][d]);
+      UNROLLED for (int h = 0; h < COUNT; ++h) weights[h] = _mm512_set1_ps(scores[h * padded + s]);
+      UNROLLED for (int d = 0; d < PIECES; ++d)
+        UNROLLED for (int h = 0; h < COUNT; ++h) vectors[h][d] = _mm512_fmadd_ps(weights[h], piece[d], vectors[h][d]);
     }
-    for (int h = 0; h < COUNT; ++h)
-      for (int d = 0; d < PIECES; ++d) {
+    UNROLLED for (int h = 0; h < COUNT; ++h)
+      UNROLLED for (int d = 0; d < PIECES; ++d) {
         float lanes[LANES];
         _mm512_storeu_ps(lanes, _mm512_mul_ps(vectors[h][d], _mm512_set1_ps(factors[h])));
         X* found = y + (b * heads + first + h) * size;
