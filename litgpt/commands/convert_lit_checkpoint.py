@@ -1,23 +1,27 @@
-"""Write a checkpoint anew with quantised weights, or in another type."""
+"""Write a checkpoint anew with quantised weights, in another type, or as a GGUF file."""
 
 from pathlib import Path
 
 import torch
 
 from litgpt.checkpoint import WEIGHTS, atomic_directory, copy_companion_files, save_model
+from litgpt.commands.convert_from_litgpt import save_gguf
 from litgpt.convert.adapted_source import AdapterSource
 from litgpt.convert.options import Progress, dtype_from_name, tell_note
 from litgpt.convert.quantised_parts import quantised_stream
-from litgpt.convert.source import kind_for, meta_model
+from litgpt.convert.source import Source, kind_for, meta_model
 from litgpt.loading import find_checkpoint, open_model
 from litgpt.quantize import check_quantize
 
 
 def setup(
-    checkpoint_dir: Path,
+    checkpoint_dir: Path | None = None,
     out_dir: Path | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
+    checkpoint_path: Path | None = None,
+    output_path: Path | None = None,
+    model_name: str | None = None,
     access_token: str | None = None,
     verbose: bool = False,
 ) -> None:
@@ -25,7 +29,8 @@ def setup(
 
     The result is a checkpoint directory that generate, chat, serve and LLM.load take as it is: smaller on the disk,
     quicker to load, and without --quantize. It is made matrix by matrix, so that the memory needed does not grow with
-    the model. For other programs, use convert_from_litgpt.
+    the model. With --output_path NAME.gguf, the command writes a GGUF file for llama.cpp instead. For programs that
+    read Hugging Face's format, use convert_from_litgpt.
 
     Args:
         checkpoint_dir: A checkpoint directory, a Hugging Face directory, a .gguf file, a known name or a Hub id.
@@ -35,10 +40,25 @@ def setup(
             best that in which the model is to answer. Without quantize, all weights are written in it, and quantised
             ones are de-quantised.
         quantize: Keep the weights of the linear layers in 4 or 8 bits: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq,
-            bnb.int8, or for CPUs int4 or int8.
+            bnb.int8, or for CPUs int4 or int8; in a GGUF file q8_0, q5_1, q5_0, q4_1 or q4_0.
+        checkpoint_path: Another name of checkpoint_dir.
+        output_path: The GGUF file to write.
+        model_name: What the GGUF file calls the model; by default as the checkpoint does.
         access_token: For a gated model that has to be downloaded first.
         verbose: Print every tensor instead of a progress bar.
     """
+    checkpoint_dir = checkpoint_dir or checkpoint_path
+    if checkpoint_dir is None:
+        raise ValueError("checkpoint_dir is missing: give the checkpoint to convert.")
+    if output_path is not None:
+        if out_dir is not None:
+            raise ValueError(f"--out_dir {out_dir} cannot act with --output_path {output_path}. Leave one of them out.")
+        if dtype and quantize:
+            raise ValueError(f"--dtype {dtype} cannot act with --quantize {quantize} in a GGUF file. Leave it out.")
+        source = _open(find_checkpoint(checkpoint_dir, access_token), access_token)
+        return save_gguf(source, output_path, quantize or dtype, model_name, verbose)
+    if model_name is not None:
+        raise ValueError(f"--model_name {model_name} cannot act without --output_path: GGUF files have names.")
     target = dtype_from_name(dtype)
     if quantize is None and target is None:
         raise ValueError(
@@ -49,9 +69,7 @@ def setup(
     if quantize is not None and target is torch.float64:
         raise ValueError(f"--dtype {dtype} cannot act with --quantize {quantize}. Use --dtype float32 or less.")
     path = find_checkpoint(checkpoint_dir, access_token)
-    source = open_model(path, access_token)
-    if isinstance(source, AdapterSource):
-        raise ValueError(f"'{checkpoint_dir}' holds an adapter, which cannot be merged. Give the model it belongs to.")
+    source = _open(path, access_token)
     kind = kind_for(source, quantize)
     if quantize is not None and kind == source.quantized:
         raise ValueError(f"--quantize {quantize} cannot act: '{checkpoint_dir}' is quantised so already.")
@@ -70,3 +88,10 @@ def setup(
         save_model(directory, weights, source.config, source.release)
         size = (directory / WEIGHTS).stat().st_size
     print(f"Saved {WEIGHTS} ({size / 1e6:,.1f} MB) to {out_dir}. To talk with it, run:\nlitgpt chat {out_dir}")
+
+
+def _open(path: Path, access_token: str | None) -> Source:
+    source = open_model(path, access_token)
+    if isinstance(source, AdapterSource):
+        raise ValueError(f"'{path}' holds an adapter, which cannot be merged. Give the model it belongs to.")
+    return source

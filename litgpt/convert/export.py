@@ -71,7 +71,7 @@ def export_config(config: Config, files: Path, dtype: torch.dtype) -> dict[str, 
     That of the checkpoint, if it has one that still says the same; then every other entry of it is kept, except that
     the weights were quantised: they no longer are.
     """
-    original = _original_config(files)
+    original = original_config(files)
     try:
         unchanged = bool(original) and not differences(config_from_hf(original, config.name), config)
     except ValueError:
@@ -85,7 +85,8 @@ def export_config(config: Config, files: Path, dtype: torch.dtype) -> dict[str, 
     return written | {key: str(dtype).removeprefix("torch.")}
 
 
-def _original_config(files: Path) -> dict[str, Any]:
+def original_config(files: Path) -> dict[str, Any]:
+    """What a checkpoint's own `config.json` says of its text model; {} where there is none."""
     try:
         content = json.loads((files / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

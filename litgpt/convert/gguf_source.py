@@ -2,24 +2,23 @@
 
 A GGUF file is turned into what a Hugging Face directory would hold, and then goes the same way: its metadata become a
 `config.json`, its tensors get Hugging Face names by the name table of the `gguf` package, and the architecture's rule
-table does the rest. What is peculiar to an architecture's GGUF form is an entry of `GGUF_ARCHITECTURES`.
+table does the rest. What is peculiar to an architecture's GGUF form is an entry of `GGUF_ARCHITECTURES`; the way back
+is in `gguf_export.py`.
 """
 
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import torch
 from torch import Tensor
 
 from litgpt.convert.architectures import ARCHITECTURES
+from litgpt.convert.gguf_architectures import GGUF_ARCHITECTURES, GGUFArchitecture, Metadata
 from litgpt.convert.gguf_file import GGUFFile, GGUFTensor
 from litgpt.convert.gguf_tokenizer import write_tokenizer
 from litgpt.convert.hf_config import config_from_hf
@@ -31,118 +30,13 @@ ROPE_FACTORS = "rope_freqs.weight"
 _KEPT: list[tempfile.TemporaryDirectory] = []  # removed at exit: a tokenizer reads its files when it needs them
 
 
-class Metadata:
-    """The key-value pairs of a GGUF file. Keys of its own architecture go without their prefix."""
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.values = values
-        self.architecture: str = self.get("general.architecture", "")
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.values.get(key, default)
-
-    def own(self, key: str, default: Any = None) -> Any:
-        """The value of `<architecture>.<key>`; 32-bit fractions become the shortest decimal number that they are."""
-        value = self.get(f"{self.architecture}.{key}", default)
-        return float(str(np.float32(value))) if isinstance(value, float) else value
-
-    def need(self, key: str) -> Any:
-        """As `own`. Raises `ValueError` where there is no such key."""
-        value = self.own(key)
-        if value is None:
-            raise ValueError(f"its metadata lack '{self.architecture}.{key}'")
-        return value
-
-
-@dataclass(frozen=True)
-class GGUFArchitecture:
-    """How an architecture looks in a GGUF file.
-
-    Attributes:
-        architecture: Its Hugging Face name.
-        tensors: Its name table in the `gguf` package.
-        config: Makes the `config.json` entries that have to do with the architecture.
-        fixes: By the end of a Hugging Face name, functions that undo what llama.cpp did to a tensor; they get the
-            tensor and `config.json`.
-    """
-
-    architecture: str
-    tensors: gguf.MODEL_ARCH
-    config: Callable[[Metadata], dict[str, Any]]
-    fixes: dict[str, Callable[[Tensor, dict[str, Any]], Tensor]] = field(default_factory=dict)
-
-
-def _llama_config(metadata: Metadata) -> dict[str, Any]:
-    if metadata.own("expert_count"):
-        raise ValueError("a mixture of experts is not supported in this form")
-    heads, width = metadata.need("attention.head_count"), metadata.need("embedding_length")
-    head_size = metadata.own("attention.key_length") or width // heads
-    if metadata.own("rope.dimension_count", head_size) != head_size:
-        raise ValueError(f"rotating only {metadata.own('rope.dimension_count')} of {head_size} values is not supported")
-    return {
-        "hidden_size": width,
-        "intermediate_size": metadata.need("feed_forward_length"),
-        "num_hidden_layers": metadata.need("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": metadata.own("attention.head_count_kv") or heads,
-        "head_dim": head_size,
-        "max_position_embeddings": metadata.need("context_length"),
-        "rms_norm_eps": metadata.need("attention.layer_norm_rms_epsilon"),
-        "hidden_act": "silu",
-        "rope_theta": metadata.own("rope.freq_base") or 10000.0,
-        "rope_scaling": _rope_scaling(metadata),
-    }
-
-
-def _rope_scaling(metadata: Metadata) -> dict[str, Any] | None:
-    kind = metadata.own("rope.scaling.type") or "none"
-    factor = metadata.own("rope.scaling.factor") or metadata.own("rope.scale_linear")
-    if kind == "none" and (not factor or factor == 1):
-        return None
-    given = {
-        "rope_type": "linear" if kind == "none" else kind,
-        "factor": factor,
-        "original_max_position_embeddings": metadata.own("rope.scaling.original_context_length"),
-        "attention_factor": metadata.own("rope.scaling.yarn_attn_factor"),
-        "beta_fast": metadata.own("rope.scaling.yarn_beta_fast"),
-        "beta_slow": metadata.own("rope.scaling.yarn_beta_slow"),
-    }
-    if kind != "yarn":
-        given = {key: given[key] for key in ("rope_type", "factor")}
-    return {key: value for key, value in given.items() if value is not None}
-
-
-def _pair_halves(heads_key: str) -> Callable[[Tensor, dict[str, Any]], Tensor]:
-    """Undoes the row order that llama.cpp's rotary embedding wants: neighbours in a head become halves of it again."""
-
-    def fix(tensor: Tensor, config_json: dict[str, Any]) -> Tensor:
-        rows = tensor.unflatten(0, (config_json[heads_key], -1, 2))  # (heads, D / 2, 2, ...)
-        return rows.transpose(1, 2).flatten(0, 2)
-
-    return fix
-
-
-GGUF_ARCHITECTURES = {
-    "llama": GGUFArchitecture(
-        "LlamaForCausalLM",
-        gguf.MODEL_ARCH.LLAMA,
-        _llama_config,
-        {
-            f"self_attn.{name}.{kind}": _pair_halves(heads)
-            for name, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads"))
-            for kind in ("weight", "bias")
-        },
-    ),
-}
-
-
 class GGUFSource(Source):
     """A `.gguf` file. Weights that it holds quantised come in float32, exactly as they are de-quantised."""
 
     def __init__(self, path: Path, name: str | None = None) -> None:
         self.path = path
         file = GGUFFile(path)
-        self.metadata = Metadata(file.metadata)
+        self.metadata = Metadata(file.metadata, file.tensors)
         self.tensors = file.tensors
         self.form = self._form()
         self.table = ARCHITECTURES[self.form.architecture].weights
@@ -193,7 +87,7 @@ class GGUFSource(Source):
         try:
             if embedding is None:
                 raise ValueError("it has no tensor 'token_embd.weight'")
-            specific = self.form.config(self.metadata)
+            specific = self.form.read(self.metadata)
             if ROPE_FACTORS in self.tensors:
                 factors = self.tensors[ROPE_FACTORS].read()
                 specific["rope_scaling"] = _llama3_scaling(factors, specific["rope_theta"])
@@ -214,8 +108,7 @@ class GGUFSource(Source):
         ours = shapes_of(self.config).items()
         tied = self.config.tie_embeddings
         wanted = dict(self.table.to_theirs([pair for pair in ours if not (tied and pair[0] == HEAD)], self.config))
-        table = gguf.get_tensor_name_map(self.form.tensors, self.config.n_layer)
-        theirs = {name: table.get_name(name, try_suffixes=(".weight", ".bias")) or name for name in wanted}
+        theirs = self.form.names(wanted, self.config.n_layer)
         found = {name: _empty(tensor) for name, tensor in self.tensors.items() if name != ROPE_FACTORS}
         problems = compare_shapes(
             {theirs[name]: tensor for name, tensor in wanted.items()}, found, "the metadata", "the file"
@@ -230,11 +123,8 @@ class GGUFSource(Source):
             yield name, _empty(self.tensors[gguf_name])
 
     def _value(self, name: str) -> Tensor:
-        value = self.tensors[self.names[name]].read()
-        for end, fix in self.form.fixes.items():
-            if name.endswith(end):
-                value = fix(value, self.config_json)
-        return value
+        value, change = self.tensors[self.names[name]].read(), self.form.change(name)
+        return value if change is None else change.to_hf(value, self.config_json)
 
 
 def _empty(tensor: GGUFTensor) -> Tensor:

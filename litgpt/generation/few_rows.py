@@ -172,7 +172,9 @@ def use(model: nn.Module, rows: int, dtype: torch.dtype) -> dict[torch._ops.OpOv
             continue
         if type(module) is CausalSelfAttention and _suits(module):
             module.__class__ = FewRowsAttention
-        elif type(module) is nn.Linear and (rows <= FEW["pairs" if pairs else "linear"] or (tiled and _fills_tiles(module))):
+        elif type(module) is nn.Linear and (
+            rows <= FEW["pairs" if pairs else "linear"] or (tiled and _fills_tiles(module))
+        ):
             module.__class__ = FewRowsLinear
         elif type(module) is Int8Weight and (rows <= FEW["int8"] or module.shape[1] % 16):  # torch's reads over the end
             module.__class__ = FewRowsInt8

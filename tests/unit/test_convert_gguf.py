@@ -278,7 +278,7 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, model):
 
     with pytest.raises(ValueError, match="mixture of experts"):
         open_checkpoint(write(tmp_path / "b.gguf", named(model), settings=experts))
-    with pytest.raises(ValueError, match=r"lack 'llama.embedding_length'"):
+    with pytest.raises(ValueError, match=r"lack 'llama.context_length'"):
         open_checkpoint(write(tmp_path / "c.gguf", named(model), settings=lambda writer: writer.add_head_count(4)))
 
 
