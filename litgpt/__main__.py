@@ -80,11 +80,11 @@ COMMANDS = {
     ),
     "convert_from_litgpt": Command(
         "litgpt.commands.convert_from_litgpt:setup",
-        "Export a checkpoint in the Hugging Face format, or its LoRA weights in PEFT's",
+        "Export a checkpoint in the Hugging Face format or to GGUF, or its LoRA weights in PEFT's",
     ),
     "convert_lit_checkpoint": Command(
         "litgpt.commands.convert_lit_checkpoint:setup",
-        "Write a checkpoint with quantised weights, or in another type",
+        "Write a checkpoint with quantised weights, in another type, or as GGUF",
     ),
     "convert_pretrained_checkpoint": Command(
         "litgpt.commands.convert_pretrained_checkpoint:setup",

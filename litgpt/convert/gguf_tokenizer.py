@@ -94,14 +94,18 @@ def _adds_bos(get: Get) -> bool:
 
 
 def build_tokenizer(get: Get, tokens: list[str]) -> Tokenizer:
+    """The tokenizer that metadata describe. Raises `ValueError` where they name what is not known."""
     kind = get("tokenizer.ggml.model")
+    types = get("tokenizer.ggml.token_type") or [TokenType.NORMAL] * len(tokens)
+    # As many tokens as the embedding has rows: those that fill up are none, and stand for no text.
+    count = next((i + 1 for i in reversed(range(len(types))) if types[i] != TokenType.UNUSED), len(tokens))
+    tokens, types = tokens[:count], types[:count]
     if kind == "gpt2":
         tokenizer = _byte_level(get, tokens)
     elif kind == "llama":
         tokenizer = _sentencepiece(get, tokens)
     else:
         raise ValueError(f"tokenizers of kind '{kind}' are not supported (only gpt2 and llama)")
-    types = get("tokenizer.ggml.token_type") or [TokenType.NORMAL] * len(tokens)
     for token, number in zip(tokens, types, strict=True):
         if number in (TokenType.CONTROL, TokenType.UNKNOWN):
             tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
@@ -142,7 +146,7 @@ def _sentencepiece(get: Get, tokens: list[str]) -> Tokenizer:
     scores = get("tokenizer.ggml.scores")
     if not scores:
         raise ValueError("its tokens have no scores")
-    types = get("tokenizer.ggml.token_type") or [TokenType.NORMAL] * len(tokens)
+    types = (get("tokenizer.ggml.token_type") or [TokenType.NORMAL] * len(tokens))[: len(tokens)]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     mergeable = {token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.NORMAL}
     merges = []

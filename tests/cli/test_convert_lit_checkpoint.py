@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from litgpt.checkpoint import WEIGHTS, read_state_dict
 from litgpt.config import Config
 from litgpt.convert import load_model, open_checkpoint
+from litgpt.convert.gguf_file import GGUFFile
 from litgpt.lora import LORA_WEIGHTS
 from litgpt.quantize import kind_of
 from tests import checkpoint_files
@@ -148,6 +149,61 @@ def test_validate_says_how_they_are_quantised(litgpt, quantised):
     content = (quantised / WEIGHTS).read_bytes()
     (quantised / WEIGHTS).write_bytes(content[: len(content) // 2])
     assert "truncated or damaged" in litgpt("validate", quantised).out
+
+
+def test_the_seeds_gguf_file(litgpt, base):
+    """`python scripts/convert_lit_checkpoint.py --checkpoint_path ... --output_path models/phi2.gguf --model_name ...`"""
+    named = ("--output_path", "models/phi2.gguf", "--model_name", "microsoft/phi-2")
+    result = litgpt("convert_lit_checkpoint", "--checkpoint_path", "out/phi2-lora/final", *named)
+    assert (result.code, result.err) == (0, "")
+    assert "Saved models/phi2.gguf (" in result.out
+    assert "To talk with it, run:\nlitgpt chat models/phi2.gguf" in result.out
+    file = GGUFFile(Path("models/phi2.gguf"))
+    assert file.metadata["general.name"] == "microsoft/phi-2"
+    ids = torch.arange(20)[None]
+    assert torch.equal(load_model("models/phi2.gguf")(ids), load_model(base)(ids))
+    answers = [
+        litgpt(
+            "generate", path, "--prompt", "Hello", "--top_k", "1", "--max_new_tokens", "8", "--prompt_style", "default"
+        )
+        for path in (base, "models/phi2.gguf")
+    ]
+    assert [answer.code for answer in answers] == [0, 0]
+    assert answers[0].out == answers[1].out
+    assert litgpt("convert_lit_checkpoint", base, "--output_path", "small.gguf", "--quantize", "q8_0").code == 0
+    assert Path("small.gguf").stat().st_size < Path("models/phi2.gguf").stat().st_size
+    result = litgpt("convert_from_litgpt", base, "too.gguf", "--dtype", "bf16-true")
+    assert result.code == 0, result.err
+    assert "bfloat16). To talk" in result.out
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("lit_checkpoint", ("--output_path", "m.bin"), "'m.bin' is no name of a GGUF file: let it end with .gguf"),
+        ("from_litgpt", ("out.bin", "--format", "gguf"), "'out.bin' is no name of a GGUF file: let it end with .gguf"),
+        ("lit_checkpoint", ("--output_path", "m.gguf", "--quantize", "bnb.nf4"), "'bnb.nf4' is no type of weights"),
+        (
+            "from_litgpt",
+            ("m.gguf", "--dtype", "q80"),
+            "'q80' is no type of weights in a GGUF file. Did you mean 'q8_0'",
+        ),
+        ("lit_checkpoint", ("--output_path", "m.gguf", "--out_dir", "o"), "--out_dir o cannot act with --output_path"),
+        (
+            "lit_checkpoint",
+            ("--output_path", "m.gguf", "--quantize", "q8_0", "--dtype", "float32"),
+            "--dtype float32 cannot act with --quantize q8_0 in a GGUF file",
+        ),
+        ("lit_checkpoint", ("--model_name", "phi", "--dtype", "float32"), "--model_name phi cannot act without"),
+        ("lit_checkpoint", ("--output_path", "there.gguf"), "'there.gguf' exists already"),
+    ],
+)
+def test_gguf_files_that_cannot_be_are_refused(litgpt, base, command, arguments, message):
+    Path("there.gguf").write_text("")
+    result = litgpt(f"convert_{command}", base, *arguments)
+    assert result.code == 1
+    assert message in result.err
+    assert not Path("m.gguf").exists()
 
 
 @pytest.mark.parametrize(
