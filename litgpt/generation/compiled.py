@@ -338,6 +338,8 @@ class DecodeStep(nn.Module):
             reach: Of so many values as attention reads slots of the cache.
         """
         lengths, *tensors = state
+        if isinstance(self.model.transformer["wte"], few_rows.FewRowsEmbedding):
+            tokens = tokens.masked_fill(positions < 0, -1)
         return self.model(tokens, positions, cache=self.cache_of(tensors, lengths, slice(None), reach))
 
     def cache_of(self, tensors: list[Tensor], lengths: Tensor, rows: slice | Tensor, reach: Tensor) -> KVCache:
@@ -403,14 +405,15 @@ def compile_step(specification: dict[str, Any], path: Path) -> None:
             return
         torch.set_num_threads(specification["threads"])
         step, example = _step_and_example(specification)
-        kernels = {}
+        dtype = getattr(torch, specification["dtype"])
         tokens, state = {}, [{}]  # lengths, then tables, keys and values
         any_size = torch.export.Dim.DYNAMIC
         of_cache = {1: any_size}
         if isinstance(step, ReadStep):
             tokens, state, of_cache = {0: any_size, 1: any_size}, [{0: any_size}] * 2, {0: any_size, 1: any_size}
+            kernels = few_rows.use_to_read(step.model, dtype)
         else:
-            kernels = few_rows.use(step.model, specification["rows"], getattr(torch, specification["dtype"]))
+            kernels = few_rows.use(step.model, specification["rows"], dtype)
         state = [*state, *[of_cache] * (len(example[2]) - len(state))]
         with torch.no_grad():
             program = torch.export.export(step, example, dynamic_shapes=(tokens, tokens, state, {0: any_size}))

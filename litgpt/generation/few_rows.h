@@ -53,7 +53,8 @@ template <int BYTES> inline void fetch(const char* p) {
 }
 
 // The products of COUNT rows of the weight, which lie one after another, with ROWS rows of inputs.
-template <int COUNT, int ROWS, class W> inline void dot(const float* x, const W* w, long in, float (*y)[TOGETHER]) {
+template <int COUNT, int ROWS, class W>
+inline void dot(const float* const (&x)[ROWS], const W* w, long in, float (*y)[TOGETHER]) {
   __m512 sums[ROWS][COUNT];
   UNROLLED for (int b = 0; b < ROWS; ++b) UNROLLED for (int r = 0; r < COUNT; ++r) sums[b][r] = _mm512_setzero_ps();
   long k = 0;
@@ -63,20 +64,21 @@ template <int COUNT, int ROWS, class W> inline void dot(const float* x, const W*
     UNROLLED for (int r = 0; r < COUNT; ++r) of_row[r] = load(w + r * in + k);
     fetch<COUNT * LANES * sizeof(W)>(next + k * COUNT * sizeof(W));
     UNROLLED for (int b = 0; b < ROWS; ++b) {
-      const __m512 inputs = load(x + b * in + k);
+      const __m512 inputs = load(x[b] + k);
       UNROLLED for (int r = 0; r < COUNT; ++r) sums[b][r] = _mm512_fmadd_ps(inputs, of_row[r], sums[b][r]);
     }
   }
   UNROLLED for (int b = 0; b < ROWS; ++b) {
     sums_of<COUNT>(sums[b], y[b]);
     UNROLLED for (int r = 0; r < COUNT; ++r)
-      for (long i = k; i < in; ++i) y[b][r] += x[b * in + i] * wide(w[r * in + i]);
+      for (long i = k; i < in; ++i) y[b][r] += x[b][i] * wide(w[r * in + i]);
   }
 }
 
 #ifdef __AVX512BF16__
 // The same where the CPU multiplies pairs of bfloat16, and adds them up in float32.
-template <int COUNT, int ROWS> inline void dot(const bf16* x, const bf16* w, long in, float (*y)[TOGETHER]) {
+template <int COUNT, int ROWS>
+inline void dot(const bf16* const (&x)[ROWS], const bf16* w, long in, float (*y)[TOGETHER]) {
   __m512 sums[ROWS][COUNT];
   UNROLLED for (int b = 0; b < ROWS; ++b) UNROLLED for (int r = 0; r < COUNT; ++r) sums[b][r] = _mm512_setzero_ps();
   const char* next = (const char*)(w + COUNT * in) + AHEAD;
@@ -85,7 +87,7 @@ template <int COUNT, int ROWS> inline void dot(const bf16* x, const bf16* w, lon
     UNROLLED for (int r = 0; r < COUNT; ++r) of_row[r] = (__m512bh)_mm512_maskz_loadu_epi16(some, w + r * in + k);
     fetch<COUNT * 64>(next + k * COUNT * sizeof(bf16));
     UNROLLED for (int b = 0; b < ROWS; ++b) {
-      const __m512bh inputs = (__m512bh)_mm512_maskz_loadu_epi16(some, x + b * in + k);
+      const __m512bh inputs = (__m512bh)_mm512_maskz_loadu_epi16(some, x[b] + k);
       UNROLLED for (int r = 0; r < COUNT; ++r) sums[b][r] = _mm512_dpbf16_ps(sums[b][r], inputs, of_row[r]);
     }
   };
@@ -100,34 +102,46 @@ template <> struct Inputs<bf16, bf16> { using type = bf16; };
 template <class X, class W> struct Inputs { using type = float; };
 #endif
 
-template <int ROWS, class P, class X, class W>
-inline void linear_rows(const P* x, const W* w, const X* scales, X* y, long first, long out, long in) {
+// `busy` are the rows of inputs that are multiplied.
+template <int ROWS, class P, class X, class W> inline void linear_rows(
+    const P* x, const W* w, const X* scales, X* y, const long* busy, long first, long out, long in) {
+  const P* inputs[ROWS];
+  for (int b = 0; b < ROWS; ++b) inputs[b] = x + busy[b] * in;
   float sums[ROWS][TOGETHER];
   const long count = out - first < TOGETHER ? out - first : TOGETHER;
-  if (count == TOGETHER) dot<TOGETHER, ROWS>(x, w + first * in, in, sums);
+  if (count == TOGETHER) dot<TOGETHER, ROWS>(inputs, w + first * in, in, sums);
   else for (long r = 0; r < count; ++r) {
     float one[ROWS][TOGETHER];
-    dot<1, ROWS>(x, w + (first + r) * in, in, one);
+    dot<1, ROWS>(inputs, w + (first + r) * in, in, one);
     for (int b = 0; b < ROWS; ++b) sums[b][r] = one[b][0];
   }
   for (int b = 0; b < ROWS; ++b)
     for (long r = 0; r < count; ++r)
-      store(y + b * out + first + r, scales ? sums[b][r] * wide(scales[first + r]) : sums[b][r]);
+      store(y + busy[b] * out + first + r, scales ? sums[b][r] * wide(scales[first + r]) : sums[b][r]);
 }
 
 template <class P, class X, class W>
 void linear_prepared(const P* x, const W* w, const X* scales, X* y, long rows, long out, long in) {
+  // A row of zeros has no request: its products are zeros, too.
+  long* busy = (long*)__builtin_malloc(rows * sizeof(long));
+  long count = 0;
+  for (long b = 0; b < rows; ++b) {
+    long k = 0;
+    while (k < in && wide(x[b * in + k]) == 0) ++k;
+    if (k < in) busy[count++] = b;
+    else for (long r = 0; r < out; ++r) store(y + b * out + r, 0);
+  }
   const long blocks = (out + TOGETHER - 1) / TOGETHER;
 #pragma omp parallel for schedule(static)
   for (long thread = 0; thread < THREADS; ++thread)
     for (long block = blocks * thread / THREADS; block < blocks * (thread + 1) / THREADS; ++block)
-      for (long b = 0; b < rows;) {
-        const long first = block * TOGETHER, left = rows - b;
-        const P* some = x + b * in;
-        if (MOST_ROWS >= 4 && left >= 4) linear_rows<4>(some, w, scales, y + b * out, first, out, in), b += 4;
-        else if (MOST_ROWS >= 2 && left >= 2) linear_rows<2>(some, w, scales, y + b * out, first, out, in), b += 2;
-        else linear_rows<1>(some, w, scales, y + b * out, first, out, in), b += 1;
+      for (long b = 0; b < count;) {
+        const long first = block * TOGETHER, left = count - b;
+        if (MOST_ROWS >= 4 && left >= 4) linear_rows<4>(x, w, scales, y, busy + b, first, out, in), b += 4;
+        else if (MOST_ROWS >= 2 && left >= 2) linear_rows<2>(x, w, scales, y, busy + b, first, out, in), b += 2;
+        else linear_rows<1>(x, w, scales, y, busy + b, first, out, in), b += 1;
       }
+  __builtin_free(busy);
 }
 
 template <class X, class W> void linear(const X* x, const W* w, const X* scales, X* y, long rows, long out, long in) {
@@ -481,6 +495,16 @@ template <class X> AOTITorchError run(Tensor x, Tensor w, const X* scales, AtenT
 inline AOTITorchError start(AtenTensorHandle x, AtenTensorHandle w, AtenTensorHandle scales, AtenTensorHandle* y) {
   Tensor inputs(x), weight(w);
   *y = empty(inputs.sizes[0], weight.sizes[0], inputs.dtype);
+#ifdef TORCHS_FROM
+  if (inputs.sizes[0] >= TORCHS_FROM) {
+    const int64_t sizes[] = {weight.sizes[1], weight.sizes[0]}, strides[] = {1, weight.sizes[1]};
+    AtenTensorHandle turned;
+    aoti_torch__reinterpret_tensor(w, 2, sizes, strides, 0, &turned);
+    const AOTITorchError error = aoti_torch_cpu_mm_out(*y, x, turned);
+    aoti_torch_delete_tensor_object(turned);
+    return error;
+  }
+#endif
   const void* of_rows = scales ? Tensor(scales).data : nullptr;
   return run(inputs, weight, (const VALUE*)of_rows, *y);
 }

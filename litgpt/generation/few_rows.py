@@ -31,6 +31,7 @@ VALUES = {torch.bfloat16: "bf16", torch.float32: "float"}  # types of inputs, an
 # Up to so many rows these are the quicker ones (measured, see the benchmarks).
 FEW = {"linear": 8, "pairs": 32, "int8": 16, "int4": 16}
 TILED = range(5, 33)  # rows for which CPUs with AMX multiply tiles
+FEW_TOKENS = 96  # of prompts; for more, torch's linear layer is the quicker one
 
 CODE = Path(__file__).with_suffix(".h")
 LINEAR = """
@@ -106,6 +107,15 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
+class FewRowsEmbedding(nn.Embedding):
+    """The embedding in the compiled step. What is no token (-1), since its row has no request, is zero: the layers
+    after it have nothing to multiply there."""
+
+    def forward(self, idx: Tensor) -> Tensor:
+        """(B, T) -> (B, T, C)."""
+        return super().forward(idx.clamp(min=0)).masked_fill(idx[..., None] < 0, 0)
+
+
 class FewRowsLinear(nn.Linear):
     """A linear layer in the compiled step, with the model's weight."""
 
@@ -163,30 +173,60 @@ def use(model: nn.Module, rows: int, dtype: torch.dtype) -> dict[torch._ops.OpOv
     Returns:
         What AOTInductor is to write into the code for the operators (`custom_ops_to_c_shims`).
     """
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or dtype not in VALUES:
+    if not _has_kernels(dtype):
         return {}
     tiled = dtype == torch.bfloat16 and rows in TILED and has_tiles()
-    pairs = dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+    few = FEW["pairs" if _has_pairs(dtype) else "linear"]
     for name, module in model.named_modules():
         if name.endswith(KEPT):  # its matrix is taken apart
             continue
-        if type(module) is CausalSelfAttention and _suits(module):
+        if type(module) is nn.Embedding:
+            module.__class__ = FewRowsEmbedding
+        elif type(module) is CausalSelfAttention and _suits(module):
             module.__class__ = FewRowsAttention
-        elif type(module) is nn.Linear and (
-            rows <= FEW["pairs" if pairs else "linear"] or (tiled and _fills_tiles(module))
-        ):
+        elif type(module) is nn.Linear and (rows <= few or (tiled and _fills_tiles(module))):
             module.__class__ = FewRowsLinear
         elif type(module) is Int8Weight and (rows <= FEW["int8"] or module.shape[1] % 16):  # torch's reads over the end
             module.__class__ = FewRowsInt8
         elif type(module) is Int4Weight and rows <= FEW["int4"] and module.codes.size(2) % 16 == 0:
             module.__class__ = FewRowsInt4
-    constants = {"MOST_ROWS": rows, "GROUP": GROUP, "THREADS": torch.get_num_threads(), "VALUE": VALUES[dtype]}
+    constants = {"MOST_ROWS": rows}
     if tiled:
         constants["TILED_FROM"] = TILED.start
     attention = next((module for module in model.modules() if isinstance(module, FewRowsAttention)), None)
-    constants["HEAD_SIZE"] = 16 if attention is None else attention.head_size
-    constants["HEADS"] = 1 if attention is None else attention.sizes[0] // attention.sizes[1]  # that share keys
-    defines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
+    if attention is not None:
+        constants["HEAD_SIZE"] = attention.head_size
+        constants["HEADS"] = attention.sizes[0] // attention.sizes[1]  # that share keys
+    return _written(dtype, constants)
+
+
+def use_to_read(model: nn.Module, dtype: torch.dtype) -> dict[torch._ops.OpOverload, list[str]]:
+    """As `use`, for the code that reads prompts, of any number of tokens: linear layers of a few.
+
+    torch's prepares the weight anew at each call, which for few tokens takes longer than the product. With AMX that
+    product is too quick for the kernels here.
+    """
+    if not _has_kernels(dtype) or not _has_pairs(dtype) or has_tiles():
+        return {}
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and not name.endswith(KEPT):
+            module.__class__ = FewRowsLinear
+    return _written(dtype, {"MOST_ROWS": FEW_TOKENS, "TORCHS_FROM": FEW_TOKENS + 1})
+
+
+def _has_kernels(dtype: torch.dtype) -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and dtype in VALUES
+
+
+def _has_pairs(dtype: torch.dtype) -> bool:
+    """Whether the CPU multiplies pairs of values."""
+    return dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+
+
+def _written(dtype: torch.dtype, constants: dict[str, int]) -> dict[torch._ops.OpOverload, list[str]]:
+    """The C++ of the operators, with its constants."""
+    usual = {"HEAD_SIZE": 16, "HEADS": 1, "GROUP": GROUP, "THREADS": torch.get_num_threads(), "VALUE": VALUES[dtype]}
+    defines = "".join(f"#define {name} {value}\n" for name, value in (usual | constants).items())
     return {  # `extern` is put before each piece
         torch.ops.litgpt.linear_few.default: [f'"C++" {{\n{defines}{CODE.read_text()}}}', LINEAR],
         torch.ops.litgpt.linear_few_int8.default: [LINEAR_INT8],

@@ -43,6 +43,8 @@ def test_compiled_layers_are_the_layers(rows, dtype, tmp_path):
     torch.manual_seed(0)
     layers = Layers(dtype)
     inputs = [torch.randn(rows, 1, size[0], dtype=dtype) for size in SIZES for _ in range(3)]
+    for x in inputs:
+        x[1] = 0  # a row without a request, which is left out
     fast = copy.deepcopy(layers)
     kernels = few_rows.use(fast, rows, dtype)
     kinds = {type(getattr(layer, "quantized", layer)).__name__ for layer in fast.layers}
@@ -63,6 +65,38 @@ def test_compiled_layers_are_the_layers(rows, dtype, tmp_path):
     for result, right in zip(results, expected, strict=True):
         assert result.dtype == dtype
         torch.testing.assert_close(result.float(), right, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="there is no g++")
+def test_prompts_of_few_tokens_and_of_many(tmp_path):
+    """One program for both; the layers of more than a few tokens are torch's."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(*size, bias=size[0] == 75, dtype=torch.bfloat16) for size in SIZES)
+    plain = Layers.__new__(Layers)
+    nn.Module.__init__(plain)
+    plain.layers = layers.requires_grad_(False)
+    fast = copy.deepcopy(plain)
+    kernels = few_rows.use_to_read(fast, torch.bfloat16)
+    if not kernels:
+        pytest.skip("the CPU does not multiply pairs of bfloat16, or has tiles, which are quicker")
+    assert few_rows.use_to_read(copy.deepcopy(plain).float(), torch.float32) == {}
+
+    def inputs(tokens: int) -> list[Tensor]:
+        return [torch.randn(2, tokens, size[0], dtype=torch.bfloat16) for size in SIZES]
+
+    any_number = torch.export.Dim("tokens", min=2, max=1000)
+    with torch.no_grad():
+        program = torch.export.export(fast, (inputs(10),), dynamic_shapes=([{1: any_number}] * 2,))
+        path = torch._inductor.aoti_compile_and_package(
+            program,
+            package_path=str(tmp_path / "layers.pt2"),
+            inductor_configs={"aot_inductor.custom_ops_to_c_shims": kernels},
+        )
+        run, plain = torch._inductor.aoti_load_package(path), plain.float()
+        for tokens in (2, few_rows.FEW_TOKENS // 2, few_rows.FEW_TOKENS // 2 + 1, 400):
+            given = inputs(tokens)
+            for result, right in zip(run(given), plain([x.float() for x in given]), strict=True):
+                torch.testing.assert_close(result.float(), right, rtol=2**-7, atol=2**-7)
 
 
 class Attend(nn.Module):
