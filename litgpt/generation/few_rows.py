@@ -5,8 +5,8 @@ has for it get half of that: they prepare themselves at every call, or want a co
 read the weight where it lies, row after row, and fetch what comes next early; from a handful of rows on in tiles (AMX),
 where the CPU has them. Attention reads what its row sees, not what the longest does. Sums are in float32.
 
-Microseconds for a (1536, 576) matrix out of memory, 2 threads; left here, right by torch, from large pages both, on a CPU
-with AMX:
+Microseconds for a (1536, 576) matrix out of memory, 2 threads, on a CPU with AMX; left here, right by torch, from large
+pages both:
 
     rows          1           2           4           8
     bfloat16   55  106     61  166     65  172    107  170
