@@ -90,16 +90,18 @@ def _of_json(files: Path, tokenizer: Tokenizer) -> dict[str, Any]:
         types[number] = TokenType.CONTROL if tokenizer.is_control(number) else TokenType.USER_DEFINED
     found: dict[str, Any] = {PREFIX + "tokens": tokens}
     if model.get("byte_fallback"):
-        unknown = model.get("unk_token")
-        for number, token in enumerate(tokens):
-            if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-                types[number] = TokenType.BYTE
-            elif token == unknown:
-                types[number] = TokenType.UNKNOWN
         # What is merged first has the best score; what is not made by merging is never asked for its.
         ranks: dict[str, float] = {}
         for rank, (left, right) in enumerate(merges):
             ranks.setdefault(left + right, float(-rank))
+        unknown = model.get("unk_token")
+        for number, token in enumerate(tokens):
+            if types[number] == TokenType.USER_DEFINED and "▁" in token and token in ranks:
+                types[number] = TokenType.NORMAL  # Gemma's runs of spaces: no text has this letter, merging makes it
+            elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+                types[number] = TokenType.BYTE
+            elif token == unknown:
+                types[number] = TokenType.UNKNOWN
         prefix = tokenizer.token_bytes(tokenizer.encode_ids("x", bos=False)[0]).startswith(b" ")
         found |= {
             PREFIX + "model": "llama",

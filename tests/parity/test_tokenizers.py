@@ -14,6 +14,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from litgpt.convert import gguf_tokenizer, open_checkpoint
+from litgpt.convert.gguf_splitting import SPLITTINGS
+from litgpt.convert.gguf_vocabulary import vocabulary
 from litgpt.prompts import ChatTemplate, PromptStyle
 from litgpt.tokenizer import Tokenizer
 
@@ -339,11 +341,26 @@ def test_a_gguf_tokenizer_is_the_one_it_was_made_from(npm_tokenizer, family, pre
     file = npm_tokenizer(family) / "tokenizer.json"
     original = tokenizers.Tokenizer.from_file(str(file))
     metadata = metadata_of(json.loads(file.read_text(encoding="utf-8")), pre)
-    rebuilt = gguf_tokenizer._build(metadata.get, metadata["tokenizer.ggml.tokens"])
+    rebuilt = gguf_tokenizer.build_tokenizer(metadata.get, metadata["tokenizer.ggml.tokens"])
     for text in CORPUS + WITH_MARKERS:
         ids = original.encode(text, add_special_tokens=False).ids
         assert rebuilt.encode(text, add_special_tokens=False).ids == ids, text
         assert rebuilt.decode(ids) == original.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("family", "pre"),
+    [("llama3_1", "llama-bpe"), ("qwen3", "qwen2"), ("deepseek_v3", "deepseek-v3"), ("llama2", None), ("gemma2", None)],
+)
+def test_a_tokenizer_written_to_a_gguf_file_is_the_same(npm_tokenizer, family, pre):
+    wanted = Tokenizer(npm_tokenizer(family))
+    metadata = vocabulary(npm_tokenizer(family), FAMILIES[family].vocab_size + 7)
+    assert metadata.get("tokenizer.ggml.pre") == pre
+    assert len(metadata["tokenizer.ggml.tokens"]) == FAMILIES[family].vocab_size + 7
+    assert metadata["tokenizer.ggml.add_bos_token"] == wanted.adds_bos
+    rebuilt = gguf_tokenizer.build_tokenizer(metadata.get, metadata["tokenizer.ggml.tokens"])
+    for text in CORPUS:
+        assert rebuilt.encode(text, add_special_tokens=False).ids == wanted.encode_ids(text, bos=False), text
 
 
 def test_a_gguf_sentencepiece_tokenizer_is_the_one_it_was_made_from(mistral_file):
@@ -361,7 +378,7 @@ def test_a_gguf_sentencepiece_tokenizer_is_the_one_it_was_made_from(mistral_file
             for i in size
         ],
     }  # fmt: skip
-    rebuilt = gguf_tokenizer._build(metadata.get, metadata["tokenizer.ggml.tokens"])
+    rebuilt = gguf_tokenizer.build_tokenizer(metadata.get, metadata["tokenizer.ggml.tokens"])
     for text in CORPUS:
         assert rebuilt.encode(text, add_special_tokens=False).ids == library.encode(text), text
 
@@ -370,7 +387,7 @@ def test_a_gguf_sentencepiece_tokenizer_is_the_one_it_was_made_from(mistral_file
 def test_tekkens_way_of_splitting_words(mistral_file, name):
     pattern = json.loads(mistral_file(name).read_text(encoding="utf-8"))["config"]["pattern"]
     original, ours = (
-        pre_tokenizers.Split(tokenizers.Regex(regex), "isolated") for regex in (pattern, gguf_tokenizer._TEKKEN)
+        pre_tokenizers.Split(tokenizers.Regex(regex), "isolated") for regex in (pattern, *SPLITTINGS["tekken"].patterns)
     )
     for text in CORPUS:
         assert ours.pre_tokenize_str(text) == original.pre_tokenize_str(text), text
