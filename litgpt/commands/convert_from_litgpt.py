@@ -48,7 +48,7 @@ def setup(
     """
     if format == "peft":
         return export_adapter(checkpoint_dir, output_dir, dtype)
-    if format == "gguf" or output_dir.suffix == GGUF:
+    if format == "gguf" or (format == "both" and output_dir.suffix == GGUF):
         return save_gguf(open_checkpoint(resolve_checkpoint_dir(checkpoint_dir)), output_dir, dtype, verbose=verbose)
     target_dtype = dtype_from_name(dtype)
     source = open_checkpoint(resolve_checkpoint_dir(checkpoint_dir))

@@ -47,6 +47,10 @@ def setup(
         access_token: For a gated model that has to be downloaded first.
         verbose: Print every tensor instead of a progress bar.
     """
+    if checkpoint_dir is not None and checkpoint_path is not None:
+        raise ValueError(
+            f"--checkpoint_path {checkpoint_path} is another name of checkpoint_dir. Leave one of them out."
+        )
     checkpoint_dir = checkpoint_dir or checkpoint_path
     if checkpoint_dir is None:
         raise ValueError("checkpoint_dir is missing: give the checkpoint to convert.")

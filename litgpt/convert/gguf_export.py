@@ -69,10 +69,10 @@ def export_gguf(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in metadata.items():
         _add(writer, key, value)
-    for name, shape, stored in exporter.layout():
+    for tensor, shape, stored in exporter.layout():
         block, size = gguf.GGML_QUANT_SIZES[stored]
         count = int(np.prod(shape))
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), count // block * size, raw_dtype=stored)
+        writer.add_tensor_info(tensor, shape, np.dtype(np.float32), count // block * size, raw_dtype=stored)
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -194,6 +194,11 @@ def test_the_seeds_gguf_file(litgpt, base):
             ("--output_path", "m.gguf", "--quantize", "q8_0", "--dtype", "float32"),
             "--dtype float32 cannot act with --quantize q8_0 in a GGUF file",
         ),
+        (
+            "lit_checkpoint",
+            ("--checkpoint_path", "p", "--output_path", "m.gguf"),
+            "--checkpoint_path p is another name",
+        ),
         ("lit_checkpoint", ("--model_name", "phi", "--dtype", "float32"), "--model_name phi cannot act without"),
         ("lit_checkpoint", ("--output_path", "there.gguf"), "'there.gguf' exists already"),
     ],

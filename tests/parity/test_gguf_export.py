@@ -20,18 +20,9 @@ from litgpt.convert.gguf_file import GGUFFile
 from litgpt.convert.hf_config import differences
 from litgpt.tokenizer import Tokenizer
 from tests import tokenizer_files
+from tests.parity.test_architectures import COMMON, TIED
 
-SIZES = {
-    "vocab_size": 416,  # the tokenizer has fewer
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.1,
-}
-TIED = {"tie_word_embeddings": True}
+SIZES = COMMON | {"vocab_size": 416}  # the tokenizer has fewer
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 5000.0,
@@ -54,7 +45,7 @@ ROWS = {
     "Qwen2": ("Qwen2", TIED, "qwen2"),
     "Qwen3": ("Qwen3", {"head_dim": 128} | TIED, "qwen3"),
     "Phi": ("Phi", {"num_key_value_heads": 4, "partial_rotary_factor": 0.5}, "phi2"),
-    "Phi3": ("Phi3", {"sliding_window": None, "pad_token_id": 0}, "phi3"),
+    "Phi3": ("Phi3", {"sliding_window": None}, "phi3"),
     "Gemma": ("Gemma", {"head_dim": 32, "num_key_value_heads": 1} | TIED, "gemma"),
     "Gemma2": ("Gemma2", {"head_dim": 256, "sliding_window": 8} | TIED, "gemma2"),
     "Gemma3": (
