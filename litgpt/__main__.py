@@ -74,6 +74,10 @@ COMMANDS = {
     "merge_lora": Command(
         "litgpt.commands.merge_lora:setup", "Put finetuned LoRA weights into the model they belong to"
     ),
+    "convert": Command(
+        "litgpt.commands.convert:setup",
+        "Write a checkpoint in another format: Hugging Face's, GGUF, PEFT's or litgpt's own",
+    ),
     "convert_to_litgpt": Command(
         "litgpt.commands.convert_to_litgpt:setup",
         "Convert a Hugging Face directory, a GGUF file or a PEFT adapter to a checkpoint",

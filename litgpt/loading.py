@@ -10,9 +10,15 @@ from litgpt.checkpoint import WEIGHTS, hf_weight_files, resolve_checkpoint_dir
 from litgpt.convert import Source, open_checkpoint
 from litgpt.convert.adapted_source import adapt, base_of, holds_adaptation, is_lora
 from litgpt.download import download
+from litgpt.lora import LORA_WEIGHTS
 
 
-def find_checkpoint(name_or_path: Path | str, access_token: str | None = None, tokenizer_only: bool = False) -> Path:
+def find_checkpoint(
+    name_or_path: Path | str,
+    access_token: str | None = None,
+    tokenizer_only: bool = False,
+    incomplete: bool = False,
+) -> Path:
     """As `resolve_checkpoint_dir`; what is not on this machine is downloaded.
 
     Raises:
@@ -24,7 +30,7 @@ def find_checkpoint(name_or_path: Path | str, access_token: str | None = None, t
         print(f"Downloading {repo_id}", file=sys.stderr, flush=True)
         return download(repo_id, access_token=access_token, tokenizer_only=tokenizer_only)
 
-    return resolve_checkpoint_dir(name_or_path, download=fetch)
+    return resolve_checkpoint_dir(name_or_path, download=fetch, incomplete=incomplete)
 
 
 def open_model(name_or_path: Path | str, access_token: str | None = None) -> Source:
@@ -75,3 +81,22 @@ def open_base(
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"{error} It is the model that '{adapter}' belongs to. {remedy}") from None
     return open_checkpoint(found)
+
+
+def find_lora(path: Path) -> Path:
+    """The file of LoRA weights that a user means by a directory or file, also below `checkpoints/`.
+
+    `final_lora.pth` in a directory where there is none means the one that is there under the usual name.
+    """
+    for candidate in (path.expanduser(), Path("checkpoints") / path):
+        if candidate.is_file():
+            return candidate
+        directory = candidate.parent if candidate.suffix == ".pth" else candidate
+        if (directory / LORA_WEIGHTS).is_file():
+            return directory / LORA_WEIGHTS
+        if candidate.is_dir():
+            raise FileNotFoundError(
+                f"'{candidate}' holds no {LORA_WEIGHTS}. Give a directory that `litgpt finetune_lora` has written, as "
+                "out/finetune/lora/final."
+            )
+    raise FileNotFoundError(f"There is no '{path}'. Give a directory or file that `litgpt finetune_lora` has written.")

@@ -70,5 +70,6 @@ def gather(arguments: Arguments, signature: Signature) -> Layer:
 
 def missing_message(missing: list[str], signature: Signature, prog: str) -> str:
     """What to type instead."""
+    missing = [name if name in signature.positionals else f"--{name}" for name in missing]
     example = " ".join([prog, *(name.upper() for name in signature.positionals)])
     return f"missing: {', '.join(missing)}. Usage: {example} [--option value ...]; `{prog} --help` shows the options."

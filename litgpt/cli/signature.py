@@ -67,7 +67,13 @@ class Signature:
 
     @property
     def positionals(self) -> list[str]:
-        """Parameters that may be given without their name, in order: those without a default, and the first."""
+        """Parameters that may be given without their name, in order: those without a default, and the first; where
+        others stand after a `*`, those before it.
+        """
+        kinds = {name: p.kind for name, p in inspect.signature(self.function).parameters.items()}
+        named = {name for name, kind in kinds.items() if kind is inspect.Parameter.KEYWORD_ONLY}
+        if named and len(named) < len(kinds):
+            return [name for name in kinds if name not in named]
         return [p.name for i, p in enumerate(self.parameters.values()) if p.kind == "value" and (p.required or i == 0)]
 
     def missing(self, given: Mapping[str, Any]) -> list[str]:

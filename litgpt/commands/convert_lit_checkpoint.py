@@ -2,16 +2,11 @@
 
 from pathlib import Path
 
-import torch
-
-from litgpt.checkpoint import WEIGHTS, atomic_directory, copy_companion_files, save_model
-from litgpt.commands.convert_from_litgpt import save_gguf
-from litgpt.convert.adapted_source import AdapterSource
-from litgpt.convert.options import Progress, dtype_from_name, tell_note
-from litgpt.convert.quantised_parts import quantised_stream
-from litgpt.convert.source import Source, kind_for, meta_model
-from litgpt.loading import find_checkpoint, open_model
-from litgpt.quantize import check_quantize
+from litgpt.checkpoint import WEIGHTS
+from litgpt.export.gguf import save_gguf
+from litgpt.export.lit import beside, check_form, save_lit, size_of
+from litgpt.export.source import open_for_export
+from litgpt.loading import find_checkpoint
 
 
 def setup(
@@ -59,43 +54,18 @@ def setup(
             raise ValueError(f"--out_dir {out_dir} cannot act with --output_path {output_path}. Leave one of them out.")
         if dtype and quantize:
             raise ValueError(f"--dtype {dtype} cannot act with --quantize {quantize} in a GGUF file. Leave it out.")
-        source = _open(find_checkpoint(checkpoint_dir, access_token), access_token)
+        source = open_for_export(checkpoint_dir, access_token)
         return save_gguf(source, output_path, quantize or dtype, model_name, verbose)
     if model_name is not None:
         raise ValueError(f"--model_name {model_name} cannot act without --output_path: GGUF files have names.")
-    target = dtype_from_name(dtype)
+    target = check_form(dtype, quantize)
     if quantize is None and target is None:
         raise ValueError(
             "--quantize and --dtype are missing: there is nothing to change. Give one, such as --quantize bnb.nf4, or "
             "use `litgpt convert_from_litgpt` to export for other programs."
         )
-    check_quantize(quantize, "32-true", training=False)
-    if quantize is not None and target is torch.float64:
-        raise ValueError(f"--dtype {dtype} cannot act with --quantize {quantize}. Use --dtype float32 or less.")
     path = find_checkpoint(checkpoint_dir, access_token)
-    source = _open(path, access_token)
-    kind = kind_for(source, quantize)
-    if quantize is not None and kind == source.quantized:
-        raise ValueError(f"--quantize {quantize} cannot act: '{checkpoint_dir}' is quantised so already.")
-    tell_note(source)
-    if out_dir is None:
-        path = path.with_suffix("") if path.is_file() else path.resolve()
-        out_dir = path.with_name(f"{path.name}-{quantize or dtype}")
-    target = target or source.dtype
-    if quantize is None:
-        weights = Progress(source, verbose, target)(source.weights())
-    else:
-        model = meta_model(source.config, quantize, target)
-        weights = quantised_stream(Progress(source, verbose)(source.weights()), model, source.release)
-    with atomic_directory(out_dir) as directory:
-        copy_companion_files(source.files, directory)
-        save_model(directory, weights, source.config, source.release)
-        size = (directory / WEIGHTS).stat().st_size
-    print(f"Saved {WEIGHTS} ({size / 1e6:,.1f} MB) to {out_dir}. To talk with it, run:\nlitgpt chat {out_dir}")
-
-
-def _open(path: Path, access_token: str | None) -> Source:
-    source = open_model(path, access_token)
-    if isinstance(source, AdapterSource):
-        raise ValueError(f"'{path}' holds an adapter, which cannot be merged. Give the model it belongs to.")
-    return source
+    source = open_for_export(path, access_token)
+    out_dir = out_dir or beside(path, quantize or str(dtype))
+    save_lit(source, out_dir, target, quantize, verbose)
+    print(f"Saved {WEIGHTS} ({size_of(out_dir)}) to {out_dir}. To talk with it, run:\nlitgpt chat {out_dir}")

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from litgpt.checkpoint import atomic_directory, copy_companion_files, resolve_checkpoint_dir, save_model
+from litgpt.checkpoint import resolve_checkpoint_dir
 from litgpt.convert import open_checkpoint
-from litgpt.convert.options import Progress, tell_note
+from litgpt.export.lit import save_lit
 
 
 def setup(checkpoint_dir: Path, output_dir: Path) -> None:
@@ -18,9 +18,5 @@ def setup(checkpoint_dir: Path, output_dir: Path) -> None:
         checkpoint_dir: The checkpoint directory, such as out/pretrain/final.
         output_dir: The directory to create.
     """
-    source = open_checkpoint(resolve_checkpoint_dir(checkpoint_dir))
-    tell_note(source)
-    with atomic_directory(output_dir) as directory:
-        copy_companion_files(source.files, directory)
-        save_model(directory, Progress(source)(source.weights()), source.config, source.release)
+    save_lit(open_checkpoint(resolve_checkpoint_dir(checkpoint_dir)), output_dir)
     print(f"Saved the weights without training state to {output_dir}")

@@ -2,19 +2,11 @@
 
 from pathlib import Path
 
-from litgpt.checkpoint import (
-    atomic_additions,
-    atomic_directory,
-    copy_companion_files,
-    hf_weight_files,
-    resolve_checkpoint_dir,
-    save_model,
-)
+from litgpt.checkpoint import resolve_checkpoint_dir
 from litgpt.convert import open_checkpoint
-from litgpt.convert.options import Progress, dtype_from_name, tell_note
-from litgpt.convert.peft import base_of, import_peft, is_peft
-from litgpt.loading import open_base
-from litgpt.lora import LORA_WEIGHTS, save_lora
+from litgpt.convert.options import dtype_from_name
+from litgpt.export.lit import is_peft_alone, save_lit
+from litgpt.export.peft import save_lora_of_peft
 
 
 def setup(
@@ -48,11 +40,11 @@ def setup(
     """
     target_dtype = dtype_from_name(dtype)
     found = resolve_checkpoint_dir(checkpoint_dir, incomplete=True)
-    if found.is_dir() and is_peft(found) and not hf_weight_files(found):
+    if is_peft_alone(found):
         for option, value in (("--dtype", dtype), ("--model_name", model_name)):
             if value is not None:
                 raise ValueError(f"{option} {value} cannot act on a PEFT adapter. Leave it out.")
-        return convert_adapter(found, out_dir or found, pretrained_checkpoint_dir)
+        return save_lora_of_peft(found, out_dir or found, pretrained_checkpoint_dir)
     if pretrained_checkpoint_dir is not None:
         raise ValueError(
             f"--pretrained_checkpoint_dir {pretrained_checkpoint_dir} cannot act: '{found}' is no PEFT adapter. "
@@ -60,27 +52,8 @@ def setup(
         )
     path = resolve_checkpoint_dir(checkpoint_dir)
     source = open_checkpoint(path, model_name, converted=False)
-    tell_note(source)
     if out_dir is None:
         out_dir = path if path.is_dir() else path.with_suffix("")
-    progress = Progress(source, bool(verbose or debug_mode), target_dtype)
     in_place = path.is_dir() and out_dir.resolve() == path.resolve()
-    with atomic_additions(out_dir) if in_place else atomic_directory(out_dir) as directory:
-        if not in_place:
-            copy_companion_files(source.files, directory)
-        save_model(directory, progress(source.weights()), source.config, source.release)
+    save_lit(source, out_dir, target_dtype, verbose=bool(verbose or debug_mode), in_place=in_place)
     print(f"Saving converted checkpoint to {out_dir}")
-
-
-def convert_adapter(adapter: Path, out_dir: Path, pretrained_checkpoint_dir: Path | None) -> None:
-    """Write the LoRA weights of a PEFT adapter, with what belongs to a checkpoint of its model."""
-    recorded = base_of(adapter)
-    base = open_base(recorded, pretrained_checkpoint_dir, adapter)
-    weights, settings = import_peft(adapter, base)
-    in_place = out_dir.resolve() == adapter.resolve()
-    with atomic_additions(out_dir) if in_place else atomic_directory(out_dir) as directory:
-        copy_companion_files(adapter, directory)
-        copy_companion_files(base.files, directory)
-        base.config.save(directory)
-        save_lora(directory, weights, settings, str(pretrained_checkpoint_dir or recorded))
-    print(f"Saved {LORA_WEIGHTS} to {out_dir}. To put it into the model, run:\nlitgpt merge_lora {out_dir}")

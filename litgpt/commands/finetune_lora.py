@@ -7,7 +7,7 @@ from typing import Annotated
 
 from litgpt import cli
 from litgpt.commands.finetuning import Finetuning, Options
-from litgpt.commands.merge_lora import merge_into
+from litgpt.export.merged import merge_into
 from litgpt.lora import LORA_WEIGHTS, LoRASettings, apply_lora, is_lora, parameter_groups, save_lora
 from litgpt.model import GPT
 from litgpt.training.loss import LossModule, NextTokenLoss

@@ -1,0 +1,37 @@
+"""A checkpoint as a GGUF file."""
+
+from contextlib import suppress
+from pathlib import Path
+
+from litgpt.checkpoint import atomic_file
+from litgpt.convert import Source
+from litgpt.convert.gguf_export import KINDS, export_gguf
+from litgpt.convert.options import Progress, dtype_from_name, tell_note
+
+GGUF = ".gguf"
+
+
+def save_gguf(
+    source: Source, path: Path, dtype: str | None = None, name: str | None = None, verbose: bool = False
+) -> None:
+    """Write an opened checkpoint as a GGUF file, which must not exist, and say what was written.
+
+    Args:
+        source: The checkpoint.
+        path: The file.
+        dtype: A type of weights by any of its names, or of GGUF's quantised ones; None is that of the checkpoint.
+        name: What the file calls the model.
+        verbose: Print every tensor instead of a progress bar.
+    """
+    if path.suffix != GGUF:
+        raise ValueError(f"'{path}' is no name of a GGUF file: let it end with {GGUF}, as in {path}{GGUF}.")
+    if path.exists():
+        raise ValueError(f"'{path}' exists already. Remove it, or choose another name.")
+    kind = dtype.lower() if dtype else None
+    if kind is not None and kind not in KINDS:
+        with suppress(ValueError):  # another name of one, such as bf16-true
+            kind = str(dtype_from_name(kind)).removeprefix("torch.")
+    tell_note(source)
+    with atomic_file(path) as file:
+        kind = export_gguf(source, file, kind, name, Progress(source, verbose))
+    print(f"Saved {path} ({path.stat().st_size / 1e6:,.1f} MB, {kind}). To talk with it, run:\nlitgpt chat {path}")

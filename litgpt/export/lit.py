@@ -1,0 +1,85 @@
+"""A checkpoint in our own format: `lit_model.pth` and what belongs to it, as it is, in another type, or quantised."""
+
+from pathlib import Path
+
+import torch
+
+from litgpt.checkpoint import (
+    WEIGHTS,
+    atomic_additions,
+    atomic_directory,
+    copy_companion_files,
+    hf_weight_files,
+    save_model,
+)
+from litgpt.convert import Source
+from litgpt.convert.options import Progress, dtype_from_name, tell_note
+from litgpt.convert.peft import is_peft
+from litgpt.convert.quantised_parts import quantised_stream
+from litgpt.convert.source import kind_for, meta_model
+from litgpt.quantize import check_quantize
+
+
+def is_peft_alone(path: Path) -> bool:
+    """Whether a directory holds a PEFT adapter and no model beside it."""
+    return path.is_dir() and is_peft(path) and not hf_weight_files(path)
+
+
+def check_form(dtype: str | None, quantize: str | None) -> torch.dtype | None:
+    """The type that is meant, of what may be written.
+
+    Raises:
+        ValueError: There is no such type or kind, or the two do not go together.
+    """
+    target = dtype_from_name(dtype)
+    check_quantize(quantize, "32-true", training=False)
+    if quantize is not None and target is torch.float64:
+        raise ValueError(f"--dtype {dtype} cannot act with --quantize {quantize}. Use --dtype float32 or less.")
+    return target
+
+
+def beside(path: Path, form: str | None, suffix: str = "") -> Path:
+    """Where another form of a checkpoint goes by default: beside it, named like it and the form, as final-bnb.nf4."""
+    path = path.with_suffix("") if path.is_file() else path.resolve()
+    return path.with_name(path.name + (f"-{form}" if form else "") + suffix)
+
+
+def save_lit(
+    source: Source,
+    directory: Path,
+    dtype: torch.dtype | None = None,
+    quantize: str | None = None,
+    verbose: bool = False,
+    in_place: bool = False,
+) -> None:
+    """Write an opened checkpoint in our own format, matrix by matrix.
+
+    Args:
+        source: The checkpoint.
+        directory: Where to. It must not exist, unless it is the checkpoint's own and `in_place`.
+        dtype: The type of what is not quantised; None is that of the checkpoint.
+        quantize: How to keep the weights of the linear layers, as `check_form` allows it.
+        verbose: Print every tensor instead of a progress bar.
+        in_place: Add to the directory, which holds the original already.
+
+    Raises:
+        ValueError: The weights are quantised so already, or otherwise.
+    """
+    kind = kind_for(source, quantize)
+    if quantize is not None and kind == source.quantized:
+        raise ValueError(f"--quantize {quantize} cannot act: '{source.files}' is quantised so already.")
+    tell_note(source)
+    if quantize is None:
+        weights = Progress(source, verbose, dtype)(source.weights())
+    else:
+        model = meta_model(source.config, quantize, dtype or source.dtype)
+        weights = quantised_stream(Progress(source, verbose)(source.weights()), model, source.release)
+    with atomic_additions(directory) if in_place else atomic_directory(directory) as place:
+        if not in_place:
+            copy_companion_files(source.files, place)
+        save_model(place, weights, source.config, source.release)
+
+
+def size_of(directory: Path) -> str:
+    """The size of a checkpoint's weights, for the user."""
+    return f"{(directory / WEIGHTS).stat().st_size / 1e6:,.1f} MB"

@@ -1,0 +1,55 @@
+"""LoRA weights as a PEFT adapter, and a PEFT adapter as LoRA weights."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from litgpt.checkpoint import CONFIG, atomic_additions, atomic_directory, copy_companion_files
+from litgpt.config import Config
+from litgpt.convert.export import export_config
+from litgpt.convert.peft import ADAPTER_MODEL, base_of, export_peft, import_peft
+from litgpt.loading import find_lora, open_base
+from litgpt.lora import LORA_WEIGHTS, read_lora, save_lora
+
+
+def save_peft(checkpoint_dir: Path, directory: Path, access_token: str | None = None) -> None:
+    """Write the LoRA weights of a checkpoint as a PEFT adapter, in float32 as they are trained."""
+    file = find_lora(checkpoint_dir)
+    weights, settings, base = read_lora(file)
+    if (file.parent / CONFIG).is_file():
+        config = Config.from_checkpoint(file.parent)
+    else:
+        config = open_base(base, None, file, access_token=access_token).config
+    architecture = export_config(config, file.parent, torch.float32)["architectures"][0]
+    # What was downloaded by its id is called by it again.
+    name = re.sub(r"^checkpoints/([\w.-]+/[\w.-]+)/?$", r"\1", base or "")
+    with atomic_directory(directory) as place:
+        export_peft(weights, settings, config, architecture, name, place)
+    print(f"Saved {ADAPTER_MODEL} and its adapter_config.json to {directory}")
+
+
+def save_lora_of_peft(
+    adapter: Path,
+    directory: Path,
+    pretrained_checkpoint_dir: Path | None = None,
+    access_token: str | None = None,
+) -> None:
+    """Write the LoRA weights of a PEFT adapter, with what belongs to a checkpoint of its model.
+
+    Args:
+        adapter: The directory of the adapter.
+        directory: Where to; the adapter's own, or a new one.
+        pretrained_checkpoint_dir: The model that it belongs to, where it is another than the adapter says.
+        access_token: For a model that has to be downloaded first.
+    """
+    recorded = base_of(adapter)
+    base = open_base(recorded, pretrained_checkpoint_dir, adapter, access_token=access_token)
+    weights, settings = import_peft(adapter, base)
+    in_place = directory.resolve() == adapter.resolve()
+    with atomic_additions(directory) if in_place else atomic_directory(directory) as place:
+        copy_companion_files(adapter, place)
+        copy_companion_files(base.files, place)
+        base.config.save(place)
+        save_lora(place, weights, settings, str(pretrained_checkpoint_dir or recorded))
+    print(f"Saved {LORA_WEIGHTS} to {directory}. To put it into the model, run:\nlitgpt merge_lora {directory}")
