@@ -116,32 +116,44 @@ class Shell:
         self._process.wait()
         self._process.stdout.close()
 
-    def run(self, script: str, cwd: Path, stdin: str = "", timeout: float = 300, check: bool = False) -> Done:
+    def run(
+        self,
+        script: str,
+        cwd: Path,
+        stdin: str = "",
+        timeout: float = 300,
+        check: bool = False,
+        together: bool = False,
+    ) -> Done:
         """Runs a script to its end; a command in it that fails ends it, within a pipe, too.
 
-        Raises:
-            AssertionError: It failed, and `check` was asked for.
+        Args:
+            check: Raise AssertionError, with what it printed, if it fails.
+            together: What goes to stderr is in `out`, where it came, as on a terminal.
         """
         done = subprocess.run(
             self.command(script),
             cwd=cwd,
             env=self.environment,
             input=stdin,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT if together else subprocess.PIPE,
             text=True,
             timeout=timeout,
         )
         if check and done.returncode:
-            raise AssertionError(f"{script}\nexit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-        return Done(done.returncode, done.stdout, done.stderr)
+            said = (done.stdout + (done.stderr or ""))[-6000:]
+            raise AssertionError(f"{script}\nexit code {done.returncode}\n{said}")
+        return Done(done.returncode, done.stdout, done.stderr or "")
 
     def start(self, script: str, cwd: Path) -> subprocess.Popen:
         """Starts a script that goes on until it is stopped: `.terminate()` ends it and the command that runs in it."""
-        last = f"exec {script.rstrip()}" if len(script.strip().splitlines()) == 1 else script
+        alone = len(script.strip().replace("\\\n", " ").splitlines()) == 1
         return subprocess.Popen(
-            self.command(last),
+            self.command(f"exec {script.lstrip()}" if alone else script),
             cwd=cwd,
             env=self.environment,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
