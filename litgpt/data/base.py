@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from litgpt.data.order import ORDER_VERSION, KeyedPermutation
+
 if TYPE_CHECKING:
     from litgpt.tokenizer import Tokenizer
 
@@ -72,7 +74,8 @@ class StreamSampler(Sampler[list[int]]):
 
     Everything follows from `position`, the number of samples that all ranks together have been given since the run
     began. So a run resumes exactly, and which samples an optimizer step sees depends neither on the number of ranks
-    nor on the micro-batch size. A batch may straddle two epochs; no sample is left out.
+    nor on the micro-batch size. A batch may straddle two epochs; no sample is left out. Neither memory nor time grows
+    with the number of samples.
 
     Args:
         num_samples: Samples in one epoch.
@@ -87,7 +90,13 @@ class StreamSampler(Sampler[list[int]]):
         self.shuffle = shuffle
         self.seed = seed
         self.rank, self.world_size, self.position = 0, 1, 0
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+        self._epoch, self._permutation = 0, KeyedPermutation(num_samples, seed, 0)
+
+    @property
+    def order(self) -> str:
+        """What decides the order: a position that was saved means the same sample where this is the same."""
+        shuffled = f"shuffled by seed {self.seed} (version {ORDER_VERSION})" if self.shuffle else "unshuffled"
+        return f"{self.num_samples} samples {shuffled}"
 
     def set_position(self, position: int, rank: int = 0, world_size: int = 1) -> None:
         """Start the next iteration at `position`, and give only `rank`'s share of each batch of all ranks."""
@@ -104,9 +113,8 @@ class StreamSampler(Sampler[list[int]]):
         if not self.shuffle:
             return place
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed + epoch)
-            self._epoch, self._order = epoch, torch.randperm(self.num_samples, generator=generator)
-        return int(self._order[place])
+            self._epoch, self._permutation = epoch, KeyedPermutation(self.num_samples, self.seed, epoch)
+        return self._permutation[place]
 
 
 class LengthGroupedSampler(StreamSampler):
@@ -125,6 +133,10 @@ class LengthGroupedSampler(StreamSampler):
         super().__init__(len(lengths), batch_size, seed=seed)
         self.lengths, self.samples_per_step = lengths, samples_per_step
         self._step, self._step_samples = -1, []
+
+    @property
+    def order(self) -> str:
+        return f"{super().order}, grouped by length in steps of {self.samples_per_step}"
 
     def _sample(self, position: int) -> int:
         step, place = divmod(position, self.samples_per_step)

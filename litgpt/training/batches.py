@@ -88,7 +88,8 @@ class BatchStream:
     """An endless stream of this rank's micro-batches, with a position that can be saved.
 
     A loader whose batch sampler has `set_position` (see `litgpt.data.stream_loader`) starts at once at any position,
-    counted in samples over all ranks, and `samples_per_epoch` is what it says. Any other loader is run through again
+    counted in samples over all ranks; `samples_per_epoch` and `order`, what decides which sample a position means, are
+    what it says. Any other loader is run through again
     every epoch, each rank taking every world_size-th batch; it resumes by skipping, exactly if its order follows from
     torch's seed alone.
     """
@@ -101,6 +102,7 @@ class BatchStream:
         self._sampler = getattr(loader, "batch_sampler", None)
         self._seekable = hasattr(self._sampler, "set_position")
         self.samples_per_epoch: int | None = self._count()
+        self.order: str | None = getattr(self._sampler, "order", None)
 
     def _count(self) -> int | None:
         if self._seekable:

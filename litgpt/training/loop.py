@@ -97,6 +97,9 @@ def fit(
     if run.resume is not None:
         progress = restore(fabric, gpt, inner, run.resume, run.saved)
         batches.seek(progress.position)
+        if batches.order != progress.order:
+            recorder.console.print(other_order(progress.order, batches.order))
+    progress.order = batches.order
     if evaluation.patience and not val_batches:
         raise ValueError(
             f"--eval.patience {evaluation.patience}: there is no validation data. Add some, or leave it out."
@@ -229,6 +232,16 @@ def stop_reason(
     if fabric.world_size > 1:
         found = int(fabric.all_reduce(torch.tensor(found, device=fabric.device), reduce_op="max"))
     return reasons[found]
+
+
+def other_order(saved: str | None, now: str | None) -> str:
+    """What to say where a saved position is one in another order of samples."""
+    before = saved or "by an earlier version of litgpt, whose order was another"
+    return (
+        f"Note: this checkpoint was saved while training on {before}; now it is {now or 'an order of its own'}. The "
+        "run does not go on exactly where it was in the data: until the end of this epoch, some samples may come "
+        "again and others not at all."
+    )
 
 
 def out_of_patience(run: Run, progress: Progress) -> str | None:

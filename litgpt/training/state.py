@@ -33,6 +33,8 @@ class Progress:
     """Tokens that went into the model, padding left out, over all devices"""
     position: int = 0
     """Place in the stream of training samples, over all devices"""
+    order: str | None = None
+    """What decides which samples these are; None in checkpoints of before it was noted"""
     seconds: float = 0.0
     """Time spent training"""
     val_loss: float | None = None
