@@ -36,6 +36,7 @@ MOST_PADDING = 0.25  # of the tokens of prompts that are read together
 FREE_PADDING = 128  # tokens of padding that cost less than another call
 CACHE_SHARE = 0.9  # of the memory that is left: the rest is for what a step computes
 WORTH_COPYING = 16  # a beginning that another slot holds is copied from this many tokens on
+SCORED_AT_ONCE = 256  # tokens of prompts whose logits are there at a time
 
 
 class Engine:
@@ -189,13 +190,25 @@ class Engine:
         """How many tokens the context leaves for the answer, at most max_new_tokens. Safe from any thread.
 
         Raises:
-            ValueError: the prompt is empty or leaves no room.
+            ValueError: the prompt is empty or leaves no room, or there is nothing to do.
         """
-        length = len(request.prompt)
-        if request.max_new_tokens < 1:
+        length, scores = len(request.prompt), request.score_from is not None
+        if request.max_new_tokens < (0 if scores else 1):
             raise ValueError(f"max_new_tokens {request.max_new_tokens} is not possible: give 1 or more.")
         if length == 0:
             raise ValueError("The prompt is empty, and the tokenizer puts no token before it. Give it some text.")
+        if scores and not 0 < request.score_from < length:
+            raise ValueError(
+                f"score_from {request.score_from} is not possible with a prompt of {length} tokens: give 1 to "
+                f"{length - 1}."
+            )
+        if request.max_new_tokens == 0:
+            if request.num_to_read > self.context:
+                raise ValueError(
+                    f"The prompt has {length} tokens, and the model's context of {self.context} tokens must hold all "
+                    "but the last. Shorten it, or take a model with a longer context."
+                )
+            return 0
         if length >= self.context:
             raise ValueError(
                 f"The prompt has {length} tokens, and the model's context of {self.context} tokens must hold it and at "
@@ -204,14 +217,25 @@ class Engine:
         return min(request.max_new_tokens, self.context - length)
 
     def _admit(self) -> None:
-        """Gives slots to those who wait, in their order."""
-        while self._waiting and self.running < self.most_slots:
-            progress = self._waiting[0]
-            length = len(progress.request.prompt) + progress.room
-            if not self._make_room(length):
+        """Gives slots to those who wait, in their order.
+
+        One whose prompt begins as one that is just being read lets the next ones pass until that beginning is there to
+        be copied; a slot is kept free for it.
+        """
+        delayed, sources = 0, self._sources()
+        while delayed < len(self._waiting) and self.running + delayed < self.most_slots:
+            progress = self._waiting[delayed]
+            if self._is_being_read(progress):
+                delayed += 1
+                continue
+            request = progress.request
+            sources.pop(progress.number, None)
+            kept = {slot.row for slot in sources.values() if slot.progress is None}
+            length = request.num_to_read + progress.room
+            if not self._make_room(length, len(kept)):
                 return
-            self._waiting.popleft()
-            slot, known = self._slot_for(progress.request.prompt, length)
+            del self._waiting[delayed]
+            slot, known = self._slot_for(request, length, kept)
             self._cache.rewind(slot.row, known)
             self._cache.lengths[slot.row] = length
             del slot.tokens[known:]
@@ -219,10 +243,34 @@ class Engine:
             progress.read = progress.cached = known
             self._reading.append(slot)
 
-    def _make_room(self, length: int) -> bool:
+    def _sources(self) -> dict[int, Slot]:
+        """The slots that hold the beginnings of prompts which are soon to be read, by the number of the request."""
+        sources = {}
+        for progress in itertools.islice(self._waiting, self.most_slots):
+            slot, known = self._longest_known(progress.request, progress.request.num_to_read + progress.room)
+            if known >= WORTH_COPYING:
+                sources[progress.number] = slot
+        return sources
+
+    def _is_being_read(self, progress: Progress) -> bool:
+        """Whether at least half of what would have to be read of a prompt is just being read for another request."""
+        if not self._reading:
+            return False
+        request, length = progress.request, progress.request.num_to_read + progress.room
+        beginning = request.prompt[: request.num_reusable]
+        _, known = self._longest_known(request, length)
+        for slot in self._reading:
+            other = slot.progress.request
+            gain = common_length(beginning, other.prompt[: other.num_to_read]) - known
+            if 2 * gain >= request.num_to_read - known and gain >= WORTH_COPYING:
+                return self._can_share(slot, other.num_to_read, known + gain, length)
+        return False
+
+    def _make_room(self, length: int, kept: int = 0) -> bool:
         """Sees to it that there is a free slot, and that slots hold so many tokens. False where that takes too much
-        memory as long as others run."""
-        rows = len(self._slots) if self.running < len(self._slots) else _power_of_two(self.running + 1)
+        memory as long as others run. Where there is memory, so many idle slots besides keep what they hold."""
+        used = self.running + kept
+        rows = len(self._slots) if used < len(self._slots) else _power_of_two(used + 1)
         rows = min(rows, self.most_slots)
         longest = min(self.context, _power_of_two(max(length, self._shortest)))
         longest = max(longest, self._cache.max_length if self._cache else 0)
@@ -230,6 +278,8 @@ class Engine:
             return True
         self._batch = None
         if self._size(rows, longest) > self.cache_bytes:
+            if kept:
+                return self._make_room(length)
             if self.running:
                 return False
             rows, longest = 1, min(self.context, -(-length // CACHE_STEP) * CACHE_STEP)
@@ -248,14 +298,12 @@ class Engine:
         cache = self.model.new_cache(rows, length, device="meta", dtype=self.autocast)
         return sum(tensor.numel() * tensor.itemsize for tensor in cache.tensors())
 
-    def _slot_for(self, prompt: Sequence[int], length: int) -> tuple[Slot, int]:
-        """A free slot and how many tokens of the prompt it holds already.
+    def _slot_for(self, request: Request, length: int, kept: set[int]) -> tuple[Slot, int]:
+        """A free slot and how many tokens of the prompt it holds already; if possible none of the rows `kept`.
 
         The last token is always read anew: the answer begins with what the model says after it.
         """
-        source, known = max(
-            ((slot, self._known(slot, prompt[:-1], length)) for slot in self._slots), key=lambda pair: pair[1]
-        )
+        source, known = self._longest_known(request, length)
         free = [slot for slot in self._slots if slot.progress is None]
         if known and source in free and (2 * known >= len(source.tokens) or len(free) == 1):
             return source, known
@@ -264,7 +312,7 @@ class Engine:
         def span(slot: Slot) -> int:  # decoding runs all rows from the first busy one to the last
             return max([*busy, slot.row]) - min([*busy, slot.row])
 
-        slot = min(free, key=lambda slot: (span(slot), slot.released))
+        slot = min(free, key=lambda slot: (slot.row in kept, span(slot), slot.released))
         if known < WORTH_COPYING:
             slot.tokens = []
             return slot, 0
@@ -272,15 +320,25 @@ class Engine:
         slot.tokens = source.tokens[:known]
         return slot, known
 
+    def _longest_known(self, request: Request, length: int) -> tuple[Slot | None, int]:
+        """The slot that can give most to a prompt, and how many tokens."""
+        beginning = request.prompt[: request.num_reusable]
+        known = ((slot, self._known(slot, beginning, length)) for slot in self._slots)
+        return max(known, key=lambda pair: pair[1], default=(None, 0))
+
     def _known(self, slot: Slot, prompt: Sequence[int], length: int) -> int:
         """How many of its first tokens a slot can give to a prompt."""
         known = common_length(slot.tokens, prompt)
-        if not self._cache.can_rewind(len(slot.tokens), known):
-            return 0  # a sliding window has dropped earlier tokens for later ones
+        return known if known and self._can_share(slot, len(slot.tokens), known, length) else 0
+
+    def _can_share(self, slot: Slot, held: int, known: int, length: int) -> bool:
+        """Whether a slot that holds so many tokens can give the first ones to a sequence of such a length."""
+        if not self._cache.can_rewind(held, known):
+            return False  # a sliding window has dropped earlier tokens for later ones
         if self.model.config.rope_kind == "longrope":  # short and long sequences are rotated differently
             limit = self.model.config.rope_adjustments["original_max_seq_len"]
-            return known if (slot.length > limit) == (length > limit) else 0
-        return known
+            return (slot.length > limit) == (length > limit)
+        return True
 
     def _release(self, slot: Slot) -> None:
         """Its request is done; what it holds stays."""
@@ -298,9 +356,10 @@ class Engine:
         if not self._reading:
             return []
         slots = self._next_to_read()
-        prompts, starts = [slot.progress.request.prompt for slot in slots], [slot.progress.read for slot in slots]
+        requests, starts = [slot.progress.request for slot in slots], [slot.progress.read for slot in slots]
         chunks = [
-            list(prompt[start : start + self.prefill_chunk]) for prompt, start in zip(prompts, starts, strict=True)
+            list(request.prompt[start : min(start + self.prefill_chunk, request.num_to_read)])
+            for request, start in zip(requests, starts, strict=True)
         ]
         width = max(map(len, chunks))
         idx = torch.tensor([[*chunk, *[0] * (width - len(chunk))] for chunk in chunks], device=self.device)
@@ -318,26 +377,62 @@ class Engine:
         )
         with self._running(cache, max(starts) + width, slots, chunks):
             hidden = self._hidden_states(idx, positions, cache=cache)  # (B, T, C)
+        self._score(hidden, slots, chunks)
         for slot, chunk in zip(slots, chunks, strict=True):
             slot.progress.read += len(chunk)
-        done = [index for index, slot in enumerate(slots) if slot.progress.read == len(prompts[index])]
+        done = [index for index, slot in enumerate(slots) if slot.progress.read == requests[index].num_to_read]
         self._reading.extend(slot for index, slot in enumerate(slots) if index not in done)
+        outputs = []
+        for slot in [slots[index] for index in done if not slots[index].progress.room]:
+            outputs.append(slot.progress.finish_reading())
+            self._release(slot)
+        done = [index for index in done if slots[index].progress is not None]
         if not done:
-            return []
+            return outputs
         ends = torch.stack([hidden[index, len(chunks[index]) - 1] for index in done])  # (B', C)
         with self._precision():
             logits = self.model.logits(ends)
         ready = [slots[index] for index in done]
         self._writing += ready
         tokens, logprobs = self._draw(logits, ready, self._sampler(ready))
-        return self._take(ready, tokens.tolist(), logprobs)
+        return outputs + self._take(ready, tokens.tolist(), logprobs)
+
+    def _score(self, hidden: Tensor, slots: list[Slot], chunks: list[list[int]]) -> None:
+        """Notes the log-probabilities that requests ask for of tokens which come after these.
+
+        Args:
+            hidden: (B, T, C) what the model says after each token that was read.
+            slots: The rows.
+            chunks: What was read of them.
+        """
+        rows, columns, scored = [], [], []  # of the tokens that predict, and those that are predicted
+        for row, (slot, chunk) in enumerate(zip(slots, chunks, strict=True)):
+            request, start = slot.progress.request, slot.progress.read
+            if request.score_from is None:
+                continue
+            first, end = max(start + 1, request.score_from), min(start + len(chunk) + 1, len(request.prompt))
+            wanted = [(place, request.prompt[place]) for place in range(first, end)]
+            if end == len(request.prompt):
+                wanted += [(end - 1, token) for token in request.alternatives]
+            for place, token in wanted:
+                rows.append(row)
+                columns.append(place - 1 - start)
+                scored.append(token)
+        count = max((slots[row].progress.request.logprobs or 0 for row in rows), default=0)
+        for first in range(0, len(rows), SCORED_AT_ONCE):
+            part = slice(first, first + SCORED_AT_ONCE)
+            with self._precision():
+                logits = self.model.logits(hidden[rows[part], columns[part]])  # (N, V)
+            logprobs = _logprobs(logits.float(), torch.tensor(scored[part], device=self.device), count)
+            for row, logprob in zip(rows[part], logprobs, strict=True):
+                slots[row].progress.prompt_logprobs.append(logprob)
 
     def _next_to_read(self) -> list[Slot]:
         """Takes the first off the queue, and with it those whose next chunks fit into one call, padded to the longest:
         the most alike in length first, as long as not too much of the call is padding."""
 
         def width(slot: Slot) -> int:
-            return min(self.prefill_chunk, len(slot.progress.request.prompt) - slot.progress.read)
+            return min(self.prefill_chunk, slot.progress.request.num_to_read - slot.progress.read)
 
         first, *others = self._reading
         slots, widths = [first], [width(first)]
@@ -399,7 +494,7 @@ class Engine:
             slot.progress.note(token)
         counts = [slot.progress.request.logprobs for slot in slots]
         return tokens, [
-            None if count is None else _logprob(row, token, count)
+            None if count is None else _logprobs(row[None], token[None], count)[0]
             for count, row, token in zip(counts, logits, tokens, strict=True)
         ]
 
@@ -483,10 +578,14 @@ def share_memory(engines: Sequence[Engine]) -> None:
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two sequences have in common at their beginning."""
-    for index, (one, other) in enumerate(zip(a, b, strict=False)):
-        if one != other:
+    limit = min(len(a), len(b))
+    start = 0
+    while start < limit and [*a[start : start + 64]] == [*b[start : start + 64]]:  # by 64: lists compare in C
+        start += 64
+    for index in range(start, min(start + 64, limit)):
+        if a[index] != b[index]:
             return index
-    return min(len(a), len(b))
+    return limit
 
 
 def _power_of_two(number: int) -> int:
@@ -494,8 +593,16 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _logprob(logits: Tensor, token: Tensor, count: int) -> TokenLogprob:
-    """What to tell of a token drawn where the (V,) logits stood."""
-    logprobs = logits.log_softmax(dim=-1)
-    values, ids = logprobs.topk(count) if count else (logprobs[:0], logprobs[:0])
-    return TokenLogprob(int(token), float(logprobs[token]), list(zip(ids.tolist(), values.tolist(), strict=True)))
+def _logprobs(logits: Tensor, tokens: Tensor, count: int) -> list[TokenLogprob]:
+    """What to tell of (N,) tokens where the (N, V) logits stood, and of the so many likeliest in their places."""
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    logprobs = (logits.gather(1, tokens[:, None]) - total)[:, 0].tolist()
+    if count == 1:  # several times as fast
+        values, ids = logits.max(dim=-1, keepdim=True)
+    else:
+        values, ids = logits.topk(count)
+    likeliest = zip(ids.tolist(), (values - total).tolist(), strict=True)
+    return [
+        TokenLogprob(token, logprob, list(zip(*pair, strict=True)))
+        for token, logprob, pair in zip(tokens.tolist(), logprobs, likeliest, strict=True)
+    ]

@@ -73,7 +73,8 @@ class RankEngine(Engine):
     def submit(self, request: Request) -> int:
         number = super().submit(request)
         stops = [list(stop) for stop in request.stops]
-        self._news.append(("submit", (list(request.prompt), request.max_new_tokens, stops)))
+        scoring = request.score_from, list(request.alternatives)
+        self._news.append(("submit", (list(request.prompt), request.max_new_tokens, stops, scoring)))
         return number
 
     def cancel(self, number: int) -> None:
@@ -115,8 +116,10 @@ class RankEngine(Engine):
     def do(self, what: str, about: Any) -> None:
         """On another rank than 0: one of the things that rank 0 has done."""
         if what == "submit":
-            prompt, count, stops = about
-            Engine.submit(self, Request(prompt, count, Sampling(0), stops, seed=0))
+            prompt, count, stops, (score_from, alternatives) = about
+            request = Request(prompt, count, Sampling(0), stops, seed=0)
+            request.score_from, request.alternatives = score_from, alternatives
+            Engine.submit(self, request)
         elif what == "cancel":
             Engine.cancel(self, about)
         elif what == "forget":

@@ -36,11 +36,26 @@ class Request:
     logprobs: int | None = None
     """Asks for the log-probability of each new token, and of the so many likeliest in its place."""
     constraint: Constraint | None = None
+    score_from: int | None = None
+    """Asks for the log-probabilities of the prompt's own tokens, from this one on (1 or more: nothing predicts the first,
+    0), with the `logprobs` likeliest in their places. max_new_tokens may then be 0: nothing is generated."""
+    alternatives: Sequence[int] = ()
+    """Tokens whose log-probabilities are asked for in the place of the prompt's last one, besides its own."""
+
+    @property
+    def num_to_read(self) -> int:
+        """How many tokens of the prompt the model has to see: not the last one, where nothing follows it."""
+        return len(self.prompt) - (self.max_new_tokens == 0)
+
+    @property
+    def num_reusable(self) -> int:
+        """How many of these may be known from before: what is predicted after the others is asked for."""
+        return (len(self.prompt) if self.score_from is None else self.score_from) - 1
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A new token's log-probability, natural, before temperature, penalties and filters."""
+    """A token's log-probability, natural, before temperature, penalties and filters."""
 
     token: int
     logprob: float
@@ -60,6 +75,9 @@ class Output:
     """None while it goes on; "stop" at a stop sequence, "length" at max_new_tokens or the end of the context."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     """One for each token, where the request asked for them."""
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    """One for each token of the prompt from `score_from` on, then one for each of the `alternatives`; with the first
+    output."""
     cached_tokens: int = 0
     """How many tokens of the prompt were known from before."""
 
@@ -78,9 +96,13 @@ class Progress:
         self.produced = 0
         self.pending: list[tuple[int, TokenLogprob | None]] = []  # the beginning of what may become a stop sequence
         self.finish_reason: str | None = None
-        self.generator = torch.Generator(device)
-        seed = request.seed if request.seed is not None else int(torch.randint(2**62, ()))
-        self.generator.manual_seed(seed)
+        self.prompt_logprobs: list[TokenLogprob] = []  # not given out yet
+        # What is only scored draws nothing: of many thousands at a time, none has a generator.
+        self.generator: torch.Generator | None = None
+        if request.max_new_tokens:
+            self.generator = torch.Generator(device)
+            seed = request.seed if request.seed is not None else int(torch.randint(2**62, ()))
+            self.generator.manual_seed(seed)
         self._penalties: Penalties | None = None
 
     @property
@@ -127,13 +149,16 @@ class Progress:
         else:
             count = len(ids) - self._held_back(ids)
         released, self.pending = self.pending[:count], self.pending[count:]
-        return Output(
-            self.number,
-            [held for held, _ in released],
-            self.finish_reason,
-            [logprob for _, logprob in released if logprob is not None],
-            self.cached,
-        )
+        return self._output([held for held, _ in released], [logprob for _, logprob in released if logprob is not None])
+
+    def finish_reading(self) -> Output:
+        """The only output of a request that asks for no new tokens."""
+        self.finish_reason = "length"
+        return self._output([], [])
+
+    def _output(self, token_ids: list[int], logprobs: list[TokenLogprob]) -> Output:
+        of_prompt, self.prompt_logprobs = self.prompt_logprobs, []
+        return Output(self.number, token_ids, self.finish_reason, logprobs, of_prompt, self.cached)
 
     def _held_back(self, ids: list[int]) -> int:
         """Length of the longest end of `ids` that begins a stop sequence."""

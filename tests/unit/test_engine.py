@@ -471,3 +471,84 @@ def test_a_compiled_decode_step_is_compiled_once_and_gives_the_same_tokens(monke
     for _ in range(2):
         assert engine.complete(requests) == Engine(model).complete(requests)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+# -- scoring
+
+
+@torch.inference_mode()
+def plain_scores(model: GPT, prompt: list[int], start: int) -> list[tuple[float, int]]:
+    """The log-probability of each token of a prompt from `start` on, and the likeliest one in its place."""
+    logprobs = model(torch.tensor([prompt[:-1]]))[0].log_softmax(-1)
+    return [(logprobs[at - 1, prompt[at]].item(), int(logprobs[at - 1].argmax())) for at in range(start, len(prompt))]
+
+
+def scores(engine: Engine, requests: list[Request]) -> list[list]:
+    of_prompts = [[] for _ in requests]
+    for output in engine.generate(requests):
+        of_prompts[output.request] += output.prompt_logprobs
+    return of_prompts
+
+
+CONTEXTS = [list(range(30, 70)), [9, *range(20)], [3]]
+CHOICES = [[*context, *choice] for context in CONTEXTS for choice in ([1], [4, 4, 2], [1, 2, 3, 4, 5, 6, 7], [8, 1])]
+STARTS = [len(context) for context in CONTEXTS for _ in range(4)]
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8, 32])
+@pytest.mark.parametrize("chunk", [7, 1024])
+@pytest.mark.parametrize("kind", ["model", "windowed"])
+def test_tokens_of_a_prompt_are_scored_as_the_plain_model_does(request, kind, chunk, slots):
+    model = request.getfixturevalue(kind)
+    asked = [
+        Request(prompt, 0, GREEDY, logprobs=1, score_from=start) for prompt, start in zip(CHOICES, STARTS, strict=True)
+    ]
+    found = scores(Engine(model, slots=slots, prefill_chunk=chunk), asked)
+    for one, prompt, start in zip(found, CHOICES, STARTS, strict=True):
+        expected = plain_scores(model, prompt, start)
+        assert [score.token for score in one] == prompt[start:]
+        assert [score.logprob for score in one] == pytest.approx([logprob for logprob, _ in expected], rel=1e-4)
+        assert [score.likeliest[0][0] for score in one] == [likeliest for _, likeliest in expected]
+
+
+def test_what_several_prompts_begin_with_is_read_once(model, monkeypatch):
+    engine, read = Engine(model, slots=12), []
+    hidden_states = engine._hidden_states
+    monkeypatch.setattr(
+        engine,
+        "_hidden_states",
+        lambda idx, positions=None, cache=None: (
+            read.append(idx.numel() if positions is None else int((positions >= 0).sum())),
+            hidden_states(idx, positions, cache=cache),
+        )[1],
+    )
+    contexts = [[seed, *range(30, 75)] for seed in range(6)]  # 46 tokens each, and then four choices of 3
+    choices = [([*context, 5, choice, 6], len(context)) for context in contexts for choice in range(4)]
+    scores(engine, [Request(prompt, 0, GREEDY, score_from=start) for prompt, start in choices])
+    # The first choice reads the context and all but its own last token, the others the last of the context and theirs.
+    assert sum(read) == 6 * (48 + 3 * 3)
+
+
+def test_other_tokens_are_scored_in_the_last_ones_place(model):
+    prompt, others = CHOICES[2], (1, 50, 96)
+    (found,) = scores(Engine(model), [Request(prompt, 0, GREEDY, logprobs=1, score_from=41, alternatives=others)])
+    expected = [plain_scores(model, [*prompt[:-1], token], len(prompt) - 1)[0] for token in others]
+    assert [score.token for score in found] == [*prompt[41:], *others]
+    assert [score.logprob for score in found[-3:]] == pytest.approx([logprob for logprob, _ in expected], rel=1e-4)
+    assert {score.likeliest[0][0] for score in found[-3:]} == {expected[0][1]}
+
+
+def test_a_scored_prompt_may_be_continued_and_may_fill_the_context(model):
+    prompt = CHOICES[2]
+    (output, *rest) = list(Engine(model).generate([Request(prompt, 3, GREEDY, score_from=5)]))
+    assert len(output.prompt_logprobs) == len(prompt) - 5
+    assert not any(one.prompt_logprobs for one in rest)
+    assert [token for one in (output, *rest) for token in one.token_ids] == plain(model, prompt, 3)
+    longest = [index % 90 for index in range(129)]  # the context has 128; the last token is only predicted
+    (found,) = scores(Engine(model, prefill_chunk=50), [Request(longest, 0, GREEDY, score_from=1)])
+    assert sum(score.logprob for score in found) == pytest.approx(
+        sum(logprob for logprob, _ in plain_scores(model, longest, 1)), abs=1e-2
+    )
+    for wrong in (Request([*longest, 1], 0, score_from=1), Request([1], 0, score_from=1), Request([1, 2], 0)):
+        with pytest.raises(ValueError, match="context|score_from|max_new_tokens"):
+            Engine(model).check(wrong)
