@@ -1,20 +1,28 @@
 """The checkpoint directory: finding it, reading and writing its weights, and saving it whole or not at all.
 
 It holds `lit_model.pth` (weights), `model_config.yaml` (shape), the tokenizer's files and the model card's JSON files.
+What needs torch is imported on first use: whoever only saves a file whole does not wait for it.
 """
 
-from litgpt.checkpoint.atomic import SaveError, atomic_additions, atomic_directory, atomic_file
-from litgpt.checkpoint.directory import (
-    copy_companion_files,
-    hf_weight_files,
-    missing_files,
-    resolve_checkpoint_dir,
-    save_model,
-)
-from litgpt.checkpoint.names import COMPANION_FILES, CONFIG, HYPERPARAMETERS, WEIGHTS
-from litgpt.checkpoint.weights import MappedTensors, Release, read_state_dict, unreadable
-from litgpt.checkpoint.writer import raw_parts, write_state_dict
+import importlib
+from typing import Any
 
+from litgpt.checkpoint.atomic import SaveError, atomic_additions, atomic_directory, atomic_file
+from litgpt.checkpoint.names import COMPANION_FILES, CONFIG, HYPERPARAMETERS, WEIGHTS
+
+_PLACES = {
+    "MappedTensors": "litgpt.checkpoint.weights",
+    "Release": "litgpt.checkpoint.weights",
+    "copy_companion_files": "litgpt.checkpoint.directory",
+    "hf_weight_files": "litgpt.checkpoint.directory",
+    "missing_files": "litgpt.checkpoint.directory",
+    "raw_parts": "litgpt.checkpoint.writer",
+    "read_state_dict": "litgpt.checkpoint.weights",
+    "resolve_checkpoint_dir": "litgpt.checkpoint.directory",
+    "save_model": "litgpt.checkpoint.directory",
+    "unreadable": "litgpt.checkpoint.weights",
+    "write_state_dict": "litgpt.checkpoint.writer",
+}
 __all__ = [
     "COMPANION_FILES",
     "CONFIG",
@@ -36,3 +44,9 @@ __all__ = [
     "unreadable",
     "write_state_dict",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'litgpt.checkpoint' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PLACES[name]), name)
