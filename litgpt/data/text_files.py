@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import os
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,31 +15,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from litgpt.data.base import DataModule, stream_loader
+from litgpt.data.text_reading import Piece, encode_texts, hold_out, read_chunks, spelled_tokens, whole
 from litgpt.data.token_stream import TokenBlocks, TokenFile
 from litgpt.resources import cache_directory, find
 
 if TYPE_CHECKING:
     from litgpt.tokenizer import Tokenizer
 
-CACHE_FORMAT = 1  # raise it when the same text and tokenizer would give other tokens
-CHUNK_BYTES = 1 << 18  # what one core tokenises at a time
-MAX_CHUNK_BYTES = 1 << 22  # where a text without any line break is cut
-# A line break between two words: every tokenizer splits a text there, so cutting there changes no token.
-LINE_BREAK = re.compile(r"(?<=\S)\n(?=\S)")
-MANY_FILES = 20  # from here on whole files are held out for validation, below it the end of each
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The bytes `start` to `end` of a text file."""
-
-    path: Path
-    start: int
-    end: int
-
-    @property
-    def size(self) -> int:
-        return self.end - self.start
+CACHE_FORMAT = 2  # raise it when the same text and tokenizer would give other tokens
 
 
 @dataclass(repr=False)
@@ -193,39 +174,6 @@ def text_files(path: Path, option: str) -> list[Path]:
     return [file for file in files if file.stat().st_size]
 
 
-def whole(path: Path) -> Piece:
-    return Piece(path, 0, path.stat().st_size)
-
-
-def hold_out(files: list[Path], fraction: float) -> tuple[list[Piece], list[Piece]]:
-    """Split off `fraction` of the text: whole files, evenly spread, of many; else the end of each."""
-    if fraction == 0:
-        return [whole(path) for path in files], []
-    if len(files) >= MANY_FILES:
-        every = round(1 / fraction)
-        held = files[every - 1 :: every] or files[-1:]
-        return [whole(path) for path in files if path not in held], [whole(path) for path in held]
-    train, val = [], []
-    for path in files:
-        size = path.stat().st_size
-        cut = line_start(path, int(size * (1 - fraction)), size)
-        train.append(Piece(path, 0, cut))
-        val.append(Piece(path, cut, size))
-    return train, [piece for piece in val if piece.size]
-
-
-def line_start(path: Path, near: int, size: int) -> int:
-    """The first line start in `path` from byte `near` on; without one nearby, the first character."""
-    with open(path, "rb") as file:
-        file.seek(near)
-        window = file.read(min(1 << 16, max(0, (size - near) // 2)))
-    newline = window.find(b"\n")
-    if newline >= 0:
-        return near + newline + 1
-    first = next((i for i, byte in enumerate(window) if byte & 0xC0 != 0x80), 0)  # not inside a UTF-8 character
-    return near + first
-
-
 def content_hash(piece: Piece) -> str:
     return _content_hash(piece, piece.path.stat().st_mtime_ns)
 
@@ -241,61 +189,17 @@ def _content_hash(piece: Piece, changed: int) -> str:
     return digest.hexdigest()
 
 
-def read_chunks(piece: Piece) -> Iterator[str]:
-    """The text of `piece` in chunks of about CHUNK_BYTES, cut at line breaks."""
-    decoder, text, left = codecs.getincrementaldecoder("utf-8")(), "", piece.size
-    with open(piece.path, "rb") as file:
-        file.seek(piece.start)
-        while left and (block := file.read(min(left, CHUNK_BYTES))):
-            left -= len(block)
-            try:
-                text += decoder.decode(block, final=not left)
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{piece.path} is not UTF-8 text ({error.reason} near byte {file.tell() - len(block)}). "
-                    f"Convert it, for example with: iconv -f latin1 -t utf-8 {piece.path}"
-                ) from error
-            if piece.start == 0 and text.startswith("\ufeff"):
-                text = text[1:]
-            cut = last_line_break(text) or (len(text) if len(text) >= MAX_CHUNK_BYTES else 0)
-            if cut and left:
-                yield text[:cut]
-                text = text[cut:]
-    if text:
-        yield text
-
-
-def last_line_break(text: str) -> int:
-    """Where the last line break between two words ends; 0 if there is none."""
-    start = max(0, len(text) - (1 << 16))
-    for begin in (start, 0):
-        ends = [match.end() for match in LINE_BREAK.finditer(text, begin)]
-        if ends:
-            return ends[-1]
-    return 0
-
-
 def tokenize(pieces: list[Piece], tokenizer: Tokenizer) -> Iterator[list[int]]:
     """The ids of every piece in order, with BOS (or EOS) before the start of each file."""
-    first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    first, spelled = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id, spelled_tokens(tokenizer)
     total = sum(piece.size for piece in pieces)
     with tqdm(total=total, desc="Tokenising", unit="B", unit_scale=True, disable=None) as bar:
         for piece in pieces:
             if piece.start == 0 and first is not None:
                 yield [first]
-            chunks = read_chunks(piece)
+            chunks, goes_on = read_chunks(piece, list(spelled)), piece.start > 0
             while batch := [chunk for _, chunk in zip(range(4 * (os.cpu_count() or 1)), chunks, strict=False)]:
-                yield from encode_documents(batch, tokenizer)
+                continues = [goes_on, *[True] * (len(batch) - 1)]
+                yield from encode_texts(batch, tokenizer, continues=continues, spelled=spelled)
+                goes_on = True
                 bar.update(sum(len(chunk.encode()) for chunk in batch))
-
-
-def encode_documents(chunks: list[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """The ids of each chunk, in parallel; BOS and EOS spelled out in the text become those tokens."""
-    ids = {tokenizer.bos_id, tokenizer.eos_id} - {None}
-    marks = {name: i for i in ids if (name := tokenizer.decode([i], skip_special=False))}
-    split = re.compile("(" + "|".join(map(re.escape, marks)) + ")") if marks else None
-    parts = [split.split(chunk) if split else [chunk] for chunk in chunks]
-    texts = [part for chunk in parts for part in chunk if part and part not in marks]
-    encoded = iter(tokenizer.encode_batch_ids(texts, bos=False))
-    for chunk in parts:
-        yield [i for part in chunk if part for i in ([marks[part]] if part in marks else next(encoded))]

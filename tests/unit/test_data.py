@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import litgpt.data.text_files as text_files
+import litgpt.data.text_reading as text_reading
 from litgpt.data import DataModule, StreamSampler, TextFiles, stream_loader
 from litgpt.data.token_stream import TokenBlocks, TokenFile
 from litgpt.data.tokenizer_training import train_tokenizer
@@ -105,8 +106,8 @@ def test_cutting_a_large_file_into_chunks_changes_no_token(tokenizer, monkeypatc
     breaks = Tokenizer(tmp_path / "breaks")
     assert len(breaks.encode_ids("\n\n", bos=False)) == 1
 
-    monkeypatch.setattr(text_files, "CHUNK_BYTES", 999)
-    chunks = list(text_files.read_chunks(text_files.whole(path)))
+    monkeypatch.setattr(text_reading, "CHUNK_BYTES", 999)
+    chunks = list(text_reading.read_chunks(text_reading.whole(path)))
     assert len(chunks) > 30
     assert "".join(chunks) == text
     for one in (tokenizer, breaks):
@@ -116,15 +117,15 @@ def test_cutting_a_large_file_into_chunks_changes_no_token(tokenizer, monkeypatc
 
 
 def test_a_text_without_line_breaks_is_cut_between_characters(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "CHUNK_BYTES", 7)
-    monkeypatch.setattr(text_files, "MAX_CHUNK_BYTES", 20)
+    monkeypatch.setattr(text_reading, "CHUNK_BYTES", 7)
+    monkeypatch.setattr(text_reading, "MAX_CHUNK_BYTES", 20)
     path = tmp_path / "one.txt"
     path.write_text("\ufeff" + "漢字🙂" * 50, encoding="utf-8")
-    chunks = list(text_files.read_chunks(text_files.whole(path)))
+    chunks = list(text_reading.read_chunks(text_reading.whole(path)))
     assert "".join(chunks) == "漢字🙂" * 50
     assert len(chunks) > 3
-    train, val = text_files.hold_out([path], 0.1)
-    assert "".join(text_files.read_chunks(train[0])) + "".join(text_files.read_chunks(val[0])) == "漢字🙂" * 50
+    train, val = text_reading.hold_out([path], 0.1)
+    assert "".join(text_reading.read_chunks(train[0])) + "".join(text_reading.read_chunks(val[0])) == "漢字🙂" * 50
     assert 0 < val[0].size < 0.2 * path.stat().st_size
 
 
@@ -142,7 +143,7 @@ def test_five_percent_of_a_single_file_are_held_out_and_said(tmp_path, tokenizer
     path.write_bytes(TEXT.read_bytes()[:50_000])
     data = module(path, tokenizer)
     text = path.read_text()
-    held = "".join(text_files.read_chunks(data._pieces()[1][0]))
+    held = "".join(text_reading.read_chunks(data._pieces()[1][0]))
     assert text.endswith(held)
     assert text[-len(held) - 1] == "\n"
     assert 0.045 < len(held) / len(text) <= 0.05

@@ -1,0 +1,192 @@
+"""Plain text in pieces: what of it is held out, where it may be cut without changing a token, and its ids."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    from litgpt.tokenizer import Tokenizer
+
+CHUNK_BYTES = 1 << 18  # what one core tokenises at a time
+MAX_CHUNK_BYTES = 1 << 22  # where a text without any line break is cut
+# A line break between two words: every tokenizer splits a text there, so cutting there changes no token.
+LINE_BREAK = re.compile(r"(?<=\S)\n(?=\S)")
+MANY_FILES = 20  # from here on whole files are held out for validation, below it the end of each
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The bytes `start` to `end` of a text file."""
+
+    path: Path
+    start: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
+
+def whole(path: Path) -> Piece:
+    return Piece(path, 0, path.stat().st_size)
+
+
+def hold_out(files: list[Path], fraction: float) -> tuple[list[Piece], list[Piece]]:
+    """Split off `fraction` of the text: whole files, evenly spread, of many; else the end of each."""
+    if fraction == 0:
+        return [whole(path) for path in files], []
+    if len(files) >= MANY_FILES:
+        every = round(1 / fraction)
+        held = set(files[every - 1 :: every] or files[-1:])
+        return [whole(path) for path in files if path not in held], [whole(path) for path in files if path in held]
+    train, val = [], []
+    for path in files:
+        size = path.stat().st_size
+        cut = line_start(path, int(size * (1 - fraction)), size)
+        train.append(Piece(path, 0, cut))
+        val.append(Piece(path, cut, size))
+    return train, [piece for piece in val if piece.size]
+
+
+def line_start(path: Path, near: int, size: int) -> int:
+    """The first line start in `path` from byte `near` on; without one nearby, the first character."""
+    with open(path, "rb") as file:
+        file.seek(near)
+        window = file.read(min(1 << 16, max(0, (size - near) // 2)))
+    newline = window.find(b"\n")
+    if newline >= 0:
+        return near + newline + 1
+    first = next((i for i, byte in enumerate(window) if byte & 0xC0 != 0x80), 0)  # not inside a UTF-8 character
+    return near + first
+
+
+def read_chunks(piece: Piece, whole_words: Sequence[str] = ()) -> Iterator[str]:
+    """The text of `piece` in chunks of about CHUNK_BYTES, cut at line breaks, and through none of `whole_words`.
+
+    Raises:
+        ValueError: It is not UTF-8.
+    """
+    with open(piece.path, "rb") as file:
+        file.seek(piece.start)
+        yield from decode_chunks(_blocks(file, piece.size), piece.path, piece.start, whole_words)
+
+
+def _blocks(file: BinaryIO, left: int) -> Iterator[bytes]:
+    while left and (block := file.read(min(left, CHUNK_BYTES))):
+        left -= len(block)
+        yield block
+
+
+def decode_chunks(
+    blocks: Iterable[bytes], path: Path, start: int = 0, whole_words: Sequence[str] = ()
+) -> Iterator[str]:
+    """`read_chunks` of bytes from anywhere, which begin at byte `start` of the text of `path`."""
+    decoder, text, position = codecs.getincrementaldecoder("utf-8")(), "", start
+    for block in blocks:
+        text += _decoded(decoder, block, path, position)
+        position += len(block)
+        if start == 0 and text.startswith("\ufeff"):
+            text = text[1:]
+        # What follows the last line break is kept back until it is known whether the text goes on.
+        cut = last_line_break(text, whole_words) or (len(text) if len(text) >= MAX_CHUNK_BYTES else 0)
+        if 0 < cut < len(text):
+            yield text[:cut]
+            text = text[cut:]
+        elif cut:
+            yield text
+            text = ""
+    text += _decoded(decoder, b"", path, position, final=True)
+    if text:
+        yield text
+
+
+def _decoded(decoder: codecs.IncrementalDecoder, block: bytes, path: Path, position: int, final: bool = False) -> str:
+    try:
+        return decoder.decode(block, final)
+    except UnicodeDecodeError as error:
+        place = position + len(block) - len(error.object) + error.start
+        raise ValueError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {place:,}). "
+            f"Convert it, for example with: iconv -f latin1 -t utf-8 {path}"
+        ) from error
+
+
+def last_line_break(text: str, whole_words: Sequence[str] = ()) -> int:
+    """Where the last line break between two words ends, one within a whole word apart; 0 if there is none."""
+    # A whole word that begins before the place and is not complete yet could still lie across it.
+    limit = len(text) - max(map(len, whole_words), default=1) + 1
+    start = max(0, len(text) - (1 << 16))
+    for begin in (start, 0):
+        ends = [match.end() for match in LINE_BREAK.finditer(text, begin)]
+        for end in reversed(ends):
+            if end <= limit and not lies_across(text, end, whole_words):
+                return end
+    return 0
+
+
+def lies_across(text: str, place: int, whole_words: Sequence[str]) -> bool:
+    """Whether one of `whole_words` begins before `place` and ends after it."""
+    return any(word in text[max(0, place - len(word) + 1) : place + len(word) - 1] for word in whole_words)
+
+
+def spelled_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """BOS and EOS as they are spelled, and their ids: in a plain text file they stand between documents."""
+    ids = {tokenizer.bos_id, tokenizer.eos_id} - {None}
+    return {name: i for i in ids if (name := tokenizer.decode([i], skip_special=False))}
+
+
+def encode_texts(
+    texts: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    continues: Sequence[bool] | None = None,
+    spelled: Mapping[str, int] | None = None,
+) -> Iterator[list[int]]:
+    """The ids of each text, in parallel, with nothing put around them.
+
+    Args:
+        texts: What to encode.
+        tokenizer: Its `encode_batch_ids` does it.
+        continues: Which of them go on after a cut of `read_chunks`; they become what they are in the whole text.
+        spelled: Words that become a token wherever they stand, such as `spelled_tokens`. Texts by strangers have none.
+    """
+    split = re.compile("(" + "|".join(map(re.escape, spelled)) + ")") if spelled else None
+    parts = [split.split(text) if split else [text] for text in texts]
+    inner = _InnerText(tokenizer) if continues is not None and any(continues) else None
+    plain, is_inner = [], []
+    for number, text in enumerate(parts):
+        for place, part in enumerate(text):
+            if part and not (spelled and part in spelled):
+                is_inner.append(inner is not None and place == 0 and continues[number])
+                plain.append(inner.mark(part) if is_inner[-1] else part)
+    encoded = tokenizer.encode_batch_ids(plain, bos=False)
+    ids = iter(inner.unmark(ids) if within else ids for ids, within in zip(encoded, is_inner, strict=True))
+    for text in parts:
+        if len(text) == 1 and text[0]:
+            yield next(ids)
+        else:
+            yield [i for part in text if part for i in ([spelled[part]] if part in (spelled or ()) else next(ids))]
+
+
+class _InnerText:
+    """Text that goes on after a line break, for tokenizers that put a space in front of every text they are given.
+
+    Such a text is encoded with a line break in front, whose ids are then taken away: what comes after it has no space.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        alone, after = (tokenizer.encode_batch_ids([text], bos=False)[0] for text in ("a", "\na"))
+        self._prefix = tokenizer.encode_batch_ids(["\n"], bos=False)[0]
+        rest = after[len(self._prefix) :]
+        self._marks = after[: len(self._prefix)] == self._prefix and rest != alone and bool(rest)
+
+    def mark(self, text: str) -> str:
+        return "\n" + text if self._marks else text
+
+    def unmark(self, ids: list[int]) -> list[int]:
+        return ids[len(self._prefix) :] if self._marks and ids[: len(self._prefix)] == self._prefix else ids
