@@ -180,7 +180,7 @@ def test_the_reference_is_the_base_without_dropout_and_noise(llama):
     compute = loss._log_probs
     loss._log_probs = lambda *args: seen.append(compute(*args)) or seen[-1]
     loss(pairs.idx, pairs.targets).sum().backward()
-    reference, policy = seen
+    reference, policy = (by_token.double().sum(dim=1) for by_token, _ in seen)
     torch.testing.assert_close(reference, expected, rtol=1e-6, atol=1e-5)
     assert (policy - expected).abs().max() > 0.5
     assert gpt.training
@@ -206,6 +206,27 @@ def test_pairs_are_the_terms_and_those_without_targets_do_not_count(llama):
     nothing = batch().without_targets()
     assert loss.num_terms(nothing) == 0
     assert loss(nothing.idx, nothing.targets, reference).tolist() == [0.0] * 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_tie_is_no_win(dtype, llama):
+    """Neither an exact one nor one that the last bits decide: the model is its own reference, but for those."""
+    _, _, folder, _ = llama
+    loss, pairs = PreferenceLoss(load_model(folder, dtype=dtype), VARIANTS["DPO"]), batch()
+    one_by_one = list(zip(pairs.idx.split(2), pairs.targets.split(2), strict=True))
+
+    def wins(reference: torch.Tensor) -> list[int]:
+        return [int(loss(*pair, two)[4]) for pair, two in zip(one_by_one, reference.split(2), strict=True)]
+
+    with torch.no_grad():
+        own = torch.cat([loss(*pair, log_probs_alone=True) for pair in one_by_one])
+        assert wins(own) == [0, 0, 0]
+        assert wins(loss(pairs.idx, pairs.targets, log_probs_alone=True)) == [0, 0, 0]  # in a batch of another shape
+        last_bits = torch.finfo(dtype).eps * own.view(-1, 2).abs() * torch.tensor([0.1, -0.1])
+        assert wins(own - last_bits.flatten()) == wins(own + last_bits.flatten()) == [0, 0, 0]
+        clearly = torch.tensor([1e-3 if dtype == torch.float32 else 0.5, 0.0]).repeat(len(PAIRS))
+        assert wins(own - clearly) == [1, 1, 1]
+        assert wins(own + clearly) == [0, 0, 0]
 
 
 def test_reference_log_probs_of_all_rows(llama):
