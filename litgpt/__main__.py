@@ -30,6 +30,10 @@ COMMANDS = {
         "Download a checkpoint or only its tokenizer; `download list` shows the known ones",
         "litgpt.commands.download:print_known_checkpoints",
     ),
+    "prepare_dataset": Command(
+        "litgpt.commands.prepare_dataset:setup",
+        "Tokenise text, JSON or parquet files or a Hub data set for pretraining",
+    ),
     "pretrain": Command(
         "litgpt.commands.pretrain:setup",
         "Train a model on text, from scratch or from a checkpoint; `pretrain list` shows the known models",
@@ -71,6 +75,11 @@ COMMANDS = {
     ),
     "chat": Command("litgpt.commands.chat:setup", "Talk with a model"),
     "serve": Command("litgpt.commands.serve:setup", "Answer requests over HTTP, OpenAI's API among them"),
+    "evaluate": Command(
+        "litgpt.commands.evaluate:setup",
+        "Evaluate a model on lm-evaluation-harness's tasks, or by perplexity; `evaluate list` shows the tasks",
+        "litgpt.commands.evaluate:print_tasks",
+    ),
     "merge_lora": Command(
         "litgpt.commands.merge_lora:setup", "Put finetuned LoRA weights into the model they belong to"
     ),

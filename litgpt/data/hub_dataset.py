@@ -260,7 +260,7 @@ def _matches(path: str, pattern: str) -> bool:
 
 def _one_kind(paths: list[str]) -> list[str]:
     """The same records may be there as parquet and as JSON: those of the first kind, parquet first."""
-    for suffix in (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz"):
+    for suffix in (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst"):
         if found := [path for path in paths if path.endswith(suffix)]:
             return sorted(found)
     return []

@@ -1,18 +1,19 @@
-"""Records from files: .json, .jsonl (both also .gz) and .parquet."""
+"""Records from files: .json, .jsonl (both also .gz and .zst) and .parquet."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from litgpt.data.compressed_files import open_bytes
 from litgpt.data.records import Record
 
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
 # What the parts of one JSON object with several splits are called.
 SPLIT_NAMES = {"train": ("train", "training", "data"), "val": ("val", "validation", "valid", "dev")}
 
@@ -107,8 +108,7 @@ def _lines(path: Path) -> Iterator[Record]:
 
 
 def _opened(path: Path) -> Any:
-    opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig")
+    return io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig")
 
 
 def _is_json(text: str) -> bool:

@@ -125,7 +125,13 @@ def document_offsets(path: Path, info: ChunkInfo, dtype: np.dtype) -> np.ndarray
 
 
 def write_index(directory: Path, chunks: Sequence[ChunkInfo], dtype: np.dtype) -> None:
-    """Write `index.json` beside the chunk files. The same chunks give the same bytes."""
+    """Write `index.json` beside the chunk files."""
+    with atomic_file(directory / INDEX_FILE) as temporary:
+        temporary.write_text(index_text(chunks, dtype), encoding="utf-8")
+
+
+def index_text(chunks: Sequence[ChunkInfo], dtype: np.dtype) -> str:
+    """The content of `index.json`. The same chunks give the same."""
     entries = [
         {
             "chunk_bytes": chunk.num_bytes,
@@ -148,9 +154,7 @@ def write_index(directory: Path, chunks: Sequence[ChunkInfo], dtype: np.dtype) -
     # litdata keeps its cache of a remote data set until this value changes, and writes the time here. What the chunks
     # are does as well, and the file depends on nothing else.
     updated_at = hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:32]
-    index = {"chunks": entries, "config": config, "updated_at": updated_at}
-    with atomic_file(directory / INDEX_FILE) as temporary:
-        temporary.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    return json.dumps({"chunks": entries, "config": config, "updated_at": updated_at}, indent=1) + "\n"
 
 
 @dataclass(frozen=True)

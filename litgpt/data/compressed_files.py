@@ -1,0 +1,74 @@
+"""Files compressed with gzip (.gz) or Zstandard (.zst), as streams of what is in them."""
+
+from __future__ import annotations
+
+import gzip
+import io
+from pathlib import Path
+from typing import BinaryIO
+
+COMPRESSIONS = (".gz", ".zst")
+# 4 KiB of what a hostile file holds can become 128 MiB: blocks of 4 bytes that say "128 KiB of zeros".
+INPUT_BYTES = 1 << 12
+MAX_WINDOW = 1 << 27  # what the program zstd accepts without being asked to
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """The bytes in a file, decompressed if its name ends in .gz or .zst.
+
+    Reading raises what the library raises for a damaged file, and EOFError where it is cut off.
+    """
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix == ".zst":
+        return io.BufferedReader(ZstandardFile(path), 1 << 18)
+    return open(path, "rb")
+
+
+def compressed_position(stream: BinaryIO) -> int:
+    """How many bytes on the disk a stream of `open_bytes` has read."""
+    if isinstance(stream, gzip.GzipFile):
+        return stream.fileobj.tell()
+    raw = getattr(stream, "raw", None)
+    return raw.compressed_position() if isinstance(raw, ZstandardFile) else stream.tell()
+
+
+class ZstandardFile(io.RawIOBase):
+    """The frames of a .zst file, one after the other. The library's own stream says nothing of one that is cut off."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import zstandard
+        except ImportError as error:
+            raise ValueError(
+                f"{path} is compressed with Zstandard; reading it needs: pip install zstandard (or litgpt[all])."
+            ) from error
+        self._new_frame = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).decompressobj
+        self._file = open(path, "rb")  # noqa: SIM115
+        self._frame, self._waiting, self._text = None, b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        while not self._text:
+            block, self._waiting = self._waiting or self._file.read(INPUT_BYTES), b""
+            if not block:
+                if self._frame is not None:
+                    raise EOFError("the file ends within a compressed frame")
+                return 0
+            frame = self._frame or self._new_frame()
+            self._text = memoryview(frame.decompress(block))
+            self._frame, self._waiting = (None, frame.unused_data) if frame.eof else (frame, b"")
+        size = min(len(buffer), len(self._text))
+        buffer[:size] = self._text[:size]
+        self._text = self._text[size:]
+        return size
+
+    def compressed_position(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
