@@ -37,8 +37,8 @@ class Request:
     """Asks for the log-probability of each new token, and of the so many likeliest in its place."""
     constraint: Constraint | None = None
     score_from: int | None = None
-    """Asks for the log-probabilities of the prompt's own tokens, from this one on (1 or more: nothing predicts the first,
-    0), with the `logprobs` likeliest in their places. max_new_tokens may then be 0: nothing is generated."""
+    """Asks for the log-probabilities of the prompt's own tokens, from this one on (1 or more: nothing predicts the
+    first, 0), with the `logprobs` likeliest in their places. max_new_tokens may then be 0: nothing is generated."""
     alternatives: Sequence[int] = ()
     """Tokens whose log-probabilities are asked for in the place of the prompt's last one, besides its own."""
 

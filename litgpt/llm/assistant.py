@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import nn
 
 from litgpt.config import Config
 from litgpt.generation.engine import Engine, Request
-from litgpt.generation.live import LiveEngine, weights_version
+from litgpt.generation.live import LiveEngine, Piece, weights_version
+from litgpt.generation.request import Output
 from litgpt.generation.sampling import Sampling
 from litgpt.generation.worker import Worker
 from litgpt.llm.placement import Placement
@@ -99,6 +100,10 @@ class Assistant(nn.Module):
     def request(self, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling, seed: int | None) -> Request:
         """What to ask the engine for the answer to a prompt."""
         return Request(prompt, max_new_tokens, sampling, self.stops, seed)
+
+    def run(self, requests: Sequence[Request], take: Callable[[int, Output], tuple[Piece, bool]]) -> Iterator[Piece]:
+        """Answers some requests together; as `LiveEngine.run`."""
+        return self._live.run(requests, take)
 
     def stream(self, request: Request) -> Iterator[int]:
         """The token ids of an answer as they come; safe from any thread. Closing the iterator ends the answer."""

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import queue
 import shutil
-import subprocess
-import sys
 import tempfile
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,9 +14,8 @@ from typing import Any
 import torch
 
 from litgpt.generation.ranks import News, RanksLost
+from litgpt.llm.child_process import ChildProcess
 from litgpt.process_group import ProcessGroup
-
-PATIENCE = 10  # seconds that a process has to end after it was told to
 
 
 class Leader:
@@ -107,67 +101,35 @@ class Leader:
         raise TypeError("A model that is split over several processes cannot be copied. Load it again.")
 
 
-class _Process:
+class _Process(ChildProcess):
     """One of the other ranks. What reads from it holds no leader, so that one who is not used any more can go."""
 
     def __init__(self, job: dict[str, Any], group: ProcessGroup) -> None:
         self.rank, self.group = job["rank"], group
         self.failure: RanksLost | None = None
         self.on_loss: Callable[[RanksLost], None] | None = None
-        self.is_over = False  # it was told to end
+        self._reason: str | None = None
         self._replies: queue.SimpleQueue[str] = queue.SimpleQueue()
-        paths = os.pathsep.join(path for path in sys.path if path)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "litgpt.llm.follower"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(job["threads"])},
-            start_new_session=True,  # Ctrl-C is for this process, which tells the others
-        )
-        self._reader = threading.Thread(target=self._read, name=f"litgpt-rank-{self.rank}", daemon=True)
-        self._reader.start()
-        self.write(job)
-
-    def write(self, what: Any) -> None:
-        try:
-            self.process.stdin.write(json.dumps(what).encode() + b"\n")
-            self.process.stdin.flush()
-        except OSError:
-            if not self.is_over:
-                self.expect_end(PATIENCE)
+        super().__init__("litgpt.llm.follower", job, name=f"litgpt-rank-{self.rank}", threads=job["threads"])
 
     def wait_until_ready(self) -> None:
         if self._replies.get() == "gone":
             raise self.failure
 
-    def expect_end(self, seconds: float) -> None:
-        """Waits for what is read from a process that has ended or is about to."""
-        self._reader.join(seconds)
+    def received(self, message: dict[str, Any]) -> None:
+        self._reason = message.get("error")
+        if self._reason is None:
+            self._replies.put("ready")
 
-    def _read(self) -> None:
-        reason = None
-        for line in self.process.stdout:
-            reason = json.loads(line).get("error")
-            if reason is None:
-                self._replies.put("ready")
-        code = self.process.wait()
-        if self.is_over:
-            return
-        how = reason or (f"it was killed by signal {-code}" if code < 0 else f"it ended with exit code {code}")
+    def gone(self, how: str) -> None:
         self.failure = self.failure or RanksLost(
-            f"Rank {self.rank}, a process that has a part of the model, is gone: {how}. Load the model again."
+            f"Rank {self.rank}, a process that has a part of the model, is gone: {self._reason or how}. Load the model "
+            "again."
         )
         self._replies.put("gone")
         self.group.abort()
         if self.on_loss is not None:
             self.on_loss(self.failure)
-
-    def end(self) -> None:
-        """Tells it to end."""
-        self.is_over = True
-        self.write(None)
-        with contextlib.suppress(OSError):  # it is gone already
-            self.process.stdin.close()
 
 
 def _end(processes: list[_Process], group: ProcessGroup, folder: Path, threads: int, owner: int) -> None:
@@ -177,10 +139,6 @@ def _end(processes: list[_Process], group: ProcessGroup, folder: Path, threads: 
         process.end()
     group.abort()
     for process in processes:
-        try:
-            process.process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            process.process.kill()
-            process.process.wait()
+        process.wait()
     shutil.rmtree(folder, ignore_errors=True)
     torch.set_num_threads(threads)

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from litgpt.prompts.styles import Message, PromptStyle, Tokenizer
+from litgpt.suggest import did_you_mean
 
 if TYPE_CHECKING:
     import jinja2
 
 DEFAULT = "default"
+END_MARK = "\ufdd2 "  # a Unicode noncharacter and a space: tells where a message ends in the text of a conversation
 TEMPLATE_FILE = "chat_template.jinja"
 
 
@@ -37,6 +39,19 @@ class ChatTemplate(PromptStyle):
         for source in self.templates.values():
             _compile(source)
 
+    def named(self, name: str) -> ChatTemplate:
+        """The same with another of its templates as the usual one.
+
+        Raises:
+            ValueError: There is none of that name.
+        """
+        if name not in self.templates:
+            raise ValueError(
+                f"The checkpoint has no chat template {name!r}.{did_you_mean(name, self.templates)} It has "
+                f"{', '.join(map(repr, self.templates))}."
+            )
+        return ChatTemplate({**self.templates, DEFAULT: self.templates[name]}, self.special_tokens)
+
     @property
     def template(self) -> str:
         return self._choose(tools=None)
@@ -47,8 +62,33 @@ class ChatTemplate(PromptStyle):
         system = [{"role": "system", "content": sys_prompt}] if sys_prompt is not None else []
         return self.render([*system, {"role": "user", "content": prompt}])
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **kwargs: Any) -> str:
-        """As in the base class; `kwargs` (`tools`, `documents`, `enable_thinking`) are variables of the template."""
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
+        continue_final_message: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """As in the base class; `kwargs` (`tools`, `documents`, `enable_thinking`) are variables of the template.
+
+        Args:
+            messages: The conversation.
+            add_generation_prompt: Write what opens the reply too.
+            continue_final_message: The last message is the beginning of a reply: the text ends with it.
+            kwargs: Variables of the template.
+
+        Raises:
+            ValueError: The template refuses the conversation, or does not write its last message as it is.
+        """
+        if continue_final_message:
+            *before, last = messages
+            marked = self.render([*before, {**last, "content": last["content"] + END_MARK}], False, **kwargs)
+            text, mark, after = marked.rpartition(END_MARK.strip())
+            if not mark or last["content"].strip() not in text:
+                raise ValueError("The checkpoint's chat template does not write the reply that is to be continued.")
+            keeps_spaces = after.startswith(END_MARK[len(mark) :])  # many templates trim what a message ends with
+            return text if keeps_spaces else text.rstrip()
         variables = {"tools": None, "documents": None, **self.special_tokens, **kwargs}
         template = _compile(self._choose(variables["tools"]))
         try:

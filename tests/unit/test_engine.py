@@ -550,5 +550,5 @@ def test_a_scored_prompt_may_be_continued_and_may_fill_the_context(model):
         sum(logprob for logprob, _ in plain_scores(model, longest, 1)), abs=1e-2
     )
     for wrong in (Request([*longest, 1], 0, score_from=1), Request([1], 0, score_from=1), Request([1, 2], 0)):
-        with pytest.raises(ValueError, match="context|score_from|max_new_tokens"):
+        with pytest.raises(ValueError, match=r"context|score_from|max_new_tokens"):
             Engine(model).check(wrong)

@@ -1,0 +1,13 @@
+"""How far the requests are, with the time left."""
+
+from __future__ import annotations
+
+import sys
+
+from tqdm import tqdm
+
+
+def bar(total: int, what: str) -> tqdm:
+    """A bar on stderr; where that is a file, a line now and then."""
+    seldom = 0.1 if sys.stderr.isatty() else 15
+    return tqdm(total=total, desc=what, unit="request", mininterval=seldom, maxinterval=seldom)

@@ -1,0 +1,76 @@
+"""A process that has a whole copy of a model and answers requests with it; `litgpt.llm.replicas` starts it.
+
+Lines of JSON come on standard input: first the job, then requests and which of them are cancelled, null at the end. On
+standard output come their outputs, or what went wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from litgpt.generation.request import Output, Request
+from litgpt.generation.sampling import Sampling
+from litgpt.generation.worker import Ticket, Worker
+from litgpt.llm.llm import load_llm
+
+
+def main() -> None:
+    """Loads the model and answers."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no reply
+    code = 0
+    try:
+        _work(json.loads(sys.stdin.buffer.readline()), replies)
+    except BaseException as error:
+        code = 1
+        _tell(replies, {"error": f"{type(error).__name__}: {error}"})
+    os._exit(code)
+
+
+def _work(job: dict[str, Any], replies: Any) -> None:
+    torch.set_num_threads(job["threads"])
+    device = torch.device(job["device"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # or else it would take memory of the first one, too
+    llm = load_llm(job["checkpoint"], device=device, precision=job["precision"], quantize=job["quantize"])
+    worker: Worker = llm.worker
+    worker.engine.most_slots = job["slots"]
+    tickets: dict[int, Ticket] = {}
+    for line in sys.stdin.buffer:
+        message = json.loads(line)
+        if message is None:
+            return
+        if "cancel" in message:
+            if (ticket := tickets.pop(message["cancel"], None)) is not None:
+                ticket.cancel()
+            continue
+        number, fields = message["submit"], message["request"]
+        request = Request(**fields | {"sampling": Sampling(**fields["sampling"])})
+        tickets[number] = worker.submit(request, partial(_deliver, replies, tickets, number))
+
+
+def _deliver(replies: Any, tickets: dict[int, Ticket], number: int, output: Output | Exception) -> None:
+    if isinstance(output, Exception):
+        _tell(replies, {"error": f"{type(output).__name__}: {output}"})
+        os._exit(1)
+    if output.finish_reason is not None:
+        tickets.pop(number, None)
+    values = asdict(replace(output, request=number, logprobs=[], prompt_logprobs=[]))
+    for name in ("logprobs", "prompt_logprobs"):
+        values[name] = [(one.token, one.logprob, one.likeliest) for one in getattr(output, name)]
+    _tell(replies, values)
+
+
+def _tell(replies: Any, what: dict[str, Any]) -> None:
+    print(json.dumps(what), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()
