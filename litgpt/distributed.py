@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -207,6 +210,27 @@ def shard_module(module: nn.Module, mesh: Any) -> nn.Module:
     return fully_shard(module, mesh=data_parallel)
 
 
+@contextmanager
+def whole_parameters(module: nn.Module) -> Iterator[None]:
+    """Inside, each device has all parameters of a module that `shard_module` may have sharded, so that a rank can run
+    it without the others. Every rank must call this, after the module's first forward pass."""
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    # The hooks around each part's forward pass would let go of its parameters again, and remember the pass for a
+    # backward one: the ranks then gather the parameters of different parts, and wait for each other forever.
+    hooks = [(part, part._forward_pre_hooks, part._forward_hooks) for part in parts]
+    for part in parts:
+        part.unshard()
+        part._forward_pre_hooks, part._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for part, before, after in hooks:
+            part._forward_pre_hooks, part._forward_hooks = before, after
+            part.reshard()
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether some parameters are spread over devices."""
     from torch.distributed.tensor import DTensor
@@ -229,6 +253,14 @@ def copy_into(target: Tensor, source: Tensor) -> None:
         target.copy_(distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None))
     else:
         target.copy_(source)
+
+
+def gathered_objects(fabric: Fabric, value: Any) -> list[Any]:
+    """What each rank has, in the order of the ranks. Every rank must call this."""
+    values = [value] * fabric.world_size
+    if fabric.world_size > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def describe_devices(fabric: Fabric) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import pprint
-import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from litgpt import cli, distributed
 from litgpt.checkpoint import copy_companion_files, resolve_checkpoint_dir
 from litgpt.commands.download import download
 from litgpt.commands.pretrain import choose_logger, plan_lines, sequence_length, stop_early
+from litgpt.commands.validation_answers import ValidationAnswers
 from litgpt.config import Config
 from litgpt.convert import Source, load_model, open_checkpoint
 from litgpt.convert.source import kind_for
@@ -27,17 +27,17 @@ from litgpt.data.base import DataModule
 from litgpt.data.preferences import PreferenceData
 from litgpt.data.sample_file import Sample
 from litgpt.data.sft import SFTData
-from litgpt.generation.engine import Engine, Request
-from litgpt.generation.sampling import Sampling
 from litgpt.memory import Usage, estimate_memory
 from litgpt.model import GPT
 from litgpt.prompts import choose_prompt_style, save_prompt_style
 from litgpt.quantize import TRAINING_KINDS, check_quantize, num_parameters, same_form, without_mixing
 from litgpt.tokenizer import Tokenizer
 from litgpt.training.activation_checkpointing import checkpoint_blocks
+from litgpt.training.answer_metrics import AnswerMetrics
 from litgpt.training.arguments import EvalArgs, LogArgs, TrainArgs
 from litgpt.training.batches import BatchStream
 from litgpt.training.console import Console
+from litgpt.training.criterion import choose_criterion
 from litgpt.training.loggers import make_logger
 from litgpt.training.loop import Outcome, Run, fit
 from litgpt.training.loss import IGNORE_INDEX, LossModule, NextTokenLoss
@@ -144,7 +144,14 @@ class Finetuning:
         check_quantize(quantize, precision, training=True)
         self.directory = RunDirectory(self.out_dir)
         is_main = distributed.rank_from_environment() == 0
-        self.checkpoint = self.directory.prepare(options.resume, options.overwrite, may_delete=is_main)
+        if options.eval.metrics and is_main:
+            print("Loading torchmetrics", flush=True)  # it takes up to ten seconds
+        self.metrics = AnswerMetrics(options.eval.metrics or [])
+        self.criterion = choose_criterion(options.eval.best_by, self.metrics.higher_is_better)
+        if options.dry_run:  # a run that is here stays, and is no hindrance
+            self.checkpoint = self.directory.start(options.resume)
+        else:
+            self.checkpoint = self.directory.prepare(options.resume, options.overwrite, may_delete=is_main)
         fetch = partial(download, access_token=options.access_token)
         self.source: Source = open_checkpoint(resolve_checkpoint_dir(checkpoint_dir, download=fetch))
         self.config: Config = self.source.config
@@ -195,6 +202,9 @@ class Finetuning:
             seed=self.options.seed,
         )
         self.console.print(self.data.describe())
+        self.answers = ValidationAnswers(
+            fabric, self.console, self.data, self.tokenizer, self.options.eval, self.metrics, self.config.block_size
+        )
         if not self.data.pack:  # what no sample needs, no row has
             self.tokens = min(self.tokens, max(1, self.data.train_samples.summary.longest - 1))
 
@@ -248,6 +258,8 @@ class Finetuning:
         for line in plan_lines(train, schedule, steps, per_sample, self.world_size, self.optimizer, varies, what):
             console.print(line)
         console.print(self._memory_line(gpt))
+        if self.metrics.metrics:
+            console.print(self.answers.describe())
         for name, sample in self.data.shown().items():
             console.print(f"{name}, {DIMMED}:\n{sample_in_words(sample, self.tokenizer)}\n")
         if options.dry_run:
@@ -275,8 +287,8 @@ class Finetuning:
             flops_per_token=flops,
             peak_flops=distributed.peak_flops(fabric),
             loss=loss_module,
+            metrics=list(self.metrics.higher_is_better),
         )
-        can_answer = options.eval.max_new_tokens and not distributed.is_sharded(gpt)
         run = Run(
             train=train,
             evaluation=options.eval,
@@ -285,7 +297,8 @@ class Finetuning:
             directory=self.directory,
             recorder=recorder,
             save=partial(self._save, save),
-            sample=partial(self._answer, gpt) if can_answer else None,
+            generate=partial(self.answers.generate, loss_module, gpt) if self.answers.is_wanted else None,
+            criterion=self.criterion,
             resume=self.checkpoint,
             saved=saved,
         )
@@ -332,26 +345,6 @@ class Finetuning:
         self.config.save(directory)
         save_prompt_style(self.data.style, directory)
         cli.save_hyperparameters(directory)
-
-    @torch.no_grad()
-    def _answer(self, gpt: GPT) -> str:
-        """What the model as it is now answers to a validation sample."""
-        which, count = self.options.eval.evaluate_example, self.data.num_examples
-        index = {"first": 0, "random": random.randrange(count)}.get(which, which)
-        if not 0 <= index < count:
-            raise ValueError(f"--eval.evaluate_example {which}: there are {count} validation samples, from 0 on.")
-        messages = self.data.example(index)
-        _, autocast = distributed.PRECISIONS[distributed.precision_of(self.fabric)]
-        was_training = gpt.training
-        gpt.eval()
-        try:
-            prompt = self.data.example_prompt(index)[: self.config.block_size - 1]
-            stops = self.data.style.stop_sequences(self.tokenizer)
-            request = Request(prompt, self.options.eval.max_new_tokens, Sampling(temperature=0), stops)
-            answer = self.tokenizer.decode(Engine(gpt, autocast=autocast).stream(request))
-        finally:
-            gpt.train(was_training)
-        return f"{messages[-1]['content']}\n-> {answer}"
 
 
 def frozen_kind(source: Source, quantize: str | None) -> str | None:

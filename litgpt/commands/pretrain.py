@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from litgpt import cli, distributed
@@ -17,7 +16,8 @@ from litgpt.convert import Source, open_checkpoint
 from litgpt.convert.hf_config import save_config_json
 from litgpt.data.base import DataModule
 from litgpt.data.tokenizer_training import train_tokenizer
-from litgpt.generation.engine import Engine, Request
+from litgpt.generation.in_training import complete
+from litgpt.generation.request import Request
 from litgpt.generation.sampling import Sampling
 from litgpt.model import GPT
 from litgpt.models import find_known
@@ -26,8 +26,9 @@ from litgpt.training.activation_checkpointing import checkpoint_blocks
 from litgpt.training.arguments import EvalArgs, LogArgs, TrainArgs
 from litgpt.training.batches import BatchStream
 from litgpt.training.console import Console
+from litgpt.training.criterion import choose_criterion
 from litgpt.training.loggers import check_logger, make_logger
-from litgpt.training.loop import Outcome, Run, fit
+from litgpt.training.loop import Generated, Outcome, Run, fit
 from litgpt.training.loss import NextTokenLoss
 from litgpt.training.metrics import flops_per_token
 from litgpt.training.neftune import add_noise
@@ -110,6 +111,12 @@ def setup(
         raise ValueError("--data is missing. For plain text: --data TextFiles --data.train_data_path FOLDER_OR_FILE.")
     if eval.evaluate_example != "first":
         raise ValueError("--eval.evaluate_example is for finetuning: pretraining data has no examples. Leave it out.")
+    if eval.metrics:
+        raise ValueError(
+            "--eval.metrics is for finetuning: it compares answers with replies, and pretraining data has none. Leave "
+            "it out."
+        )
+    choose_criterion(eval.best_by, {})
     if tokenizer_dir is not None and tokenizer_vocab_size is not None:
         raise ValueError("--tokenizer_dir and --tokenizer_vocab_size: use a tokenizer or train one, not both.")
     if eval.max_new_tokens and world_size > 1 and strategy != "ddp":
@@ -119,6 +126,8 @@ def setup(
     checkpoint = run_directory.prepare(resume, overwrite, may_delete=is_main)
     source = open_initial(initial_checkpoint_dir)
     tokenizer_dir = find_tokenizer(tokenizer_dir, source if tokenizer_vocab_size is None else None)
+    if tokenizer_dir is None and tokenizer_vocab_size is None:
+        tokenizer_dir = data.tokenizer_dir()
 
     fabric = distributed.make_fabric(devices, num_nodes, precision, strategy)
     fabric.launch()
@@ -189,6 +198,10 @@ def setup(
         console, run_directory, logger, flops_per_token=flops, peak_flops=distributed.peak_flops(fabric)
     )
     write = partial(sample_text, gpt, tokenizer, precision=distributed.precision_of(fabric), seed=seed)
+
+    def sample() -> Generated:
+        return Generated(write(eval.max_new_tokens) if fabric.global_rank == 0 else "")
+
     run = Run(
         train=train,
         evaluation=eval,
@@ -197,7 +210,7 @@ def setup(
         directory=run_directory,
         recorder=recorder,
         save=partial(save_checkpoint_files, config=config, tokenizer_dir=tokenizer_dir),
-        sample=partial(write, eval.max_new_tokens) if tokenizer else None,
+        generate=sample if tokenizer and eval.max_new_tokens else None,
         resume=checkpoint,
     )
     try:
@@ -234,7 +247,8 @@ def open_initial(directory: Path | None) -> Source | None:
 def find_tokenizer(directory: Path | None, source: Source | None) -> Path | None:
     """Where the tokenizer's files are: those of `directory` (or .gguf file), else those of the initial checkpoint."""
     if directory is not None:
-        path = resolve_checkpoint_dir(directory, download=partial(download, tokenizer_only=True))
+        fetch = partial(download, tokenizer_only=True)
+        path = resolve_checkpoint_dir(directory, download=fetch, tokenizer_only=True)
         return open_checkpoint(path).files if path.is_file() else path
     has_one = source is not None and any((source.files / name).is_file() for name in MODEL_FILES)
     return source.files if has_one else None
@@ -331,18 +345,13 @@ def save_checkpoint_files(
     cli.save_hyperparameters(directory)
 
 
-@torch.no_grad()
 def sample_text(gpt: GPT, tokenizer: Tokenizer, max_new_tokens: int, *, precision: str, seed: int) -> str:
     """What the model writes after BOS, or after a line break where there is no such token."""
     start = [tokenizer.bos_id] if tokenizer.bos_id is not None else tokenizer.encode_ids("\n", bos=False)
     _, autocast = distributed.PRECISIONS[precision]
-    was_training = gpt.training
-    gpt.eval()
-    try:
-        request = Request(start, max_new_tokens, Sampling(temperature=0.8, top_k=50), seed=seed)
-        return tokenizer.decode(Engine(gpt, autocast=autocast).stream(request))
-    finally:
-        gpt.train(was_training)
+    request = Request(start, max_new_tokens, Sampling(temperature=0.8, top_k=50), seed=seed)
+    (answer,) = complete(gpt, [request], autocast=autocast)
+    return tokenizer.decode(answer)
 
 
 def stop_early(console: Console, outcome: Outcome) -> None:

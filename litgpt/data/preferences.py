@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import tee
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -110,18 +110,8 @@ class PreferenceData(SFTData):
         multiple, longest = super()._collate(self._train).multiple, self._max_seq_length
         self._collates = {samples.directory: PairCollate(False, multiple, longest) for samples in self._both()}
 
-    @property
-    def num_examples(self) -> int:
-        return len(self._val) // 2
-
     def shown(self) -> dict[str, Sample]:
         return {"One pair, the chosen reply": self._train[0], "The same, the rejected reply": self._train[1]}
-
-    def example(self, index: int) -> list[dict[str, Any]]:
-        return self._val.messages_of(2 * self._checked(index))[:-1]
-
-    def example_prompt(self, index: int) -> list[int]:
-        return self._val.prompt_of(2 * self._checked(index))
 
     def all_batches(self) -> list[tuple[DataLoader, int]]:
         """Of the training and of the validation pairs: batches with each of them once, in order, and how many rows that

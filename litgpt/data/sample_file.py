@@ -150,6 +150,10 @@ class SampleFile(Sequence[Sample]):
         """The ids before the last reply of a sample (of a truncated one, what is left of them)."""
         return self.tokens_of(index)[0][: self._answers[index]].tolist()
 
+    def reply_of(self, index: int) -> list[int]:
+        """The ids of the last reply of a sample, with what ends it (of a truncated one, what is left of them)."""
+        return self.tokens_of(index)[0][self._answers[index] :].tolist()
+
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each sample, int64 (number of samples,)."""

@@ -171,7 +171,7 @@ class SFTData(DataModule):
     @property
     def num_examples(self) -> int:
         """How many validation conversations there are."""
-        return len(self._val)
+        return len(self._val) // self.rows_per_sample
 
     def shown(self) -> dict[str, Sample]:
         """What is shown of the training data before a run, by what it is."""
@@ -179,11 +179,20 @@ class SFTData(DataModule):
 
     def example(self, index: int) -> list[Message]:
         """Validation conversation number `index` without its last reply."""
-        return self._val.messages_of(self._checked(index))[:-1]
+        return self._val.messages_of(self._row_of(index))[:-1]
 
     def example_prompt(self, index: int) -> list[int]:
         """The token ids that the last reply of validation conversation number `index` follows in training."""
-        return self._val.prompt_of(self._checked(index))
+        return self._val.prompt_of(self._row_of(index))
+
+    def example_reply(self, index: int) -> list[int] | None:
+        """The token ids of the last reply of validation conversation number `index` (of a pair, of the chosen one),
+        without what ends it; None where the reply was cut off."""
+        row, end = self._row_of(index), self._choice["end"]
+        reply = self._val.reply_of(row)
+        if not end:
+            return None if self._val.lengths[row] == self._max_tokens() else reply
+        return reply[: -len(end)] if reply[-len(end) :] == end else None
 
     def train_dataloader(self) -> DataLoader:
         rows = self._rows(self._train)
@@ -302,10 +311,11 @@ class SFTData(DataModule):
         multiple = GPU_MULTIPLE if torch.accelerator.is_available() else 1
         return Collate(self.pack, multiple, self._max_seq_length)
 
-    def _checked(self, index: int) -> int:
+    def _row_of(self, index: int) -> int:
+        """Where validation conversation number `index` stands among the samples; of a pair, the chosen reply."""
         if not 0 <= index < self.num_examples:
             raise ValueError(f"There is no validation example {index}: there are {self.num_examples}, counted from 0.")
-        return index
+        return self.rows_per_sample * index
 
 
 class range_of_rows(Sequence):

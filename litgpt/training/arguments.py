@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 LRSchedule = Literal["cosine", "linear", "constant", "warmup-stable-decay"]
 
@@ -66,7 +66,7 @@ class TrainArgs:
     keep_last: int | None = None
     """Keep only this many of the newest step-* checkpoints; null keeps all"""
     keep_best: bool = False
-    """Whether to keep the checkpoint with the lowest validation loss, too, in out_dir/best"""
+    """Whether to keep the checkpoint with the best validation (eval.best_by), too, in out_dir/best"""
     activation_checkpointing: str | int = "none"
     """Keep only the input of these blocks and compute the rest again in the backward pass: none, full (all blocks), or
     N for every N-th; takes less memory and up to a third more time"""
@@ -179,7 +179,8 @@ class EvalArgs:
     interval: int = 600
     """Optimizer steps between validations"""
     max_new_tokens: int | None = None
-    """Tokens to generate as a sample after each validation; null generates none during training"""
+    """Tokens to generate at most, as a sample after each validation and as each answer that metrics score; null
+    generates none during training"""
     max_iters: int = 100
     """Validation batches of micro_batch_size sequences, over all devices"""
     initial_validation: bool = False
@@ -187,14 +188,27 @@ class EvalArgs:
     final_validation: bool = True
     """Whether to validate after the last step"""
     patience: int | None = None
-    """Validations without a new lowest loss after which training ends; null trains on. It keeps the best checkpoint,
-    in out_dir/best"""
+    """Validations without a new best one (best_by) after which training ends; null trains on. It keeps the best
+    checkpoint, in out_dir/best"""
     evaluate_example: str | int = "first"
     """Which validation example to generate a reply for while finetuning: first, random or its number"""
+    metrics: list[str | dict[str, Any]] | dict[str, Any] | str | None = None
+    """What to score answers to the validation samples by while finetuning: a list of exact_match, rouge, bleu, classes
+    of torchmetrics.text such as CHRFScore, dotted paths of others, or {class_path: ..., init_args: ..., name: ...}.
+    Each gives columns of metrics.csv, such as val_exact_match; null generates no answers"""
+    max_answers: int | None = 100
+    """Validation samples that are answered for the metrics, from the first on, over all devices; null answers all"""
+    best_by: str = "loss"
+    """The figure of a validation by which keep_best and patience tell the best: loss, or one that metrics give, such as
+    exact_match or rougeL"""
 
     def __post_init__(self) -> None:
-        for name in ("interval", "max_iters", "max_new_tokens", "patience"):
+        for name in ("interval", "max_iters", "max_new_tokens", "patience", "max_answers"):
             _check_at_least(f"eval.{name}", getattr(self, name), 1)
+        if isinstance(self.metrics, str):
+            self.metrics = [name.strip() for name in self.metrics.split(",") if name.strip()]
+        elif isinstance(self.metrics, dict):
+            self.metrics = [self.metrics]
         if isinstance(self.evaluate_example, str) and self.evaluate_example not in ("first", "random"):
             if not self.evaluate_example.isdecimal():
                 raise ValueError(

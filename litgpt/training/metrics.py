@@ -21,14 +21,15 @@ COLUMNS = (
 
 
 def val_column(figure: str) -> str:
-    """The column of a further figure (see `LossModule`) on the validation data."""
+    """The column of a figure on the validation data: the loss, a further one of it (see `LossModule`) or a metric."""
     return f"val_{figure}"
 
 
-def columns_with(figures: Sequence[str]) -> tuple[str, ...]:
-    """The columns of a run whose loss gives further figures: these stand after the losses."""
+def columns_with(figures: Sequence[str], metrics: Sequence[str] = ()) -> tuple[str, ...]:
+    """The columns of a run whose loss gives further figures, or whose answers are scored by metrics: these stand after
+    the losses."""
     place = COLUMNS.index("learning_rate")
-    return (*COLUMNS[:place], *figures, *map(val_column, figures), *COLUMNS[place:])
+    return (*COLUMNS[:place], *figures, *map(val_column, (*figures, *metrics)), *COLUMNS[place:])
 
 
 class MetricsFile:
@@ -42,10 +43,13 @@ class MetricsFile:
         path: The file.
         after_step: Keep rows up to this step (a resumed run says the later ones again); None starts a new file.
         figures: Names of what the loss gives beside itself.
+        metrics: Names of what answers to the validation data are scored by.
     """
 
-    def __init__(self, path: Path, after_step: int | None = None, figures: Sequence[str] = ()) -> None:
-        self.path, self.columns = path, columns_with(figures)
+    def __init__(
+        self, path: Path, after_step: int | None = None, figures: Sequence[str] = (), metrics: Sequence[str] = ()
+    ) -> None:
+        self.path, self.columns = path, columns_with(figures, metrics)
         kept = [] if after_step is None else [r for r in read_metrics(path) if int(r["step"]) <= after_step]
         with atomic_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ class Recorder:
         flops_per_token: Operations of a forward and backward pass per token, for the MFU.
         peak_flops: Operations per second of all devices; None where it is not known, and then there is no MFU.
         loss: Says what the loss is in, and which figures come with it.
+        metrics: Names of what answers to the validation data are scored by.
     """
 
     def __init__(
@@ -36,10 +37,11 @@ class Recorder:
         flops_per_token: float = 0.0,
         peak_flops: float | None = None,
         loss: LossModule | type[LossModule] = LossModule,
+        metrics: Sequence[str] = (),
     ) -> None:
         self.console, self.directory, self.logger = console, directory, logger
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
-        self.figures, self.unit = loss.figures, loss.unit
+        self.figures, self.unit, self.metrics = loss.figures, loss.unit, metrics
         self._metrics: MetricsFile | None = None
         self._iterations = self._tokens = 0
         self._window_start = self._start = time.perf_counter()
@@ -51,7 +53,7 @@ class Recorder:
         self._earlier, self._start = progress.seconds, time.perf_counter()
         if self.console.active:
             path = self.directory.path / METRICS_FILE
-            self._metrics = MetricsFile(path, progress.step if resumed else None, self.figures)
+            self._metrics = MetricsFile(path, progress.step if resumed else None, self.figures, self.metrics)
             self.console.start_bar(total_steps, progress.step)
         self._window_start = time.perf_counter()
         try:
@@ -140,3 +142,8 @@ class Recorder:
 def figures_in_words(figures: dict[str, float]) -> str:
     """Further figures of the loss, to follow it on a line; nothing where there are none."""
     return "".join(f", {name.replace('_', ' ')}: {value:.3f}" for name, value in figures.items())
+
+
+def metrics_in_words(metrics: dict[str, float | None]) -> str:
+    """Metrics on a line of their own, by the names that `--eval.best_by` takes."""
+    return ", ".join(f"{name}: {'n/a' if value is None else f'{value:.3f}'}" for name, value in metrics.items())

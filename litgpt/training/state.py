@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from litgpt.checkpoint import WEIGHTS, read_state_dict
-from litgpt.distributed import copy_into, draw_apart, gathered, rng_state, set_rng_state
+from litgpt.distributed import copy_into, draw_apart, gathered, gathered_objects, rng_state, set_rng_state
+from litgpt.training.criterion import LOSS, Criterion
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -39,18 +39,25 @@ class Progress:
     """Time spent training"""
     val_loss: float | None = None
     """The last validation loss"""
-    best_val_loss: float | None = None
-    """The lowest validation loss of a trained step"""
+    best_by: str = LOSS
+    """The figure by which a checkpoint is the best, see `Criterion`"""
+    best_value: float | None = None
+    """The best value of it after a trained step"""
     best_step: int | None = None
     """The step it is of"""
     stale_validations: int = 0
     """Validations since then"""
 
-    def judge(self, val_loss: float) -> bool:
-        """Take note of a validation after this step; whether its loss is the lowest so far."""
-        best = math.isfinite(val_loss) and (self.best_val_loss is None or val_loss < self.best_val_loss)
+    def judge_by(self, criterion: Criterion) -> None:
+        """From here on this figure decides; what was the best by another one counts no more."""
+        if self.best_by != criterion.name:
+            self.best_by, self.best_value, self.best_step, self.stale_validations = criterion.name, None, None, 0
+
+    def judge(self, value: float | None, criterion: Criterion) -> bool:
+        """Take note of a validation after this step; whether its figure is the best so far."""
+        best = criterion.is_better(value, self.best_value)
         if best:
-            self.best_val_loss, self.best_step = val_loss, self.step
+            self.best_value, self.best_step = value, self.step
         self.stale_validations = 0 if best else self.stale_validations + 1
         return best
 
@@ -121,18 +128,14 @@ def load_optimizer_state(optimizer: Optimizer, saved: dict[int, dict[str, Any]])
 
 def collect(fabric: Fabric, optimizer: Optimizer, progress: Progress) -> dict[str, Any]:
     """Everything beside the weights that a checkpoint needs. Every rank must call this."""
-    state = {
+    return {
         "progress": asdict(progress),
         "world_size": fabric.world_size,
         "optimizer_class": type(optimizer).__name__,
         "optimizer": optimizer_state(optimizer),
         "scaler": dict(fabric.strategy.precision.state_dict()),
-        "rng": [rng_state()],
+        "rng": gathered_objects(fabric, rng_state()),
     }
-    if fabric.world_size > 1:
-        state["rng"] = [None] * fabric.world_size
-        torch.distributed.all_gather_object(state["rng"], rng_state())
-    return state
 
 
 def restore(fabric: Fabric, module: nn.Module, optimizer: Optimizer, checkpoint: Path, saved: Saved) -> Progress:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from litgpt.training.arguments import EvalArgs
+from litgpt.training.criterion import Criterion
 from litgpt.training.metrics import read_metrics
 from litgpt.training.optimizers import OptimizerSpec
 from litgpt.training.state import Progress, read_training_state
@@ -34,7 +35,7 @@ def test_a_run_that_learns_is_not_stopped(train, tmp_path, capsys):
     assert len(rows) == 12
     losses = {int(row["step"]): float(row["val_loss"]) for row in rows if row["val_loss"]}
     progress = Progress(**read_training_state(tmp_path / "run/best")["progress"])
-    assert (progress.best_step, progress.best_val_loss) == (12, min(losses.values()))
+    assert (progress.best_step, progress.best_value) == (12, min(losses.values()))
     output = capsys.readouterr().out
     assert "at step 12: " in output
     assert "No lower one" not in output
@@ -75,11 +76,11 @@ def test_resumes_exactly_from_the_middle_of_its_patience(train, tmp_path, monkey
 
 def test_a_loss_that_is_no_number_is_never_the_best():
     progress = Progress(step=1)
-    assert not progress.judge(float("nan"))
-    assert progress.judge(2.0)
+    assert not progress.judge(float("nan"), Criterion())
+    assert progress.judge(2.0, Criterion())
     progress.step = 2
-    assert not progress.judge(float("nan"))
-    assert not progress.judge(2.0)
+    assert not progress.judge(float("nan"), Criterion())
+    assert not progress.judge(2.0, Criterion())
     assert (progress.best_step, progress.stale_validations) == (1, 2)
 
 
