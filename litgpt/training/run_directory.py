@@ -79,7 +79,7 @@ class RunDirectory:
             FileNotFoundError: There is nothing to resume from.
             ValueError: A run is here and may not be overwritten.
         """
-        checkpoint = self._choose(resume)
+        checkpoint = self.start(resume)
         if checkpoint is not None:
             inside = checkpoint.resolve().parent == self.path.resolve()
             if not inside and not overwrite and self.results():
@@ -102,7 +102,8 @@ class RunDirectory:
             for checkpoint in self.step_checkpoints()[:-keep_last]:
                 shutil.rmtree(checkpoint)
 
-    def _choose(self, resume: bool | str | Path) -> Path | None:
+    def start(self, resume: bool | str | Path) -> Path | None:
+        """The checkpoint that a run would begin from; None to begin afresh. `prepare` has the arguments, and acts on it."""
         text = str(resume).lower()
         if text in ("false", "none"):
             return None
