@@ -30,7 +30,7 @@ def find_checkpoint(
         print(f"Downloading {repo_id}", file=sys.stderr, flush=True)
         return download(repo_id, access_token=access_token, tokenizer_only=tokenizer_only)
 
-    return resolve_checkpoint_dir(name_or_path, download=fetch, incomplete=incomplete)
+    return resolve_checkpoint_dir(name_or_path, download=fetch, incomplete=incomplete, tokenizer_only=tokenizer_only)
 
 
 def open_model(name_or_path: Path | str, access_token: str | None = None) -> Source:

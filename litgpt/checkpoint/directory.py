@@ -21,15 +21,21 @@ if TYPE_CHECKING:
 
 
 def resolve_checkpoint_dir(
-    name_or_path: str | Path, *, download: Callable[[str], Path] | None = None, incomplete: bool = False
+    name_or_path: str | Path,
+    *,
+    download: Callable[[str], Path] | None = None,
+    incomplete: bool = False,
+    tokenizer_only: bool = False,
 ) -> Path:
     """Finds the checkpoint that a user means.
 
     Args:
         name_or_path: An existing directory or `.gguf` file, a weight file inside such a directory, the same below
             `checkpoints/`, a known model name (`org/name` or the short name), or a Hub id.
-        download: Called with the repository id if nothing is found on this machine.
+        download: Called with the repository id if nothing is found on this machine, or a tokenizer alone where a
+            download puts it.
         incomplete: Take a directory that is found as it is, whatever it lacks.
+        tokenizer_only: A tokenizer alone is enough.
 
     Returns:
         A checkpoint directory (ours or Hugging Face's) or a `.gguf` file.
@@ -50,6 +56,9 @@ def resolve_checkpoint_dir(
                 return path
             path = path.parent
         if path.is_dir():
+            rest_is_on_hub = download and not tokenizer_only and repo_id and path == Path("checkpoints") / repo_id
+            if rest_is_on_hub and not incomplete and _holds_tokenizer_alone(path):
+                continue
             return path if incomplete else _complete(path)
     if download and repo_id and not name.startswith((".", "~", "/")):
         return _complete(Path(download(repo_id)))
@@ -65,6 +74,13 @@ def resolve_checkpoint_dir(
 
 def _local_checkpoints() -> list[str]:
     return [str(path.parent) for path in sorted(Path("checkpoints").glob(f"*/*/{WEIGHTS}"))]
+
+
+def _holds_tokenizer_alone(path: Path) -> bool:
+    """Whether a directory has a tokenizer and no weights of any kind, as `litgpt download --tokenizer_only true` leaves
+    it."""
+    others = (file for file in path.iterdir() if ".pth" in file.suffixes)  # LoRA's and adapters', which need a base
+    return not missing_files(path) and bool(missing_files(path, weights=True)) and not any(others)
 
 
 def _complete(path: Path) -> Path:

@@ -50,10 +50,14 @@ def setup(
         print(f"Saved the tokenizer to {directory}")
         return
     if convert_checkpoint:
-        from litgpt.commands import convert_to_litgpt  # imports torch
+        from litgpt.convert import open_checkpoint  # imports torch
+        from litgpt.convert.options import dtype_from_name
+        from litgpt.export import lit
 
         print("Converting checkpoint files to LitGPT format.")
-        convert_to_litgpt.setup(directory, model_name=model_name, dtype=dtype)
+        source = open_checkpoint(directory, model_name, converted=False)
+        lit.save_lit(source, directory, dtype_from_name(dtype), in_place=True)
+        print(f"Saving converted checkpoint to {directory}")
         if not keep_hf_files:
             remove_originals(directory, model_name, dtype)
     else:

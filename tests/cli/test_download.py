@@ -14,6 +14,8 @@ import torch
 import yaml
 
 from litgpt.config import Config
+from litgpt.convert import Source
+from litgpt.export import lit
 from litgpt.models import find_known, known_checkpoints
 from tests import tokenizer_files
 from tests.hub_server import Hub, commit_of, serve_hub
@@ -167,7 +169,7 @@ def test_keep_hf_files_false_can_be_interrupted_anywhere(litgpt, hub, llama_file
         elif moment == "same_values":
             patch.setattr("litgpt.convert.source.same_values", interrupt)
         else:
-            patch.setattr("litgpt.commands.convert_to_litgpt.save_model", interrupt)
+            patch.setattr("litgpt.export.lit.save_model", interrupt)
         assert litgpt("download", "org/tiny", "--keep_hf_files", "false").code == 130
     answer = litgpt("generate", "checkpoints/org/tiny", "--prompt", "Hello", "--max_new_tokens", 3)
     assert answer.code == 0, answer.err
@@ -177,17 +179,15 @@ def test_keep_hf_files_false_can_be_interrupted_anywhere(litgpt, hub, llama_file
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_keep_hf_files_false_compares_first(litgpt, hub, llama_files, monkeypatch, dtype):
-    from litgpt.commands import convert_to_litgpt
-
-    def convert_wrongly(directory: Path, **options: object) -> None:
-        setup(directory, **options)
+    def convert_wrongly(source: Source, directory: Path, *arguments: object, **options: object) -> None:
+        save_lit(source, directory, *arguments, **options)
         weights = torch.load(directory / "lit_model.pth", weights_only=True)
         weights["transformer.h.1.mlp.proj.weight"][3, 5] += 1
         torch.save(weights, directory / "lit_model.pth")
 
-    setup = convert_to_litgpt.setup
+    save_lit = lit.save_lit
     hub.repositories["org/tiny"] = llama_files[0]
-    monkeypatch.setattr(convert_to_litgpt, "setup", convert_wrongly)
+    monkeypatch.setattr(lit, "save_lit", convert_wrongly)
     options = ("--dtype", dtype) if dtype else ()
     result = litgpt("download", "org/tiny", "--keep_hf_files", "false", *options)
     assert result.code == 1

@@ -413,6 +413,30 @@ def test_what_is_not_here_is_downloaded(checkpoint):
     assert len(asked) == 4
 
 
+def test_where_a_tokenizer_alone_was_downloaded_the_weights_are_too(checkpoint):
+    (checkpoint / WEIGHTS).unlink()
+    (checkpoint / CONFIG).unlink()
+    asked = []
+
+    def fetch(repo_id):
+        asked.append(repo_id)
+        (checkpoint / WEIGHTS).write_bytes(b"weights")
+        (checkpoint / CONFIG).write_text("")
+        return checkpoint
+
+    name = "EleutherAI/pythia-14m"
+    assert resolve_checkpoint_dir(name, download=fetch, tokenizer_only=True).resolve() == checkpoint.resolve()
+    assert asked == []
+    for wanted in (name, f"checkpoints/{name}", "pythia-14m"):
+        assert resolve_checkpoint_dir(wanted, download=fetch).resolve() == checkpoint.resolve()
+    assert asked == [name]
+    (checkpoint / WEIGHTS).unlink()
+    (checkpoint / CONFIG).unlink()
+    (checkpoint / "lit_model.pth.lora").write_bytes(b"")  # what was finetuned alone has a base that it names
+    assert resolve_checkpoint_dir(name, download=fetch).resolve() == checkpoint.resolve()
+    assert asked == [name]
+
+
 def test_a_near_miss_is_suggested(checkpoint):
     with pytest.raises(FileNotFoundError, match=r"Did you mean.*EleutherAI/pythia-14m"):
         resolve_checkpoint_dir("EleutherAI/pythia-14n")
