@@ -1,0 +1,85 @@
+"""Small repositories under real names, as the Hub has them: checkpoints of the right architectures, and data sets."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import torch
+
+from litgpt.checkpoint import save_model
+from litgpt.config import Config
+from litgpt.convert import export_hf
+from litgpt.model import GPT
+from litgpt.models import known_checkpoints
+from tests import tokenizer_files
+
+ROOT = Path(__file__).parents[2]
+VOCABULARY = 704
+
+
+def checkpoint(repo_id: str, directory: Path, name: str | None = None) -> dict[str, bytes]:
+    """The files of a repository: a random model of a known one's architecture, of two narrow layers.
+
+    Args:
+        repo_id: The repository.
+        directory: An empty directory to make them in.
+        name: The known model whose architecture it has, where it is not known itself.
+    """
+    known = Config.from_name(name or known_checkpoints()[repo_id].name)
+    size = 20 if known.rotary_percentage == 0.4 else 16  # a part of it turns, which has to be a whole number
+    config = Config.from_name(
+        known.name,
+        n_layer=2,
+        n_embd=2 * size,
+        n_head=2,
+        head_size=size,
+        n_query_groups=1 if known.n_query_groups == 1 else 2,
+        intermediate_size=64,
+        vocab_size=VOCABULARY,
+        padded_vocab_size=VOCABULARY,
+    )
+    torch.manual_seed(0)
+    model = GPT(config)
+    model.init_weights()
+    ours, theirs = directory / "ours", directory / "theirs"
+    ours.mkdir(parents=True)
+    sentencepiece = any(word in repo_id for word in ("Llama-2", "TinyLlama", "gemma", "Mistral"))
+    (tokenizer_files.byte_fallback if sentencepiece else tokenizer_files.byte_level)(ours)
+    save_model(ours, model, config)
+    export_hf(ours, theirs, shard_size=100_000)  # in two files, as large ones are
+    (theirs / "generation_config.json").write_text(json.dumps({"eos_token_id": 2 if sentencepiece else 0}))
+    return {file.name: file.read_bytes() for file in theirs.iterdir()}
+
+
+def parquet(records: list[dict[str, Any]]) -> bytes:
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), file)
+    return file.getvalue()
+
+
+def instructions(count: int) -> list[dict[str, str]]:
+    return [
+        {"instruction": f"Count to {n}.", "input": "", "output": " ".join(map(str, range(n % 40)))}
+        for n in range(count)
+    ]
+
+
+def text(part: int, size: int = 30_000) -> str:
+    """A part of the quickstart's text."""
+    whole = (ROOT / "config_hub/pretrain/data/shakespeare.txt").read_text()
+    return whole[part * size : (part + 1) * size]
+
+
+def data_sets() -> dict[str, dict[str, bytes]]:
+    """Alpaca2k and OpenWebText, as they lie on the Hub."""
+    alpaca = {"alpaca_2000.parquet": parquet(instructions(120)), "README.md": b"# Alpaca"}
+    documents = [{"text": paragraph} for paragraph in text(0, 200_000).split("\n\n")]
+    half = len(documents) // 2
+    web = {
+        "plain_text/train-00000-of-00002.parquet": parquet(documents[:half]),
+        "plain_text/train-00001-of-00002.parquet": parquet(documents[half:]),
+    }
+    return {"datasets/mhenrichsen/alpaca_2k_test": alpaca, "datasets/Skylion007/openwebtext": web}
