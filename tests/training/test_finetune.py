@@ -151,6 +151,20 @@ def test_a_dry_run_says_everything_and_trains_nothing(base, records, tmp_path, c
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_leaves_the_run_that_is_there(base, records, tmp_path, capsys):
+    """Neither does it stand in its way, nor does --overwrite delete it."""
+    setup, own, _ = METHODS["lora"]
+    earlier = tmp_path / "out/final/lit_model.pth"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_bytes(b"weights")
+    for overwrite in (False, True):
+        data = JSON(json_path=records, val_split_fraction=0.2)
+        options = {"out_dir": tmp_path / "out", "overwrite": overwrite, "dry_run": True}
+        flattened(setup)(checkpoint_dir=base, data=data, **options, **own)
+        assert "--dry_run: nothing was trained." in capsys.readouterr().out
+        assert earlier.read_bytes() == b"weights"
+
+
 def test_pretraining_data_is_refused_by_name(base, tmp_path):
     from litgpt.data import TextFiles
 
