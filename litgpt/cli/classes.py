@@ -89,6 +89,15 @@ class ClassChoice:
         """Short names of the choices that take all these init args."""
         return [name for name in self.names() if settings <= set(accepted(self.resolve(name)[1]))]
 
+    def meant_by(self, init_args: dict[str, Any], names: list[str]) -> str | None:
+        """Which of several choices that take some init args is meant, where their base class has a `choose` for that.
+
+        Raises:
+            ValueError, FileNotFoundError: What the init args name cannot be used.
+        """
+        choose = getattr(self.base, "choose", None)
+        return choose(init_args, names) if choose is not None and names else None
+
 
 def _import(module: str) -> Any:
     """Import a module, from the current directory too; None where there is none."""

@@ -158,10 +158,15 @@ def settle_classes(layer: Layer, signature: Signature) -> list[str]:
         init_args = chosen.setdefault("init_args", {})
         if "class_path" not in chosen:
             takers = parameter.choice.having(set(init_args))
-            if len(takers) != 1:
+            try:
+                taker = takers[0] if len(takers) == 1 else parameter.choice.meant_by(init_args, takers)
+            except (ValueError, FileNotFoundError) as error:
+                problems.append(str(error))
+                continue
+            if taker is None:
                 problems.append(_which_class(parameter, list(init_args), takers))
                 continue
-            chosen["class_path"] = f"{parameter.choice.package}.{takers[0]}"
+            chosen["class_path"] = f"{parameter.choice.package}.{taker}"
         try:
             cls = parameter.choice.resolve(chosen["class_path"])[1]
         except UsageError as error:

@@ -226,7 +226,8 @@ def setup(
         return stop_early(console, outcome)
     if tokenizer is not None and fabric.global_rank == 0 and not distributed.is_sharded(gpt):
         console.print(f"The model writes:\n{write(eval.max_new_tokens or SAMPLE_TOKENS)}\n")
-    console.print(f"To talk with it, run:\nlitgpt chat {outcome.checkpoint}")
+    if tokenizer is not None:
+        console.print(f"To talk with it, run:\nlitgpt chat {outcome.checkpoint}")
 
 
 def choose_logger(name: str, other: str | None, log: LogArgs, default: str = LOGGER) -> str:

@@ -20,8 +20,13 @@ _PLACES = {
     "HFDataset": "litgpt.data.hub_data",
     "HFPreferences": "litgpt.data.preferences",
     "LIMA": "litgpt.data.multi_turn",
+    "LitData": "litgpt.data.litdata_module",
     "LongForm": "litgpt.data.longform",
+    "MicroLlama": "litgpt.data.micro_llama",
+    "OpenWebText": "litgpt.data.open_web_text",
     "Preferences": "litgpt.data.preferences",
+    "TinyLlama": "litgpt.data.tiny_llama",
+    "TinyStories": "litgpt.data.tiny_stories",
 }
 __all__ = [
     "FLAN",
@@ -36,11 +41,16 @@ __all__ = [
     "HFDataset",
     "HFPreferences",
     "LengthGroupedSampler",
+    "LitData",
     "LongForm",
+    "MicroLlama",
+    "OpenWebText",
     "Preferences",
     "SFTData",
     "StreamSampler",
     "TextFiles",
+    "TinyLlama",
+    "TinyStories",
     "stream_loader",
 ]
 

@@ -52,6 +52,17 @@ class DataModule:
         """Batches to validate on; an empty list where there are none."""
         return []
 
+    def tokenizer_dir(self) -> Path | None:
+        """The tokenizer that goes with the data, where it is tokenised already; called before anything else."""
+        return None
+
+    @classmethod
+    def choose(cls, settings: dict[str, Any], choices: Sequence[str]) -> str | None:
+        """Which of some classes is meant by settings that all of them take; None where that cannot be told."""
+        from litgpt.data.detection import module_for
+
+        return module_for(settings, choices)
+
     def training_texts(self) -> Iterator[str] | None:
         """The raw training text, piece by piece, for training a tokenizer on it; None where there is no text."""
         return None

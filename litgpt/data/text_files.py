@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from litgpt.data.base import DataModule, stream_loader
+from litgpt.data.document_marks import DocumentMarks
 from litgpt.data.text_reading import Piece, encode_texts, hold_out, read_chunks, spelled_tokens, whole
 from litgpt.data.token_stream import TokenBlocks, TokenFile
 from litgpt.resources import cache_directory, find
@@ -47,6 +48,8 @@ class TextFiles(DataModule):
     """Another spelling of train_data_path; a folder with the folders train and val in it gives both"""
     cache_dir: Path | None = None
     """Where the tokens are cached; null takes LITGPT_CACHE_DIR, or litgpt in the user's cache directory"""
+    isolate_documents: bool = False
+    """Keep attention inside documents: inside files, and where BOS or EOS is spelled out, between these"""
 
     def __post_init__(self) -> None:
         self._tokenizer: Tokenizer | None = None
@@ -87,14 +90,26 @@ class TextFiles(DataModule):
             )
 
     def train_dataloader(self) -> DataLoader:
-        blocks = TokenBlocks(self._train, self._block_size)
+        blocks = TokenBlocks(self._train, self._block_size, self._marks())
         return stream_loader(blocks, self._batch_size, seed=self.seed, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader | list:
         if not self._val:
             return []
-        blocks = TokenBlocks(self._val, min(self._block_size, len(self._val) - 1))
+        blocks = TokenBlocks(self._val, min(self._block_size, len(self._val) - 1), self._marks())
         return DataLoader(blocks, batch_size=self._batch_size)
+
+    def _marks(self) -> DocumentMarks | None:
+        """What tells documents apart, where they are not to see each other."""
+        if not self.isolate_documents:
+            return None
+        bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
+        if bos is None and eos is None:
+            raise ValueError(
+                "--data.isolate_documents true cannot act: the tokenizer has neither BOS nor EOS, so nothing marks "
+                "where a document begins. Leave it out."
+            )
+        return DocumentMarks(end=eos if bos not in (None, eos) else None, start=eos if bos is None else bos)
 
     def training_texts(self) -> Iterator[str]:
         for piece in self._pieces()[0]:

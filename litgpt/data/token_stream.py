@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from litgpt.checkpoint import atomic_directory
+from litgpt.data.document_marks import DocumentMarks
 
 TOKENS_FILE = "tokens.bin"
 INDEX_FILE = "index.json"
@@ -67,18 +68,21 @@ class TokenBlocks(Dataset):
     Args:
         file: The tokens.
         block_size: T, the tokens that go into the model.
+        marks: What tells documents apart, where these are not to see each other.
     """
 
-    def __init__(self, file: TokenFile, block_size: int) -> None:
+    def __init__(self, file: TokenFile, block_size: int, marks: DocumentMarks | None = None) -> None:
         self.file = file
         self.block_size = block_size
+        self.marks = marks
 
     def __len__(self) -> int:
         return max(0, (len(self.file) - 1) // self.block_size)
 
-    def __getitem__(self, index: int) -> torch.Tensor:
-        """Block `index`, int64, (T + 1,)."""
+    def __getitem__(self, index: int) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Block `index`, int64, (T + 1,); where documents are isolated, see `DocumentMarks.isolate`."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         start = index * self.block_size
-        return torch.from_numpy(self.file.tokens[start : start + self.block_size + 1].astype(np.int64))
+        tokens = torch.from_numpy(self.file.tokens[start : start + self.block_size + 1].astype(np.int64))
+        return tokens if self.marks is None else self.marks.isolate(tokens)

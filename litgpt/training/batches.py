@@ -45,6 +45,23 @@ class MicroBatch(NamedTuple):
         idx, targets = (tensor.to(device, non_blocking=True) for tensor in (self.idx, self.targets))
         return self._replace(idx=idx, targets=targets, inputs=inputs)
 
+    def checked(self, num_embeddings: int) -> MicroBatch:
+        """The same, once it is certain that all ids are among the rows of the model's embedding; on a GPU, one that is
+        not would end the process without a word on the data.
+
+        Raises:
+            ValueError: Some are not.
+        """
+        for ids in (self.idx, self.targets):
+            if int(ids.max()) >= num_embeddings or (ids is self.idx and int(ids.min()) < 0):
+                wrong = int(ids.max() if int(ids.max()) >= num_embeddings else ids.min())
+                raise ValueError(
+                    f"The data holds the token id {wrong}, and the model's embedding has {num_embeddings} rows: the "
+                    "text was tokenised for another vocabulary. Prepare it with the model's tokenizer, or set "
+                    "--model_config.padded_vocab_size."
+                )
+        return self
+
     def without_targets(self) -> MicroBatch:
         """The same with nothing to predict: adds nothing to any sum."""
         return self._replace(targets=torch.full_like(self.targets, IGNORE_INDEX))

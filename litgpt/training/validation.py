@@ -31,7 +31,9 @@ def validate(fabric: Fabric, model: nn.Module, batches: Iterable, max_batches: i
     loss_module = getattr(model, "module", model)
     total = torch.zeros(2 + len(loss_module.figures), dtype=torch.float64)  # terms, loss, figures
     sums = []
-    for batch in share_out(map(micro_batch, islice(batches, max_batches)), fabric.global_rank, fabric.world_size):
+    rows = loss_module.gpt.config.padded_vocab_size
+    read = (micro_batch(batch).checked(rows) for batch in islice(batches, max_batches))
+    for batch in share_out(read, fabric.global_rank, fabric.world_size):
         total[0] += loss_module.num_terms(batch)
         on_device = batch.to(fabric.device)
         sums.append(model(on_device.idx, on_device.targets, **on_device.inputs).float().reshape(-1))
