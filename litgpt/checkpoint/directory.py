@@ -7,16 +7,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from litgpt.checkpoint.names import COMPANION_FILES, CONFIG, WEIGHTS
-from litgpt.checkpoint.weights import Release
-from litgpt.checkpoint.writer import write_state_dict
 from litgpt.config import Config
 from litgpt.models import find_known, known_checkpoints
 from litgpt.suggest import did_you_mean
 
 if TYPE_CHECKING:
+    import torch
+
+    from litgpt.checkpoint.weights import Release
     from litgpt.model import GPT
 
 
@@ -151,7 +150,7 @@ def save_model(
     directory: str | Path,
     model: "GPT | dict[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]",
     config: Config,
-    release: Release | None = None,
+    release: "Release | None" = None,
 ) -> None:
     """Writes `lit_model.pth` and `model_config.yaml` into a directory (that `atomic_directory` gave the caller).
 
@@ -161,6 +160,10 @@ def save_model(
         config: Its shape.
         release: As for `write_state_dict`.
     """
+    import torch  # whoever looks for a directory, or copies its files, does without
+
+    from litgpt.checkpoint.writer import write_state_dict
+
     if isinstance(model, torch.nn.Module):
         model = model.state_dict()
     config.save(directory)

@@ -27,7 +27,7 @@ def setup(
     download_dir: Path | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Tokenise a corpus into chunks that pretraining streams: `litgpt pretrain MODEL --data.data_dir DESTINATION_PATH`.
+    r"""Tokenise a corpus into chunks that pretraining streams: `litgpt pretrain MODEL --data.data_dir DESTINATION_PATH`.
 
     The corpus is plain text (.txt), JSON (.jsonl, .json), both also compressed (.gz, .zst), or parquet. Every document
     ends with EOS. A document is a record, or of a text file what stands between EOS spelled out, else all of it.
@@ -43,7 +43,7 @@ def setup(
         destination_path: Where the folders train and val go, the tokenizer, and dataset.yaml, the record of them.
         split: What to make: train,val or train. Where val has no files of its own, some of train is held out.
         text_column: Column of the text in records; by default text, content, ..., or the only one with texts.
-        document_separator: What else stands between the documents of a text file.
+        document_separator: What else stands between the documents of a text file; \n in it is a line break.
         val_split_fraction: Part of the text to hold out; by default 0.05, or about 100 MB of a large corpus. Documents
             are held out one by one; of text files it is the end of each, of 20 and more whole files.
         eos_token: The token that ends a document, where the tokenizer names none.

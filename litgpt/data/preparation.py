@@ -199,6 +199,7 @@ def _plan(
     seed: int,
 ) -> tuple[Job, dict[str, Any]]:
     """All that decides the result, and those of its parts that users choose, for the record."""
+    separator = None if separator is None else separator.replace("\\n", "\n").replace("\\t", "\t")
     if separator == "":
         raise ValueError("--document_separator is empty. Leave it out, or give the text between two documents.")
     if add_bos and tokenizer.bos_id is None:
@@ -483,6 +484,7 @@ def _groups(parts: Sequence[ChunkInfo]) -> Iterator[list[ChunkInfo]]:
 
 def _link(part: Path, path: Path) -> None:
     """The file under another name too: until all is finished, it can be finished again."""
+    path.unlink(missing_ok=True)  # renaming one name of a file to another name of it does nothing
     with atomic_file(path) as temporary:
         try:
             os.link(part, temporary)
