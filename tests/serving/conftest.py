@@ -26,6 +26,8 @@ from litgpt.serving.service import Service
 from litgpt.tokenizer import Tokenizer
 from tests import checkpoint_files, tokenizer_files
 
+PATIENCE = 120  # seconds that a busy machine is given
+
 # As Hermes and Qwen write tools and calls.
 TOOLS_TEMPLATE = (
     "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
@@ -57,14 +59,43 @@ class Running:
 
     @property
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE)
 
     def wait_until_idle(self) -> None:
         """Until no answer runs or waits; fails where one stays."""
-        deadline = time.monotonic() + 20
-        while self.service.taken or any(e.running or e.waiting for e in self.engines):
-            assert time.monotonic() < deadline, (self.engine.running, self.engine.waiting, self.service.taken)
-            time.sleep(0.01)
+        wait_for(lambda: not self.service.taken and not any(e.running or e.waiting for e in self.engines))
+
+
+class Brake:
+    """Holds a server's model up after so many steps until it is let go, and counts its steps.
+
+    What must happen to an answer before its end happens while the model stands still, however quick or busy the machine.
+    """
+
+    def __init__(self, served: Running, after: int = 0) -> None:
+        self.steps, self.after, self.free = 0, after, threading.Event()
+        self.handle = served.engine.model.transformer["h"][0].register_forward_pre_hook(self.hold)
+
+    def hold(self, *_) -> None:
+        self.steps += 1
+        if self.steps > self.after:
+            self.free.wait(PATIENCE)
+
+    def release(self) -> None:
+        """Lets it run on; steps are still counted."""
+        self.free.set()
+
+    def remove(self) -> None:
+        self.release()
+        self.handle.remove()
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    """Until it holds. The bound is no claim about time: it ends a test that would wait forever."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "what is waited for does not come"
+        time.sleep(0.01)
 
 
 @contextmanager
@@ -99,20 +130,18 @@ def running(
         yield Running(server, service, llm.engine, url, thread)
     finally:
         server.stop(finish=False)
-        thread.join(20)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
 
 
 def wait_until_ready(url: str) -> None:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
+    def ready() -> bool:
         try:
-            if httpx.get(f"{url}/health").status_code == 200:
-                return
+            return httpx.get(f"{url}/health").status_code == 200
         except httpx.TransportError:
-            pass
-        time.sleep(0.02)
-    raise AssertionError("the server does not get ready")
+            return False
+
+    wait_for(ready)
 
 
 def raw_request(url: str, data: bytes) -> bytes:

@@ -6,14 +6,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import httpx
 import pytest
 
 from litgpt import LLM
 from litgpt.serving.server import listen
-from tests.serving.conftest import running, wait_until_ready
+from tests.serving.conftest import PATIENCE, Brake, running, wait_for, wait_until_ready
 from tests.training.test_tensor_parallel import followers
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 300, "temperature": 0, "ignore_eos": True}
@@ -23,7 +22,7 @@ def test_it_listens_at_once_and_says_what_it_waits_for(chat_directory):
     loaded = threading.Event()
 
     def before_loading():
-        loaded.wait(20)
+        loaded.wait(PATIENCE)
 
     with running(chat_directory, before_loading=before_loading) as server:
         server.service.say("loading the weights")
@@ -34,7 +33,7 @@ def test_it_listens_at_once_and_says_what_it_waits_for(chat_directory):
         for path in ("/v1/chat/completions", "/predict"):
             response = httpx.post(server.url + path, json={**CHAT, "prompt": "x"} if path[1] == "p" else CHAT)
             assert response.status_code in (422, 503)
-        response = httpx.post(f"{server.url}/v1/chat/completions", json=CHAT)
+        response = httpx.post(f"{server.url}/v1/chat/completions", json=CHAT, timeout=PATIENCE)
         assert response.status_code == 503
         assert "loading the weights" in response.json()["error"]["message"]
         assert "retry-after" in response.headers
@@ -43,30 +42,31 @@ def test_it_listens_at_once_and_says_what_it_waits_for(chat_directory):
         loaded.set()
         wait_until_ready(server.url)
         assert httpx.get(f"{server.url}/health").json()["status"] == "ok"
-        assert httpx.post(f"{server.url}/v1/chat/completions", json=CHAT).status_code == 200
+        assert httpx.post(f"{server.url}/v1/chat/completions", json=CHAT, timeout=PATIENCE).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_graceful_end_finishes_what_runs_and_waits(chat_directory, stream):
     with running(chat_directory, slots=1) as server:
-        slow = server.engine.model.transformer["h"][0].register_forward_pre_hook(lambda *_: time.sleep(0.005))
+        brake = Brake(server)
         results = []
 
         def ask() -> None:
-            response = httpx.post(f"{server.url}/v1/chat/completions", json={**CHAT, "stream": stream}, timeout=60)
+            response = httpx.post(
+                f"{server.url}/v1/chat/completions", json={**CHAT, "stream": stream}, timeout=PATIENCE
+            )
             results.append(response)
 
         threads = [threading.Thread(target=ask) for _ in range(2)]
         for thread in threads:
             thread.start()
-        while server.service.taken < 2:
-            time.sleep(0.01)
+        wait_for(lambda: server.service.taken == 2)
         server.server.stop()
-        server.thread.join(30)
+        brake.release()
+        server.thread.join(PATIENCE)
         assert not server.thread.is_alive()
         for thread in threads:
-            thread.join(10)
-        slow.remove()
+            thread.join(PATIENCE)
         assert [response.status_code for response in results] == [200, 200]
         if stream:
             assert all(response.text.endswith("data: [DONE]\n\n") for response in results)
@@ -106,12 +106,12 @@ def test_it_ends_where_a_process_that_has_a_part_of_the_model_is_gone(chat_direc
     process, url = start(str(chat_directory), "--precision", "32-true", *options)
     try:
         wait_until_ready(url)
-        reply = httpx.post(f"{url}/v1/chat/completions", json={**CHAT, "max_tokens": 12}).json()
+        reply = httpx.post(f"{url}/v1/chat/completions", json={**CHAT, "max_tokens": 12}, timeout=PATIENCE).json()
         expected = LLM.load(chat_directory, precision="32-true").chat(CHAT["messages"], 12, temperature=0)
         assert reply["choices"][0]["message"]["content"] == expected
         (other,) = followers(process.pid)
         os.kill(other, signal.SIGKILL)
-        assert process.wait(20) == 1
+        assert process.wait(PATIENCE) == 1
         assert "error: Rank 1, a process that has a part of the model, is gone" in process.stderr.read()
     finally:
         process.kill()
@@ -125,15 +125,15 @@ def test_the_command_serves_and_ends_by_a_signal(chat_directory):
         assert httpx.get(f"{url}/health").status_code in (200, 503)
         wait_until_ready(url)
         headers = {"Authorization": "Bearer k-secret"}
-        assert httpx.post(f"{url}/predict", json={"prompt": "x"}).status_code == 401
-        output = httpx.post(f"{url}/predict", json={"prompt": "x"}, headers=headers).json()["output"]
+        assert httpx.post(f"{url}/predict", json={"prompt": "x"}, timeout=PATIENCE).status_code == 401
+        output = httpx.post(f"{url}/predict", json={"prompt": "x"}, headers=headers, timeout=PATIENCE).json()["output"]
         assert output
         models = httpx.get(f"{url}/v1/models", headers=headers).json()["data"]
         assert [model["id"] for model in models] == ["tiny-random"]
         body = {**CHAT, "model": str(chat_directory), "max_tokens": 3}
-        assert httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers).status_code == 200
+        assert httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=PATIENCE).status_code == 200
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(PATIENCE) == 0
         said = process.stderr.read()
         assert "k-secret" not in said
         assert "Traceback" not in said

@@ -94,7 +94,7 @@ def test_a_stream_says_the_same_piece_by_piece(chat):
 
 def test_a_stream_ends_with_done(served):
     body = {"messages": MESSAGES, "max_tokens": 3, "stream": True}
-    response = httpx.post(f"{served.url}/v1/chat/completions", json=body)
+    response = httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=60)
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
     events = response.text.split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
