@@ -127,17 +127,43 @@ def count_devices(devices: int | str, num_nodes: int = 1, kind: str | None = Non
     present = {"cuda": torch.cuda.device_count, "mps": lambda: 1, "cpu": lambda: 1}[kind]()
     text = str(devices).strip()
     if text in ("auto", "-1"):
-        return present * num_nodes
-    if "," in text:
-        chosen = [part for part in text.split(",") if part.strip()]
-        return len(chosen) * num_nodes
-    if not text.isdecimal() or int(text) < 1:
+        count = present
+    elif "," in text:
+        count = len([part for part in text.split(",") if part.strip()])
+    elif not text.isdecimal() or int(text) < 1:
         raise ValueError(f"--devices {devices} is no number of devices. Give a number, or auto for all there are.")
+    elif kind != "cpu" and int(text) > present:
+        raise ValueError(f"--devices {text}, but there is {present} {kind} device here. Use --devices {present}.")
+    else:
+        count = int(text)
     if num_nodes < 1:
         raise ValueError(f"--num_nodes {num_nodes}: it must be at least 1.")
-    if kind != "cpu" and int(text) > present:
-        raise ValueError(f"--devices {text}, but there is {present} {kind} device here. Use --devices {present}.")
-    return int(text) * num_nodes
+    if num_nodes > 1:
+        check_slurm(count, num_nodes)
+    return count * num_nodes
+
+
+def check_slurm(devices: int, num_nodes: int) -> None:
+    """Refuses to wait for processes on other nodes that SLURM was not told to start.
+
+    Raises:
+        ValueError: This is the batch script's one process, or srun starts another number on each node.
+    """
+    environment = os.environ
+    if "SLURM_JOB_ID" not in environment or "TORCHELASTIC_RUN_ID" in environment:  # torchrun starts them itself
+        return
+    remedy = f"Start it with `srun --ntasks-per-node={devices} litgpt ...`."
+    if "SLURM_STEP_ID" not in environment:
+        raise ValueError(
+            f"--num_nodes {num_nodes}: a batch script runs on the first node alone, and nothing starts litgpt on the "
+            f"others. {remedy}"
+        )
+    tasks = environment.get("SLURM_NTASKS_PER_NODE", "an unknown number of")
+    if tasks != str(devices):
+        raise ValueError(
+            f"--devices {devices} on each of {num_nodes} nodes, but SLURM has {tasks} tasks per node: there is one for "
+            f"each device. {remedy}"
+        )
 
 
 def chosen_devices(devices: int | str, kind: str | None = None) -> list[torch.device]:

@@ -139,10 +139,15 @@ def website(root: Path) -> Iterator[str]:
 
 SRUN = """\
 #!/bin/bash
-# Starts the command as often as the allocation has tasks, each with what SLURM tells it; fails where one does.
+# Starts a command on every node of the allocation, as often as it is told, each process with what SLURM tells it.
+tasks=1
+while [[ $1 == --* ]]; do
+  [[ $1 == --ntasks-per-node=* ]] && tasks=${1#*=}
+  shift
+done
+export SLURM_NTASKS_PER_NODE=$tasks SLURM_NTASKS=$((SLURM_NNODES * tasks)) SLURM_STEP_ID=0
 for rank in $(seq 0 $((SLURM_NTASKS - 1))); do
-  SLURM_PROCID=$rank SLURM_LOCALID=$((rank % SLURM_NTASKS_PER_NODE)) SLURM_NODEID=$((rank / SLURM_NTASKS_PER_NODE)) \\
-    SLURM_STEP_ID=0 "$@" &
+  SLURM_PROCID=$rank SLURM_LOCALID=$((rank % tasks)) SLURM_NODEID=$((rank / tasks)) "$@" &
   started="$started $!"
 done
 for process in $started; do wait "$process" || failed=1; done
@@ -150,18 +155,17 @@ exit ${failed:-0}
 """
 SBATCH = """\
 #!/bin/bash
-# Runs the batch script on the first node of an allocation, as sbatch does: the script once, what it starts with srun on all.
+# Runs a batch script once, as on the first node of an allocation.
 for word; do
   case $word in
     --nodes=*) nodes=${word#*=} ;;
-    --gpus-per-node=*) gpus=${word#*=} ;;
-    --ntasks-per-node=*) tasks=${word#*=} ;;
+    --*) ;;
     *) script=$word ;;
   esac
 done
-export SLURM_JOB_ID=1 SLURM_JOB_NAME=${script##*/} SLURM_NNODES=$nodes SLURM_JOB_NUM_NODES=$nodes SLURM_NODELIST=localhost
-export SLURM_NTASKS_PER_NODE=${tasks:-1} SLURM_NTASKS=$((nodes * ${tasks:-1})) SLURM_GPUS_PER_NODE=$gpus
-export SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 MASTER_PORT=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+export SLURM_JOB_ID=1 SLURM_JOB_NAME=$script SLURM_NNODES=$nodes SLURM_NTASKS=$nodes SLURM_NODELIST=localhost
+export SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0
+export MASTER_PORT=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 bash -e "$script"
 """
 

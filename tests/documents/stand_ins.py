@@ -82,4 +82,6 @@ def data_sets() -> dict[str, dict[str, bytes]]:
         "plain_text/train-00000-of-00002.parquet": parquet(documents[:half]),
         "plain_text/train-00001-of-00002.parquet": parquet(documents[half:]),
     }
-    return {"datasets/mhenrichsen/alpaca_2k_test": alpaca, "datasets/Skylion007/openwebtext": web}
+    # The short name is that of old, under which the Hub still finds it.
+    webs = dict.fromkeys(("datasets/openwebtext", "datasets/Skylion007/openwebtext"), web)
+    return {"datasets/mhenrichsen/alpaca_2k_test": alpaca, **webs}

@@ -53,7 +53,8 @@ def place(tmp_path_factory) -> Iterator[Place]:
         (place.directory / "config/pythia-1b.yaml").write_text(
             workflows.CONFIG.replace("pythia-160m", "pythia-1b").replace("n_head: 12", "n_head: 8")
         )
-        (place.directory / "pretrain_script.sh").write_text(workflows.SCRIPT)
+        (place.directory / "pretrain_script.sh").write_text(workflows.STARTED)
+        (place.directory / "as_typed.sh").write_text(workflows.SCRIPT.replace("/shared/data", "data"))
         yield place
 
 

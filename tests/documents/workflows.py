@@ -264,11 +264,10 @@ llm = LLM.load("out/phi2-merged")""",
     Row(
         r"""sbatch --nodes=8 --gpus-per-node=8 \
   pretrain_script.sh""",
-        run="sbatch --nodes=2 --gpus-per-node=1 --ntasks-per-node=1 pretrain_script.sh",
-        needs=("data/pretrain", "pretrain_script.sh", "config/pythia-1b.yaml"),
+        run="sbatch --nodes=2 --gpus-per-node=1 pretrain_script.sh",
+        needs=("data/pretrain", "config/pythia-1b.yaml"),
         then=two_processes,
-        reason="The script says nothing of srun. sbatch runs it once, on the first node, and what is to run on all of "
-        "them is started by srun.",
+        reason="sbatch runs a script once, on the first node; srun in it starts the command on all.",
         off="prepare_dataset",
     ),
     Row(
@@ -279,9 +278,15 @@ llm = LLM.load("out/phi2-merged")""",
   --num_nodes 8 \
   --train.global_batch_size 512 \
   --train.max_tokens 300_000_000_000""",
-        "options",
-        run="",
-        reason="What the batch script holds: the row before runs it.",
+        run="sbatch --nodes=8 --gpus-per-node=8 as_typed.sh",
+        code=1,
+        then=prints(
+            "--num_nodes 8: a batch script runs on the first node alone, and nothing starts litgpt on the others. Start "
+            "it with `srun --ntasks-per-node=8 litgpt ...`."
+        ),
+        needs=("data/pretrain", "config/pythia-1b.yaml", "as_typed.sh"),
+        reason="The script's content without srun would wait for 63 processes that nobody starts: it is refused, with "
+        "the word that is missing. The row before runs it with that word.",
     ),
     prose("Model Deployment:"),
     Row(
@@ -403,16 +408,11 @@ def generate(prompt: str, max_tokens: int = 100):
         reason=BEHIND_A_BACKSLASH,
     ),
 ]
-# The batch script, with what scales it down. Line by line the row's, with srun in front.
-SCRIPT = f"""#!/bin/bash
-srun litgpt pretrain \\
-  --config config/pythia-1b.yaml \\
-  --data.data_dir data/pretrain \\
-  --devices 8 \\
-  --num_nodes 8 \\
-  --train.global_batch_size 512 \\
-  --train.max_tokens 300_000_000_000 \\
-  {TINY} {PRETRAINING} --train.global_batch_size 2 --train.max_seq_length 64 --overwrite true --devices 1 --num_nodes 2
+(SCRIPT,) = (row.typed for row in ROWS if "--num_nodes 8" in row.typed)
+# The batch script with srun, on two nodes of one device; the options behind scale it down.
+STARTED = f"""#!/bin/bash
+srun --ntasks-per-node=1 {SCRIPT.replace("/shared/data", "data")} \\
+  --devices 1 --num_nodes 2 --train.max_seq_length 64 {TINY} {PRETRAINING} --train.global_batch_size 2 --overwrite true
 """
 INLINE: dict[str, str] = {
     "--train.logger_name tensorboard": "behind `litgpt finetune`",

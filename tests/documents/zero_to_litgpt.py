@@ -146,7 +146,7 @@ ROWS = [
         f"""litgpt pretrain tiny-llama-1.1b \\
   --data OpenWebText \\
   --tokenizer_dir {TINY_LLAMA}""",
-        extra=f"{TINY} --model_config.n_query_groups 1 {PRETRAINING} --train.max_seq_length 64 --overwrite true",
+        extra=f"{TINY} --model_config.n_query_groups 1 --data.val_split_fraction 0.05 {PRETRAINING} --train.max_seq_length 64 --overwrite true",
         then=makes("out/pretrain/final/lit_model.pth", "out/pretrain/final/tokenizer.json"),
         off="OpenWebText",
     ),

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import pytest
+
+from litgpt import distributed
 from litgpt.training.arguments import EvalArgs
 from tests.training.conftest import assert_close_runs, on_two_ranks, weights
 
@@ -52,3 +55,28 @@ def test_two_ranks_with_fsdp_go_on_from_what_one_wrote(train, text, tmp_path):
     train(tmp_path / "one", max_steps=16, resume=tmp_path / "one/final", **options)
     train(tmp_path / "two", max_steps=16, resume=tmp_path / "two/final", **options)
     assert_close_runs(tmp_path / "one", tmp_path / "two", range(7, 17))
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "1"}, "a batch script runs on the first node alone"),
+        ({"SLURM_JOB_ID": "1", "TORCHELASTIC_RUN_ID": "x"}, None),
+        ({"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_NTASKS_PER_NODE": "4"}, None),
+        ({"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_NTASKS_PER_NODE": "1"}, "SLURM has 1 tasks per node"),
+        ({"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0"}, "an unknown number of tasks per node"),
+    ],
+)
+def test_processes_that_slurm_does_not_start_are_not_waited_for(monkeypatch, environment, message):
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_NTASKS_PER_NODE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if message is None:
+        assert distributed.count_devices(4, 2, "cpu") == 8
+        return
+    with pytest.raises(ValueError, match=message) as error:
+        distributed.count_devices(4, 2, "cpu")
+    assert "srun --ntasks-per-node=4 litgpt" in str(error.value)
+    assert distributed.count_devices(4, 1, "cpu") == 4
