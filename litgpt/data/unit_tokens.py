@@ -21,7 +21,7 @@ from litgpt.tokenizer import Tokenizer
 
 WORK_DIR = ".preparing"  # in the destination, until all is there
 PART_BYTES = 64 << 20  # ids that are kept in memory, and the most of one file
-BATCH_CHARACTERS, BATCH_FRAGMENTS = 1 << 20, 4096  # what is tokenised at a time
+BATCH_CHARACTERS, BATCH_FRAGMENTS = 1 << 18, 1024  # what is tokenised at a time
 
 
 @dataclass(frozen=True)
