@@ -6,6 +6,7 @@ to another host, which knows neither repositories nor tokens.
 
 import hashlib
 import json
+import math
 import re
 import socket
 import threading
@@ -48,6 +49,8 @@ class Hub:
     """Send whole files whatever is asked for."""
     delay: float = 0.0
     """Seconds before each 64 KB of a file."""
+    most: float = math.inf
+    """Of a file, no more than this many bytes are sent; what waits for more goes on once the number is raised."""
     requests: list[str] = field(default_factory=list)
     """`METHOD /path` of every request, in order."""
     sent: Counter[str] = field(default_factory=Counter)
@@ -187,6 +190,8 @@ class _Handler(BaseHTTPRequestHandler):
             if name:
                 time.sleep(self.hub.delay)
             part = body[:end][start : start + CHUNK]
+            while name and sent[0] + start + len(part) > self.hub.most:
+                time.sleep(0.01)
             self.wfile.write(part)
             self.hub.sent[name] += len(part)
             sent[1] += len(part)

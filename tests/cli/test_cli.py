@@ -519,7 +519,7 @@ def test_usage_errors_exit_2(litgpt, monkeypatch):
 
 
 def python(*words: str, **settings: Any) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=60, **settings)
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300, **settings)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["pretrian"], ["download", "list"], ["pretrain"]])
@@ -546,7 +546,7 @@ def test_only_the_chosen_commands_module_is_imported():
 @pytest.mark.skipif(os.name != "posix", reason="pipes close differently there")
 def test_a_closed_pipe_is_quiet():
     pipeline = f"{sys.executable} -m litgpt download list | head -1"
-    result = subprocess.run(["bash", "-c", f"set -o pipefail; {pipeline}"], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(["bash", "-c", f"set -o pipefail; {pipeline}"], capture_output=True, text=True, timeout=300)
     assert result.stderr == ""
     assert len(result.stdout.splitlines()) == 1
 

@@ -229,9 +229,9 @@ if sys.argv[2] == "killed":  # while nobody waits for anybody
 
 @pytest.mark.parametrize("end", ["killed", "over"])
 def test_no_process_outlives_the_first(directory, end):
-    done = subprocess.run([sys.executable, "-c", LEFT, directory, end], stdout=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", LEFT, directory, end], stdout=subprocess.PIPE, text=True, timeout=300)
     assert done.returncode == (-signal.SIGKILL if end == "killed" else 0)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120  # no claim about time: it ends a test that would wait forever
     while Path(f"/proc/{done.stdout.strip()}").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
