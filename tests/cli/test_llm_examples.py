@@ -1,10 +1,7 @@
-"""The Python API as people meet it: its tutorial, its examples, what the older documents show; and that the command line
-says the same."""
+"""The Python API as people meet it: its tutorial and its examples; and that the command line says the same."""
 
 import json
 import re
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -137,51 +134,6 @@ def test_the_readmes_python_runs(checkpoint, monkeypatch, capsys):
     assert len(capsys.readouterr().out) > 20
 
 
-# What people who come from LitGPT 0.5.13 have seen of it, word for word.
-EARLIER = """
-from litgpt import LLM
-
-llm = LLM.load("microsoft/phi-2")
-result = llm.generate(
-    "What is the capital of France?",
-    max_new_tokens=50,
-    temperature=0.7
-)
-print(result)
-text = llm.generate("What do Llamas eat?", top_k=1, max_new_tokens=30)
-print(text)
-
-llm = LLM.load("out/phi2-lora/final")
-
-# Single generation
-print(llm.generate("What is machine learning?"))
-
-# Streaming
-for token in llm.generate("Explain quantum computing", stream=True):
-    print(token, end="", flush=True)
-
-# Batch inference
-prompts = ["Hello", "Goodbye", "Thank you"]
-results = [llm.generate(p) for p in prompts]
-"""
-EARLIER_SERVER = """
-from fastapi import FastAPI
-from litgpt import LLM
-
-app = FastAPI()
-llm = LLM.load("out/phi2-lora/final")
-
-@app.post("/generate")
-def generate(prompt: str, max_tokens: int = 100):
-    result = llm.generate(
-        prompt,
-        max_new_tokens=max_tokens,
-        temperature=0.7
-    )
-    return {"response": result}
-"""
-
-
 @pytest.fixture
 def finetuned(checkpoint) -> Path:
     """`out/phi2-lora/final`, the matrices alone, as `finetune_lora` leaves them."""
@@ -193,28 +145,6 @@ def finetuned(checkpoint) -> Path:
         directory, {n: p.detach() for n, p in model.named_parameters() if is_lora(n)}, settings, "microsoft/phi-2"
     )
     return directory
-
-
-def test_what_earlier_documents_show(finetuned, capsys):
-    names = {}
-    exec(EARLIER, names)
-    assert [type(result) for result in names["results"]] == [str] * 3
-    assert names["text"] in capsys.readouterr().out
-
-
-def test_the_endpoint_that_earlier_documents_show(finetuned):
-    pytest.importorskip("fastapi")
-    from fastapi.testclient import TestClient
-
-    names = {}
-    exec(EARLIER_SERVER, names)
-    client, llm = TestClient(names["app"]), names["llm"]
-    with ThreadPoolExecutor(6) as threads:
-        ask = partial(client.post, "/generate", params={"prompt": "Hello", "max_tokens": 5})
-        replies = [future.result() for future in [threads.submit(ask) for _ in range(6)]]
-    assert [reply.status_code for reply in replies] == [200] * 6
-    assert all(isinstance(reply.json()["response"], str) for reply in replies)
-    assert llm.engine.running == 0
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])

@@ -16,7 +16,7 @@ import pytest
 
 from litgpt.__main__ import COMMANDS
 from tests.documents import pretraining, training_recipes, workflows, zero_to_litgpt
-from tests.documents.place import RAW, ROOT, Place, free_port, made
+from tests.documents.place import RAW, Place, free_port, made
 from tests.documents.table import Row, lines_of
 from tests.hub_server import connect
 from tests.shell import Done
@@ -119,17 +119,14 @@ def test_what_a_comment_behind_a_backslash_gives(place: Place, typed: str) -> No
     assert "unexpected argument ' '" in done.err
 
 
-def seeds() -> Path | None:
-    """The folder with the documents, where there is one: LITGPT_SEEDS, or `shared/seeds` beside the tree."""
-    folder = Path(os.environ.get("LITGPT_SEEDS", ROOT.parent / "shared/seeds"))
-    return folder if folder.is_dir() else None
+DOCUMENTS_HERE = os.environ.get("LITGPT_SEEDS")
 
 
-@pytest.mark.skipif(seeds() is None, reason="the documents are not here; LITGPT_SEEDS names their folder")
+@pytest.mark.skipif(not DOCUMENTS_HERE, reason="the documents are no part of the tree; LITGPT_SEEDS names their folder")
 @pytest.mark.parametrize(("number", "title"), list(enumerate(DOCUMENTS)))
 def test_no_line_is_missing(number: int, title: str) -> None:
     """Block by block, in order: each is made of rows, to the last line."""
-    (file,) = seeds().glob(f"{number:03}_*")
+    (file,) = Path(DOCUMENTS_HERE).glob(f"{number:03}_*")
     text = file.read_text(encoding="utf-8")
     left = list(DOCUMENTS[title].ROWS)
     for content in re.findall(r"^ *```[^\n]*\n(.*?)^ *```", text, flags=re.S | re.M):

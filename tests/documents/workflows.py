@@ -1,6 +1,8 @@
 """The document about four workflows: finetuning on records of one's own, LoRA, pretraining from scratch, deployment."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import metadata
 
 import yaml
@@ -72,14 +74,16 @@ def several_answers(place: Place, done: Done) -> None:
 
 
 def asked(place: Place, names: dict) -> None:
-    """The application answers several clients."""
+    """The application answers several clients at once."""
     from fastapi.testclient import TestClient
 
     client = TestClient(names["app"])
-    for prompt in ("Hello", "What is machine learning?"):
-        reply = client.post("/generate", params={"prompt": prompt, "max_tokens": 5})
-        assert reply.status_code == 200
-        assert isinstance(reply.json()["response"], str)
+    with ThreadPoolExecutor(6) as threads:
+        ask = partial(client.post, "/generate", params={"prompt": "Hello", "max_tokens": 5})
+        replies = [future.result() for future in [threads.submit(ask) for _ in range(6)]]
+    assert [reply.status_code for reply in replies] == [200] * 6
+    assert all(isinstance(reply.json()["response"], str) for reply in replies)
+    assert names["llm"].engine.running == 0
 
 
 CONFIG = """\
