@@ -78,7 +78,7 @@ COMMANDS = {
     "evaluate": Command(
         "litgpt.commands.evaluate:setup",
         "Evaluate a model on lm-evaluation-harness's tasks, or by perplexity; `evaluate list` shows the tasks",
-        "litgpt.commands.evaluate:print_tasks",
+        "litgpt.evaluation.tasks:print_tasks",
     ),
     "merge_lora": Command(
         "litgpt.commands.merge_lora:setup", "Put finetuned LoRA weights into the model they belong to"

@@ -129,6 +129,12 @@ class Tokenizer:
         """The text of `ids`; control tokens are left out unless `skip_special` is False."""
         return "".join(self.decode_stream(_as_ints(ids), skip_special=skip_special))
 
+    def decode_at_once(self, ids: Iterable[int] | torch.Tensor) -> str:
+        """The text of `ids` as the tokenizer's library makes it of all of them together. It differs from `decode` where
+        single bytes do not make up a character: each byte of such a run becomes U+FFFD, which no stream can know."""
+        kept = [token_id for token_id in _as_ints(ids) if token_id not in self._backend.control_ids]
+        return self._backend.decode(kept)
+
     def decode_stream(
         self, ids: Iterable[int], *, skip_special: bool = True, after: Sequence[int] = ()
     ) -> Iterator[str]:
@@ -295,6 +301,10 @@ class _Backend(ABC):
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes that a token stands for, possibly a part of a character."""
 
+    @abstractmethod
+    def decode(self, ids: list[int]) -> str:
+        """Their text, by the library."""
+
 
 class StreamDecoder:
     """Text as token ids come, in pieces that never split a character. Made by `Tokenizer.stream_decoder`."""
@@ -426,6 +436,9 @@ class _JsonBackend(_Backend):
     def surroundings(self) -> tuple[list[int], list[int]]:
         return self._surroundings
 
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
     def token_bytes(self, token_id: int) -> bytes:
         if (known := self._bytes.get(token_id)) is not None:
             return known
@@ -494,6 +507,9 @@ class _SentencePieceBackend(_Backend):
 
     def surroundings(self) -> tuple[list[int], list[int]]:
         return ([self.bos_id] if self.bos_id is not None else []), []
+
+    def decode(self, ids: list[int]) -> str:
+        return self._model.decode([token_id for token_id in ids if token_id < len(self._pieces)])
 
     def token_bytes(self, token_id: int) -> bytes:
         if token_id in self._added_by_id:

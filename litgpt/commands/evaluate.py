@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from litgpt.evaluation.tasks import OWN, TaskList
+from litgpt.evaluation.tasks import OWN, TaskList, require_harness
+from litgpt.prompts import ChatTemplate
+
+if TYPE_CHECKING:
+    from litgpt.evaluation.work import Evaluated, Work
+    from litgpt.llm.replicas import Replicas
 
 DTYPES = {"float32": "32-true", "bfloat16": "bf16-true", "float16": "16-true"}
 LIST = "list"
@@ -84,7 +88,6 @@ def setup(
         devices: Number of devices, or their numbers as 0,2: each has the whole model, in a process of its own, and they
             share the requests. On a CPU, the number of processes.
     """
-    started = time.time()
     names = [name.strip() for name in (tasks or LIST).split(",") if name.strip()]
     if names == [LIST]:
         TaskList(include_path or ()).print((filter or "").split())
@@ -93,36 +96,19 @@ def setup(
         raise ValueError("--filter is for --tasks list, which shows the known tasks. Leave it out.")
     if checkpoint_dir is None:
         raise ValueError("Name a model to evaluate: `litgpt evaluate DIR --tasks ...`.")
-    if fewshot_as_multiturn and not apply_chat_template:
-        raise ValueError("--fewshot_as_multiturn makes turns of a conversation: give --apply_chat_template true, too.")
-    if limit is not None and limit <= 0:
-        raise ValueError(f"--limit {limit} is not possible: give a number of documents, or a part of them below 1.")
-    if num_fewshot is not None and num_fewshot < 0:
-        raise ValueError(f"--num_fewshot {num_fewshot} is not possible: give 0 or more.")
-    slots = _slots(batch_size)
-    precision = _precision(dtype, precision)
-    measures_perplexity = OWN in names
-    if measures_perplexity != (data is not None):
-        raise ValueError(
-            "--tasks perplexity reads a text: give --data FILE_OR_FOLDER."
-            if measures_perplexity
-            else "--data is for --tasks perplexity: add it, or leave --data out."
-        )
-    if not measures_perplexity and (stride or max_seq_length):
-        raise ValueError("--stride and --max_seq_length are for --tasks perplexity. Leave them out.")
-    names = [name for name in names if name != OWN]
-
-    # What can be wrong with the tasks is said before the model is loaded; so is what cannot be downloaded.
-    from litgpt.commands.inference import say
+    # Here, so that the list of tasks is there without what only a model needs.
     from litgpt.evaluation import report
+    from litgpt.evaluation.perplexity import Perplexity
+    from litgpt.llm.replicas import load_replicas
 
+    started, slots, precision = time.time(), _slots(batch_size), _precision(dtype, precision)
     if force_conversion:
         say("--force_conversion has nothing to do: the model is evaluated as it is, no converted copy is made.")
-    loaded: dict[str, Any] = {"tasks": {}}
-    options = None
-    if names:
-        task_list = TaskList(include_path or ())
-        from litgpt.evaluation.harness import HarnessOptions, parse_gen_kwargs
+    # What can be wrong with the tasks is said before the model is loaded.
+    work: list[Work] = []
+    if own_names := [name for name in names if name != OWN]:
+        require_harness()
+        from litgpt.evaluation.harness import HarnessOptions, Tasks, parse_gen_kwargs
 
         options = HarnessOptions(
             num_fewshot,
@@ -134,24 +120,13 @@ def setup(
             predict_only,
             seed,
         )
-        loaded = task_list.load(names)
-    documents = []
-    if measures_perplexity:
-        from litgpt.evaluation import perplexity
-
-        documents = perplexity.read_documents(data)
-        if limit is not None:
-            documents = documents[: int(limit) if limit >= 1 else max(1, round(limit * len(documents)))]
-
-    import torch
-
-    from litgpt.distributed import seed_everything
-    from litgpt.evaluation.bos import bos_policy, prefix_token
-    from litgpt.llm.replicas import load_replicas
-    from litgpt.prompts import ChatTemplate
-
-    torch.set_grad_enabled(False)
-    seed_everything(seed)
+        work.append(Tasks(TaskList(include_path or ()).load(own_names), options))
+    if OWN in names:
+        if data is None:
+            raise ValueError("--tasks perplexity reads a text: give --data FILE_OR_FOLDER.")
+        work.append(Perplexity(data, max_seq_length, stride, limit))
+    elif data is not None or stride is not None or max_seq_length is not None:
+        raise ValueError("--data, --stride and --max_seq_length are for --tasks perplexity. Add it, or leave them out.")
     with load_replicas(
         checkpoint_dir,
         devices=devices,
@@ -161,102 +136,75 @@ def setup(
         quantize=quantize,
         access_token=access_token,
     ) as replicas:
-        llm = replicas.llm
-        if isinstance(apply_chat_template, str):
-            if not isinstance(llm.prompt_style, ChatTemplate):
-                raise ValueError(
-                    f"--apply_chat_template {apply_chat_template} names a chat template, and the checkpoint has none. "
-                    "`true` puts tasks in the prompt format that it has."
-                )
-            llm.prompt_style = llm.prompt_style.named(apply_chat_template)
-        parts, template, interrupted = [], None, None
-        if names:
-            from litgpt.evaluation.adapter import EngineLM
-            from litgpt.evaluation.harness import Run
-
-            lm = EngineLM(
-                replicas.run, llm.tokenizer, llm.config, llm.prompt_style, name=llm.name, seed=seed, tell=_show
-            )
-            if apply_chat_template:
-                template = lm.chat_template(apply_chat_template)
-            run = Run(lm, loaded, options)
-            try:
-                parts.append(run.evaluate())
-            except KeyboardInterrupt as error:
-                interrupted = error
-                say("\nInterrupted. What is done is kept:")
-                if (part := run.part()) is not None:
-                    parts.append(part)
-        if measures_perplexity and interrupted is None:
-            window = max_seq_length or llm.config.block_size
-            if not 2 <= window <= llm.config.block_size:
-                raise ValueError(
-                    f"--max_seq_length {window} is not possible: give 2 to {llm.config.block_size}, the context."
-                )
-            stride = stride or window // 2
-            if not 1 <= stride <= window:
-                raise ValueError(f"--stride {stride} is not possible: give 1 to {window}.")
-            prefix = prefix_token(llm.tokenizer)
-            try:
-                perplexity.measure(replicas.run, llm.tokenizer, documents, window=window, stride=stride, prefix=prefix)
-            except KeyboardInterrupt as error:
-                interrupted = error
-                say("\nInterrupted. What is done is kept:")
-                documents = [document for document in documents if document.num_tokens and not document.windows_left]
-            if documents:
-                print(perplexity.table(documents))
-                print()
-                parts.append(perplexity.results(documents, data, window, stride))
+        model = _evaluated(replicas, apply_chat_template)
+        parts, interruption = _results(work, model)
         if not parts:
             say("Nothing is done yet, so nothing is written.")
-            raise interrupted
+            raise interruption
         results = report.merged(
             *parts,
             report.facts(
-                name=llm.name,
                 checkpoint=checkpoint_dir,
                 started=started,
-                template=template,
+                model=model,
+                template=model.template if apply_chat_template else None,
                 system_instruction=system_instruction,
                 fewshot_as_multiturn=fewshot_as_multiturn,
-                model={
-                    "precision": replicas.precision,
-                    "quantize": quantize,
-                    "devices": replicas.count,
-                    "max_length": llm.config.block_size,
-                    "bos": bos_policy(llm.tokenizer),
-                },
+                settings={"precision": replicas.precision, "quantize": quantize, "devices": replicas.count},
                 options={
                     "batch_size": batch_size,
-                    "device": str(llm.device),
+                    "device": str(replicas.llm.device),
                     "limit": limit,
-                    "gen_kwargs": options.gen_kwargs if options else None,
+                    "gen_kwargs": gen_kwargs,
                     "num_fewshot": num_fewshot,
-                    "random_seed": seed,
-                    "numpy_seed": seed,
-                    "torch_seed": seed,
-                    "fewshot_seed": seed,
+                    **{f"{kind}_seed": seed for kind in ("random", "numpy", "torch", "fewshot")},
                 },
             ),
         )
-        results["partial"] = interrupted is not None
-        place = out_dir or _folder(checkpoint_dir, Path(llm.tokenizer.dir)) / "evaluate"
-        if interrupted is not None:
-            for name, counts in results["n-samples"].items():
-                print(f"PARTIAL: {name}: {counts['effective']} of {counts['original']} documents")
-        print(report.table(results))
-        if results.get("groups"):
-            print()
-            print(report.table(results, "groups"))
-        file = report.save(results, place, save_filepath, log_samples or predict_only)
-        say(f"Results are in {file}" + (f" and {save_filepath}" if save_filepath else ""))
-        if interrupted is not None:
-            raise interrupted
+    results["partial"] = interruption is not None
+    print(report.tables(results))
+    out_dir = out_dir or _folder(checkpoint_dir, Path(model.tokenizer.dir)) / "evaluate"
+    file = report.save(results, out_dir, save_filepath, log_samples or predict_only)
+    say(f"Results are in {file}" + (f" and {save_filepath}" if save_filepath else ""))
+    if interruption is not None:
+        raise interruption
 
 
-def print_tasks() -> None:
-    """Prints the known tasks."""
-    TaskList().print()
+def say(text: str) -> None:
+    """A line about the work, on stderr: stdout is for the figures."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _evaluated(replicas: Replicas, template: bool | str) -> Evaluated:
+    """The loaded model, with the chat template that the user chooses."""
+    from litgpt.evaluation.work import Evaluated
+
+    llm = replicas.llm
+    style = llm.prompt_style
+    if isinstance(template, str):
+        if not isinstance(style, ChatTemplate):
+            raise ValueError(
+                f"--apply_chat_template {template} names a chat template, and the checkpoint has none. `true` puts "
+                "tasks in the prompt format that it has."
+            )
+        style = style.named(template)
+    elif not template and isinstance(style, ChatTemplate):
+        say("The checkpoint has a chat template; --apply_chat_template true puts tasks as conversations.")
+    return Evaluated(replicas.run, llm.tokenizer, llm.config, style, llm.name)
+
+
+def _results(work: list[Work], model: Evaluated) -> tuple[list[dict[str, Any]], KeyboardInterrupt | None]:
+    """The results of what there is to do, and whether it was interrupted: then they are those of what is done."""
+    parts = []
+    for one in work:
+        try:
+            parts.append(one.results(model))
+        except KeyboardInterrupt as interruption:
+            say("\nInterrupted. What is done is kept.")
+            if (part := one.part()) is not None:
+                parts.append(part)
+            return parts, interruption
+    return parts, None
 
 
 def _slots(batch_size: int | str) -> int | None:
@@ -290,13 +238,3 @@ def _folder(checkpoint: Path, files: Path) -> Path:
     except FileNotFoundError:
         return files
     return place if place.is_dir() else place.parent
-
-
-def _show(task: str, prompt: str, continuation: str | None) -> None:
-    """The first prompt of a task, as the model gets it."""
-    line = "-" * 20
-    end = "" if continuation is None else f"\n{line} and the first answer that is scored {line}\n{continuation}"
-    text = f"{line} First prompt of {task} {line}\n{prompt}{end}\n{line * 2}"
-    print(text.encode("utf-8", "replace").decode("utf-8"), file=sys.stderr, flush=True)
-    if os.environ.get("LITGPT_DEBUG"):
-        print(repr(prompt), file=sys.stderr)

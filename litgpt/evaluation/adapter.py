@@ -17,15 +17,14 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from litgpt.config import Config
-from litgpt.evaluation.answers import Answers
 from litgpt.evaluation.bos import prefix_token
 from litgpt.evaluation.progress import bar
 from litgpt.evaluation.scoring import Scored, score
+from litgpt.evaluation.work import Evaluated
 from litgpt.generation.request import Output, Request
 from litgpt.generation.sampling import Sampling
 from litgpt.generation.text import TextStream
-from litgpt.prompts import ChatTemplate, PromptStyle
+from litgpt.prompts import ChatTemplate
 from litgpt.prompts.styles import Message
 from litgpt.tokenizer import Tokenizer
 
@@ -43,11 +42,7 @@ class EngineLM(TemplateLM):
     """The harness's view of a model.
 
     Args:
-        run: Answers requests.
-        tokenizer: The model's.
-        config: The model's.
-        style: Its prompt format, for tasks that are put as conversations.
-        name: What it is called.
+        model: The model.
         seed: Decides what is drawn where a task asks for that.
         tell: Called with the first prompt of each task: the task's name, the prompt, and the answer where one is given.
 
@@ -56,24 +51,16 @@ class EngineLM(TemplateLM):
     """
 
     def __init__(
-        self,
-        run: Answers,
-        tokenizer: Tokenizer,
-        config: Config,
-        style: PromptStyle,
-        *,
-        name: str,
-        seed: int = 1234,
-        tell: Callable[[str, str, str | None], None] = lambda *_: None,
+        self, model: Evaluated, *, seed: int = 1234, tell: Callable[[str, str, str | None], None] = lambda *_: None
     ) -> None:
         super().__init__()
-        self.run, self.tokenizer, self.config, self.style = run, tokenizer, config, style
-        self.name, self.seed, self.tell = name, seed, tell
+        self.model, self.seed, self.tell = model, seed, tell
+        self.run, self.tokenizer, self.config, self.style = model.run, model.tokenizer, model.config, model.style
         self.answered: dict[int, list[Answer]] = defaultdict(list)
         self._told: set[str] = set()
         self._instances: Sequence[Instance] = ()
         self._encode = lru_cache(maxsize=64)(self._encode_once)  # a context comes with each of its choices
-        self.generation = generation_defaults(tokenizer)
+        self.generation = generation_defaults(self.tokenizer)
 
     # -- what the model is
 
@@ -124,11 +111,7 @@ class EngineLM(TemplateLM):
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The text of the template, which results record."""
-        if not chat_template:
-            return None
-        if isinstance(self.style, ChatTemplate):
-            return self.style.template
-        return f"litgpt prompt style: {type(self.style).__name__}"
+        return self.model.template if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         try:
@@ -326,7 +309,7 @@ class Reply:
 
     def text(self, tokenizer: Tokenizer) -> str:
         """What comes before the first stop string."""
-        return postprocess_generated_text(tokenizer.decode(self.ids), self.stops, None)
+        return postprocess_generated_text(tokenizer.decode_at_once(self.ids), self.stops, None)
 
 
 def generation_defaults(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
-import time
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.utils import simple_parse_args_string
 
 from litgpt.evaluation.adapter import EngineLM
+from litgpt.evaluation.work import Evaluated
 
 BOOTSTRAPS = 100_000  # of standard errors, the harness's own number
 
@@ -31,6 +33,18 @@ class HarnessOptions:
     gen_kwargs: dict[str, Any] | None = None
     predict_only: bool = False
     seed: int = 1234
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and not self.limit > 0:
+            raise ValueError(
+                f"--limit {self.limit} is not possible: give a number of documents, or a part of them below 1."
+            )
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise ValueError(f"--num_fewshot {self.num_fewshot} is not possible: give 0 or more.")
+        if self.fewshot_as_multiturn and not self.apply_chat_template:
+            raise ValueError(
+                "--fewshot_as_multiturn makes turns of a conversation: give --apply_chat_template true, too."
+            )
 
 
 def parse_gen_kwargs(text: str | None) -> dict[str, Any] | None:
@@ -49,33 +63,35 @@ def parse_gen_kwargs(text: str | None) -> dict[str, Any] | None:
         ) from None
 
 
-class Run:
-    """One run of the harness.
+class Tasks:
+    """Some tasks of the harness.
 
     Args:
-        lm: The model.
-        loaded: The tasks, as `TaskList.load` gives them.
+        loaded: As `TaskList.load` gives them.
         options: What the user says about them.
     """
 
-    def __init__(self, lm: EngineLM, loaded: dict[str, Any], options: HarnessOptions) -> None:
-        self.lm, self.loaded, self.options = lm, loaded, options
-        self.started = time.time()
-
-    def evaluate(self) -> dict[str, Any]:
-        """The results in the harness's form, with samples. An interruption leaves `part`."""
-        self._set_seeds()
-        for name, task in self.loaded["tasks"].items():
+    def __init__(self, loaded: dict[str, Any], options: HarnessOptions) -> None:
+        self.loaded, self.options = loaded, options
+        self.lm: EngineLM | None = None
+        for name, task in loaded["tasks"].items():
             self._configure(name, task)
+
+    def results(self, model: Evaluated) -> dict[str, Any]:
+        """The figures with their samples."""
+        self.lm = EngineLM(model, seed=self.options.seed, tell=show_prompt)
+        self._set_seeds()
         with _quiet_workers():
             return evaluate(self.lm, self.loaded, limit=self.options.limit, **self._settings())
 
     def part(self) -> dict[str, Any] | None:
-        """The results over the documents whose requests have all been answered so far; None where there are none."""
+        """The figures over the documents whose requests have all been answered so far."""
+        if self.lm is None:
+            return None
         tasks, documents = {}, {}
         for name, task in self.loaded["tasks"].items():
             of_document = defaultdict(list)
-            for instance in task.instances or ():
+            for instance in getattr(task, "_instances", None) or ():
                 of_document[instance.doc_id].append(instance)
             done = [
                 number
@@ -137,6 +153,14 @@ class Run:
         task.set_fewshot_seed(seed=options.seed)
 
 
+def show_prompt(task: str, prompt: str, answer: str | None) -> None:
+    """Prints the first prompt of a task as the model gets it, and the first answer that is scored after it."""
+    line = "-" * 20
+    end = "" if answer is None else f"\n{line} and the first answer that is scored {line}\n{answer}"
+    text = f"{line} First prompt of {task} {line}\n{prompt}{end}\n{line * 3}"
+    print(text.encode("utf-8", "replace").decode("utf-8"), file=sys.stderr, flush=True)
+
+
 class _Answered(LM):
     """Gives the answers that there are."""
 
@@ -159,8 +183,6 @@ class _Answered(LM):
 def _quiet_workers() -> Iterator[None]:
     """The harness resamples for standard errors in processes of its own, with as many threads each as there are cores;
     tokenizers in this process then warn about being forked."""
-    import os
-
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:

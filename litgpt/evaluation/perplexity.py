@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from litgpt.evaluation.answers import Answers
+from litgpt.evaluation.bos import prefix_token
 from litgpt.evaluation.progress import bar
 from litgpt.evaluation.scoring import Scored, score
+from litgpt.evaluation.work import Evaluated
 from litgpt.tokenizer import Tokenizer
 
 TASK = "perplexity"
@@ -103,9 +105,7 @@ def windows(num_tokens: int, window: int, stride: int) -> Iterator[tuple[int, in
         yield max(-1, end - 1 - window), start, end
 
 
-def measure(
-    run: Answers, tokenizer: Tokenizer, documents: list[Document], *, window: int, stride: int, prefix: int
-) -> None:
+def measure(run: Answers, tokenizer: Tokenizer, documents: list[Document], *, window: int, stride: int) -> None:
     """Has the model read the documents, and notes what it thinks of each.
 
     Args:
@@ -114,9 +114,8 @@ def measure(
         documents: What to read.
         window: How many tokens the model sees at a time; at most its context.
         stride: How many tokens each window after the first predicts.
-        prefix: The token before a document's first: BOS, or EOS where there is none.
     """
-    sequences, owners = [], []
+    sequences, owners, prefix = [], [], prefix_token(tokenizer)
     texts = tokenizer.encode_batch_ids([document.text for document in documents], bos=False, eos=False)
     for document, ids in zip(documents, texts, strict=True):
         document.num_tokens, document.num_bytes = len(ids), len(document.text.encode())
@@ -144,10 +143,48 @@ def whole(documents: list[Document]) -> Document:
     )
 
 
-def results(documents: list[Document], source: Path, window: int, stride: int) -> dict[str, Any]:
+class Perplexity:
+    """The perplexity of some texts.
+
+    Args:
+        source: The file or folder.
+        window: How many tokens the model sees at a time; by default its context.
+        stride: How many tokens each window after the first predicts; by default half a window.
+        limit: Only the first so many documents; below 1, that part of them.
+    """
+
+    def __init__(self, source: Path, window: int | None, stride: int | None, limit: float | None) -> None:
+        self.source, self.window, self.stride = source, window, stride
+        self.documents = read_documents(source)
+        self.num_all = len(self.documents)
+        if limit is not None:
+            self.documents = self.documents[: math.ceil(limit * self.num_all) if limit < 1 else int(limit)]
+
+    def results(self, model: Evaluated) -> dict[str, Any]:
+        """The figures; a table of the documents is printed."""
+        context = model.config.block_size
+        self.window = context if self.window is None else self.window
+        if not 2 <= self.window <= context:
+            raise ValueError(
+                f"--max_seq_length {self.window} is not possible: give 2 to {context}, the model's context."
+            )
+        self.stride = self.window // 2 if self.stride is None else self.stride
+        if not 1 <= self.stride <= self.window:
+            raise ValueError(f"--stride {self.stride} is not possible: give 1 to {self.window}, a window's tokens.")
+        measure(model.run, model.tokenizer, self.documents, window=self.window, stride=self.stride)
+        print(table(self.documents), end="\n\n")
+        return figures(self.documents, self.source, self.window, self.stride, self.num_all)
+
+    def part(self) -> dict[str, Any] | None:
+        """The figures of the documents that have been read."""
+        done = [document for document in self.documents if document.num_tokens and not document.windows_left]
+        return figures(done, self.source, self.window, self.stride, self.num_all) if done else None
+
+
+def figures(documents: list[Document], source: Path, window: int, stride: int, num_all: int) -> dict[str, Any]:
     """The figures in the harness's form, as those of one task."""
     total = whole(documents)
-    figures = {
+    of_task = {
         "name": TASK,
         "alias": TASK,
         "sample_len": len(documents),
@@ -158,13 +195,13 @@ def results(documents: list[Document], source: Path, window: int, stride: int) -
     }
     settings = {"task": TASK, "data": str(source), "window": window, "stride": stride, "num_fewshot": 0}
     return {
-        "results": {TASK: figures},
+        "results": {TASK: of_task},
         "group_subtasks": {},
         "configs": {TASK: settings | {"num_tokens": total.num_tokens, "num_bytes": total.num_bytes}},
         "versions": {TASK: 1},
         "n-shot": {TASK: 0},
         "higher_is_better": {TASK: {"perplexity": False, "bits_per_byte": False}},
-        "n-samples": {TASK: {"original": len(documents), "effective": len(documents)}},
+        "n-samples": {TASK: {"original": num_all, "effective": len(documents)}},
         "documents": [
             {
                 "name": document.name,

@@ -14,6 +14,8 @@ from typing import Any
 
 import litgpt
 from litgpt.checkpoint import atomic_file
+from litgpt.evaluation.bos import bos_policy
+from litgpt.evaluation.work import Evaluated
 
 RESULTS = "results.json"
 MERGED = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
@@ -33,45 +35,50 @@ def merged(*parts: dict[str, Any]) -> dict[str, Any]:
 
 def facts(
     *,
-    name: str,
     checkpoint: Path | str,
     started: float,
+    model: Evaluated,
     template: str | None,
     system_instruction: str | None,
     fewshot_as_multiturn: bool,
-    model: dict[str, Any],
+    settings: dict[str, Any],
     options: dict[str, Any],
 ) -> dict[str, Any]:
     """What has to be known to have the same figures again, by the names that the harness gives it.
 
     Args:
-        name: What the model is called.
         checkpoint: What the user named.
         started: When, in seconds of `time.time`.
+        model: The same, loaded.
         template: The text of the chat template, where one was applied.
         system_instruction, fewshot_as_multiturn: As the user says.
-        model: Facts about the model: precision, quantisation, context, BOS.
-        options: Facts about the run.
+        settings: How the model was loaded.
+        options: How the run was made.
     """
+    ended, tokenizer = time.time(), model.tokenizer
     return {
         "config": {"model": "litgpt", "model_args": {"pretrained": str(checkpoint)}, **options},
-        "litgpt": {"version": litgpt.__version__, **model},
+        "litgpt": {"version": litgpt.__version__, **settings, "bos": bos_policy(tokenizer)},
         "date": started,
         "lm_eval_version": _version("lm_eval"),
         "transformers_version": _version("transformers"),
         "torch_version": _version("torch"),
         "platform": f"{platform.platform()}, Python {platform.python_version()}",
+        "tokenizer_eos_token": [tokenizer.special_tokens.get("eos_token"), str(tokenizer.eos_id)],
+        "tokenizer_bos_token": [tokenizer.special_tokens.get("bos_token"), str(tokenizer.bos_id)],
+        "eot_token_id": tokenizer.eos_id,
+        "max_length": model.config.block_size,
         "model_source": "litgpt",
-        "model_name": name,
-        "model_name_sanitized": re.sub(r"[\"<>:/|\\?*\[\]]+", "__", name),
+        "model_name": model.name,
+        "model_name_sanitized": re.sub(r"[\"<>:/|\\?*\[\]]+", "__", model.name),
         "system_instruction": system_instruction,
         "system_instruction_sha": _sha(system_instruction),
         "fewshot_as_multiturn": fewshot_as_multiturn,
         "chat_template": template,
         "chat_template_sha": _sha(template),
         "start_time": started,
-        "end_time": time.time(),
-        "total_evaluation_time_seconds": str(time.time() - started),
+        "end_time": ended,
+        "total_evaluation_time_seconds": str(ended - started),
     }
 
 
@@ -106,6 +113,18 @@ def save(results: dict[str, Any], out_dir: Path, copy: Path | None, log_samples:
         for task, of_task in samples.items():
             tracker.save_results_samples(task_name=task, samples=of_task)
     return out_dir / RESULTS
+
+
+def tables(results: dict[str, Any]) -> str:
+    """All figures for the reader; of a partial run with how much of it is done."""
+    lines = []
+    if results.get("partial"):
+        for name, counts in results["n-samples"].items():
+            lines.append(f"PARTIAL: {name}: {counts['effective']} of {counts['original']} documents")
+    lines.append(table(results))
+    if results.get("groups"):
+        lines += ["", table(results, "groups")]
+    return "\n".join(lines)
 
 
 def table(results: dict[str, Any], column: str = "results") -> str:

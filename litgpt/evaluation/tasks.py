@@ -23,6 +23,10 @@ INSTALL = (
 OWN = "perplexity"  # our task, which needs no harness
 # The lines of a task's file that say what it is called; all others are read when it is wanted.
 NAMING = re.compile(r"^[\"']?(?:task|group|tag|class|include)[\"']?[ \t]*:.*(?:\n(?:[ \t#-].*|[ \t]*))*", re.MULTILINE)
+PLAIN = re.compile(r"(\w+): ([A-Za-z_][\w./-]*)\s*")
+NO_NAMES = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")  # to YAML
+FAULTY = (yaml.YAMLError, ValueError, OSError, KeyError, TypeError)  # what a file that is no task raises
+FILE_FORMATS = ("json", "csv", "parquet", "arrow", "text")  # what `datasets` reads without the Hub
 REACHABLE_WITHIN = 5  # seconds
 
 
@@ -142,6 +146,11 @@ class TaskList:
         sys.stdout.write("".join(f"{name:<{width}}  {kind:<5}  {where}\n" for name, kind, where in rows))
 
 
+def print_tasks() -> None:
+    """Prints the known tasks."""
+    TaskList().print()
+
+
 def index_of(folders: Iterable[Path]) -> dict[str, Any]:
     """The entries of all files below some folders: what the harness's own `TaskIndex.build` finds, in a twentieth of
     the time, as only the lines with names are read."""
@@ -156,7 +165,7 @@ def index_of(folders: Iterable[Path]) -> dict[str, Any]:
         for folder in folders:
             entries: dict[str, Any] = {}
             for file in TaskIndex._iter_yaml_files(folder):
-                with contextlib.suppress(Exception):  # not every file is a task, nor whole
+                with contextlib.suppress(*FAULTY):  # not every file is a task, nor whole
                     TaskIndex.process_cfg(dict(_names(file, known)), file, entries)
             index |= entries
     finally:
@@ -170,8 +179,7 @@ def _names(file: Path, known: dict[Path, dict[str, Any]], above: tuple[Path, ...
         raise ValueError(f"{file} includes itself.")
     if file not in known:
         text = file.read_text(encoding="utf-8")
-        named = "".join(f"{block}\n" for block in NAMING.findall(text)) or text  # or it is written in braces
-        settings = yaml.load(named, Loader=_Names) or {}
+        settings = _parsed(NAMING.findall(text) or [text])  # or it is written in braces
         includes = settings.pop("include", [])
         merged: dict[str, Any] = {}
         for include in includes if isinstance(includes, list) else [includes]:
@@ -180,18 +188,24 @@ def _names(file: Path, known: dict[Path, dict[str, Any]], above: tuple[Path, ...
     return known[file]
 
 
+def _parsed(blocks: Sequence[str]) -> dict[str, Any]:
+    """The settings in some blocks of YAML."""
+    plain = [PLAIN.fullmatch(block) for block in blocks]
+    if all(match and match[2].lower() not in NO_NAMES for match in plain):  # so are most: ten times as fast
+        return {match[1]: match[2] for match in plain if match}
+    return yaml.load("".join(f"{block}\n" for block in blocks), Loader=_Names) or {}
+
+
 def _is_local(entry: Any) -> bool:
     """Whether a task reads nothing but files of this machine."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     if entry is None or entry.yaml_path is None:
         return False
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(*FAULTY):
         settings = load_yaml(entry.yaml_path, resolve_func=False)
         path = str(settings.get("dataset_path") or "")
-        return (
-            path in ("json", "csv", "parquet", "arrow", "text") or Path(path).exists() or "custom_dataset" in settings
-        )
+        return path in FILE_FORMATS or Path(path).exists() or "custom_dataset" in settings
     return False
 
 

@@ -18,7 +18,7 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 192,
 }
-WORDS = "the king of France sat upon a stone and said to his men that winter would come again before long".split()
+SENTENCE = "the king of France sat upon a stone and said to his men that winter would come again before long"
 
 
 def save_random(model, directory: Path) -> None:
@@ -51,7 +51,7 @@ def tiny_qwen3(tmp_path_factory) -> Path:
 
 
 def sentence(draw: random.Random, count: int) -> str:
-    return " ".join(draw.choices(WORDS, k=count))
+    return " ".join(draw.choices(SENTENCE.split(), k=count))
 
 
 def task(name: str, folder: Path, records: list[dict], **settings) -> str:
