@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,7 +10,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from litgpt.checkpoint.atomic import SaveError
 from litgpt.data.corpus import Unit
 from litgpt.data.source_files import Report
 from litgpt.data.unit_tokens import Job, prepare_unit
@@ -33,17 +33,17 @@ def run_on_ray(job: Job, units: Sequence[Unit], report: Report, num_workers: int
     if not units:
         return
     if not ray.is_initialized():
-        ray.init(log_to_driver=False)
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs what is raised, too
     ray.data.DataContext.get_current().enable_progress_bars = False
     job = _with_absolute_paths(job)
     rows = [{"place": place} for place in range(len(units))]
     work = partial(_do, ray.put((job, list(units))))
     results = ray.data.from_items(rows, override_num_blocks=len(units)).map(work, num_cpus=1, concurrency=num_workers)
-    try:
-        for row in results.iter_rows():
-            report(int(row["size"]))
-    except Exception as error:
-        raise _own_error(error) from None
+    for row in results.iter_rows():
+        if row["error"]:
+            raise ValueError(row["error"])
+        report(int(row["size"]))
 
 
 def _with_absolute_paths(job: Job) -> Job:
@@ -57,27 +57,19 @@ def _with_absolute_paths(job: Job) -> Job:
     )
 
 
-def _do(reference: Any, row: dict[str, int]) -> dict[str, int]:
+def _do(reference: Any, row: dict[str, int]) -> dict[str, Any]:
     import ray
 
     job, units = ray.get(reference)
     unit = units[row["place"]]
-    prepare_unit(job, unit, _tokenizer(job.tokenizer_dir), lambda size: None)
-    return {"size": unit.size}
+    try:
+        prepare_unit(job, unit, _tokenizer(job.tokenizer_dir), lambda size: None)
+    except (ValueError, OSError) as error:  # raised here, it would come wrapped in several layers of Ray
+        return {"size": 0, "error": str(error)}
+    return {"size": unit.size, "error": ""}
 
 
 @lru_cache(maxsize=1)
 def _tokenizer(directory: Path) -> Tokenizer:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a task for each core already
     return Tokenizer(directory)
-
-
-def _own_error(error: BaseException) -> BaseException:
-    """What the worker raised, out of what Ray wraps around it."""
-    found: BaseException | None = error
-    while found is not None:
-        cause = getattr(found, "cause", None) or found.__cause__
-        if isinstance(cause, ValueError | OSError) and type(cause) in (ValueError, SaveError, FileNotFoundError):
-            return cause
-        found = cause
-    return error

@@ -458,11 +458,12 @@ def test_memory_does_not_grow_with_the_corpus(tokenizer, tmp_path, monkeypatch):
 def test_the_same_bytes_on_ray(tokenizer, mixed, by_one, tmp_path, capsys):
     import ray
 
-    ray.init(num_cpus=2, log_to_driver=False)
+    ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR")
     try:
         assert sums(run(tokenizer, mixed, tmp_path / "out", "--engine", "ray")) == by_one
         (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
-        said = fails(capsys, tokenizer, tmp_path / "bad.jsonl", tmp_path / "bad", "--engine", "ray")
+        capsys.readouterr()
+        said = fails(capsys, tokenizer, tmp_path / "bad.jsonl", tmp_path / "bad", "--engine", "ray", "--split", "train")
         assert "bad.jsonl, line 2: not valid JSON" in said
     finally:
         ray.shutdown()
