@@ -316,3 +316,24 @@ def test_a_damaged_prompt_style_file_is_named(tmp_path, content):
     (tmp_path / "prompt_style.yaml").write_text(content)
     with pytest.raises(ValueError, match=r"prompt_style\.yaml names no usable prompt style"):
         load_prompt_style(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{{ m['content'] }}", "{{ m['content'] | trim }}"])
+@pytest.mark.parametrize("beginning", ["The answer is", "The answer is ", " a\n"])
+def test_a_reply_that_is_continued_ends_as_in_transformers(tmp_path, content, beginning):
+    template = f"{{% for m in messages %}}[{{{{ m['role'] }}}}]{content}</s>\n{{% endfor %}}"
+    directory = tokenizer_files.byte_level(tmp_path, {"chat_template": template})
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": beginning}]
+    expected = PreTrainedTokenizerFast.from_pretrained(directory).apply_chat_template(
+        messages, tokenize=False, continue_final_message=True
+    )
+    style = ChatTemplate.from_directory(directory)
+    assert style.render(messages, add_generation_prompt=False, continue_final_message=True) == expected
+    assert expected.endswith("[assistant]" + (beginning.strip() if "trim" in content else beginning))
+
+
+def test_a_chat_template_is_chosen_by_name():
+    style = ChatTemplate({"default": "plain", "tool_use": "tools"}).named("tool_use")
+    assert style.render([]) == "tools"
+    with pytest.raises(ValueError, match="Did you mean 'tool_use'"):
+        style.named("tooluse")
