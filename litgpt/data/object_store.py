@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import IO, Any
 
 REMOTE = re.compile(r"(s3|gs|azure|r2|hf)://.+|local:.+")
-ATTEMPTS = 3  # of fetching a file, besides those of the store's own client
+ATTEMPTS = 3  # of fetching a file, each with as many of the S3 client's own as follow
+CLIENT_ATTEMPTS = 4
 MISSING = {"404", "NoSuchKey", "NoSuchBucket", "NotFound", "ResourceNotFoundError", "BlobNotFound", "ContainerNotFound"}
 REFUSED = {
     *("401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"),
@@ -96,7 +97,7 @@ def _downloader(folder: str, process: int) -> Any:
             from botocore.config import Config  # litdata's own would try again a thousand times
 
             options["config"] = Config(
-                retries={"max_attempts": 4, "mode": "standard"}, connect_timeout=20, read_timeout=60
+                retries={"max_attempts": CLIENT_ATTEMPTS, "mode": "standard"}, connect_timeout=20, read_timeout=60
             )
         _downloaders[folder, process] = get_downloader(folder, "", [], options)
     return _downloaders[folder, process]
