@@ -1,7 +1,10 @@
 """Small repositories under real names, as the Hub has them: checkpoints of the right architectures, and data sets."""
 
+import functools
 import io
 import json
+import tarfile
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +50,39 @@ def checkpoint(repo_id: str, directory: Path, name: str | None = None) -> dict[s
     ours, theirs = directory / "ours", directory / "theirs"
     ours.mkdir(parents=True)
     sentencepiece = any(word in repo_id for word in ("Llama-2", "TinyLlama", "gemma", "Mistral"))
-    (tokenizer_files.byte_fallback if sentencepiece else tokenizer_files.byte_level)(ours)
+    for name, content in tokenizer(sentencepiece).items():
+        (ours / name).write_bytes(content)
     save_model(ours, model, config)
     export_hf(ours, theirs, shard_size=100_000)  # in two files, as large ones are
     (theirs / "generation_config.json").write_text(json.dumps({"eos_token_id": 2 if sentencepiece else 0}))
     return {file.name: file.read_bytes() for file in theirs.iterdir()}
 
 
+@functools.cache
+def tokenizer(sentencepiece: bool) -> dict[str, bytes]:
+    """The files of a small tokenizer of one of two kinds."""
+    with tempfile.TemporaryDirectory() as place:
+        directory = Path(place)
+        (tokenizer_files.byte_fallback if sentencepiece else tokenizer_files.byte_level)(directory)
+        return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
 def parquet(records: list[dict[str, Any]]) -> bytes:
     file = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), file)
     return file.getvalue()
+
+
+def archive(files: dict[str, Any]) -> bytes:
+    """A compressed tar archive of JSON files."""
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w:gz") as tar:
+        for name, content in files.items():
+            text = json.dumps(content).encode()
+            entry = tarfile.TarInfo(name)
+            entry.size = len(text)
+            tar.addfile(entry, io.BytesIO(text))
+    return made.getvalue()
 
 
 def instructions(count: int) -> list[dict[str, str]]:
@@ -82,6 +107,8 @@ def data_sets() -> dict[str, dict[str, bytes]]:
         "plain_text/train-00000-of-00002.parquet": parquet(documents[:half]),
         "plain_text/train-00001-of-00002.parquet": parquet(documents[half:]),
     }
+    stories = [[{"story": document["text"]} for document in documents[start::2]] for start in range(2)]
+    tiny_stories = {"TinyStories_all_data.tar.gz": archive({f"data{i:02}.json": stories[i] for i in range(2)})}
     # The short name is that of old, under which the Hub still finds it.
     webs = dict.fromkeys(("datasets/openwebtext", "datasets/Skylion007/openwebtext"), web)
-    return {"datasets/mhenrichsen/alpaca_2k_test": alpaca, **webs}
+    return {"datasets/mhenrichsen/alpaca_2k_test": alpaca, "datasets/roneneldan/TinyStories": tiny_stories, **webs}

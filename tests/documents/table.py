@@ -43,7 +43,7 @@ class Row:
     names: dict[str, Any] | None = None
     """Of Python, the names that the code finds."""
     off: str = ""
-    """The subcommand or data module that the row waits for."""
+    """The subcommand, data module or recipe that the row waits for."""
 
 
 def output(first: str) -> Row:

@@ -16,7 +16,7 @@ import pytest
 
 from litgpt.__main__ import COMMANDS
 from tests.documents import pretraining, training_recipes, workflows, zero_to_litgpt
-from tests.documents.place import RAW, Place, free_port, made
+from tests.documents.place import RAW, ROOT, Place, free_port, made
 from tests.documents.table import Row, lines_of
 from tests.hub_server import connect
 from tests.shell import Done
@@ -31,10 +31,10 @@ RUN = ("shell", "python", "yaml", "json", "options")
 
 
 def is_there(name: str) -> bool:
-    """Whether a row's subcommand or data module has come."""
+    """Whether a row's subcommand, data module or recipe has come."""
     import litgpt.data
 
-    return not name or name in COMMANDS or name in litgpt.data.__all__
+    return not name or name in COMMANDS or name in litgpt.data.__all__ or (ROOT / name).is_file()
 
 
 def rows() -> Iterator[pytest.param]:
