@@ -175,6 +175,11 @@ class Tokenizer:
                 named[name] = self._backend.id_to_token(token_id)
         return named
 
+    @property
+    def encodes_words_apart(self) -> bool:
+        """Whether it may cut a text into words first, each of which becomes the same ids wherever it stands."""
+        return self._backend.encodes_words_apart
+
     def fingerprint(self) -> str:
         """A hash that is the same exactly where texts become the same ids; for caches of tokenised text."""
         digest = hashlib.sha256(self._file.read_bytes())
@@ -275,6 +280,7 @@ class _Backend(ABC):
     bos_id: int | None = None
     eos_id: int | None = None
     leading_space = 0  # how many spaces at the very beginning of a text are no part of it
+    encodes_words_apart = False
 
     @cached_property
     def control_ids(self) -> frozenset[int]:
@@ -368,6 +374,25 @@ class _JsonBackend(_Backend):
         self._steps, self.leading_space = _decoder_steps(self._decoder_layout(), file)
         self._is_byte_level = _from_byte_level in self._steps
         self._bytes: dict[int, bytes] = {}
+
+    @cached_property
+    def encodes_words_apart(self) -> bool:
+        """Byte-level BPE on what a regular expression cuts out, with no token that could lie across a cut."""
+        import tokenizers
+
+        if not isinstance(model := self._tokenizer.model, tokenizers.models.BPE) or model.dropout:
+            return False
+        normalizers = _flattened(self._tokenizer.normalizer, "normalizers")
+        parts = _flattened(self._tokenizer.pre_tokenizer, "pretokenizers")
+        cuts = any(part["type"] == "Split" or part.get("use_regex") for part in parts)
+        byte_level = any(part["type"] == "ByteLevel" and not part["add_prefix_space"] for part in parts)
+        kinds = {part["type"] for part in parts} <= {"Split", "ByteLevel", "Digits"}
+        if not (cuts and byte_level and kinds) or any(part["type"] != "NFC" for part in normalizers):
+            return False
+        plain = [token for token in self._added.values() if token not in self.markers]
+        flags = self._tokenizer.get_added_tokens_decoder().values()
+        swallow = any(token.lstrip or token.rstrip or token.single_word for token in flags if not token.special)
+        return not swallow and not any(re.search(r"\S\s", token) for token in plain)
 
     def _decoder_layout(self) -> dict[str, Any] | None:
         """The decoder as tokenizer.json writes it; the state that it is pickled by (reading the whole file again takes
@@ -563,6 +588,12 @@ def _decoder_steps(decoder: dict[str, Any] | None, file: Path) -> tuple[list[_St
         elif kind != "Fuse":
             raise ValueError(f"{file} has a decoder of type {kind!r}, which no causal language model is known to use.")
     return steps, leading
+
+
+def _flattened(component: Any, parts: str) -> list[dict[str, Any]]:
+    """The parts of a normalizer or pre-tokenizer of the library, as tokenizer.json writes them."""
+    layout = None if component is None else json.loads(component.__getstate__())
+    return [] if layout is None else layout[parts] if layout["type"] == "Sequence" else [layout]
 
 
 def _flatten(decoder: dict[str, Any] | None) -> Iterator[dict[str, Any]]:

@@ -236,6 +236,7 @@ def _plan(
         plan=hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(),
         dtype=token_dtype(tokenizer.vocab_size),
         eos_id=eos_id,
+        spelled=spelled_tokens(tokenizer),
         bos_id=tokenizer.bos_id if add_bos else None,
         val_fraction=fraction,
         seed=seed,

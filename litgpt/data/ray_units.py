@@ -13,6 +13,7 @@ from typing import Any
 from litgpt.data.corpus import Unit
 from litgpt.data.source_files import Report
 from litgpt.data.unit_tokens import Job, prepare_unit
+from litgpt.data.word_cache import WordCache
 from litgpt.tokenizer import Tokenizer
 
 
@@ -63,13 +64,13 @@ def _do(reference: Any, row: dict[str, int]) -> dict[str, Any]:
     job, units = ray.get(reference)
     unit = units[row["place"]]
     try:
-        prepare_unit(job, unit, _tokenizer(job.tokenizer_dir), lambda size: None)
+        prepare_unit(job, unit, _words(job.tokenizer_dir), lambda size: None)
     except (ValueError, OSError) as error:  # raised here, it would come wrapped in several layers of Ray
         return {"size": 0, "error": str(error)}
     return {"size": unit.size, "error": ""}
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(directory: Path) -> Tokenizer:
+def _words(directory: Path) -> WordCache:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a task for each core already
-    return Tokenizer(directory)
+    return WordCache(Tokenizer(directory))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -18,6 +19,7 @@ from litgpt.data.base import DataModule, stream_loader
 from litgpt.data.document_marks import DocumentMarks
 from litgpt.data.text_reading import Piece, encode_texts, hold_out, read_chunks, spelled_tokens, whole
 from litgpt.data.token_stream import TokenBlocks, TokenFile
+from litgpt.data.word_cache import WordCache
 from litgpt.resources import cache_directory, find
 
 if TYPE_CHECKING:
@@ -204,10 +206,10 @@ def _content_hash(piece: Piece, changed: int) -> str:
     return digest.hexdigest()
 
 
-def tokenize(pieces: list[Piece], tokenizer: Tokenizer) -> Iterator[list[int]]:
+def tokenize(pieces: list[Piece], tokenizer: Tokenizer) -> Iterator[Sequence[int] | np.ndarray]:
     """The ids of every piece in order, with BOS (or EOS) before the start of each file."""
     first, spelled = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id, spelled_tokens(tokenizer)
-    total = sum(piece.size for piece in pieces)
+    total, words = sum(piece.size for piece in pieces), WordCache(tokenizer)
     with tqdm(total=total, desc="Tokenising", unit="B", unit_scale=True, disable=None) as bar:
         for piece in pieces:
             if piece.start == 0 and first is not None:
@@ -215,6 +217,6 @@ def tokenize(pieces: list[Piece], tokenizer: Tokenizer) -> Iterator[list[int]]:
             chunks, goes_on = read_chunks(piece, list(spelled)), piece.start > 0
             while batch := [chunk for _, chunk in zip(range(4 * (os.cpu_count() or 1)), chunks, strict=False)]:
                 continues = [goes_on, *[True] * (len(batch) - 1)]
-                yield from encode_texts(batch, tokenizer, continues=continues, spelled=spelled)
+                yield from encode_texts(batch, words, continues=continues, spelled=spelled)
                 goes_on = True
                 bar.update(sum(len(chunk.encode()) for chunk in batch))

@@ -9,13 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+import numpy as np
+
+from litgpt.data.word_cache import WordCache
+
 if TYPE_CHECKING:
     from litgpt.tokenizer import Tokenizer
 
 CHUNK_BYTES = 1 << 18  # what one core tokenises at a time
 MAX_CHUNK_BYTES = 1 << 22  # where a text without any line break is cut
-# A line break between two words: every tokenizer splits a text there, so cutting there changes no token.
-LINE_BREAK = re.compile(r"(?<=\S)\n(?=\S)")
+# A line break between two words: every tokenizer splits a text there, so cutting there changes no token. (GPT-4o's
+# regular expression takes slashes with the line break before them.)
+LINE_BREAK = re.compile(r"(?<=\S)\n(?=[^\s/])")
 MANY_FILES = 20  # from here on whole files are held out for validation, below it the end of each
 
 
@@ -142,35 +147,38 @@ def spelled_tokens(tokenizer: Tokenizer) -> dict[str, int]:
 
 def encode_texts(
     texts: Sequence[str],
-    tokenizer: Tokenizer,
+    words: WordCache,
     *,
     continues: Sequence[bool] | None = None,
     spelled: Mapping[str, int] | None = None,
-) -> Iterator[list[int]]:
-    """The ids of each text, in parallel, with nothing put around them.
+) -> Iterator[np.ndarray]:
+    """The ids of each text, int32 (T,), with nothing put around them.
 
     Args:
         texts: What to encode.
-        tokenizer: Its `encode_batch_ids` does it.
+        words: Encodes it.
         continues: Which of them go on after a cut of `read_chunks`; they become what they are in the whole text.
         spelled: Words that become a token wherever they stand, such as `spelled_tokens`. Texts by strangers have none.
     """
     split = re.compile("(" + "|".join(map(re.escape, spelled)) + ")") if spelled else None
     parts = [split.split(text) if split else [text] for text in texts]
-    inner = _InnerText(tokenizer) if continues is not None and any(continues) else None
+    inner = _InnerText(words) if continues is not None and any(continues) else None
     plain, is_inner = [], []
     for number, text in enumerate(parts):
         for place, part in enumerate(text):
             if part and not (spelled and part in spelled):
                 is_inner.append(inner is not None and place == 0 and continues[number])
                 plain.append(inner.mark(part) if is_inner[-1] else part)
-    encoded = tokenizer.encode_batch_ids(plain, bos=False)
+    encoded = words.encode(plain)
     ids = iter(inner.unmark(ids) if within else ids for ids, within in zip(encoded, is_inner, strict=True))
     for text in parts:
-        if len(text) == 1 and text[0]:
+        if len(text) == 1 and text[0] and not (spelled and text[0] in spelled):
             yield next(ids)
         else:
-            yield [i for part in text if part for i in ([spelled[part]] if part in (spelled or ()) else next(ids))]
+            found = [
+                np.array([spelled[part]], np.int32) if part in (spelled or ()) else next(ids) for part in text if part
+            ]
+            yield np.concatenate(found) if found else np.empty(0, np.int32)
 
 
 class _InnerText:
@@ -179,14 +187,14 @@ class _InnerText:
     Such a text is encoded with a line break in front, whose ids are then taken away: what comes after it has no space.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        alone, after = (tokenizer.encode_batch_ids([text], bos=False)[0] for text in ("a", "\na"))
-        self._prefix = tokenizer.encode_batch_ids(["\n"], bos=False)[0]
+    def __init__(self, words: WordCache) -> None:
+        self._prefix, alone, after = (ids.tolist() for ids in words.encode(["\n", "a", "\na"]))
         rest = after[len(self._prefix) :]
         self._marks = after[: len(self._prefix)] == self._prefix and rest != alone and bool(rest)
 
     def mark(self, text: str) -> str:
         return "\n" + text if self._marks else text
 
-    def unmark(self, ids: list[int]) -> list[int]:
-        return ids[len(self._prefix) :] if self._marks and ids[: len(self._prefix)] == self._prefix else ids
+    def unmark(self, ids: np.ndarray) -> np.ndarray:
+        size = len(self._prefix)
+        return ids[size:] if self._marks and ids[:size].tolist() == self._prefix else ids

@@ -14,6 +14,7 @@ from typing import Any
 from litgpt.data.corpus import Unit
 from litgpt.data.source_files import Report
 from litgpt.data.unit_tokens import Job, prepare_unit
+from litgpt.data.word_cache import WordCache
 from litgpt.tokenizer import Tokenizer
 
 
@@ -31,9 +32,9 @@ def run_in_processes(job: Job, units: Sequence[Unit], report: Report, num_worker
     """
     workers = min(num_workers or cores(), len(units))
     if workers <= 1:
-        tokenizer = Tokenizer(job.tokenizer_dir) if units else None
+        words = WordCache(Tokenizer(job.tokenizer_dir)) if units else None
         for unit in units:
-            prepare_unit(job, unit, tokenizer, report)
+            prepare_unit(job, unit, words, report)
         return
     context = multiprocessing.get_context("spawn")  # a fork would inherit the threads of the tokenizers library
     counter = context.Value("q", 0)
@@ -75,7 +76,7 @@ def _begin(job: Job, counter: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
-    _state.update(job=job, counter=counter, tokenizer=Tokenizer(job.tokenizer_dir))
+    _state.update(job=job, counter=counter, words=WordCache(Tokenizer(job.tokenizer_dir)))
 
 
 def _end_with_parent() -> None:
@@ -89,4 +90,4 @@ def _do(unit: Unit) -> None:
         with _state["counter"].get_lock():
             _state["counter"].value += size
 
-    prepare_unit(_state["job"], unit, _state["tokenizer"], report)
+    prepare_unit(_state["job"], unit, _state["words"], report)

@@ -15,9 +15,9 @@ from litgpt.checkpoint.atomic import atomic_file
 from litgpt.data.corpus import Corpus, Unit
 from litgpt.data.documents import Fragment, read_documents
 from litgpt.data.source_files import Report
-from litgpt.data.text_reading import encode_texts, spelled_tokens
+from litgpt.data.text_reading import encode_texts
 from litgpt.data.token_chunks import ChunkInfo, write_chunk_bytes
-from litgpt.tokenizer import Tokenizer
+from litgpt.data.word_cache import WordCache
 
 WORK_DIR = ".preparing"  # in the destination, until all is there
 PART_BYTES = 64 << 20  # ids that are kept in memory, and the most of one file
@@ -35,6 +35,7 @@ class Job:
         plan: Digest of all that decides the result; what was done for another plan does not count.
         dtype: Type of the ids.
         eos_id: Put at the end of every document.
+        spelled: Tokens that count where they are spelled out in a plain text file.
         bos_id: Put at the start of every document; None for nothing.
         val_fraction: Part of the documents without a split of their own to hold out for validation.
         seed: Decides which those are.
@@ -46,6 +47,7 @@ class Job:
     plan: str
     dtype: np.dtype
     eos_id: int
+    spelled: dict[str, int]
     bos_id: int | None
     val_fraction: float
     seed: int
@@ -85,7 +87,7 @@ def read_result(job: Job, unit: Unit) -> UnitResult | None:
         return None
 
 
-def prepare_unit(job: Job, unit: Unit, tokenizer: Tokenizer, report: Report) -> None:
+def prepare_unit(job: Job, unit: Unit, words: WordCache, report: Report) -> None:
     """Tokenise a unit's documents and write them; whoever finds its result finds all of it.
 
     Raises:
@@ -103,10 +105,10 @@ def prepare_unit(job: Job, unit: Unit, tokenizer: Tokenizer, report: Report) -> 
     result = UnitResult()
     # In a plain text file, BOS spelled out is that token, as EOS is; the text of a record is nothing but text.
     is_text = job.corpus.files[unit.extents[0].file].form == "text"
-    spelled = spelled_tokens(tokenizer) if is_text else {}
+    spelled = job.spelled if is_text else {}
     writers = {split: _PartWriter(job, unit, split) for split in ("train", "val")}
     for batch in _batches(job, unit, result, count):
-        for split, fragment, ids in _encoded(job, batch, tokenizer, spelled):
+        for split, fragment, ids in _encoded(job, batch, words, spelled):
             writers[split].add(fragment, ids)
     for split, writer in writers.items():
         writer.flush()
@@ -151,14 +153,20 @@ def _draw(job: Job, text: str) -> str:
 
 
 def _encoded(
-    job: Job, batch: _Batch, tokenizer: Tokenizer, spelled: dict[str, int]
-) -> Iterator[tuple[str, Fragment, list[int]]]:
+    job: Job, batch: _Batch, words: WordCache, spelled: dict[str, int]
+) -> Iterator[tuple[str, Fragment, list[np.ndarray]]]:
     texts, continues = [fragment.text for _, fragment in batch], [fragment.continues for _, fragment in batch]
-    encoded = encode_texts(texts, tokenizer, continues=continues, spelled=spelled)
+    encoded = encode_texts(texts, words, continues=continues, spelled=spelled)
     for (split, fragment), ids in zip(batch, encoded, strict=True):
-        if job.bos_id is not None and not fragment.continues:
-            ids = [job.bos_id, *ids]
-        yield split, fragment, [*ids, job.eos_id] if fragment.ends else ids
+        before = [job.bos_id] if job.bos_id is not None and not fragment.continues else []
+        after = [job.eos_id] if fragment.ends else []
+        yield split, fragment, [np.array(before, job.dtype), _fitting(ids, job.dtype), np.array(after, job.dtype)]
+
+
+def _fitting(ids: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if ids.size and int(ids.max()) > np.iinfo(dtype).max:
+        raise ValueError(f"The tokenizer gives the id {int(ids.max())}, which is beyond its own vocabulary.")
+    return ids.astype(dtype)
 
 
 class _PartWriter:
@@ -170,8 +178,8 @@ class _PartWriter:
         self.parts: list[ChunkInfo] = []
         self.documents = 0
 
-    def add(self, fragment: Fragment, ids: list[int]) -> None:
-        data = np.array(ids, self._job.dtype).tobytes()
+    def add(self, fragment: Fragment, ids: list[np.ndarray]) -> None:
+        data = b"".join(part.tobytes() for part in ids)
         if self._open:  # a document, or the rest of it, is one item of a chunk
             self._lengths[-1] += len(data)
         else:
