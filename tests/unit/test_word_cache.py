@@ -46,11 +46,17 @@ def test_the_same_ids(tokenizer):
     assert len(cache._known) > 1_000
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen2_5", "llama3_1", "mistral_nemo", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["gpt2", "qwen2_5", "llama3_1", "mistral_nemo"])
 def test_the_same_ids_with_real_tokenizers(npm_tokenizer, family):
     real = Tokenizer(npm_tokenizer(family))
     assert splits_at_words(real)
     assert_the_same(real, TEXTS)
+
+
+def test_deepseek_splits_off_digits_with_the_spaces_before_them(npm_tokenizer):
+    real = Tokenizer(npm_tokenizer("deepseek_v3"))
+    assert not splits_at_words(real)
+    assert_the_same(real, ["   9 and 漢"])
 
 
 @pytest.mark.parametrize(
