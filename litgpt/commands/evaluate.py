@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from litgpt.evaluation.tasks import OWN, TaskList, require_harness
-from litgpt.prompts import ChatTemplate
-
-if TYPE_CHECKING:
-    from litgpt.evaluation.work import Evaluated, Work
-    from litgpt.llm.replicas import Replicas
 
 DTYPES = {"float32": "32-true", "bfloat16": "bf16-true", "float16": "16-true"}
 LIST = "list"
@@ -99,11 +92,12 @@ def setup(
     # Here, so that the list of tasks is there without what only a model needs.
     from litgpt.evaluation import report
     from litgpt.evaluation.perplexity import Perplexity
+    from litgpt.evaluation.work import Evaluated, Work, chosen_style, results_of, tell
     from litgpt.llm.replicas import load_replicas
 
     started, slots, precision = time.time(), _slots(batch_size), _precision(dtype, precision)
     if force_conversion:
-        say("--force_conversion has nothing to do: the model is evaluated as it is, no converted copy is made.")
+        tell("--force_conversion has nothing to do: the model is evaluated as it is, no converted copy is made.")
     # What can be wrong with the tasks is said before the model is loaded.
     work: list[Work] = []
     if own_names := [name for name in names if name != OWN]:
@@ -136,10 +130,12 @@ def setup(
         quantize=quantize,
         access_token=access_token,
     ) as replicas:
-        model = _evaluated(replicas, apply_chat_template)
-        parts, interruption = _results(work, model)
+        llm = replicas.llm
+        style = chosen_style(llm.prompt_style, apply_chat_template)
+        model = Evaluated(replicas.run, llm.tokenizer, llm.config, style, llm.name)
+        parts, interruption = results_of(work, model)
         if not parts:
-            say("Nothing is done yet, so nothing is written.")
+            tell("Nothing is done yet, so nothing is written.")
             raise interruption
         results = report.merged(
             *parts,
@@ -153,7 +149,7 @@ def setup(
                 settings={"precision": replicas.precision, "quantize": quantize, "devices": replicas.count},
                 options={
                     "batch_size": batch_size,
-                    "device": str(replicas.llm.device),
+                    "device": str(llm.device),
                     "limit": limit,
                     "gen_kwargs": gen_kwargs,
                     "num_fewshot": num_fewshot,
@@ -165,46 +161,9 @@ def setup(
     print(report.tables(results))
     out_dir = out_dir or _folder(checkpoint_dir, Path(model.tokenizer.dir)) / "evaluate"
     file = report.save(results, out_dir, save_filepath, log_samples or predict_only)
-    say(f"Results are in {file}" + (f" and {save_filepath}" if save_filepath else ""))
+    tell(f"Results are in {file}" + (f" and {save_filepath}" if save_filepath else ""))
     if interruption is not None:
         raise interruption
-
-
-def say(text: str) -> None:
-    """A line about the work, on stderr: stdout is for the figures."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def _evaluated(replicas: Replicas, template: bool | str) -> Evaluated:
-    """The loaded model, with the chat template that the user chooses."""
-    from litgpt.evaluation.work import Evaluated
-
-    llm = replicas.llm
-    style = llm.prompt_style
-    if isinstance(template, str):
-        if not isinstance(style, ChatTemplate):
-            raise ValueError(
-                f"--apply_chat_template {template} names a chat template, and the checkpoint has none. `true` puts "
-                "tasks in the prompt format that it has."
-            )
-        style = style.named(template)
-    elif not template and isinstance(style, ChatTemplate):
-        say("The checkpoint has a chat template; --apply_chat_template true puts tasks as conversations.")
-    return Evaluated(replicas.run, llm.tokenizer, llm.config, style, llm.name)
-
-
-def _results(work: list[Work], model: Evaluated) -> tuple[list[dict[str, Any]], KeyboardInterrupt | None]:
-    """The results of what there is to do, and whether it was interrupted: then they are those of what is done."""
-    parts = []
-    for one in work:
-        try:
-            parts.append(one.results(model))
-        except KeyboardInterrupt as interruption:
-            say("\nInterrupted. What is done is kept.")
-            if (part := one.part()) is not None:
-                parts.append(part)
-            return parts, interruption
-    return parts, None
 
 
 def _slots(batch_size: int | str) -> int | None:

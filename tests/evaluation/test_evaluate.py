@@ -51,6 +51,15 @@ def test_the_index_of_tasks_is_that_of_the_harness_and_can_be_searched(tasks, ca
     assert {"choices", "continued"} <= set(TaskList([tasks]).chosen(["c*", "choices"])[0])
 
 
+def test_the_list_of_tasks_is_there_without_torch(tasks):
+    """It is searched with grep, and so is to come soon."""
+    script = "import sys; from litgpt.__main__ import main; code = main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    words = ["evaluate", "--tasks", "list", "--filter", "hellaswag", "--include_path", str(tasks)]
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert any(line.split()[:2] == ["hellaswag", "task"] for line in done.stdout.splitlines())
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
