@@ -104,7 +104,8 @@ def find_tokenizer(checkpoint_dir: Path) -> Path:
     from litgpt.checkpoint import resolve_checkpoint_dir
     from litgpt.download import download
 
-    path = resolve_checkpoint_dir(checkpoint_dir, download=partial(download, tokenizer_only=True))
+    fetch = partial(download, tokenizer_only=True)
+    path = resolve_checkpoint_dir(checkpoint_dir, download=fetch, tokenizer_only=True)
     if path.is_file():  # a .gguf file, whose tokenizer is unpacked
         from litgpt.convert import open_checkpoint
 
