@@ -9,6 +9,7 @@ import torch
 from litgpt.data import HFDataset
 from litgpt.training.metrics import read_metrics
 from tests import tokenizer_files
+from tests.markdown import Page
 
 SHAPE = {
     "n_layer": 2,
@@ -103,9 +104,8 @@ def test_columns_and_splits_are_taken_and_the_token_is_not_recorded(train):
 
 
 def test_a_data_module_of_ones_own_is_found(train):
-    page = (Path(__file__).parents[2] / "tutorials/finetuning_data.md").read_text()
-    code = page[page.index("```python") + 9 :]
-    Path("my_module.py").write_text(code[: code.index("```")])
+    page = Page(Path(__file__).parents[2] / "tutorials/prepare_dataset.md")
+    Path("my_module.py").write_text(next(block.text for block in page.blocks if block.title == "my_module.py"))
     Path("proverbs.txt").write_text("The early bird | catches the worm.\n" * 20)
     result = train("--data", "my_module.Proverbs", "--data.seed", "3", "--train.max_steps", "2")
     assert result.code == 0, result.err
