@@ -27,7 +27,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 
-# Imported before the forks. Nothing that reads the environment while it is imported, as huggingface_hub does.
+# Imported before the forks, some of which read the environment as they are imported: what the commands of a script set for
+# huggingface_hub (HF_HUB_OFFLINE=1 litgpt ...) comes too late; give it to `Shell`.
 PRELOADED = (
     "torch",
     "numpy",
@@ -44,6 +45,10 @@ PRELOADED = (
     "litgpt.commands.generate",
     "litgpt.commands.chat",
     "litgpt.data",
+    "litgpt.hub",
+    "huggingface_hub",
+    "matplotlib.figure",
+    "torch.utils.tensorboard",
 )
 
 CLIENT = """\

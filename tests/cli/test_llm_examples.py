@@ -104,36 +104,6 @@ def test_the_lightning_trainer_learns_and_saves(checkpoint, tmp_path, monkeypatc
     assert LLM.load("out").generate("Say 3.", max_new_tokens=4)
 
 
-# --- what documents show
-
-
-def snippets(page: Path) -> list[str]:
-    """The Python code of a page."""
-    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-
-
-def test_the_tutorial_does_what_it_says(checkpoint, capsys):
-    """All of its code runs, one piece after the other, as in a notebook."""
-    code = snippets(ROOT / "tutorials/python_api.md")
-    assert len(code) > 8
-    names = {"__name__": "notebook"}
-    for piece in code:
-        exec(compile(piece, "tutorials/python_api.md", "exec"), names)
-    printed = capsys.readouterr().out
-    assert printed.count("tokens/s") == 1
-    assert (Path("out") / "tuned" / "lit_model.pth").is_file()
-    for example in EXAMPLES.glob("*.py"):
-        assert example.name in (ROOT / "tutorials/python_api.md").read_text()
-
-
-def test_the_readmes_python_runs(checkpoint, monkeypatch, capsys):
-    (Path("checkpoints") / "HuggingFaceTB").mkdir()
-    checkpoint.rename("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct")
-    (code,) = snippets(ROOT / "README.md")
-    exec(compile(code, "README.md", "exec"), {})
-    assert len(capsys.readouterr().out) > 20
-
-
 @pytest.fixture
 def finetuned(checkpoint) -> Path:
     """`out/phi2-lora/final`, the matrices alone, as `finetune_lora` leaves them."""
