@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -183,6 +187,30 @@ def chosen_devices(devices: int | str, kind: str | None = None) -> list[torch.de
     return [torch.device(kind, number) if kind == "cuda" else torch.device(kind) for number in numbers]
 
 
+def import_fabric() -> type[Fabric]:
+    """lightning_fabric's Fabric, without torchmetrics: of that it wants to see the version alone, but would import it,
+    and with it, where they are installed, transformers, torchvision and scipy: longer than all else a start takes."""
+    with _version_only("torchmetrics"):
+        from lightning_fabric import Fabric
+    return Fabric
+
+
+@contextmanager
+def _version_only(package: str) -> Iterator[None]:
+    """Inside, what imports a package gets nothing but its version; unless it is there already, or not installed."""
+    spec = None if package in sys.modules else find_spec(package)
+    if spec is None:
+        yield
+        return
+    stand_in = ModuleType(package)
+    stand_in.__dict__.update(__version__=version(package), __spec__=spec)
+    sys.modules[package] = stand_in
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+
+
 def make_fabric(
     devices: int | str = "auto", num_nodes: int = 1, precision: str | None = None, strategy: Strategy = "auto"
 ) -> Fabric:
@@ -195,8 +223,7 @@ def make_fabric(
         strategy: With several devices, "fsdp" shards weights, gradients and optimizer state (FSDP2), "ddp" keeps a
             copy of all on each device; "auto" is fsdp.
     """
-    from lightning_fabric import Fabric
-
+    Fabric = import_fabric()
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # what it would announce, describe_devices says
     count = count_devices(devices, num_nodes)
     precision = precision or default_precision()
@@ -327,7 +354,6 @@ def memory_used(device: torch.device) -> float:
         peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return float(peak.split()[1]) * 1024
     import resource
-    import sys
 
     peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return float(peak_rss if sys.platform == "darwin" else peak_rss * 1024)

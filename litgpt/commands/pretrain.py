@@ -25,6 +25,7 @@ from litgpt.tokenizer import MODEL_FILES, Tokenizer
 from litgpt.training.activation_checkpointing import checkpoint_blocks
 from litgpt.training.arguments import EvalArgs, LogArgs, TrainArgs
 from litgpt.training.batches import BatchStream
+from litgpt.training.compilers import choose_compiler, compile_blocks
 from litgpt.training.console import Console
 from litgpt.training.criterion import choose_criterion
 from litgpt.training.loggers import check_logger, make_logger
@@ -67,6 +68,7 @@ def setup(
     num_nodes: int = 1,
     strategy: distributed.Strategy = "auto",
     compile: bool = False,
+    compiler: str | None = None,
     tokenizer_dir: Path | None = None,
     tokenizer_vocab_size: int | None = None,
     logger_name: str = LOGGER,
@@ -92,6 +94,8 @@ def setup(
         num_nodes: Machines.
         strategy: Over several devices, fsdp shards the model (auto is fsdp), ddp copies it.
         compile: Compile the model's blocks with torch.compile; the first step then takes long.
+        compiler: What compiles the blocks; naming one implies --compile true: torch (the default), or thunder for
+            Lightning Thunder (extensions/thunder).
         tokenizer_dir: Checkpoint (a directory, a .gguf file or a known name) whose tokenizer to use; by default that of
             initial_checkpoint_dir.
         tokenizer_vocab_size: Without a tokenizer_dir, train a byte-level BPE tokenizer of this size on the text.
@@ -107,16 +111,17 @@ def setup(
     optimizer = optimizer.with_train_args(train, default=OPTIMIZER)
     optimizer.check_strategy(sharded=world_size > 1 and strategy != "ddp")
     logger_name = choose_logger(logger_name, train.logger_name, log)
-    if data is None:
-        raise ValueError("--data is missing. For plain text: --data TextFiles --data.train_data_path FOLDER_OR_FILE.")
-    if eval.evaluate_example != "first":
-        raise ValueError("--eval.evaluate_example is for finetuning: pretraining data has no examples. Leave it out.")
     if eval.metrics:
         raise ValueError(
             "--eval.metrics is for finetuning: it compares answers with replies, and pretraining data has none. Leave "
             "it out."
         )
     choose_criterion(eval.best_by, {})
+    backend = choose_compiler(compile, compiler)
+    if data is None:
+        raise ValueError("--data is missing. For plain text: --data TextFiles --data.train_data_path FOLDER_OR_FILE.")
+    if eval.evaluate_example != "first":
+        raise ValueError("--eval.evaluate_example is for finetuning: pretraining data has no examples. Leave it out.")
     if tokenizer_dir is not None and tokenizer_vocab_size is not None:
         raise ValueError("--tokenizer_dir and --tokenizer_vocab_size: use a tokenizer or train one, not both.")
     if eval.max_new_tokens and world_size > 1 and strategy != "ddp":
@@ -177,9 +182,7 @@ def setup(
     console.print(f"Number of non-trainable parameters: {gpt.num_parameters() - gpt.num_parameters(True):,}")
     flops = flops_per_token(gpt, tokens)
     checkpoint_blocks(gpt, train.activation_checkpointing)
-    if compile:
-        for block in gpt.transformer.h:
-            block.compile()
+    compile_blocks(gpt, backend)
     loss = NextTokenLoss(gpt)
     add_noise(loss, train.neftune_noise_alpha)
     model = fabric.setup_module(loss)

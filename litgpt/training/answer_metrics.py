@@ -15,6 +15,7 @@ from litgpt.cli.classes import ClassChoice, parse_init_args, unknown_init_args
 from litgpt.cli.hints import members
 from litgpt.cli.values import instantiate
 from litgpt.suggest import did_you_mean
+from litgpt.training.criterion import LOSS
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -96,18 +97,14 @@ class AnswerMetric:
         results = self._results(answers, references)
         return {name: results[key] for key, name in self._figures.items()}
 
-    def _made(self, named: Named | None, init_args: dict[str, Any]) -> Metric:
+    def _made(self, named: Named | None, given: dict[str, Any]) -> Metric:
         try:
-            if named is not None:
-                found = ClassChoice(PACKAGE, metric_class()).resolve(named.class_path)[1]
-                init_args = {**named.init_args, **init_args}
-            else:
-                found = find_class(self.label)
-                for problem in unknown_init_args(OPTION, found, init_args):
-                    raise ValueError(f"--{problem}")
-                values, parser = parse_init_args(OPTION, found, init_args, defaults=False)
-                init_args = values if isinstance(values, dict) else vars(instantiate(parser, values))
-            return found(**init_args)
+            found = find_class(self.label if named is None else named.class_path)
+            for problem in unknown_init_args(OPTION, found, given):
+                raise ValueError(f"--{problem}")
+            values, parser = parse_init_args(OPTION, found, given, defaults=False)
+            init_args = values if isinstance(values, dict) else vars(instantiate(parser, values))
+            return found(**{**({} if named is None else named.init_args), **init_args})
         except Exception as error:  # of any kind: the class may be anybody's, and may download something
             if isinstance(error, ValueError) and str(error).startswith(f"--{OPTION}"):
                 raise
@@ -115,7 +112,7 @@ class AnswerMetric:
 
     def _results(self, answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
         """What the class computes; a single number under an empty name."""
-        self._metric.sync_on_compute = False  # one rank has all texts, and computes alone
+        self._metric.distributed_available_fn = lambda: False  # one rank has all texts, and computes alone
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -135,12 +132,11 @@ class AnswerMetrics:
 
     Args:
         values: As for `AnswerMetric`.
-        taken: Names that figures of this run have already.
     """
 
-    def __init__(self, values: Sequence[str | dict[str, Any]], taken: Sequence[str] = ()) -> None:
+    def __init__(self, values: Sequence[str | dict[str, Any]]) -> None:
         self.metrics = [AnswerMetric(value) for value in values]
-        owners = dict.fromkeys(taken, "the loss")
+        owners = {LOSS: "the run itself"}
         for metric in self.metrics:
             for name in metric.higher_is_better:
                 if name in owners:
