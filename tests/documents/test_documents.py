@@ -11,6 +11,7 @@ import shlex
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -112,11 +113,23 @@ def run_python(place: Place, row: Row, monkeypatch: pytest.MonkeyPatch) -> Done:
     return Done(code, printed.getvalue(), error)
 
 
-@pytest.mark.parametrize("typed", [workflows.LORA_WITH_COMMENTS])
-def test_what_a_comment_behind_a_backslash_gives(place: Place, typed: str) -> None:
-    done = place.run(typed)
-    assert done.code == 2
-    assert "unexpected argument ' '" in done.err
+def typed(document: Any, start: str) -> str:
+    """The first row of a document that begins so, as it stands there."""
+    return next(row.typed for row in document.ROWS if row.typed.startswith(start))
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "said"),
+    [
+        (workflows.LORA_WITH_COMMENTS, 2, "unexpected argument ' '"),
+        (typed(pretraining, "~ ls"), 126, "directory"),
+    ],
+)
+def test_what_a_user_gets_who_types_it_as_it_stands(place: Place, script: str, code: int, said: str) -> None:
+    done = place.run(script)
+    assert done.code == code, done.err
+    assert said in done.err
+    assert "Traceback" not in done.err
 
 
 DOCUMENTS_HERE = os.environ.get("LITGPT_SEEDS")
