@@ -82,8 +82,10 @@ def _text_documents(file: SourceFile, extent: Extent, separators: Sequence[str],
         piece = Piece(file.path, extent.first, extent.last)
         start, at_separator = _text_cut(piece, extent.start, separators)
         goes_on = start > extent.first and not at_separator
-        end, at_separator = _text_cut(piece, extent.end, separators)
-        ends = end == extent.last or at_separator
+        end, _ = _text_cut(piece, extent.end, separators)
+        if start == end:  # the units before and after it meet beyond it
+            return
+        ends = end == extent.last
         chunks = _reported(read_chunks(Piece(file.path, start, end), separators), report)
     split = re.compile("|".join(map(re.escape, sorted(separators, key=len, reverse=True)))) if separators else None
     for chunk in chunks:
@@ -116,7 +118,7 @@ def _text_cut(piece: Piece, near: int, separators: Sequence[str]) -> tuple[int, 
         for window in (1 << 16, MAX_CHUNK_BYTES):
             file.seek(start)
             data = file.read(min(piece.end, near + window) - start)
-            # Decoded letter by letter of Latin-1, a place in the text is a place in the file.
+            # Not from within a character, so that a place in the text is one in the file.
             skipped = next((i for i, byte in enumerate(data[:4]) if byte & 0xC0 != 0x80), 0)
             text = data[skipped:].decode("utf-8", "ignore")
             for place, at_separator in _cuts(text, separators):

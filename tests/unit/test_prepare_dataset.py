@@ -22,7 +22,7 @@ import pytest
 import zstandard
 
 from litgpt.__main__ import main
-from litgpt.data import corpus, preparation, text_reading, unit_tokens
+from litgpt.data import corpus, preparation, source_files, text_reading, unit_tokens
 from litgpt.data import documents as documents_module
 from litgpt.data.dataset_record import DatasetRecord
 from litgpt.data.token_chunks import ChunkInfo, TokenChunks, document_offsets, open_chunk, write_chunk, write_index
@@ -172,8 +172,10 @@ def test_every_form_of_records_gives_the_same(tokenizer, documents, tmp_path, fo
 
 
 @pytest.mark.parametrize("form", [".txt", ".txt.gz", ".txt.zst"])
-def test_text_files_between_separators(tokenizer, documents, tmp_path, form):
+def test_text_files_between_separators(tokenizer, documents, tmp_path, form, monkeypatch):
     """EOS spelled out, and a separator of one's own that has line breaks in it, in whose middle no unit may begin."""
+    monkeypatch.setattr(text_reading, "CHUNK_BYTES", 1_500)
+    monkeypatch.setattr(source_files, "BLOCK_BYTES", 1_500)
     texts = [text.strip().replace("<s>", "") for text in documents]
     joined = (
         "".join(text + ("\n---\n" if number % 2 else "<|endoftext|>") for number, text in enumerate(texts[:-1]))
@@ -211,6 +213,7 @@ def test_units_begin_between_separators_or_where_no_token_changes(tmp_path):
 def test_documents_across_units_begin_with_one_bos(tmp_path):
     tokenizer = Tokenizer(tokenizer_files.byte_fallback(tmp_path / "tokenizer"))
     texts = [TEXT[start : start + 150].strip() for start in range(0, 60_000, 150)]
+    texts = [*texts, *(text.replace("\n", " ") for text in texts)]  # units of these can meet between documents only
     for name, joined in {"many": "</s>".join(texts), "runs": "</s></s>".join(texts)}.items():
         (tmp_path / f"{name}.txt").write_text(joined)
         out = run(tokenizer, tmp_path / f"{name}.txt", tmp_path / name, "--split", "train", "--add_bos", "true")
@@ -471,8 +474,8 @@ def test_memory_does_not_grow_with_the_corpus(tokenizer, tmp_path, monkeypatch):
         )
     )
     for size in (2, 16):
-        source = tmp_path / f"{size}.txt"
-        source.write_text(TEXT[:500_000] * size)
+        source = tmp_path / f"{size}.txt.gz"  # which is one unit, however large
+        source.write_bytes(gzip.compress(TEXT[:500_000].encode() * size, 1))
         words = ["prepare_dataset", "--source_path", source, "--checkpoint_dir", tokenizer.dir, "--num_workers", 1]
         words = [sys.executable, script, *words, "--destination_path", tmp_path / f"out{size}"]
         # One thread and one heap, whose size tells what is kept.
