@@ -209,7 +209,7 @@ def test_answers_are_compared_with_whole_last_replies(base, tmp_path):
         data.prepare_data()
         data.setup()
         ids = [data.example_reply(index) for index in range(data.num_examples)]
-        return [None if reply is None else tokenizer.decode(reply) for reply in ids]
+        return [None if reply is None else tokenizer.decode(reply, skip_special=False) for reply in ids]
 
     assert replies(500) == ["Bye, and take care!", "Hello!"]
     longest = data.val_samples.summary.longest
