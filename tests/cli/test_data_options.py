@@ -124,8 +124,13 @@ def test_every_data_set_is_offered(litgpt):
         "HFDataset",
         "JSON",
         "LIMA",
+        "LitData",
         "LongForm",
+        "MicroLlama",
+        "OpenWebText",
         "TextFiles",
+        "TinyLlama",
+        "TinyStories",
     ]
     assert [name for name in names if name not in out.split()] == []
     for name in names:

@@ -138,6 +138,17 @@ def test_control_tokens_spelled_between_documents_count(tokenizer, tmp_path):
     assert tokenizer.decode(first) == "first one"
 
 
+def test_documents_of_a_text_are_kept_apart(tokenizer, tmp_path):
+    path = tmp_path / "documents.txt"
+    path.write_text("first one<|endoftext|>second one" * 20)
+    data = module(path, tokenizer, val_split_fraction=0, isolate_documents=True)
+    block = next(iter(data.train_dataloader()))
+    begins = block["positions"] == 0
+    assert torch.equal(begins[:, 1:], block["input_ids"][:, 1:] == tokenizer.eos_id)  # EOS stands before each
+    assert torch.equal(block["document_ids"], begins.long().cumsum(1) - 1)
+    assert int(block["document_ids"].max()) > 1
+
+
 def test_five_percent_of_a_single_file_are_held_out_and_said(tmp_path, tokenizer, capsys):
     path = tmp_path / "one.txt"
     path.write_bytes(TEXT.read_bytes()[:50_000])
