@@ -450,7 +450,7 @@ def test_killed_and_restarted(tokenizer, documents, tmp_path):
 
 @pytest.mark.slow
 def test_killed_five_times_and_restarted(tokenizer, documents, tmp_path):
-    source = write_jsonl(tmp_path / "in.jsonl", documents * 40)
+    source = write_jsonl(tmp_path / "in.jsonl", documents * 20)
     whole = sums(run(tokenizer, source, tmp_path / "whole"))
     assert killed_and_restarted(tokenizer, source, tmp_path / "out", tmp_path / "c.py", 5, 1) == 5
     assert sums(tmp_path / "out") == whole
