@@ -28,7 +28,7 @@ PUBLISHED = {
     "tinyllama": ("tiny-llama-1.1b", "TinyLlama", 512, 4, 2048, 2000, 4e-4, 4e-5, 3_000_000_000_000),
     "microllama": ("micro-llama-300M", "MicroLlama", 48, 12, 2048, 2000, 4e-4, 4e-5, 3_000_000_000_000),
 }
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "big", "red", "dog", "run", "to", "its", "small", "old", "house", "in", "the", "sun"]
+WORDS = "the cat sat on a mat and saw one big red dog run to its small old house in the sun".split()  # noqa: SIM905
 STORIES = [f"Once {' '.join(WORDS[i % 7 : i % 7 + 9])}. That was story {i}." for i in range(240)]
 SMALL = {
     **{"n_layer": 1, "n_head": 2, "n_query_groups": 2, "n_embd": 32, "intermediate_size": 64, "head_size": 16},
