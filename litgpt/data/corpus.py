@@ -92,7 +92,7 @@ def find_corpus(
     """
     path = Path(source).expanduser()
     is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not str(source).startswith(".")
-    if path.exists() or not is_id:
+    if path.exists() or not is_id or path.parent.is_dir() or is_source_file(path):
         given = {"name": name, "revision": revision, "access_token": access_token, "download_dir": download_dir}
         for option, value in given.items():
             if value is not None:

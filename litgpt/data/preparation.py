@@ -228,6 +228,7 @@ def _plan(
         **options,
         "splits": corpus.splits,
         "files": [[file.name, file.form, file.size, file.changed] for file in corpus.files],
+        "units": hashlib.sha256(repr([(unit.split, unit.extents) for unit in corpus.units]).encode()).hexdigest(),
     }
     job = Job(
         corpus=corpus,

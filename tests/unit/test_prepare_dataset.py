@@ -612,6 +612,8 @@ def test_options_that_cannot_act(tokenizer, documents, tmp_path, capsys, monkeyp
         assert part in fails(capsys, tokenizer, source, out, *options), options
         shutil.rmtree(out, ignore_errors=True)
     assert "no such file or folder" in fails(capsys, tokenizer, tmp_path / "nowhere", out)
+    monkeypatch.chdir(tmp_path)
+    assert "no such file or folder" in fails(capsys, tokenizer, "data/corpus.jsonl", out)  # no id of a data set
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures/a.png").write_bytes(b"1")
     assert "it holds a.png" in fails(capsys, tokenizer, tmp_path / "pictures", out)
