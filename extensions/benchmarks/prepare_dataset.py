@@ -11,13 +11,14 @@ as .jsonl and as 16 files of text, and runs, A B C A B C, each a process of its 
 - datasets: `load_dataset("json").map(tokenize, batched=True, num_proc=2)` with transformers' fast tokenizer, no more
 
 Printed are medians of MB/s, start of the interpreter included, and of the peak of the memory of all processes (PSS, so
-that shared pages count once). The tokens of the first and the last are compared.
+that shared pages count once), and the seconds of CPU of all processes, which other work on the machine hardly changes.
 """
 
 import argparse
 import json
 import os
 import random
+import resource
 import shutil
 import statistics
 import subprocess
@@ -79,9 +80,9 @@ def make_corpus(folder: Path, text: Path, size: int) -> tuple[Path, Path]:
     return records, texts
 
 
-def measured(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
-    """Seconds of a run, and the most memory of all its processes in MB."""
-    start = time.perf_counter()
+def measured(command: list[str], environment: dict[str, str]) -> tuple[float, float, float]:
+    """Seconds of a run, the most memory of all its processes in MB, and the CPU's seconds of all of them."""
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     with open(os.devnull, "w") as quiet:
         process = subprocess.Popen(command, env=environment, stdout=quiet, stderr=subprocess.PIPE)
     peak, tree = 0.0, psutil.Process(process.pid)
@@ -97,7 +98,8 @@ def measured(command: list[str], environment: dict[str, str]) -> tuple[float, fl
     seconds = time.perf_counter() - start
     if process.returncode:
         sys.exit(f"{' '.join(map(str, command))} failed: {process.stderr.read().decode()[-2000:]}")
-    return seconds, peak
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return seconds, peak, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def main() -> None:
@@ -113,24 +115,26 @@ def main() -> None:
     records, texts = make_corpus(scratch, options.text, options.mb * 1_000_000)
     size = sum(path.stat().st_size for path in texts.iterdir()) / 1e6
     ours, peer = ours_and(options.peer)
-    results: dict[str, list[tuple[float, float]]] = {"ours": [], "LitGPT": [], "datasets": []}
+    results: dict[str, list[tuple[float, float, float]]] = {"ours": [], "LitGPT": [], "datasets": []}
     for number in range(options.runs):
         for name, found in results.items():
             found.append(
                 once(name, ours, peer, options.tokenizer.absolute(), records, texts, scratch / f"{name}-{number}")
             )
-            print(f"{name}: {size / found[-1][0]:.2f} MB/s, {found[-1][0]:.1f} s, {found[-1][1]:,.0f} MB", flush=True)
-    print(f"\n{size:.1f} MB of text\n\n| | MB/s | peak memory of all processes, MB |\n|---|---|---|")
+            seconds, peak, cpu = found[-1]
+            print(f"{name}: {size / seconds:.2f} MB/s, {seconds:.1f} s, {peak:,.0f} MB, {cpu:.1f} s of CPU", flush=True)
+    print(f"\n{size:.1f} MB of text\n")
+    print("| | MB/s | seconds of CPU | peak memory of all processes, MB |\n|---|---|---|---|")
     for name, found in results.items():
-        seconds, peak = (statistics.median(column) for column in zip(*found, strict=True))
-        print(f"| {name} | {size / seconds:.2f} | {peak:,.0f} |")
+        seconds, peak, cpu = (statistics.median(column) for column in zip(*found, strict=True))
+        print(f"| {name} | {size / seconds:.2f} | {cpu:.0f} | {peak:,.0f} |")
     for program in (ours, peer):
         print(f"- {program.name}: {program.about(scratch)}")
 
 
 def once(
     name: str, ours: Program, peer: Program, tokenizer: Path, records: Path, texts: Path, out: Path
-) -> tuple[float, float]:
+) -> tuple[float, float, float]:
     """One run into a folder that is not there yet."""
     if name == "ours":
         words = ["prepare_dataset", "--source_path", records, "--checkpoint_dir", tokenizer, "--destination_path", out]
