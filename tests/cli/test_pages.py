@@ -23,7 +23,7 @@ import yaml
 from tests.hub_server import connect, serve_hub
 from tests.markdown import Block, Page, unlike
 from tests.shell import Shell, litgpt_commands
-from tests.stand_ins import QUESTIONS, SMALL, hub
+from tests.stand_ins import QUESTIONS, hub
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "tutorials").glob("*.md"))]
@@ -31,6 +31,7 @@ LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("config_hub/**/*.m
 
 # Behind the options that a page shows, by subcommand.
 TRAIN = ["--train.max_steps", 2, "--train.global_batch_size", 2, "--train.micro_batch_size", 1, "--eval.max_iters", 1]
+SMALL = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_query_groups": 2, "intermediate_size": 64}
 SHAPE = [word for name, value in SMALL.items() for word in (f"--model_config.{name}", value)]
 FINETUNE = [*TRAIN, "--data.num_workers", 0]
 ADAPTER = [*FINETUNE, "--adapter_start_layer", 1]

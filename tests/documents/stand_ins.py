@@ -23,15 +23,19 @@ ROOT = Path(__file__).parents[2]
 VOCABULARY = 704
 
 
-def checkpoint(repo_id: str, directory: Path, name: str | None = None) -> dict[str, bytes]:
+def checkpoint(
+    repo_id: str, directory: Path, name: str | None = None, vocabulary: int | None = VOCABULARY
+) -> dict[str, bytes]:
     """The files of a repository: a random model of a known one's architecture, of two narrow layers.
 
     Args:
         repo_id: The repository.
         directory: An empty directory to make them in.
         name: The known model whose architecture it has, where it is not known itself.
+        vocabulary: Rows of its embedding; None for those of the known model.
     """
     known = Config.from_name(name or known_checkpoints()[repo_id].name)
+    rows = {} if vocabulary is None else {"vocab_size": vocabulary, "padded_vocab_size": vocabulary}
     size = 20 if known.rotary_percentage == 0.4 else 16  # a part of it turns, which has to be a whole number
     config = Config.from_name(
         known.name,
@@ -41,8 +45,7 @@ def checkpoint(repo_id: str, directory: Path, name: str | None = None) -> dict[s
         head_size=size,
         n_query_groups=1 if known.n_query_groups == 1 else 2,
         intermediate_size=64,
-        vocab_size=VOCABULARY,
-        padded_vocab_size=VOCABULARY,
+        **rows,
     )
     torch.manual_seed(0)
     model = GPT(config)
