@@ -36,6 +36,7 @@ from litgpt.training.activation_checkpointing import checkpoint_blocks
 from litgpt.training.answer_metrics import AnswerMetrics
 from litgpt.training.arguments import EvalArgs, LogArgs, TrainArgs
 from litgpt.training.batches import BatchStream
+from litgpt.training.compilers import choose_compiler, compile_blocks
 from litgpt.training.console import Console
 from litgpt.training.criterion import choose_criterion
 from litgpt.training.loggers import make_logger
@@ -87,6 +88,9 @@ class Options:
     """A torch.optim class or your own, and its arguments (--optimizer.lr 0.001)."""
     compile: bool = False
     """Compile the model's blocks with torch.compile; the first step then takes long."""
+    compiler: str | None = None
+    """What compiles the blocks; naming one implies --compile true: torch (the default), or thunder for Lightning
+    Thunder (extensions/thunder)."""
     logger_name: str = "csv"
     """csv, tensorboard, wandb, mlflow, or the dotted path of a logger class."""
     seed: int = 1337
@@ -137,6 +141,7 @@ class Finetuning:
         train.accumulation(self.world_size)
         self.optimizer = options.optimizer.with_train_args(train, default=OPTIMIZER)
         self.optimizer.check_strategy(sharded=self.world_size > 1 and options.strategy != "ddp")
+        self.backend = choose_compiler(options.compile, options.compiler)
         self.logger_name = choose_logger(options.logger_name, train.logger_name, options.log, Options.logger_name)
         precision = options.precision or distributed.default_precision()
         if quantize is not None and options.precision is None:
@@ -268,9 +273,7 @@ class Finetuning:
 
         flops = flops_per_token(gpt, self.tokens)
         checkpoint_blocks(gpt, train.activation_checkpointing)
-        if options.compile:
-            for block in gpt.transformer.h:
-                block.compile()
+        compile_blocks(gpt, self.backend)
         loss_module = loss(gpt)
         add_noise(loss_module, train.neftune_noise_alpha)
         model = fabric.setup_module(loss_module)
