@@ -305,7 +305,8 @@ def sequence_length(train: TrainArgs, config: Config) -> int:
     if train.max_seq_length is not None and train.max_seq_length > config.block_size:
         raise ValueError(
             f"--train.max_seq_length {train.max_seq_length} is longer than the model's context of {config.block_size}. "
-            f"Make it smaller, or the context larger with --model_config.block_size {train.max_seq_length}."
+            f"Give {config.block_size} or less. Only `litgpt pretrain` makes the context of a new model larger, with "
+            f"--model_config.block_size {train.max_seq_length}."
         )
     return train.max_seq_length or config.block_size
 
