@@ -27,7 +27,7 @@ def setup(
     download_dir: Path | None = None,
     overwrite: bool = False,
 ) -> None:
-    r"""Tokenise a corpus into chunks that pretraining streams: `litgpt pretrain MODEL --data.data_dir DESTINATION_PATH`.
+    r"""Tokenise a corpus into chunks for pretraining: `litgpt pretrain MODEL --data.data_dir DESTINATION_PATH`.
 
     The corpus is plain text (.txt), JSON (.jsonl, .json), both also compressed (.gz, .zst), or parquet. Every document
     ends with EOS. A document is a record, or of a text file what stands between EOS spelled out, else all of it.
@@ -49,7 +49,7 @@ def setup(
         eos_token: The token that ends a document, where the tokenizer names none.
         add_bos: Also begin each document with BOS.
         seed: Decides which documents are held out.
-        num_workers: Processes; by default one for each core. With Ray, at most so many tasks at a time.
+        num_workers: Processes; by default one for each core. With Ray, the most tasks at a time.
         shard: I/N does only the I-th of N shares, for a cluster with a common file system; slurm takes both from the
             job array. When all are done, run the command with --merge true.
         merge: Finish what the shards have done.

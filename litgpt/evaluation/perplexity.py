@@ -150,7 +150,7 @@ class Perplexity:
         source: The file or folder.
         window: How many tokens the model sees at a time; by default its context.
         stride: How many tokens each window after the first predicts; by default half a window.
-        limit: Only the first so many documents; below 1, that part of them.
+        limit: Evaluate only the first N documents; a number below 1 is a fraction of them.
     """
 
     def __init__(self, source: Path, window: int | None, stride: int | None, limit: float | None) -> None:

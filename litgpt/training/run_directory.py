@@ -103,7 +103,7 @@ class RunDirectory:
                 shutil.rmtree(checkpoint)
 
     def start(self, resume: bool | str | Path) -> Path | None:
-        """The checkpoint that a run would begin from; None to begin afresh. `prepare` has the arguments, and acts on it."""
+        """The checkpoint that a run would begin from; None to begin afresh. See `prepare`, which acts on it."""
         text = str(resume).lower()
         if text in ("false", "none"):
             return None
