@@ -56,7 +56,7 @@ def setup(
         batch_size: How many requests are worked on at a time; auto takes as many as are useful and fit into memory.
         device: cpu, cuda, cuda:1 or mps; by default the best there is.
         dtype: float32, bfloat16 or float16: another way to say --precision.
-        limit: Evaluate only the first N documents of each task; a number below 1 is a fraction of them. For trying things.
+        limit: Evaluate only the first N documents of each task, to try things; below 1, this fraction of them.
         seed: Of the examples that are drawn, and of answers where a task draws them.
         save_filepath: Another file for the results.
         access_token: For a gated model that has to be downloaded first.
