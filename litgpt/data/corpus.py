@@ -197,28 +197,24 @@ def plan_corpus(
         numbers = range(first, first + figures["files"])
         first += figures["files"]
         fraction = val_fraction if split == "train" else None
-        for target, extents in _extents(files, numbers, split, fraction):
+        for target, extents in _extents(files, numbers, split, fraction, separators):
             units += _cut(files, target, extents, unit_bytes, len(units))
     return Corpus(tuple(files), tuple(units), column, tuple(separators), splits)
 
 
 def _extents(
-    files: Sequence[SourceFile], numbers: range, split: str, fraction: float | None
+    files: Sequence[SourceFile], numbers: range, split: str, fraction: float | None, separators: Sequence[str]
 ) -> Iterator[tuple[str | None, list[Extent]]]:
     """The parts of some files by the split that they go to."""
-    plain = [number for number in numbers if files[number].form == "text" and files[number].compression is None]
-    others = [number for number in numbers if number not in set(plain)]
-    whole = {number: Extent(number, 0, end := _end(files[number]), end) for number in others}
+    whole = {number: Extent(number, 0, end := _end(files[number]), end) for number in numbers}
     if not fraction:
-        yield (
-            split,
-            [whole.get(number) or Extent(number, 0, files[number].size, files[number].size) for number in numbers],
-        )
+        yield split, list(whole.values())
         return
+    plain = [number for number in numbers if files[number].form == "text" and files[number].compression is None]
     number_of = {files[number].path: number for number in plain}
-    for target, pieces in zip(("train", "val"), hold_out(list(number_of), fraction), strict=True):
+    for target, pieces in zip(("train", "val"), hold_out(list(number_of), fraction, separators), strict=True):
         yield target, [Extent(number_of[p.path], p.start, p.end, p.end, p.start) for p in pieces]
-    yield None, list(whole.values())
+    yield None, [extent for number, extent in whole.items() if files[number].path not in number_of]
 
 
 def _end(file: SourceFile) -> int:

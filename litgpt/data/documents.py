@@ -49,28 +49,29 @@ def read_documents(corpus: Corpus, unit: Unit, report: Report) -> Iterator[Fragm
         if file.form == "text":
             yield from _text_documents(file, extent, corpus.separators, report)
         else:
-            for place, values in read_records_of(file, extent, report, corpus.column):
-                yield from _record_fragments(file, place, values, corpus.column)
+            for where, values in read_records_of(file, extent, report, corpus.column):
+                yield from _record_fragments(file, where, values, corpus.column)
 
 
-def _record_fragments(file: SourceFile, place: str, values: Any, column: str | None) -> Iterator[Fragment | None]:
+def _record_fragments(file: SourceFile, where: str, values: Any, column: str | None) -> Iterator[Fragment | None]:
     if isinstance(values, dict):
         values = values.get(column)
     elif not isinstance(values, str | None):
-        raise ValueError(f"{file.path}, {place}: a record or a text is expected, and there is {values!r:.60}.")
+        raise ValueError(f"{file.path}, {where}: a record or a text is expected, and there is {values!r:.60}.")
     if values is None or values == "":
         yield None
         return
     if not isinstance(values, str):
         raise ValueError(
-            f"{file.path}, {place}: {column!r} is {values!r:.60}, which is no text. Name another with --text_column."
+            f"{file.path}, {where}: {column!r} is {values!r:.60}, which is no text. Name another with --text_column."
         )
-    continues = False
-    while len(values) > MAX_CHUNK_BYTES:
-        cut = last_line_break(values[:MAX_CHUNK_BYTES]) or MAX_CHUNK_BYTES
-        yield Fragment(values[:cut], continues, ends=False)
-        values, continues = values[cut:], True
-    yield Fragment(values, continues)
+    place = 0
+    while len(values) - place > MAX_CHUNK_BYTES:
+        part = values[place : place + MAX_CHUNK_BYTES]
+        cut = last_line_break(part) or MAX_CHUNK_BYTES
+        yield Fragment(part[:cut], place > 0, ends=False)
+        place += cut
+    yield Fragment(values[place:], place > 0)
 
 
 def _text_documents(file: SourceFile, extent: Extent, separators: Sequence[str], report: Report) -> Iterator[Fragment]:
@@ -128,7 +129,7 @@ def _text_cut(piece: Piece, near: int, separators: Sequence[str]) -> tuple[int, 
     end = start + len(data)
     if end == piece.end:
         return end, False
-    return end - next(i for i, byte in enumerate(data[::-1]) if byte & 0xC0 != 0x80) - 1, False
+    return end - next((i for i, byte in enumerate(data[::-1]) if byte & 0xC0 != 0x80), 0) - 1, False
 
 
 def _cuts(text: str, separators: Sequence[str]) -> Iterator[tuple[int, bool]]:

@@ -41,8 +41,9 @@ def whole(path: Path) -> Piece:
     return Piece(path, 0, path.stat().st_size)
 
 
-def hold_out(files: list[Path], fraction: float) -> tuple[list[Piece], list[Piece]]:
-    """Split off `fraction` of the text: whole files, evenly spread, of many; else the end of each."""
+def hold_out(files: list[Path], fraction: float, whole_words: Sequence[str] = ()) -> tuple[list[Piece], list[Piece]]:
+    """Split off `fraction` of the text: whole files, evenly spread, of many; else the end of each, from the start of a
+    line on that lies in none of `whole_words`."""
     if fraction == 0:
         return [whole(path) for path in files], []
     if len(files) >= MANY_FILES:
@@ -52,7 +53,7 @@ def hold_out(files: list[Path], fraction: float) -> tuple[list[Piece], list[Piec
     train, val = [], []
     for path in files:
         size = path.stat().st_size
-        cut = line_start(path, int(size * (1 - fraction)), size)
+        cut = beyond(path, line_start(path, int(size * (1 - fraction)), size), whole_words)
         train.append(Piece(path, 0, cut))
         val.append(Piece(path, cut, size))
     return train, [piece for piece in val if piece.size]
@@ -68,6 +69,18 @@ def line_start(path: Path, near: int, size: int) -> int:
         return near + newline + 1
     first = next((i for i, byte in enumerate(window) if byte & 0xC0 != 0x80), 0)  # not inside a UTF-8 character
     return near + first
+
+
+def beyond(path: Path, place: int, whole_words: Sequence[str]) -> int:
+    """Byte `place` of a file, or where the one of `whole_words` ends that lies across it."""
+    for word in map(str.encode, whole_words):
+        start = max(0, place - len(word) + 1)
+        with open(path, "rb") as file:
+            file.seek(start)
+            found = file.read(place + len(word) - 1 - start).find(word)
+        if found >= 0:
+            return start + found + len(word)
+    return place
 
 
 def read_chunks(piece: Piece, whole_words: Sequence[str] = ()) -> Iterator[str]:

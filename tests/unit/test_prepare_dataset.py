@@ -210,6 +210,17 @@ def test_units_begin_between_separators_or_where_no_token_changes(tmp_path):
     assert len(places) == 8
 
 
+def test_what_is_held_out_begins_in_no_separator(tmp_path):
+    word, text = "\n---\n", "one\n---\ntwo\n---\nthree and more"
+    (tmp_path / "a.txt").write_text(text)
+    for place in range(len(text)):
+        moved = text_reading.beyond(tmp_path / "a.txt", place, [word])
+        assert text[:moved].count(word) + text[moved:].count(word) == 2
+        assert moved == place or (moved - place < len(word) and text[:moved].endswith(word))
+    (train,), (val,) = text_reading.hold_out([tmp_path / "a.txt"], 0.75, [word])
+    assert (train.end, val.start) == (8, 8)  # the first line that begins after a quarter of it is within the first one
+
+
 def test_documents_across_units_begin_with_one_bos(tmp_path):
     tokenizer = Tokenizer(tokenizer_files.byte_fallback(tmp_path / "tokenizer"))
     texts = [TEXT[start : start + 150].strip() for start in range(0, 60_000, 150)]
