@@ -9,8 +9,9 @@ import logging
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +36,7 @@ PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "64-true": (torch.float64, None),
 }
 Strategy = Literal["auto", "ddp", "fsdp"]
+LONGEST_WORK = timedelta(days=14)  # of one process, while the others wait
 
 # Peak dense bfloat16 (or float16) TFLOP/s without sparsity, from the makers' data sheets; the first name found counts.
 PEAK_TFLOPS = {
@@ -314,6 +316,22 @@ def gathered_objects(fabric: Fabric, value: Any) -> list[Any]:
     if fabric.world_size > 1:
         torch.distributed.all_gather_object(values, value)
     return values
+
+
+def once_per_node(fabric: Fabric, work: Callable[[], object]) -> None:
+    """Do some work in one process of each node, while the others wait for it. Every rank must call this.
+
+    They wait for days if need be: the process group's own barrier ends after 10 to 30 minutes, and downloading and
+    tokenising a corpus takes hours.
+    """
+    others = fabric.world_size > 1
+    # On gloo whatever the device: NCCL's watchdog would count the waiting as a hang.
+    group = torch.distributed.new_group(backend="gloo", timeout=LONGEST_WORK) if others else None
+    if fabric.local_rank == 0:
+        work()
+    if group is not None:
+        torch.distributed.barrier(group)
+        torch.distributed.destroy_process_group(group)
 
 
 def describe_devices(fabric: Fabric) -> str:

@@ -194,9 +194,7 @@ class Finetuning:
             prompt_style=own_style,
             samples_per_step=train.global_batch_size,
         )
-        if self.fabric.local_rank == 0:
-            self.data.prepare_data()
-        self.fabric.barrier()
+        distributed.once_per_node(self.fabric, self.data.prepare_data)
         self.data.setup()
         fabric = self.fabric
         self.batches = BatchStream(

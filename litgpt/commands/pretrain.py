@@ -151,9 +151,8 @@ def setup(
     makes_tokenizer = tokenizer_dir is None and tokenizer_vocab_size is not None
     if makes_tokenizer:
         tokenizer_dir = out_dir / TOKENIZER_DIR
-        if fabric.local_rank == 0:
-            make_tokenizer(data, tokenizer_vocab_size, tokenizer_dir, checkpoint)
-        fabric.barrier()
+        make = partial(make_tokenizer, data, tokenizer_vocab_size, tokenizer_dir, checkpoint)
+        distributed.once_per_node(fabric, make)
     tokenizer = Tokenizer(tokenizer_dir) if tokenizer_dir else None
     config = choose_config(model_name, dict(model_config or {}), source, tokenizer, makes_tokenizer)
     if train.tie_embeddings is not None:
@@ -162,9 +161,7 @@ def setup(
         config.tie_embeddings = source.config.tie_embeddings
     tokens = sequence_length(train, config)
     data.connect(tokenizer, train.micro_batch_size, tokens)
-    if fabric.local_rank == 0:
-        data.prepare_data()
-    fabric.barrier()
+    distributed.once_per_node(fabric, data.prepare_data)
     data.setup()
     batches = BatchStream(
         data.train_dataloader(), train.micro_batch_size, fabric.global_rank, fabric.world_size, seed=seed

@@ -80,3 +80,23 @@ def test_processes_that_slurm_does_not_start_are_not_waited_for(monkeypatch, env
         distributed.count_devices(4, 2, "cpu")
     assert "srun --ntasks-per-node=4 litgpt" in str(error.value)
     assert distributed.count_devices(4, 1, "cpu") == 4
+
+
+SLOW_WORK = """
+import sys, time
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+import os, torch
+from litgpt import distributed
+
+rank = int(os.environ["LOCAL_RANK"])
+torch.distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=2))
+fabric, file = SimpleNamespace(local_rank=rank, world_size=2), Path(sys.argv[1])
+distributed.once_per_node(fabric, lambda: (time.sleep(5), file.write_text(f"by rank {rank}")))
+print("seen", file.read_text())
+"""
+
+
+def test_the_others_wait_for_work_that_outlasts_the_time_limit_of_collectives(tmp_path):
+    assert on_two_ranks(SLOW_WORK, tmp_path, tmp_path / "made").count("seen by rank 0") == 2
