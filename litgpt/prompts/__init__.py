@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from litgpt.prompts.chat_template import DEFAULT, TEMPLATE_FILE, ChatTemplate, find_chat_templates
-from litgpt.prompts.styles import Format, Message, PromptStyle, Tokenizer, WrittenStyle, style_class, written_styles
+from litgpt.prompts.styles import (
+    Format,
+    Message,
+    PromptStyle,
+    Tokenizer,
+    WrittenStyle,
+    find_written_style,
+    style_class,
+    written_styles,
+)
 
 if TYPE_CHECKING:
     from litgpt.config import Config
@@ -111,15 +120,23 @@ def save_prompt_style(style: PromptStyle | str, checkpoint_dir: Path) -> None:
 def load_prompt_style(checkpoint_dir: Path) -> PromptStyle | None:
     """The style of prompt_style.yaml, None where there is no such file.
 
+    The file came with a checkpoint, from whomever: it can name our own styles, and no class to import.
+
     Raises:
-        ValueError: the file is damaged or names a style that there is not.
+        ValueError: the file is damaged or names a style that is not one of ours.
     """
     file = checkpoint_dir / STYLE_FILE
     if not file.is_file():
         return None
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        return style_class(str(content["class_path"]))(**(content.get("init_args") or {}))
+        name = str(content["class_path"])
+        if (style := find_written_style(name)) is None:
+            raise ValueError(
+                f"it names {name}, which is none of litgpt's own, and code that a checkpoint names is not run; if you "
+                f"trust it, give --prompt_style {name}"
+            )
+        return style(**(content.get("init_args") or {}))
     except (yaml.YAMLError, TypeError, KeyError, ValueError) as error:
         raise ValueError(
             f"{file} names no usable prompt style ({error}). Correct it, delete it, or pass --prompt_style."

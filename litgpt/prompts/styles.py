@@ -16,6 +16,7 @@ import yaml
 from litgpt.suggest import did_you_mean
 
 STYLES_FILE = Path(__file__).with_name("styles.yaml")
+OUR_STYLES = "litgpt.prompts."  # where each of them is a class
 INPUT = "vqxinputqxv"  # a word that no template changes: it tells where one puts an input
 Message = Mapping[str, Any]  # {"role": "system" | "user" | "assistant" | ..., "content": str, ...}
 
@@ -242,19 +243,23 @@ def written_styles() -> dict[str, type[WrittenStyle]]:
     return styles
 
 
+def find_written_style(name: str) -> type[WrittenStyle] | None:
+    """The class of one of our own styles, by its name, its class name or its dotted path; imports nothing."""
+    short = name.removeprefix(OUR_STYLES).lower()
+    return next((s for key, s in written_styles().items() if short in (key.lower(), s.format.name.lower())), None)
+
+
 def style_class(name: str) -> type[PromptStyle]:
     """The class of a style, by its name, its class name or a dotted path to a class of one's own.
 
     Raises:
         ValueError: no such style; with the names that come close.
     """
-    styles = written_styles()
-    short = name.removeprefix("litgpt.prompts.")
-    for key, style in styles.items():
-        if short.lower() in (key.lower(), style.format.name.lower()):
-            return style
-    if "." in short and not name.startswith("litgpt.prompts.") and (found := _import_class(name)) is not None:
+    if (found := find_written_style(name)) is not None:
         return found
+    if "." in name and not name.startswith(OUR_STYLES) and (found := _import_class(name)) is not None:
+        return found
+    styles = written_styles()
     names = [style.format.name for style in styles.values()]
     raise ValueError(
         f"There is no prompt style {name!r}.{did_you_mean(name, [*names, *styles])} "

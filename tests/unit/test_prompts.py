@@ -300,8 +300,23 @@ def test_a_style_is_saved_as_litgpt_does(tmp_path):
     save_prompt_style("alpaca", tmp_path)
     assert (tmp_path / "prompt_style.yaml").read_text() == "class_path: litgpt.prompts.Alpaca\n"
     assert type(load_prompt_style(tmp_path)) is prompts.Alpaca
+
+
+def test_a_checkpoint_names_no_code_to_import(tmp_path, monkeypatch):
+    """It may come from a stranger, and so may a module in the working directory."""
+    (tmp_path / "planted.py").write_text("from pathlib import Path\nPath('ran').touch()")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for path in ("planted.Style", "litgpt.prompts.planted.Style", "os.system"):
+        (tmp_path / "prompt_style.yaml").write_text(f"class_path: {path}\n")
+        with pytest.raises(ValueError, match=rf"names {path}.* give --prompt_style"):
+            choose_prompt_style(tmp_path)
+    assert not (tmp_path / "ran").exists()
     save_prompt_style(Shouting(), tmp_path)
-    assert isinstance(load_prompt_style(tmp_path), Shouting)
+    name = f"{Shouting.__module__}.Shouting"
+    with pytest.raises(ValueError, match=f"give --prompt_style {name}"):
+        choose_prompt_style(tmp_path)
+    assert isinstance(choose_prompt_style(tmp_path, explicit=name), Shouting)  # the user's own word
 
 
 def test_a_saved_template_is_found_again(tmp_path):
