@@ -66,21 +66,25 @@ def finetuned(base, tmp_path):
 
 
 def assert_same_losses(eager: list[dict], compiled: list[dict], tolerance: float = 1e-4) -> None:
+    """In float32, to what sums in another order make of it in six steps; in bfloat16, to what is left of a float32 that
+    is rounded to 2^-8 after each operation in one program and only at the end in the other."""
     assert len(eager) == len(compiled) == STEPS
     assert float(eager[0]["loss"]) != pytest.approx(float(eager[-1]["loss"]), rel=1e-2), "nothing was learned"
     for a, b in zip(eager, compiled, strict=True):
         for figure in ("loss", "grad_norm", "val_loss"):
             assert bool(a[figure]) == bool(b[figure])
             if a[figure]:
-                assert float(b[figure]) == pytest.approx(float(a[figure]), rel=tolerance), (a["step"], figure)
+                allowed = tolerance * (5 if figure == "grad_norm" else 1)
+                assert float(b[figure]) == pytest.approx(float(a[figure]), rel=allowed), (a["step"], figure)
 
 
-def assert_thunder_acted() -> None:
-    """It has compiled parts of blocks, and not just passed them on."""
+def assert_thunder_acted(whole: bool) -> None:
+    """It has compiled blocks, `whole` or in parts, and not just passed them on."""
     graphs = litgpt_thunder.compiler().subgraph_infos
     assert graphs
     for graph in graphs:
         assert graph.thunder_compiled_fns, graph.split_reasons
+        assert not (whole and graph.split_reasons), graph.split_reasons
 
 
 PRETRAINING = {
@@ -97,7 +101,7 @@ def test_pretrain(case, train, tmp_path):  # noqa: F811
     eager = train(tmp_path / "eager", **options)
     assert not litgpt_thunder.compiler().subgraph_infos
     compiled = train(tmp_path / "thunder", compiler="thunder", **options)
-    assert_thunder_acted()
+    assert_thunder_acted(whole=case != "bf16-mixed")
     assert_same_losses(eager, compiled, tolerance=1e-2 if case == "bf16-mixed" else 1e-4)
 
 
@@ -114,7 +118,7 @@ def test_finetune(case, finetuned, tmp_path):
     command, options = FINETUNING[case]
     eager = finetuned(command, tmp_path / "eager", **options)
     compiled = finetuned(command, tmp_path / "thunder", compiler="thunder", **options)
-    assert_thunder_acted()
+    assert_thunder_acted(whole=case == "full")
     assert_same_losses(eager, compiled)
 
 
@@ -128,7 +132,14 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_ranks(strategy, text, tmp_path):  # noqa: F811
-    words = ["pretrain", "tiny", *(f"--model_config.{name}={str(value).lower()}" for name, value in LLAMA.items())]
+    words = [
+        "pretrain",
+        "tiny",
+        *(
+            f"--model_config.{name}={str(value).lower() if isinstance(value, bool) else value}"
+            for name, value in LLAMA.items()
+        ),
+    ]
     words += ["--data=TextFiles", f"--data.train_data_path={text}", "--data.num_workers=0", "--devices=2"]
     words += ["--tokenizer_vocab_size=300", f"--train.max_steps={STEPS}", "--eval.interval=3", "--eval.max_iters=2"]
     words += ["--logger_name=csv", f"--strategy={strategy}", "--optimizer.lr=0.01"]
