@@ -339,7 +339,7 @@ def test_recipes_with_flat_model_and_training_keys(tmp_path):
     assert (train.global_batch_size, train.epochs, train.learning_rate, train.max_tokens) == (8, 3, 5e-5, 10**10)
 
 
-def test_command_lines_of_the_manual(tmp_path):
+def test_command_lines_of_the_manual(tmp_path, monkeypatch):
     values = pretrain_settings(
         "pythia-14m", "--tokenizer_dir", "EleutherAI/pythia-14m", "--data", "TextFiles",
         "--data.train_data_path", "custom_pretraining_data", "--train.lr_warmup_steps=200", "--optimizer.lr", "0.005",
@@ -349,6 +349,9 @@ def test_command_lines_of_the_manual(tmp_path):
     assert values["optimizer"].init_args["lr"] == 0.005
     assert values["train"].lr_warmup_steps == 200
     assert values["resume"] == "auto"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/pretrain").mkdir(parents=True)
+    (tmp_path / "data/pretrain/book.txt").touch()  # what lies there decides what reads it
     values = pretrain_settings("pythia-14m", "--data.data_dir", "data/pretrain", "--devices", 8, "--num_nodes", 8)
     assert values["data"].train_data_path == Path("data/pretrain")
     assert values["devices"] == 8
