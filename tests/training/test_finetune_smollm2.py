@@ -15,6 +15,7 @@ from litgpt.generation.sampling import Sampling
 from litgpt.prompts import choose_prompt_style
 from litgpt.tokenizer import Tokenizer
 from litgpt.training.metrics import read_metrics
+from litgpt.training.run_directory import RunDirectory
 
 RECORDS = Path(__file__).parents[1] / "data_files/answers_in_json.jsonl"
 UNSEEN = ["What is the capital of Norway?", "How many wheels does a bicycle have?", "Which animal barks?"]
@@ -62,13 +63,26 @@ def test_a_behaviour_is_learned(smollm2_gguf, tmp_path, quantize):
         *("--data.val_split_fraction", 0.1, "--lora_key", "true", "--lora_projection", "true", "--lora_mlp", "true"),
         *("--train.global_batch_size", 8, "--train.micro_batch_size", 8, "--train.lr_warmup_steps", 3),
         *("--train.max_norm", 1, "--optimizer.lr", 0.002, "--eval.interval", 8, "--eval.initial_validation", "true"),
-        *("--train.save_interval", 8, *(("--quantize", quantize) if quantize else ())),
+        *(
+            "--train.save_interval",
+            8,
+            "--eval.metrics",
+            "[exact_match, rouge]",
+            "--eval.best_by",
+            "exact_match",
+            *(("--quantize", quantize) if quantize else ()),
+        ),
     ]
     assert main([str(word) for word in [*command, "--train.max_steps", 8]]) == 0
     assert main([str(word) for word in [*command, "--train.max_steps", 14, "--resume", "auto"]]) == 0
 
-    losses = [float(row["val_loss"]) for row in read_metrics(out / "metrics.csv") if row["val_loss"]]
-    assert losses[-1] < 0.2 * losses[0]
+    validations = [row for row in read_metrics(out / "metrics.csv") if row["val_loss"]]
+    assert float(validations[-1]["val_loss"]) < 0.2 * float(validations[0]["val_loss"])
+    first, *_, last = (float(row["val_exact_match"]) for row in validations)
+    assert first == 0
+    assert last > 0.1  # what is in JSON need not be true
+    assert float(validations[-1]["val_rougeL"]) > 2 * float(validations[0]["val_rougeL"])
+    assert RunDirectory(out).best.is_dir()
     merged = replies(out / "final")
     assert all(is_json(reply) for reply in merged), merged
 
