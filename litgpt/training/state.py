@@ -53,6 +53,14 @@ class Progress:
         if self.best_by != criterion.name:
             self.best_by, self.best_value, self.best_step, self.stale_validations = criterion.name, None, None, 0
 
+    @classmethod
+    def from_saved(cls, values: dict[str, Any]) -> Progress:
+        """What a checkpoint says, also one from before the best could be judged by another figure than the loss."""
+        values = dict(values)
+        if "best_val_loss" in values:
+            values["best_value"] = values.pop("best_val_loss")
+        return cls(**values)
+
     def judge(self, value: float | None, criterion: Criterion) -> bool:
         """Take note of a validation after this step; whether its figure is the best so far."""
         best = criterion.is_better(value, self.best_value)
@@ -155,7 +163,7 @@ def restore(fabric: Fabric, module: nn.Module, optimizer: Optimizer, checkpoint:
     set_rng_state(states[rank] if rank < len(states) else states[0])
     if rank >= len(states):
         draw_apart(rank)
-    return Progress(**state["progress"])
+    return Progress.from_saved(state["progress"])
 
 
 def read_training_state(checkpoint: Path, device: str = "cpu") -> dict[str, Any]:

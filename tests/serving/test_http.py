@@ -169,7 +169,8 @@ def test_a_client_that_goes_away_frees_its_slot(chat_directory, stream, path):
         brake = Brake(narrow, after=8)
         if stream:
             with httpx.stream("POST", narrow.url + path, json=body, timeout=PATIENCE) as response:
-                next(response.iter_lines())
+                lines = response.iter_lines()  # kept: once it is let go of, the connection is closed
+                next(lines)
                 assert narrow.service.taken == 1
         else:
             connection = http.client.HTTPConnection(narrow.url.removeprefix("http://"))

@@ -24,7 +24,8 @@ def test_another_order_of_samples_is_said(train, tmp_path, capsys):
     assert NOTE not in capsys.readouterr().out  # it was said once
 
     saved = torch.load(run / "final" / STATE_FILE, weights_only=True)
-    del saved["progress"]["order"]  # as they were before the order was noted
+    del saved["progress"]["order"], saved["progress"]["best_by"]  # as they were before these were noted
+    saved["progress"]["best_val_loss"] = saved["progress"].pop("best_value")
     torch.save(saved, run / "final" / STATE_FILE)
     train(run, max_steps=6, resume=True, data={"seed": 1})
     out = capsys.readouterr().out

@@ -107,7 +107,7 @@ def test_tokens_end_a_run_of_unknown_length(train, tmp_path, monkeypatch):
 
 
 def test_max_time_ends_the_run(train, tmp_path):
-    rows = train(tmp_path / "run", max_time=0.5, log_interval=1000)
+    rows = train(tmp_path / "run", max_time=0.5, log_interval=1000, eval=EvalArgs(interval=1000, max_iters=2))
     assert len(rows) == 1  # nothing but the time ends it, before a step that logs
     assert float(rows[0]["time"]) >= 0.5
     assert int(rows[0]["step"]) < 1000
