@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,15 +49,16 @@ class WeightOnly(nn.Module):
 class Int4Weight(WeightOnly):
     """4 bits: value = (code - 8) * scale + middle, the scale and the middle those of its group.
 
-    `codes` (blocks, in, half) hold what rows i and i + half of a block have in a column, in the lower and the upper
-    half of a byte, which is how torch's kernel for this CPU wants them (`rows_of_block`): 64 rows to a block with
-    AVX-512. `scales` (groups, out, 2) are scales and middles in `dtype`. Both are padded to whole blocks and groups.
+    `codes` (blocks, in, half) hold what two rows of a block have in a column, in the lower and the upper half of a
+    byte, as torch's kernel for this CPU wants them (`block_layout`): rows i and i + half of 64 with AVX-512 and of 32
+    with AVX2, rows 2 i and 2 i + 1 elsewhere. `scales` (groups, out, 2) are scales and middles in `dtype`. Both are padded
+    to whole blocks and groups.
     """
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__(shape)
         rows, columns = _padded(shape[0], ROWS), _padded(shape[1], GROUP)
-        block = rows_of_block()
+        block, self.neighbours = block_layout()
         self.codes = frozen((rows // block, columns, block // 2), torch.uint8, device)
         self.scales = frozen((columns // GROUP, rows, 2), dtype, device)
 
@@ -77,8 +79,7 @@ class Int4Weight(WeightOnly):
     def _put(self, row: int, codes: Tensor, scales: Tensor) -> None:
         """Takes codes (rows, in) and scales (rows, groups, 2) from one row on; whole blocks of rows."""
         block = 2 * self.codes.size(2)
-        pairs = codes.unflatten(0, (-1, 2, block // 2))  # (blocks, 2, half, in)
-        self.codes[row // block : (row + len(codes)) // block] = (pairs[:, 0] | pairs[:, 1] << 4).transpose(1, 2)
+        self.codes[row // block : (row + len(codes)) // block] = _in_pairs(codes, BlockLayout(block, self.neighbours))
         self.scales[:, row : row + len(codes)] = scales.transpose(0, 1)
 
     def plain(self) -> dict[str, Tensor]:
@@ -87,7 +88,7 @@ class Int4Weight(WeightOnly):
         `codes` (out, in / 2) hold two neighbours of a row in a byte, the first one in the lower half; `scales` are
         (out, groups, 2). `in` is padded to whole groups.
         """
-        codes = torch.cat((self.codes & 15, self.codes >> 4), dim=2).transpose(1, 2)  # (blocks, block, in)
+        codes = self._single_codes().transpose(1, 2)  # (blocks, block, in)
         codes = codes.flatten(0, 1)[: self.shape[0]]
         return {
             "codes": codes[:, ::2] | codes[:, 1::2] << 4,
@@ -126,11 +127,16 @@ class Int4Weight(WeightOnly):
 
     def _blocks(self, dtype: torch.dtype) -> Tensor:
         """(blocks, in, block) the values in the order of the codes."""
-        codes = torch.cat((self.codes & 15, self.codes >> 4), dim=2).view(torch.int8).sub_(8)
+        codes = self._single_codes().view(torch.int8).sub_(8)
         blocks, _, block = codes.shape
         # (blocks, groups, 1, block)
         scale, middle = self.scales.to(dtype).view(-1, blocks, 1, block, 2).permute(4, 1, 0, 2, 3).contiguous()
         return torch.addcmul(middle, codes.view(blocks, -1, GROUP, block).to(dtype), scale).view(codes.shape)
+
+    def _single_codes(self) -> Tensor:
+        """(blocks, in, block) the codes, one to a byte."""
+        halves = (self.codes & 15, self.codes >> 4)
+        return torch.stack(halves, dim=3).flatten(2) if self.neighbours else torch.cat(halves, dim=2)
 
 
 class Int8Weight(WeightOnly):
@@ -167,20 +173,42 @@ class Int8Weight(WeightOnly):
         return y.view(*x.shape[:-1], self.shape[0])
 
 
+class BlockLayout(NamedTuple):
+    """How torch's 4-bit kernel packs the rows of a weight."""
+
+    rows: int
+    """How many it packs together"""
+    neighbours: bool
+    """Whether neighbours share a byte, not rows that are half a block apart"""
+
+
+LAYOUTS = [BlockLayout(rows, neighbours) for rows in (64, 32, 16) for neighbours in (False, True)]
+
+
 @cache
-def rows_of_block() -> int:
-    """How many rows of a weight torch's 4-bit kernel packs together on this CPU: 64, 32 or 16.
+def block_layout() -> BlockLayout:
+    """How it does so on this CPU: one of LAYOUTS.
 
     Raises:
         ValueError: None of these; the kernel is another one than we know.
     """
-    codes = torch.arange(ROWS * GROUP, dtype=torch.int32, device="cpu").view(ROWS, GROUP) * 7 % 16
+    row, column = torch.arange(ROWS, device="cpu")[:, None], torch.arange(GROUP, device="cpu")
+    codes = ((row // 16 + 5 * row + 3 * column) % 16).int()  # no two rows within 16 are alike, nor a block and the next
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    for rows in (64, 32, 16):
-        pairs = codes.to(torch.uint8).unflatten(0, (-1, 2, rows // 2))
-        if torch.equal((pairs[:, 0] | pairs[:, 1] << 4).transpose(1, 2).reshape(packed.shape), packed):
-            return rows
+    for layout in LAYOUTS:
+        if torch.equal(_in_pairs(codes.to(torch.uint8), layout).reshape(packed.shape), packed):
+            return layout
     raise ValueError("--quantize int4 does not know the kernel of this version of torch for this CPU. Use int8.")
+
+
+def _in_pairs(codes: Tensor, layout: BlockLayout) -> Tensor:
+    """(blocks, in, block / 2) bytes of codes (rows, in), two to a byte."""
+    half = layout.rows // 2
+    if layout.neighbours:
+        lower, upper = codes.unflatten(0, (-1, half, 2)).unbind(2)  # (blocks, half, in) each
+    else:
+        lower, upper = codes.unflatten(0, (-1, 2, half)).unbind(1)
+    return (lower | upper << 4).transpose(1, 2)
 
 
 def keeping_types(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

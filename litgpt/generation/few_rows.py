@@ -191,7 +191,12 @@ def use(model: nn.Module, rows: int, dtype: torch.dtype) -> dict[torch._ops.OpOv
             module.__class__ = FewRowsLinear
         elif type(module) is Int8Weight and (rows <= FEW["int8"] or module.shape[1] % 16):  # torch's reads over the end
             module.__class__ = FewRowsInt8
-        elif type(module) is Int4Weight and rows <= FEW["int4"] and module.codes.size(2) % 16 == 0:
+        elif (
+            type(module) is Int4Weight
+            and rows <= FEW["int4"]
+            and module.codes.size(2) % 16 == 0
+            and not module.neighbours
+        ):
             module.__class__ = FewRowsInt4
     constants = {"MOST_ROWS": rows}
     if tiled:

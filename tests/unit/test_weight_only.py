@@ -1,5 +1,10 @@
 """int4 and int8 weights for inference on CPUs: near the weights they stand for, and the same for few rows and many."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -41,7 +46,10 @@ def layer_of(weight: torch.Tensor, kind: str, dtype: torch.dtype) -> QuantizedLi
     return layer
 
 
-@pytest.mark.parametrize("shape", [(192, 128), (130, 96), (37, 33)], ids=["whole", "uneven-rows", "odd"])
+SHAPES = {"whole": (192, 128), "uneven-rows": (130, 96), "odd": (37, 33)}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_few_rows_and_many_are_multiplied_by_the_same_weight(kind, shape):
     torch.manual_seed(0)
@@ -58,12 +66,12 @@ def test_few_rows_and_many_are_multiplied_by_the_same_weight(kind, shape):
             assert not y.numel() or error(y, expected) < tolerance
 
 
-@pytest.mark.parametrize("shape", [(192, 128), (130, 96), (37, 33)], ids=["whole", "uneven-rows", "odd"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_the_order_for_files_is_the_same_for_every_cpu(shape, monkeypatch):
     weight = torch.randn(shape)
     packed = []
-    for block in (weight_only.rows_of_block(), 16, 32, 64):
-        monkeypatch.setattr(weight_only, "rows_of_block", lambda block=block: block)
+    for layout in (weight_only.block_layout(), *weight_only.LAYOUTS):
+        monkeypatch.setattr(weight_only, "block_layout", lambda layout=layout: layout)
         packed.append(Int4Weight(weight.shape, torch.bfloat16, "cpu"))
         packed[-1].fill(iter([weight]))
     first = packed[0].plain()
@@ -79,6 +87,24 @@ def test_the_order_for_files_is_the_same_for_every_cpu(shape, monkeypatch):
             parameter.data.fill_(1)
         one.take_plain(**first)
         assert all(torch.equal(before[name], parameter) for name, parameter in one.named_parameters())
+
+
+CAPPED = """
+import torch
+from litgpt import weight_only
+from tests.unit.test_weight_only import SHAPES, test_few_rows_and_many_are_multiplied_by_the_same_weight as check
+for shape in SHAPES.values():
+    check("int4", shape)
+print(*weight_only.block_layout(), torch.backends.cpu.get_cpu_capability())
+"""
+
+
+def test_a_cpu_without_vectors_packs_in_another_way():
+    """As ARM does: there torch's plain kernel multiplies, and rows that are neighbours share a byte."""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", CAPPED], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[1:] == ["True", "DEFAULT"]
 
 
 def test_a_group_spans_its_values_and_a_constant_one_is_exact():
