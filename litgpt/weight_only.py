@@ -51,8 +51,8 @@ class Int4Weight(WeightOnly):
 
     `codes` (blocks, in, half) hold what two rows of a block have in a column, in the lower and the upper half of a
     byte, as torch's kernel for this CPU wants them (`block_layout`): rows i and i + half of 64 with AVX-512 and of 32
-    with AVX2, rows 2 i and 2 i + 1 elsewhere. `scales` (groups, out, 2) are scales and middles in `dtype`. Both are padded
-    to whole blocks and groups.
+    with AVX2, rows 2 i and 2 i + 1 elsewhere. `scales` (groups, out, 2) are scales and middles in `dtype`. Both are
+    padded to whole blocks and groups.
     """
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str) -> None:
