@@ -94,7 +94,7 @@ rank = int(os.environ["LOCAL_RANK"])
 torch.distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=2))
 fabric, file = SimpleNamespace(local_rank=rank, world_size=2), Path(sys.argv[1])
 distributed.once_per_node(fabric, lambda: (time.sleep(5), file.write_text(f"by rank {rank}")))
-print("seen", file.read_text())
+print(f"seen {file.read_text()}")  # written at once: both ranks write to one pipe
 """
 
 
