@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from litgpt.commands.inference import Stopwatch, clean, say
+try:
+    import termios
+except ImportError:  # Windows
+    termios = None
+
+from litgpt.commands.inference import Stopwatch, clean, cut_line, say
 from litgpt.generation.sampling import Sampling
 from litgpt.llm import LLM, load_llm
 from litgpt.prompts.styles import Message
@@ -17,13 +22,17 @@ from litgpt.suggest import did_you_mean
 HELP = """/reset       forget the conversation
 /save FILE   write the conversation to FILE, as JSON where the name ends in .json
 /help        this list
-An empty prompt or Ctrl-D leaves; Ctrl-C stops a reply."""
+/quit        leave, as /exit, an empty prompt or Ctrl-D do
+Ctrl-C stops a reply."""
+
+LEAVING = ("!quit", "/quit", "/exit")
+REPLY = 1024  # tokens that are kept free for a reply, at most half of the context
 
 
 def setup(
     checkpoint_dir: Path,
     *,
-    max_new_tokens: int = 50,
+    max_new_tokens: int | None = None,
     top_k: int | None = 50,
     top_p: float = 1.0,
     min_p: float = 0.0,
@@ -44,7 +53,9 @@ def setup(
 
     Args:
         checkpoint_dir: A checkpoint directory, a Hugging Face directory, a .gguf file, a known name or a Hub id.
-        max_new_tokens: A reply ends after so many tokens, if the model does not end it before.
+        max_new_tokens: A reply ends after that many tokens, if the model does not end it before. By default it goes on
+            to the end of its turn, or of the context; that of a model without a chat format, which continues the text,
+            for 256 tokens.
         top_k: Draw from the so many most likely tokens only; 1 always takes the most likely one.
         top_p: Draw from the most likely tokens that together reach this probability.
         min_p: Draw from tokens at least this fraction as likely as the most likely one.
@@ -62,7 +73,7 @@ def setup(
         access_token: For a gated model that has to be downloaded first.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p)
-    if max_new_tokens < 1:
+    if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens {max_new_tokens} is not possible: give 1 or more.")
     llm = load_llm(
         checkpoint_dir,
@@ -87,7 +98,7 @@ class Chat:
     def __init__(
         self,
         llm: LLM,
-        max_new_tokens: int,
+        max_new_tokens: int | None,
         sampling: Sampling,
         seed: int,
         system_prompt: str | None = None,
@@ -112,7 +123,7 @@ class Chat:
         while True:
             try:
                 prompt = clean(read())
-                if not prompt.strip():
+                if not prompt.strip() or prompt.strip().lower() in LEAVING:
                     return
                 if not self.run_command(prompt.strip()):
                     self.answer(prompt)
@@ -132,7 +143,7 @@ class Chat:
             self.commands[word](rest.strip())
             return True
         if line[:1] == "/" and line[1:].isalpha():
-            say(f"There is no {line}.{did_you_mean(line, self.commands)} /help lists what there is.")
+            say(f"There is no {line}.{did_you_mean(line, [*self.commands, *LEAVING])} /help lists what there is.")
             return True
         return False
 
@@ -150,12 +161,14 @@ class Chat:
         self.seed += 1
         reply = ""
         stream = self.llm.stream(request)
-        with contextlib.suppress(KeyboardInterrupt), contextlib.closing(stream):
+        with _unseen_typing(), contextlib.suppress(KeyboardInterrupt), contextlib.closing(stream):
             print(">> Reply: ", end="", flush=True)
             for piece in self.llm.text(stopwatch.count(stream), ids):
                 reply += piece
                 print(piece, end="", flush=True)
         print("\n", flush=True)
+        if line := cut_line(self.llm, stopwatch, len(ids), self.max_new_tokens):
+            say(line)
         say(f"Time for inference: {stopwatch.report()}\n")
         self._remember(prompt, reply)
 
@@ -191,7 +204,7 @@ class Chat:
             ValueError: the last prompt alone is too long, or the prompt format refuses the conversation.
         """
         context = self.llm.config.block_size
-        reserved = min(self.max_new_tokens, context // 2)  # for the reply
+        reserved = min(self.max_new_tokens or REPLY, context // 2)  # for the reply
         ids = self.llm.encode([*self.system, *self.turns])
         dropped = 0
         while len(ids) + reserved > context and len(self.turns) > 2:
@@ -243,7 +256,7 @@ def read_lines() -> str:
                 return "\n".join(lines)
             raise
         _echo(line)
-        if line.strip() == "!quit":
+        if line.strip().lower() in LEAVING:
             return ""
         if line.strip() == "!submit":
             if any(map(str.strip, lines)):
@@ -260,6 +273,22 @@ def _echo(line: str) -> None:
     """A piped-in prompt stands in the output as a typed one does."""
     if not sys.stdin.isatty():
         print(line, flush=True)
+
+
+@contextlib.contextmanager
+def _unseen_typing() -> Iterator[None]:
+    """What is typed meanwhile on a terminal does not appear in the reply: it waits for the next prompt."""
+    if not sys.stdin.isatty() or termios is None:
+        yield
+        return
+    keyboard = sys.stdin.fileno()
+    before = termios.tcgetattr(keyboard)
+    unseen = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(keyboard, termios.TCSANOW, unseen)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(keyboard, termios.TCSANOW, before)
 
 
 def _edit_lines() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 from litgpt import cli
-from litgpt.commands.inference import Stopwatch, clean, memory_line, say
+from litgpt.commands.inference import Stopwatch, clean, cut_line, memory_line, say
 from litgpt.generation.sampling import Sampling
 from litgpt.llm import LLM, load_llm
 from litgpt.prompts.styles import Message
@@ -28,8 +28,9 @@ class Options:
     """Replaces the system message of the model's prompt format."""
     num_samples: int = 1
     """How many answers to print."""
-    max_new_tokens: int = 50
-    """An answer ends after so many tokens, if the model does not end it before."""
+    max_new_tokens: int | None = None
+    """An answer ends after that many tokens, if the model does not end it before. By default it goes on to the end of
+    its turn, or of the context; that of a model without a prompt format, which continues the text, for 256 tokens."""
     top_k: int | None = 50
     """Draw from the so many most likely tokens only; 1 always takes the most likely one."""
     top_p: float = 1.0
@@ -99,7 +100,7 @@ def answer(load: Callable[..., LLM], prompt: str, options: Options, input: str =
     ids = llm.encode([*system, {"role": "user", "content": clean(prompt)}], clean(input))
     say(f"Seed set to {options.seed}")
     new, context = options.max_new_tokens, llm.config.block_size
-    if len(ids) + new > context > len(ids):
+    if new is not None and len(ids) + new > context > len(ids):
         say(f"The model's context of {context} tokens leaves room for {context - len(ids)} after the prompt.")
     for sample in range(options.num_samples):
         _answer(llm, ids, sample + 1, new, sampling, options.seed + sample, options.include_prompt)
@@ -111,7 +112,7 @@ def _answer(
     llm: LLM,
     prompt: list[int],
     number: int,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     sampling: Sampling,
     seed: int,
     include_prompt: bool,
@@ -126,6 +127,8 @@ def _answer(
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+    if line := cut_line(llm, stopwatch, len(prompt), max_new_tokens):
+        say(line)
     say(f"Time for inference {number}: {stopwatch.report()}")
 
 

@@ -17,7 +17,7 @@ def setup(
     prompt: str = DEFAULT_PROMPT,
     input: str = "",
     adapter_path: Path = Path("out/finetune/adapter/final") / ADAPTER_WEIGHTS,
-    options: Annotated[Options, cli.Flat()] = Options(max_new_tokens=100),  # noqa: B008
+    options: Annotated[Options, cli.Flat()] = Options(),  # noqa: B008
 ) -> None:
     """Print what a model answers to a prompt that was finetuned with LLaMA-Adapter, or with Adapter v2.
 

@@ -14,7 +14,7 @@ def setup(
     prompt: str = DEFAULT_PROMPT,
     input: str = "",
     adapter_path: Path = Path("out/finetune/adapter-v2/final") / ADAPTER_V2_WEIGHTS,
-    options: Annotated[Options, cli.Flat()] = Options(max_new_tokens=100),  # noqa: B008
+    options: Annotated[Options, cli.Flat()] = Options(),  # noqa: B008
 ) -> None:
     """Print what a model answers to a prompt that was finetuned with Adapter v2.
 

@@ -18,7 +18,7 @@ def setup(
     prompt: str = DEFAULT_PROMPT,
     input: str = "",
     finetuned_path: Path = Path("out/finetune/full/final/lit_model.pth"),
-    options: Annotated[Options, cli.Flat()] = Options(max_new_tokens=100),  # noqa: B008
+    options: Annotated[Options, cli.Flat()] = Options(),  # noqa: B008
 ) -> None:
     """Print what a model answers to a prompt, with the weights that finetuning gave it.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterator
 
 from litgpt.distributed import memory_used
 from litgpt.llm import LLM
@@ -27,15 +27,35 @@ class Stopwatch:
     def __init__(self) -> None:
         self.started = time.perf_counter()
         self.tokens = 0
+        self.finish_reason: str | None = None
 
-    def count(self, ids: Iterable[int]) -> Iterator[int]:
-        for token_id in ids:
+    def count(self, ids: Generator[int, None, str]) -> Iterator[int]:
+        """Passes an answer's tokens on, and notes why it ended."""
+        while True:
+            try:
+                token_id = next(ids)
+            except StopIteration as end:
+                self.finish_reason = end.value
+                return
             self.tokens += 1
             yield token_id
 
     def report(self) -> str:
         seconds = time.perf_counter() - self.started
         return f"{seconds:.02f} sec total, {self.tokens / seconds:.02f} tokens/sec, {self.tokens} tokens"
+
+
+def cut_line(llm: LLM, stopwatch: Stopwatch, prompt_tokens: int, max_new_tokens: int | None) -> str | None:
+    """What to say about an answer that the model did not end itself; None where it did."""
+    if stopwatch.finish_reason != "length":
+        return None
+    if prompt_tokens + stopwatch.tokens >= llm.engine.context:
+        return f"The answer was cut: the model's context of {llm.engine.context} tokens is full."
+    if max_new_tokens is None:
+        return (
+            f"Stopped after {stopwatch.tokens} tokens: a text has no end of its own. --max_new_tokens N asks for more."
+        )
+    return f"The answer was cut after --max_new_tokens {max_new_tokens}; without this option it goes on to its end."
 
 
 def memory_line(llm: LLM) -> str:

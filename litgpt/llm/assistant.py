@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from litgpt.model import GPT
 from litgpt.prompts import PromptStyle
 from litgpt.prompts.styles import Message, with_input
 from litgpt.tokenizer import Tokenizer
+
+AT_A_TIME = 1024  # new tokens that the engine is asked for: its cache grows with an answer, and is not reserved whole
+CONTINUATION = 256  # new tokens where a model has no format in which its answer ends
 
 
 class Assistant(nn.Module):
@@ -97,18 +101,50 @@ class Assistant(nn.Module):
             )
         return ids
 
-    def request(self, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling, seed: int | None) -> Request:
-        """What to ask the engine for the answer to a prompt."""
+    def request(
+        self, prompt: Sequence[int], max_new_tokens: int | None, sampling: Sampling, seed: int | None
+    ) -> Request:
+        """What to ask the engine for the answer to a prompt.
+
+        Args:
+            prompt: Token ids.
+            max_new_tokens: An answer ends after that many, if the model does not end it before. None lets it go on to
+                the end of the turn or of the context; where there are no turns, as in a model that was only
+                pretrained, for 256 tokens.
+            sampling: How tokens are drawn.
+            seed: Of the draws.
+        """
+        if max_new_tokens is None:
+            room = max(1, self.config.block_size - len(prompt))
+            max_new_tokens = min(room, CONTINUATION) if self.prompt_style.continues_text else room
         return Request(prompt, max_new_tokens, sampling, self.stops, seed)
 
     def run(self, requests: Sequence[Request], take: Callable[[int, Output], tuple[Piece, bool]]) -> Iterator[Piece]:
         """Answers some requests together; as `LiveEngine.run`."""
         return self._live.run(requests, take)
 
-    def stream(self, request: Request) -> Iterator[int]:
-        """The token ids of an answer as they come; safe from any thread. Closing the iterator ends the answer."""
-        for ids in self._live.run([request], lambda index, output: (output.token_ids, False)):
-            yield from ids
+    def stream(self, request: Request) -> Generator[int, None, str]:
+        """The token ids of an answer as they come; safe from any thread. Closing the iterator ends the answer.
+
+        Returns:
+            Why it ended: "stop" or "length", as in `Output.finish_reason`.
+        """
+        total, done = request.max_new_tokens, []
+        # Parts of a stop sequence must not come to lie in two requests.
+        step = total if any(len(stop) > 1 for stop in request.stops) else AT_A_TIME
+        while True:
+            seed = None if request.seed is None else request.seed + len(done)
+            part = replace(
+                request, prompt=[*request.prompt, *done], max_new_tokens=min(step, total - len(done)), seed=seed
+            )
+            reason = "length"
+            for output in self._live.run([part], lambda _, output: (output, False)):
+                done += output.token_ids
+                reason = output.finish_reason or reason
+                yield from output.token_ids
+            room = self.engine.context - len(request.prompt) - len(done)
+            if reason == "stop" or len(done) >= total or room < 1:
+                return reason
 
     def text(self, ids: Iterable[int], prompt: Sequence[int], joins: bool = False) -> Iterator[str]:
         """The answer's text as it comes. Where it `joins` the prompt's text, as after a bare prompt, it keeps the space

@@ -51,10 +51,14 @@ def chat(litgpt, monkeypatch):
             return line
 
         monkeypatch.setattr("builtins.input", read)
-        monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
-        return litgpt("chat", directory, *GREEDY, "--max_new_tokens", count, *options)
+        monkeypatch.setattr(sys, "stdin", keyboard)
+        limit = () if count is None else ("--max_new_tokens", count)
+        return litgpt("chat", directory, *GREEDY, *limit, *options)
 
-    return run
+    ends = pty.openpty()
+    with os.fdopen(ends[1]) as keyboard:
+        yield run
+    os.close(ends[0])
 
 
 def replies(out: str) -> list[str]:
@@ -188,6 +192,26 @@ def test_a_bare_model_continues_each_prompt_afresh(chat, bare_model):
     assert first == third != second
 
 
+def test_a_reply_goes_on_to_its_end_and_a_limit_that_cuts_it_is_said(chat, tmp_path, bare_model):
+    directory = checkpoint_files.chat_model(tmp_path, block_size=160)
+    prompt = choose_prompt_style(directory).encode(Tokenizer(directory), [{"role": "user", "content": "Hello"}])
+    whole = chat(directory, "Hello", "", count=None)
+    assert replies(whole.out) == expected_replies(directory, ["Hello"], count=160 - len(prompt))
+    assert "The answer was cut: the model's context of 160 tokens is full." in whole.err
+    assert "The answer was cut after --max_new_tokens 8;" in chat(directory, "Hello", "").err
+    text = chat(bare_model, "Hello", "", count=None)
+    assert re.search(TIMING.format(256), text.err)
+    assert "Stopped after 256 tokens: a text has no end of its own. --max_new_tokens N asks for more." in text.err
+
+
+@pytest.mark.parametrize("word", ["/quit", "/exit", "!quit", "!QUIT"])
+@pytest.mark.parametrize("multiline", ["true", "false"])
+def test_a_word_leaves(chat, chat_model, word, multiline):
+    result = chat(chat_model, word, "Hello", options=("--multiline", multiline))
+    assert result.code == 0
+    assert ">> Reply" not in result.out
+
+
 def test_several_lines_make_a_prompt(chat, chat_model):
     result = chat(chat_model, "Hello", "world", "!submit", "/help", "!submit", "!quit", options=("--multiline", "true"))
     assert "!submit" in result.out.split("Seed set")[0]
@@ -277,6 +301,27 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(tmp_path):
         terminal.type("\x03")
         terminal.wait_for(">> Prompt: ")
         terminal.type("\x04")
+        assert terminal.exit_code() == 0
+    finally:
+        terminal.kill()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_what_is_typed_ahead_is_the_next_prompt_and_not_in_the_reply(tmp_path):
+    directory = checkpoint_files.chat_model(tmp_path, block_size=100_000)
+    options = ("--max_new_tokens", "400", "--top_k", "1")
+    terminal = Terminal(sys.executable, "-m", "litgpt", "chat", str(directory), *options)
+    try:
+        terminal.wait_for(">> Prompt: ")
+        terminal.type("Hello\n")
+        terminal.wait_for(">> Reply: ")
+        terminal.wait_for(" ")  # it has begun
+        terminal.type("typed ahead\n")
+        reply = terminal.wait_for("Time for inference")
+        assert "typed ahead" not in reply
+        assert "typed ahead" in terminal.wait_for(">> Reply: ")
+        terminal.wait_for(">> Prompt: ")
+        terminal.type("/exit\n")
         assert terminal.exit_code() == 0
     finally:
         terminal.kill()

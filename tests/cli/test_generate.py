@@ -58,6 +58,16 @@ def test_the_prompt_is_printed_on_request_with_the_space_after_it(litgpt, bare_m
     assert litgpt(*options, "--include_prompt", "true").out == whole + "\n"
 
 
+def test_an_answer_goes_on_to_its_end_and_a_limit_that_cuts_it_is_said(litgpt, tmp_path):
+    directory = checkpoint_files.chat_model(tmp_path, block_size=128)
+    result = litgpt("generate", directory, "--prompt", "Hello", *GREEDY)
+    prompt = PromptStyle.from_name("chatml").encode(Tokenizer(directory), [{"role": "user", "content": "Hello"}])
+    assert result.out == answer(directory, "Hello", 128 - len(prompt)) + "\n"
+    assert "The answer was cut: the model's context of 128 tokens is full." in result.err
+    cut = litgpt("generate", directory, "--prompt", "Hello", *GREEDY, "--max_new_tokens", 12)
+    assert "The answer was cut after --max_new_tokens 12;" in cut.err
+
+
 def test_samples_count_on_from_the_seed(litgpt, chat_model):
     def run(seed, samples):
         out = litgpt(
@@ -142,7 +152,7 @@ def test_a_prompt_longer_than_the_context_is_refused_with_both_lengths(litgpt, t
 
 def test_room_that_the_context_does_not_have_is_said(litgpt, tmp_path):
     directory = checkpoint_files.chat_model(tmp_path, block_size=32)
-    result = litgpt("generate", directory, "--prompt", "hi", "--top_k", 1)
+    result = litgpt("generate", directory, "--prompt", "hi", "--top_k", 1, "--max_new_tokens", 50)
     assert result.code == 0
     room = int(re.search(r"context of 32 tokens leaves room for (\d+) after the prompt", result.err)[1])
     assert re.search(TIMING.format(1, room), result.err)
