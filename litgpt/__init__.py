@@ -1,7 +1,27 @@
 """Language models from download to deployment, in code made to be read."""
 
-import importlib
-from typing import Any
+import os
+import sys
+
+
+def _forget_working_directory() -> None:
+    """Take the working directory off the path that `python -m litgpt` puts it on, as `litgpt` does without that: it
+    may be a stranger's checkpoint, and a `yaml.py` in it would be imported in place of ours.
+
+    A class of one's own is still found there once the command line names it.
+    """
+    words = sys.orig_argv
+    module = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
+    if sys.argv[:1] == ["-m"] and module.partition(".")[0] == __name__ and sys.path:
+        here = sys.path[0]
+        if here in ("", os.getcwd()) and not __file__.startswith(os.path.join(os.getcwd(), "")):
+            del sys.path[0]
+
+
+_forget_working_directory()
+
+import importlib  # noqa: E402
+from typing import Any  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -2,8 +2,6 @@
 
 import importlib
 import inspect
-import os
-import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,6 +12,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from litgpt.cli.errors import UsageError
 from litgpt.cli.hints import constructor_hints
 from litgpt.cli.values import as_hinted, explain
+from litgpt.own_code import find_named
 from litgpt.suggest import did_you_mean
 
 # Given by the command and not by the user: an optimizer's parameters.
@@ -67,7 +66,7 @@ class ClassChoice:
             UsageError: no such class, or not a subclass of the base.
         """
         package, _, last = name.rpartition(".")
-        module = _import(package or self.package)
+        module = find_named(package or self.package)
         value = getattr(module, last, None) if module else None
         if self._is_choice(value):
             return f"{package or self.package}.{last}", value
@@ -97,20 +96,6 @@ class ClassChoice:
         """
         choose = getattr(self.base, "choose", None)
         return choose(init_args, names) if choose is not None and names else None
-
-
-def _import(module: str) -> Any:
-    """Import a module, from the current directory too; None where there is none."""
-    here = os.getcwd()
-    if here not in sys.path and "" not in sys.path:
-        sys.path.append(here)  # the console script, unlike `python -m`, does not look there
-        importlib.invalidate_caches()
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name and (module == error.name or module.startswith(f"{error.name}.")):
-            return None
-        raise
 
 
 def class_parser(cls: type, nested_key: str | None = None, **settings: Any) -> ArgumentParser:

@@ -1,15 +1,27 @@
 """`--config FILE_OR_URL`."""
 
+import sys
+import threading
+from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import yaml
 
 from litgpt import __version__, resources
 
-TIMEOUT = 20  # seconds
-MAX_BYTES = 10_000_000  # a recipe has a few hundred lines; a mistyped URL may lead to a weights file
+TIMEOUT = 20  # seconds that a server may be silent
+TOTAL_TIMEOUT = 30  # seconds in all, however busy it seems
+PATIENCE = 2  # seconds until it is said what is waited for
+MAX_BYTES = 256_000  # a recipe has a few hundred lines; a mistyped URL may lead to a weights file
+MAX_SETTINGS = 100_000  # YAML's aliases write a billion in a few lines
+
+
+def is_address(place: str) -> bool:
+    """Whether what is given as `--config` is the address of a file on the web."""
+    return place.lower().startswith(("http://", "https://"))
 
 
 def read_config(place: str) -> dict[str, Any]:
@@ -19,21 +31,36 @@ def read_config(place: str) -> dict[str, Any]:
         FileNotFoundError: no such file; the message names recipes that look alike.
         ValueError: it cannot be fetched, or is not a mapping of settings.
     """
-    text = _fetch(place) if place.lower().startswith(("http://", "https://")) else _read(place)
+    text = _fetch(place) if is_address(place) else _read(place)
     if text.lstrip().startswith("<"):
         raise ValueError(f"--config {place} is a web page, not a YAML file; give the address of the raw file.")
     try:
         settings = yaml.safe_load(text)
+        _check_number(settings)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or error
         raise ValueError(f"--config {place} is not valid YAML{where}: {problem}.") from None
+    except (RecursionError, OverflowError):
+        raise ValueError(f"--config {place} is nested or repeated too much for a file of settings.") from None
     if settings is None:
         return {}
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise ValueError(f"--config {place} does not hold settings as `name: value`.")
     return settings
+
+
+def _check_number(settings: Any) -> None:
+    """Raises OverflowError where there are more values than any settings have."""
+    rest, count = [settings], 0
+    while rest:
+        value = rest.pop()
+        parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+        rest += parts
+        count += len(parts)
+        if count > MAX_SETTINGS:
+            raise OverflowError
 
 
 def _read(place: str) -> str:
@@ -44,21 +71,57 @@ def _read(place: str) -> str:
 
 
 def _fetch(url: str) -> str:
+    """The text at an address, in a bounded time: a server that sends a byte a second is not silent."""
+    outcome: list[str | Exception] = []
+
+    def fetch() -> None:
+        try:
+            outcome.append(_fetched(url))
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=fetch, name="litgpt-config", daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    if thread.is_alive():
+        print(f"Waiting for --config {url}", file=sys.stderr, flush=True)
+        thread.join(TOTAL_TIMEOUT - PATIENCE)
+    if not outcome:
+        raise ValueError(
+            f"--config {url} has not arrived after {TOTAL_TIMEOUT} seconds. Download it yourself and give the file."
+        )
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _fetched(url: str) -> str:
     request = Request(url, headers={"User-Agent": f"litgpt/{__version__}"})
     try:
-        with urlopen(request, timeout=TIMEOUT) as response:
+        with build_opener(_Redirects).open(request, timeout=TIMEOUT) as response:
             data = response.read(MAX_BYTES + 1)
     except HTTPError as error:
         raise ValueError(f"--config {url}: the server answers {error.code} {error.reason}.") from None
-    except (URLError, OSError) as error:
+    except (URLError, HTTPException, OSError) as error:
         reason = getattr(error, "reason", error)
         raise ValueError(
             f"--config {url} cannot be fetched: {reason}. Without a network, give a file: the recipes under "
             "config_hub/ come with litgpt."
         ) from None
     if len(data) > MAX_BYTES:
-        raise ValueError(f"--config {url} is larger than {MAX_BYTES // 1_000_000} MB: that is no file of settings.")
+        raise ValueError(f"--config {url} is larger than {MAX_BYTES // 1000} KB: that is no file of settings.")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"--config {url} is not a text file.") from None
+
+
+class _Redirects(HTTPRedirectHandler):
+    """Follows an address on the web to another, https to https only, and to nothing else (urllib takes ftp, too)."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        before, after = urlsplit(req.full_url).scheme, urlsplit(newurl).scheme
+        if after not in ("http", "https") or (before == "https" and after == "http"):
+            raise URLError(f"the server leads on to {newurl:.200}, which is not followed")
+        fp.close()  # before its body, of any size, is read
+        return super().redirect_request(req, fp, code, msg, headers, newurl)

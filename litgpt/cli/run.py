@@ -5,9 +5,10 @@ from typing import Any
 
 from litgpt.cli import record
 from litgpt.cli.arguments import Arguments, split
-from litgpt.cli.config_files import read_config
+from litgpt.cli.config_files import is_address, read_config
 from litgpt.cli.errors import UsageError
 from litgpt.cli.flat import flattened
+from litgpt.cli.foreign import refused_code
 from litgpt.cli.help import class_help, help_text
 from litgpt.cli.resolve import resolve
 from litgpt.cli.settings import Collector, Layer, default_layer, merge, refuse, settle_classes
@@ -57,8 +58,13 @@ def gather(arguments: Arguments, signature: Signature) -> Layer:
     """Defaults, then configuration files in their order, then options, in one layer with checked names."""
     layer, problems = default_layer(signature), []
     sources = [(place, list(read_config(place).items())) for place in arguments.configs]
+    own = [value for place, settings in sources if not is_address(place) for _, value in settings]
+    own += [value for _, value in arguments.settings]
+    for place, settings in sources:
+        if is_address(place):
+            refuse([f"{place}: {problem}" for problem in refused_code(settings, own)])  # before any is imported
     for origin, settings in [*sources, ("", arguments.settings)]:
-        collector = Collector(signature, origin)
+        collector = Collector(signature, origin, reads_files=not is_address(origin))
         for name, value in settings:
             collector.add(name, value)
         layer = merge(layer, collector.layer)

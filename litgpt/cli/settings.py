@@ -12,6 +12,7 @@ import yaml
 from litgpt.cli.classes import accepted, unknown_init_args
 from litgpt.cli.errors import UsageError
 from litgpt.cli.hints import admits
+from litgpt.cli.other_names import here_called
 from litgpt.cli.signature import Parameter, Signature
 from litgpt.suggest import did_you_mean
 
@@ -19,10 +20,16 @@ Layer = dict[str, Any]
 
 
 class Collector:
-    """Builds one layer out of settings by name, and gathers what is wrong with their names."""
+    """Builds one layer out of settings by name, and gathers what is wrong with their names.
 
-    def __init__(self, signature: Signature, origin: str = ""):
-        self.signature = signature
+    Args:
+        signature: Of the command.
+        origin: The file or address that the settings are from; empty for the command line.
+        reads_files: Whether a group's value may be the path of a file that holds it.
+    """
+
+    def __init__(self, signature: Signature, origin: str = "", *, reads_files: bool = True):
+        self.signature, self.reads_files = signature, reads_files
         self.origin = f"{origin}: " if origin else "--"
         self.layer: Layer = {}
         self.problems: list[str] = []
@@ -44,7 +51,7 @@ class Collector:
         name = ".".join(path)
         elsewhere = getattr(self.signature.function, "options_elsewhere", {})  # prefix -> the command that has them
         hint = "".join(f" `{command}` has it." for prefix, command in elsewhere.items() if name.startswith(prefix))
-        hint = hint or did_you_mean(name, known)
+        hint = hint or here_called(name, self.signature) or did_you_mean(name, known)
         if not hint:  # `micro_batchsize` is close to `train.micro_batch_size` without its group
             last = {entry.rpartition(".")[2]: entry for entry in reversed(known)}
             hint = did_you_mean(path[-1], last)
@@ -98,7 +105,7 @@ class Collector:
     def _mapping(self, parameter: Parameter, value: Any) -> dict[str, Any]:
         """The value of a whole group: a mapping, its text, or a file that holds it."""
         if isinstance(value, str):
-            inline = "{" in value or ":" in value
+            inline = "{" in value or ":" in value or not self.reads_files
             text = value if inline or not Path(value).is_file() else Path(value).read_text(encoding="utf-8")
             try:
                 value = yaml.safe_load(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 
 import yaml
 
+from litgpt.own_code import find_named
 from litgpt.suggest import did_you_mean
 
 STYLES_FILE = Path(__file__).with_name("styles.yaml")
@@ -270,13 +270,7 @@ def style_class(name: str) -> type[PromptStyle]:
 
 def _import_class(dotted: str) -> type[PromptStyle] | None:
     module_name, _, class_name = dotted.rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and not module_name.startswith(error.name):
-            raise  # the module is there, something that it imports is not
-        return None
-    found = getattr(module, class_name, None)
+    found = getattr(find_named(module_name), class_name, None)
     if found is None:
         return None
     if not (isinstance(found, type) and issubclass(found, PromptStyle)):

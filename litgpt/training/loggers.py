@@ -7,6 +7,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+from litgpt.own_code import import_named
 from litgpt.suggest import did_you_mean
 from litgpt.training.arguments import LogArgs
 
@@ -165,7 +166,7 @@ def _need(module: str, package: str) -> Any:
 def _load_class(path: str) -> type:
     module, _, name = path.rpartition(".")
     try:
-        cls = getattr(importlib.import_module(module), name) if module else None
+        cls = getattr(import_named(module), name) if module else None
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--logger_name {path}: {error}.") from error
     if not (isinstance(cls, type) and hasattr(cls, "log_metrics")):

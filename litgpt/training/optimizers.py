@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from litgpt.own_code import import_named
 from litgpt.quantize import import_bitsandbytes
 from litgpt.suggest import did_you_mean
 from litgpt.training.arguments import TrainArgs
@@ -57,7 +57,7 @@ class OptimizerSpec:
         if module_name.partition(".")[0] == "bitsandbytes":
             import_bitsandbytes()
         try:
-            found = getattr(importlib.import_module(module_name or "torch.optim"), name, None)
+            found = getattr(import_named(module_name or "torch.optim"), name, None)
         except ImportError as error:
             raise ValueError(f"--optimizer {self.class_path}: cannot import {module_name} ({error}).") from error
         if not (isinstance(found, type) and issubclass(found, Optimizer)):

@@ -558,3 +558,20 @@ def test_the_package_exports_lazily():
     assert package.GPT.__name__ == "GPT"
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = package.nothing
+
+
+def test_no_module_of_the_working_directory_takes_the_place_of_ours(tmp_path):
+    """`python -m` looks there first; it may be a stranger's checkpoint."""
+    for name in ("yaml", "csv", "typing", "huggingface_hub", "planted"):
+        (tmp_path / f"{name}.py").write_text("open('ran', 'w').close()\nclass Planted: pass\n")
+
+    def python(*words: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "litgpt", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+    assert "EleutherAI/pythia" in python("download", "list").stdout
+    assert not (tmp_path / "ran").exists()
+    # What the user names is looked for there.
+    assert (
+        "'planted.Planted' is not a subclass of" in python("pretrain", "pythia-14m", "--data", "planted.Planted").stderr
+    )

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from litgpt import cli, resources
+from litgpt.cli import config_files
 from tests.cli.test_cli import Spec, Table, Text, TrainArgs, run
 
 
@@ -188,6 +189,119 @@ def test_addresses():
     message = refused("dir", "--config", f"{url}/a.yaml")
     assert "cannot be fetched" in message
     assert "config_hub" in message
+
+
+PLANTED = "open('ran', 'w').close()\nclass Planted: pass\n"
+
+
+@pytest.mark.parametrize(
+    ("page", "option"),
+    [
+        ("data: planted.Planted", "data"),
+        ("data: {class_path: planted.Planted, init_args: {rows: 1}}", "data"),
+        ("data: '{class_path: \"planted.\\x50lanted\"}'", "data"),  # YAML in a text of YAML
+        ("data.class_path: planted.Planted", "data"),
+        ("optimizer: planted.Planted", "optimizer"),
+        ("optimizer: {init_args: {lr: planted.Planted}}", "optimizer.init_args.lr"),
+        ("optimizer: {init_args: {lr: {class_path: planted.Planted}}}", "optimizer.init_args.lr"),
+        ("prompt: planted.Planted", "prompt"),  # whatever it is an option of
+        ("data: {class_path: folder.module.Planted}", "data"),
+        ("data: not_here.Planted\nlog: {metadata: {class_path: not_here.Planted}}", "log.metadata"),
+    ],
+)
+def test_an_address_names_no_code(page, option, tmp_path, monkeypatch):
+    (tmp_path / "planted.py").write_text(PLANTED)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/module.py").write_text(PLANTED)
+    monkeypatch.chdir(tmp_path)
+    with web({"/a.yaml": page.encode()}) as url:
+        message = refused("dir", "--config", f"{url}/a.yaml")
+    assert "is code, and settings from a web address name none" in message
+    assert f"name it on the command line, too: --{option} " in message
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_the_user_names_too_may_come_from_an_address(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text, table = ("tests.cli.test_cli.Text", "tests.cli.test_cli.Table")
+    pages = {
+        "/a.yaml": f"data: {{class_path: {text}, init_args: {{path: fetched, seed: 7}}}}\n".encode(),
+        "/short.yaml": b"data: {class_path: Table, init_args: {rows: 5}}\nprompt: data.json\n",
+        "/ours.yaml": b"optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.5}}\n",
+    }
+    own = write(tmp_path / "own.yaml", f"data: {text}\n")
+    with web(pages) as url:
+        assert run("dir", "--config", f"{url}/a.yaml", "--data", text).data == Text(Path("fetched"), seed=7)
+        assert run("dir", "--config", f"{url}/a.yaml", "--config", own).data == Text(Path("fetched"), seed=7)
+        assert "is code" in refused("dir", "--config", f"{url}/a.yaml", "--data", table)
+        got = run("dir", "--config", f"{url}/short.yaml")  # one of the option's own, and a file that is no module
+        assert (got.data, got.prompt) == (Table(5), "data.json")
+        assert run("dir", "--config", f"{url}/ours.yaml").optimizer == Spec("torch.optim.SGD", {"lr": 0.5})
+
+
+def test_an_address_reads_no_files_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "local.yaml", "{micro_batch_size: 3}\n")
+    with web({"/a.yaml": b"train: local.yaml\n"}) as url:
+        assert "train: needs settings as `name: value`" in refused("dir", "--config", f"{url}/a.yaml")
+    assert run("dir", "--train", "local.yaml").train.micro_batch_size == 3
+
+
+@contextmanager
+def leading_to(location: str, body: bytes = b"") -> Iterator[str]:
+    """A server that sends on to another address; or, without one, a byte at a time until the test is over."""
+    over = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(302 if location else 200)
+            if location:
+                self.send_header("Location", location)
+            self.end_headers()
+            self.wfile.write(body)
+            while not location and not over.wait(0.02):
+                self.wfile.write(b"#")
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/a.yaml"
+    finally:
+        over.set()
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("place", ["ftp://127.0.0.1:9/a.yaml", "file:///etc/hostname", "data:text/plain,prompt:x"])
+def test_an_address_leads_to_no_other_kind_of_place(place):
+    with leading_to(place) as url:
+        message = refused("dir", "--config", url)
+    assert f"{place}, which is not followed" in message or f"'{place}' is not allowed" in message
+
+
+def test_an_address_may_lead_to_another():
+    with web({"/b.yaml": b"prompt: fetched"}) as url, leading_to(f"{url}/b.yaml") as first:
+        assert run("dir", "--config", first).prompt == "fetched"
+
+
+def test_a_server_that_goes_on_for_ever(monkeypatch, capsys):
+    monkeypatch.setattr(config_files, "TOTAL_TIMEOUT", 0.5)
+    monkeypatch.setattr(config_files, "PATIENCE", 0.1)
+    with leading_to("") as url:
+        assert "has not arrived after 0.5 seconds" in refused("dir", "--config", url)
+    assert f"Waiting for --config {url}" in capsys.readouterr().err
+    with leading_to("", b"# \n" * 100_000) as url:
+        assert "is larger than 256 KB" in refused("dir", "--config", url)
+
+
+def test_a_file_that_stands_for_a_billion_settings(tmp_path):
+    levels = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
+    bomb = write(tmp_path / "bomb.yaml", f"a0: &a0 [x]\n{levels}")
+    assert "nested or repeated too much" in refused("dir", "--config", bomb)
+    assert "nested or repeated too much" in refused("dir", "--config", write(tmp_path / "deep.yaml", "[" * 9000))
 
 
 # --- packaged recipes -----------------------------------------------------------------------------------------------
