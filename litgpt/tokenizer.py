@@ -123,6 +123,10 @@ class Tokenizer:
         """Whether it is a control token, which `decode` leaves out."""
         return token_id in self._backend.control_ids
 
+    def is_marker(self, token_id: int) -> bool:
+        """Whether only `allow_special` makes it of its text: it is a control token, or spelled like one."""
+        return token_id in self._backend.marker_ids
+
     # -- ids to text
 
     def decode(self, ids: Iterable[int] | torch.Tensor, skip_special: bool = True) -> str:
@@ -285,6 +289,10 @@ class _Backend(ABC):
     @cached_property
     def control_ids(self) -> frozenset[int]:
         return frozenset(self.control.values())
+
+    @cached_property
+    def marker_ids(self) -> frozenset[int]:
+        return frozenset(self.markers.values())
 
     @abstractmethod
     def token_to_id(self, token: str) -> int | None: ...

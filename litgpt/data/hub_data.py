@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from litgpt.data.hub_dataset import Wanted, fetch_dataset, fetched
 from litgpt.data.sft import SFTData
+from litgpt.secret import Secret
 
 
 @dataclass(kw_only=True, repr=False)
@@ -55,10 +57,12 @@ class HFDataset(HubData):
     """What the data set calls the keys of a form, for example {instruction: question, output: answer}"""
     revision: str | None = None
     """Branch, tag or commit; null takes the main branch"""
-    access_token: str | None = None
+    access_token: Secret | None = None
     """Token for a gated or private data set, also taken from HF_TOKEN; it is not recorded"""
     download_dir: Path | None = None
     """Where the files go; null takes data/ORG--NAME"""
+
+    takes_template: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from litgpt.data.record_files import has_validation_part, is_record_file
+from litgpt.data.record_files import has_validation_part, record_files
 from litgpt.data.sft import SFTData
 from litgpt.resources import find
 
@@ -14,11 +15,11 @@ TRAIN_NAMES, VAL_NAMES = ("train", "training"), ("val", "validation", "valid", "
 
 @dataclass(repr=False)
 class JSON(SFTData):
-    """A .json or .jsonl file (also .gz or .parquet), or a folder of them.
+    """A .json or .jsonl file (also .gz, .parquet, .arrow or .csv), or a folder of them.
 
     The form of a record is recognised by its keys: instruction, input (may be left out) and output; prompt and
-    completion; messages, a list of {role, content}; conversations, ShareGPT's list of {from, value}. A `system` text
-    may stand beside them. A .json file holds a list of records, or an object {"train": [...], "val": [...]}.
+    completion, each a text or messages; messages, a list of {role, content}; conversations, ShareGPT's list of {from,
+    value}. A `system` text and `tools` may stand beside them; a message of the assistant with `weight` 0 is not learned. A .json file holds a list of records, or an object {"train": [...], "val": [...]}.
     """
 
     json_path: Path | None = None
@@ -28,6 +29,8 @@ class JSON(SFTData):
     """The same for the validation records, where json_path says nothing of them"""
     val_split_fraction: float | None = None
     """Part of the records held out for validation where there are no validation records; null takes 0.05"""
+
+    takes_template: ClassVar[bool] = True
 
     def download(self) -> None:
         self.files()
@@ -70,7 +73,7 @@ def find_files(given: Path, option: str) -> tuple[list[Path], list[Path]]:
     train, val = (_of_split(path, names) for names in (TRAIN_NAMES, VAL_NAMES))
     if train and option == "json_path":
         return train, val
-    files = sorted(file for file in path.rglob("*") if file.is_file() and is_record_file(file.name))
+    files = record_files(path.rglob("*"))
     files = [file for file in files if file not in val or option != "json_path"]
     if not files:
         there = ", ".join(sorted(entry.name for entry in path.iterdir())[:3]) or "nothing"
@@ -85,10 +88,8 @@ def _of_split(folder: Path, names: tuple[str, ...]) -> list[Path]:
     """The files of a split in a folder: in a folder of one of these names, or with such a name."""
     for name in names:
         if (folder / name).is_dir():
-            return sorted(f for f in (folder / name).rglob("*") if f.is_file() and is_record_file(f.name))
-    return sorted(
-        f for f in folder.iterdir() if f.is_file() and is_record_file(f.name) and f.name.partition(".")[0] in names
-    )
+            return record_files((folder / name).rglob("*"))
+    return record_files(file for file in folder.iterdir() if file.name.partition(".")[0] in names)
 
 
 def _names(paths: list[Path]) -> str:

@@ -12,14 +12,13 @@ from litgpt.data.records import (
     Message,
     Record,
     keyed_values,
-    kind_of,
-    listed,
-    read_messages,
+    messages_of,
     recognise_all,
     text_of,
     tools_of,
     with_system,
 )
+from litgpt.data.wording import kind_of, listed
 
 REPLIES = ("chosen", "rejected")
 # What stands before the replies; the first that is there.
@@ -97,22 +96,15 @@ def _conversations(values: Mapping[str, Any]) -> tuple[str, list[list[Message]]]
             return TRANSCRIPTS, [_turns(key, values[key]) for key in REPLIES]
         tails = [[{"role": "assistant", "content": reply}] for reply in replies]
     else:
-        tails = [_messages(key, values[key]) for key in REPLIES]
+        tails = [messages_of(key, values[key]) for key in REPLIES]
         if not all(tail[0]["role"] == "assistant" for tail in tails):
             return WHOLE, tails  # a prompt beside them says again what they begin with
         if prompt_key is None:
             raise ValueError(f"has replies without a prompt ({listed(PROMPT_KEYS)}). Its keys are {listed(values)}.")
     if isinstance(values[prompt_key], str):
         return TEXTS, [[{"role": "user", "content": values[prompt_key]}, *tail] for tail in tails]
-    prompt = _messages(prompt_key, values[prompt_key])
+    prompt = messages_of(prompt_key, values[prompt_key])
     return MESSAGES, [[*prompt, *tail] for tail in tails]
-
-
-def _messages(key: str, value: Any) -> list[Message]:
-    try:
-        return read_messages([value] if isinstance(value, Mapping) else value)
-    except ValueError as error:
-        raise ValueError(f"in its {key!r}, {error}") from None
 
 
 def _turns(key: str, text: str) -> list[Message]:

@@ -37,8 +37,8 @@ class PairEncoder(ConversationEncoder):
 
     def _reply(self, conversation: Conversation, num_common: int) -> Encoded:
         messages, fields = self.placed(conversation)
-        start = len(self.style.encode(self.tokenizer, messages[:num_common], **fields))
-        *earlier, sequence = super().encode(conversation)
+        start = len(self.prompt_ids(messages[:num_common], fields))
+        *earlier, sequence = self.sequences(conversation)
         if any(other.num_messages > num_common for other in earlier):
             raise ValueError(
                 "has several messages of the assistant after the prompt, and this style writes earlier ones otherwise "

@@ -1,4 +1,4 @@
-"""Records from files: .json, .jsonl (both also .gz and .zst) and .parquet."""
+"""Records from files: .json, .jsonl (both also .gz and .zst), .parquet, .arrow and .csv."""
 
 from __future__ import annotations
 
@@ -10,17 +10,37 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from litgpt.data.compressed_files import open_bytes
+from litgpt.data.compressed_files import COMPRESSIONS, open_bytes
 from litgpt.data.records import Record
+from litgpt.data.table_files import arrow_records, csv_records, parquet_records
+from litgpt.data.text_encoding import encoding_of, not_text
 
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
+LINES = (".jsonl", ".ndjson")
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet", ".ndjson")
+DESCRIPTIONS = ("dataset_info.json", "state.json", "dataset_dict.json")
+TABLES = {
+    ".parquet": parquet_records,
+    ".arrow": arrow_records,
+    ".feather": arrow_records,
+    ".csv": csv_records,
+    ".tsv": csv_records,
+}
 # What the parts of one JSON object with several splits are called.
 SPLIT_NAMES = {"train": ("train", "training", "data"), "val": ("val", "validation", "valid", "dev")}
 
 
 def is_record_file(name: str) -> bool:
-    """Whether records can be read from a file of that name."""
+    """Whether a file of that name is one of records; other tables (.csv, .arrow) may be anything."""
     return name.endswith(SUFFIXES)
+
+
+def record_files(paths: Iterable[Path]) -> list[Path]:
+    """Of some files, those with records, sorted: the tables of other kinds where there are none of the usual."""
+    files = sorted(path for path in paths if path.is_file())
+    if any(path.suffix == ".arrow" for path in files):  # what `datasets` saved, with descriptions of it beside it
+        files = [path for path in files if path.name not in DESCRIPTIONS]
+    usual = [path for path in files if is_record_file(path.name)]
+    return usual or [path for path in files if path.suffix in TABLES]
 
 
 def read_records(paths: Iterable[Path], split: str = "train") -> Iterator[Record]:
@@ -34,8 +54,8 @@ def read_records(paths: Iterable[Path], split: str = "train") -> Iterator[Record
         ValueError: A damaged file, or one that holds no records.
     """
     for path in paths:
-        if path.name.endswith(".parquet"):
-            yield from _parquet_records(path)
+        if (read := TABLES.get((path.with_suffix("") if path.suffix in COMPRESSIONS else path).suffix)) is not None:
+            yield from read(path)
         else:
             yield from _json_records(path, split)
 
@@ -49,7 +69,7 @@ def has_validation_part(path: Path) -> bool:
 
 
 def _json_records(path: Path, split: str) -> Iterator[Record]:
-    if ".jsonl" in path.suffixes:
+    if any(suffix in path.suffixes for suffix in LINES):
         yield from _lines(path)
         return
     content = _parsed(path)
@@ -82,7 +102,7 @@ def _parsed(path: Path) -> Any:
         with _opened(path) as file:
             text = file.read()
     except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from None
+        raise not_text(path, error) from None
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -104,11 +124,11 @@ def _lines(path: Path) -> Iterator[Record]:
                     error.lineno = number
                     raise _damaged(path, error) from None
         except UnicodeDecodeError as error:
-            raise _not_utf8(path, error) from None
+            raise not_text(path, error) from None
 
 
 def _opened(path: Path) -> Any:
-    return io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig")
+    return io.TextIOWrapper(open_bytes(path), encoding=encoding_of(path))
 
 
 def _is_json(text: str) -> bool:
@@ -121,30 +141,6 @@ def _is_json(text: str) -> bool:
 
 def _damaged(path: Path, error: json.JSONDecodeError) -> ValueError:
     return ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}, column {error.colno}).")
-
-
-def _not_utf8(path: Path, error: UnicodeDecodeError) -> ValueError:
-    return ValueError(
-        f"{path} is not UTF-8 text ({error.reason}). Convert it, for example with: iconv -f latin1 -t utf-8 {path}"
-    )
-
-
-def _parquet_records(path: Path) -> Iterator[Record]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ValueError(
-            f"{path.name} is a parquet file; reading it needs pyarrow: pip install pyarrow (or litgpt[all])."
-        ) from error
-    number = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
-            for values in batch.to_pylist():
-                number += 1
-                yield Record(f"{path}, row {number}", values)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}). Delete it; it will be fetched again.") from error
 
 
 def content_hash(path: Path) -> str:

@@ -7,8 +7,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
+from litgpt.data.tool_calls import present, read_calls, read_tools
+from litgpt.data.wording import kind_of, listed
+
 INSTRUCTION, COMPLETION = "instruction/input/output", "prompt/completion"
 MESSAGES, CONVERSATIONS = "messages", "conversations (ShareGPT)"
+SPOKEN_COMPLETION = "prompt/completion messages"
 # The keys that a form needs and those that it may have; the first form whose keys are there is the record's.
 FORMS = {
     MESSAGES: (("messages",), ("system",)),
@@ -25,8 +29,17 @@ ROLES = {
     "bot": "assistant",
     "chatgpt": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "observation": "tool",
+    "tool_response": "tool",
+    "function": "tool",  # OpenAI's older word
+    "developer": "system",  # OpenAI's newer word
 }
+CALLERS = ("function_call", "tool_call")  # who speaks where the text is a call of a tool
+WEIGHT = "weight"
+"""Key of a message of the assistant that is not to be learned: its value there is 0."""
+# What files say of whether a message is learned, and what the value is if it is not.
+LEARNED_KEYS = {WEIGHT: 0, "train": 0, "training": 0, "loss": 0, "mask": 1, "masked": 1}
 SHOWN_ERRORS = 3
 
 Message = dict[str, Any]
@@ -46,7 +59,8 @@ class Conversation:
     """What a record says.
 
     Attributes:
-        messages: An optional system message, then whoever speaks; at least one message of the assistant.
+        messages: An optional system message, then whoever speaks; at least one message of the assistant. One that is
+            not to be learned has the key `weight` with 0.
         form: Which form the record had.
         where: Where the record stands.
         input: What stands beside the instruction in the form that has such a field.
@@ -62,7 +76,7 @@ class Conversation:
     @property
     def is_chat(self) -> bool:
         """Whether it comes from data of conversations, not of instructions."""
-        return self.form in (MESSAGES, CONVERSATIONS)
+        return self.form in (MESSAGES, CONVERSATIONS, SPOKEN_COMPLETION)
 
     def first_exchange(self) -> Conversation:
         """Only the first question and its answer, as an instruction."""
@@ -110,8 +124,15 @@ def recognise(record: Record, columns: Mapping[str, str] | None = None) -> Conve
     values = keyed_values(record, columns)
     form = next((form for form, (needed, _) in FORMS.items() if all(key in values for key in needed)), None)
     if form is None:
-        raise ValueError(_fits_none(values))
-    if form in (MESSAGES, CONVERSATIONS):
+        raise ValueError(_fits_none(values, record.values))
+    if form == COMPLETION and not all(isinstance(values[key], str) for key in FORMS[form][0]):
+        form = SPOKEN_COMPLETION
+    if form == SPOKEN_COMPLETION:
+        prompt, completion = (_spoken(values, key, role) for key, role in SPEAKERS_OF_COMPLETION)
+        # As TRL does it: what the assistant said in the prompt is given, not learned.
+        given = [{**message, WEIGHT: 0} if message["role"] == "assistant" else message for message in prompt]
+        messages = [*given, *completion]
+    elif form in (MESSAGES, CONVERSATIONS):
         messages = read_messages(values[FORMS[form][0][0]])
     else:
         question, answer = FORMS[form][0]
@@ -121,23 +142,36 @@ def recognise(record: Record, columns: Mapping[str, str] | None = None) -> Conve
         ]
     messages = with_system(messages, values)
     if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError(f"has nothing to learn: no message of the assistant in its {FORMS[form][0][0]}.")
+        place = "completion" if form == SPOKEN_COMPLETION else FORMS[form][0][0]
+        raise ValueError(f"has nothing to learn: no message of the assistant in its {place}.")
+    if not any(message["role"] == "assistant" and message.get(WEIGHT, 1) for message in messages):
+        raise ValueError("has nothing to learn: every message of the assistant is marked as not to be learned.")
     beside = text_of(values, "input") if form == INSTRUCTION and values.get("input") else ""
     return Conversation(messages, form, record.where, beside, tools_of(values))
 
 
+SPEAKERS_OF_COMPLETION = (("prompt", "user"), ("completion", "assistant"))
+
+
+def _spoken(values: Mapping[str, Any], key: str, role: str) -> list[Message]:
+    """The messages of a prompt or a completion; of a text, one by `role`."""
+    value = values[key]
+    return [{"role": role, "content": value}] if isinstance(value, str) else messages_of(key, value)
+
+
 def keyed_values(record: Record, columns: Mapping[str, str] | None) -> Mapping[str, Any]:
-    """A record's values by the keys of a form; ValueError where it is no object or lacks a column."""
+    """A record's values by the keys of a form, without those that are null; ValueError where it is no object or lacks a
+    column."""
     values = record.values
     if not isinstance(values, Mapping):
         raise ValueError(f"a record is an object with keys such as instruction and output, not {kind_of(values)}.")
     if not columns:
-        return values
+        return present(values)
     missing = [source for source in columns.values() if source not in values]
     if missing:
         raise ValueError(f"has no {listed(missing)}; its keys are {listed(values)}.")
     renamed = {key: values[source] for key, source in columns.items()}
-    return {key: value for key, value in values.items() if key not in columns.values()} | renamed
+    return present({key: value for key, value in values.items() if key not in columns.values()} | renamed)
 
 
 def with_system(messages: list[Message], values: Mapping[str, Any]) -> list[Message]:
@@ -145,6 +179,14 @@ def with_system(messages: list[Message], values: Mapping[str, Any]) -> list[Mess
     if values.get("system") and messages[0]["role"] != "system":
         return [{"role": "system", "content": text_of(values, "system")}, *messages]
     return messages
+
+
+def messages_of(key: str, value: Any) -> list[Message]:
+    """The messages under a key, where there may be one alone; errors name the key."""
+    try:
+        return read_messages([value] if isinstance(value, Mapping) else value)
+    except ValueError as error:
+        raise ValueError(f"in its {key!r}, {error}") from None
 
 
 def read_messages(value: Any) -> list[Message]:
@@ -164,16 +206,43 @@ def read_messages(value: Any) -> list[Message]:
 def _message(number: int, entry: Any) -> Message:
     if not isinstance(entry, Mapping):
         raise ValueError(f"message {number} is {kind_of(entry)}; {{role, content}} is expected.")
-    role_key, text_key = ("from", "value") if "from" in entry else ("role", "content")
-    if role_key not in entry or (text_key not in entry and not entry.get("tool_calls")):
-        missing = role_key if role_key not in entry else text_key
+    is_sharegpt = entry.get("from") is not None and entry.get("role") is None
+    role_key, text_key = ("from", "value") if is_sharegpt else ("role", "content")
+    calls = entry.get("tool_calls") or entry.get("function_call")  # the latter is OpenAI's older word
+    if entry.get(role_key) is None or (text_key not in entry and not calls):
+        missing = role_key if entry.get(role_key) is None else text_key
         raise ValueError(f"message {number} has no {missing!r}; its keys are {listed(entry)}.")
-    role = str(entry[role_key]).lower()
-    role = ROLES.get(role, role)
-    if role not in ("system", "developer", "user", "assistant", "tool", "function", "ipython"):
+    speaker = str(entry[role_key]).lower()
+    role = ROLES.get(speaker, speaker)
+    if role not in ("system", "user", "assistant", "tool", "ipython"):
         raise ValueError(f"message {number} is from {entry[role_key]!r}; expected user, assistant, system or tool.")
-    further = {k: v for k, v in entry.items() if k not in (role_key, text_key) and v is not None}
-    return {"role": role, "content": _content(number, entry.get(text_key)), **(further if role_key == "role" else {})}
+    text = entry.get(text_key)
+    if speaker in CALLERS and not calls:
+        calls, text = text, ""
+    taken = (role_key, text_key, "tool_calls", "function_call", *LEARNED_KEYS)
+    further = {} if is_sharegpt else {key: value for key, value in present(entry).items() if key not in taken}
+    message = {"role": role, "content": _content(number, text), **further}
+    if calls:
+        try:
+            message["tool_calls"] = read_calls(calls)
+        except ValueError as error:
+            raise ValueError(f"message {number}: {error}") from None
+    if role == "assistant" and not _is_learned(number, entry):
+        message[WEIGHT] = 0
+    return message
+
+
+def _is_learned(number: int, entry: Mapping[str, Any]) -> bool:
+    """Whether a message of the assistant is to be learned, by whichever key says so."""
+    learned = True
+    for key, value_if_not in LEARNED_KEYS.items():
+        value = entry.get(key)
+        if value is None:
+            continue
+        if value not in (0, 1):  # true and false are these, too
+            raise ValueError(f"message {number} has {key!r}: {value!r}; 0 or 1, or false or true, is expected.")
+        learned = learned and value != value_if_not
+    return learned
 
 
 def _content(number: int, content: Any) -> str:
@@ -183,21 +252,17 @@ def _content(number: int, content: Any) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, (list, tuple)) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):
-        return "".join(part["text"] for part in content)
+        texts = [part.get("text") for part in content]
+        for place, text in enumerate(texts, start=1):
+            if text is not None and not isinstance(text, str):
+                raise ValueError(f"message {number}, part {place}: its 'text' is {kind_of(text)}, not a text.")
+        return "".join(text or "" for text in texts)
     raise ValueError(f"message {number} holds {kind_of(content)}; only text can be trained on.")
 
 
 def tools_of(values: Mapping) -> list[dict[str, Any]] | None:
-    """The list of tools beside messages; some files keep it as JSON inside a text."""
-    tools = values.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except ValueError:
-            raise ValueError("its 'tools' are a text that is not JSON; a list is expected.") from None
-    if tools and not isinstance(tools, list):
-        raise ValueError(f"its 'tools' are {kind_of(tools)}; a list is expected.")
-    return tools or None
+    """The tools beside messages, as chat templates take them."""
+    return read_tools(values.get("tools") or values.get("functions"))  # the latter is OpenAI's older word
 
 
 def text_of(values: Mapping, key: str) -> str:
@@ -207,18 +272,11 @@ def text_of(values: Mapping, key: str) -> str:
     return value
 
 
-def _fits_none(values: Mapping) -> str:
-    """Which key is missing for the form that comes closest."""
+def _fits_none(values: Mapping, written: Mapping) -> str:
+    """Which key is missing for the form that comes closest, or null."""
     form = max(FORMS, key=lambda form: (sum(key in values for key in FORMS[form][0]), form == INSTRUCTION))
     missing = [key for key in FORMS[form][0] if key not in values]
+    if null := [key for key in missing if key in written]:
+        return f"its {null[0]!r} is null, not {'a list' if form in (MESSAGES, CONVERSATIONS) else 'a text'}."
     others = ", ".join(other for other in FORMS if other != form)
     return f"has no {listed(missing)} for the form {form} (others: {others}). Its keys are {listed(values)}."
-
-
-def listed(names: Iterable[Any]) -> str:
-    return ", ".join(repr(str(name)) for name in names) or "none"
-
-
-def kind_of(value: Any) -> str:
-    names = {dict: "an object", list: "an empty list" if value == [] else "a list", str: "a text", type(None): "null"}
-    return names.get(type(value), f"{value!r}"[:40])

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from litgpt.data.records import Conversation, Message
-from litgpt.prompts import PromptStyle
+from litgpt.data.records import WEIGHT, Conversation, Message
+from litgpt.prompts import ChatTemplate, PromptStyle
 from litgpt.prompts.styles import INPUT, places_input, protected, with_input
 from litgpt.tokenizer import Tokenizer
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 # Words that no template changes: they tell where it puts a question, a reply and tools.
-QUESTION, REPLY, TOOL = "vqxquestionqxv", "vqxreplyqxv", "vqxtoolqxv"
+QUESTION, REPLY, TOOL, SAID = "vqxquestionqxv", "vqxreplyqxv", "vqxtoolqxv", "vqxsaidqxv"
 PROBE = [
     {"role": "user", "content": QUESTION},
     {"role": "assistant", "content": REPLY},
@@ -64,17 +64,27 @@ class ConversationEncoder:
         self.closing = closing_text(style)
         self.end = end_of_turn(tokenizer, style, self.closing)
         self.places_input, self.places_tools = places_input(style), places_tools(style)
+        self._written_roles = {"user": True, "assistant": True}
 
     def encode(self, conversation: Conversation) -> list[Encoded]:
-        """The sequences of one conversation; usually one."""
+        """The sequences of one conversation, without those that hold nothing but what is not to be learned; usually
+        one."""
+        sequences = self.sequences(conversation)
+        if all(message.get(WEIGHT, 1) for message in conversation.messages):
+            return sequences
+        return [one for one in sequences if any(one.targets)] or sequences[-1:]
+
+    def sequences(self, conversation: Conversation) -> list[Encoded]:
+        """The sequences of one conversation."""
         messages, fields = self.placed(conversation)
         samples: list[Encoded] = []
         ids: list[int] = []
         targets: list[bool] = []
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
+                self._check_role(turn, message)
                 continue
-            prompt = self.style.encode(self.tokenizer, messages[:turn], **fields)
+            prompt = self.prompt_ids(messages[:turn], fields)
             if prompt[: len(ids)] == ids:
                 if samples:
                     samples.pop()  # it goes on
@@ -82,7 +92,8 @@ class ConversationEncoder:
                 ids, targets = [], []
             targets = targets + [not self.mask_prompt] * (len(prompt) - len(ids))
             reply = self.reply_ids(messages[: turn + 1], prompt, fields) + self.end
-            ids, targets = prompt + reply, targets + [True] * len(reply)
+            is_learned = conversation.messages[turn].get(WEIGHT, 1) != 0
+            ids, targets = prompt + reply, targets + [is_learned] * len(reply)
             targets[0] = False
             is_long = self.max_tokens is not None and len(ids) > self.max_tokens
             samples.append(Encoded(ids[: self.max_tokens], targets[: self.max_tokens], len(prompt), turn + 1, is_long))
@@ -98,15 +109,25 @@ class ConversationEncoder:
             if not self.places_tools:
                 raise ValueError("has tools, for which the prompt style has no place; take a chat template that has.")
             fields["tools"] = conversation.tools
-        messages, beside = with_input(self.style, conversation.messages, conversation.input, self.places_input)
+        messages = [{key: value for key, value in m.items() if key != WEIGHT} for m in conversation.messages]
+        messages, beside = with_input(self.style, messages, conversation.input, self.places_input)
         return messages, {**fields, **beside}
+
+    def prompt_ids(self, messages: list[Message], fields: dict[str, Any]) -> list[int]:
+        """The ids before a reply, up to what opens it; of a conversation that begins with one, what a template writes
+        before its first message."""
+        if messages:
+            return self.style.encode(self.tokenizer, messages, **fields)
+        opened = self._opened([], protected(self.tokenizer, fields))
+        bos = False if self.style.adds_bos else None
+        return self.tokenizer.encode_ids(opened, bos=bos, allow_special=not self.style.continues_text)
 
     def reply_ids(self, messages: list[Message], prompt: list[int], fields: dict[str, Any]) -> list[int]:
         """The ids of the last message, a reply, after its prompt."""
         special = not self.style.continues_text
         if special:
             messages, fields = protected(self.tokenizer, messages), protected(self.tokenizer, fields)
-        opened = self.style.render(messages[:-1], **fields)
+        opened = self._opened(messages[:-1], fields)
         reply = self._reply_text(messages, opened, fields)
         bos = False if self.style.adds_bos else None
         whole = self.tokenizer.encode_ids(opened + reply, bos=bos, allow_special=special)
@@ -114,12 +135,43 @@ class ConversationEncoder:
             return whole[len(prompt) :]
         return self.tokenizer.encode_ids(reply, bos=False, allow_special=special)
 
+    def _opened(self, messages: list[Message], fields: dict[str, Any]) -> str:
+        """The text before a reply, up to what opens it."""
+        return self.style.render(messages, **fields) if messages else self._before_reply([], fields)
+
+    def _before_reply(self, messages: list[Message], fields: dict[str, Any]) -> str:
+        """The text before a reply in a conversation that ends with it, which some templates write otherwise."""
+        whole = self.style.render([*messages, {"role": "assistant", "content": REPLY}], False, **fields)
+        return whole.rpartition(REPLY)[0]
+
     def _reply_text(self, messages: list[Message], opened: str, fields: dict[str, Any]) -> str:
         """The reply as the format writes it: a template writes reasoning and tool calls, too."""
-        whole = self.style.render(messages, add_generation_prompt=False, **fields)
-        if not whole.startswith(opened):
-            return messages[-1]["content"]
-        return whole[len(opened) :].removesuffix(self.closing)
+        whole, reply = self.style.render(messages, add_generation_prompt=False, **fields), messages[-1]
+        before = opened if whole.startswith(opened) else self._before_reply(messages[:-1], fields)
+        text = reply["content"]
+        if before and whole.startswith(before):
+            text = whole[len(before) :].removesuffix(self.closing)
+        for call in reply.get("tool_calls", ()):
+            if (name := call["function"]["name"]) not in text:
+                raise ValueError(
+                    f"message {len(messages)} calls {name!r}, which the prompt style does not write; take a chat "
+                    "template that does."
+                )
+        return text
+
+    def _check_role(self, turn: int, message: Message) -> None:
+        """Raises ValueError for a message that the checkpoint's chat template leaves out."""
+        if message["content"] and not self._writes(message["role"]):
+            raise ValueError(
+                f"message {turn + 1} is from {message['role']!r}, which the checkpoint's chat template leaves out: "
+                "nothing of it would be seen. Take another prompt style."
+            )
+
+    def _writes(self, role: str) -> bool:
+        """Whether a template writes what somebody says; one that refuses it says so itself."""
+        if role not in self._written_roles:
+            self._written_roles[role] = writes_role(self.style, role)
+        return self._written_roles[role]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"tokenizer": self.tokenizer.dir, "options": (self.style, self.mask_prompt, self.max_tokens)}
@@ -159,6 +211,24 @@ def places_tools(style: PromptStyle) -> bool:
     """Whether the format says which tools there are."""
     tool = {"type": "function", "function": {"name": TOOL, "description": TOOL, "parameters": {"type": "object"}}}
     return TOOL in style.render(PROBE[:1], tools=[tool])
+
+
+def writes_role(style: PromptStyle, role: str) -> bool:
+    """Whether a chat template writes what is said by somebody other than user and assistant; other formats do, or
+    refuse it."""
+    if not isinstance(style, ChatTemplate):
+        return True
+    said = {"role": role, "content": SAID}
+    if role == "system":
+        messages = [said, PROBE[0]]
+    else:
+        call = {"id": "call00001", "type": "function", "function": {"name": TOOL, "arguments": {}}}
+        calls = {"role": "assistant", "content": "", "tool_calls": [call]}
+        messages = [PROBE[0], calls, {**said, "tool_call_id": call["id"], "name": TOOL}]
+    try:
+        return SAID in style.render(messages)
+    except ValueError:
+        return True  # it refuses the conversation itself
 
 
 def class_identity(kind: type) -> list[str]:

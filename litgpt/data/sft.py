@@ -20,13 +20,13 @@ from litgpt.data.record_files import content_hash, read_records
 from litgpt.data.records import Conversation, Message, read_conversations
 from litgpt.data.sample_encoding import ConversationEncoder, Encoded, class_identity, encode_all, style_identity
 from litgpt.data.sample_file import IGNORE_INDEX, Sample, SampleFile, Summary
-from litgpt.prompts import PromptStyle, choose_prompt_style
+from litgpt.prompts import ChatTemplate, PromptStyle, choose_prompt_style
 from litgpt.resources import cache_directory
 
 if TYPE_CHECKING:
     from litgpt.tokenizer import Tokenizer
 
-CACHE_FORMAT = 1  # raise it when the same records and settings would give other samples
+CACHE_FORMAT = 2  # raise it when the same records and settings would give other samples
 GPU_MULTIPLE = 8  # matrix products on GPUs like such sizes
 HELD_OUT = 0.05  # part of the records held out for validation unless told otherwise
 TRAIN, VAL, CHOICE = "train", "val", "choice.json"
@@ -41,14 +41,16 @@ class SFTData(DataModule):
     A subclass says in `files` where its records are (and gets them there in `download`); if they have another form than
     those of `litgpt.data.records`, it makes conversations of them in `conversations`. Where nothing is said of them,
     instructions take the style `single_turn_style` and train on the prompt, too; conversations take the checkpoint's
-    own style and train on the assistant's replies only.
+    own style and train on the assistant's replies only. So do instructions of a class with `takes_template`, where the
+    checkpoint has a chat template.
     """
 
     prompt_style: str | None = None
     """Prompt style's name, a class package.module.Class, a .jinja file, or checkpoint for the checkpoint's own; null
-    takes the data set's own for instructions, the checkpoint's for conversations"""
+    takes the checkpoint's for conversations, and for your own instructions where it has a chat template, else the data
+    set's own"""
     mask_prompt: bool | None = None
-    """Train on the replies only, not on the prompts; null does so for conversations"""
+    """Train on the replies only, not on the prompts; null does so wherever null takes the checkpoint's prompt style"""
     pack: bool = False
     """Put several samples into one row, none seeing another, instead of padding; rows then count as sequences"""
     on_long: Literal["truncate", "drop"] = "truncate"
@@ -61,6 +63,8 @@ class SFTData(DataModule):
     """Processes that load batches, at most one per CPU core; 0 loads them in the training process"""
 
     single_turn_style: ClassVar[str] = "alpaca"
+    takes_template: ClassVar[bool] = False
+    """Whether instructions, too, take a chat template that the checkpoint has"""
     encoder: ClassVar[type[ConversationEncoder]] = ConversationEncoder
     rows_per_sample: ClassVar[int] = 1
     """Rows of a batch that one sample takes"""
@@ -96,6 +100,19 @@ class SFTData(DataModule):
 
     # -- what a command calls
 
+    def take_checkpoints_style(self, option: str) -> None:
+        """Write all samples in the checkpoint's own style, as an option of the command says.
+
+        Raises:
+            ValueError: `prompt_style` says otherwise.
+        """
+        if self.prompt_style not in (None, CHECKPOINT):
+            raise ValueError(
+                f"{option} and --data.prompt_style {self.prompt_style} both say how prompts are written. Give only one "
+                "of them."
+            )
+        self.prompt_style = CHECKPOINT
+
     def connect(
         self,
         tokenizer: Tokenizer | None = None,
@@ -129,7 +146,7 @@ class SFTData(DataModule):
             return
         splits = self._split()
         is_chat = any(conversation.is_chat for split in splits.values() for conversation in split)
-        mask_prompt = is_chat if self.mask_prompt is None else self.mask_prompt
+        mask_prompt = is_chat or self._takes_own() if self.mask_prompt is None else self.mask_prompt
         encoder = self.encoder(self._tokenizer, self._style_for(is_chat), mask_prompt, self._max_tokens())
         directory.parent.mkdir(parents=True, exist_ok=True)
         with atomic_directory(directory, overwrite=True) as temporary:
@@ -228,6 +245,11 @@ class SFTData(DataModule):
             lines.append("There is no validation data.")
         learned = "the replies only" if self._choice["mask_prompt"] else "prompts and replies (mask_prompt false)"
         lines.append(f"Prompt style: {style_name(self.style)}. The loss is on {learned}.")
+        if self.prompt_style is None and not self._choice["is_chat"] and self._takes_own():
+            lines.append(
+                "The checkpoint has a chat template, so it is trained and used in that; for another prompt style: "
+                f"--data.prompt_style {self.single_turn_style}."
+            )
         if self._train.summary.inputs_appended:
             lines.append("This style has no place for an input: it follows the instruction after an empty line.")
         if not self._choice["end"]:
@@ -249,7 +271,13 @@ class SFTData(DataModule):
             raise type(error)(f"--data.prompt_style {name}: {error}") from error
 
     def _style_for(self, is_chat: bool) -> PromptStyle:
-        return self._checkpoint_style if is_chat and self.prompt_style is None else self._single_style
+        takes_checkpoints = self._takes_own() or (is_chat and self.prompt_style is None)
+        return self._checkpoint_style if takes_checkpoints else self._single_style
+
+    def _takes_own(self) -> bool:
+        """Whether the checkpoint's chat template is for instructions, too."""
+        takes = self.takes_template and self.prompt_style in (None, CHECKPOINT)
+        return takes and isinstance(self._checkpoint_style, ChatTemplate)
 
     def _max_tokens(self) -> int | None:
         return None if self._max_seq_length is None else self._max_seq_length + 1
@@ -366,4 +394,6 @@ def describe_samples(summary: Summary, limit: str) -> str:
 def style_name(style: PromptStyle) -> str:
     """What a reader knows the style by."""
     written = getattr(style, "format", None)
+    if isinstance(style, ChatTemplate):
+        return "the checkpoint's chat template" + (f" {style.chosen!r}" if style.chosen else "")
     return written.name if written is not None else f"{type(style).__name__}"

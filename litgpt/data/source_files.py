@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from litgpt.data.compressed_files import COMPRESSIONS, compressed_position, open_bytes
 from litgpt.data.record_files import read_records
+from litgpt.data.text_encoding import encoding_of, not_text
 from litgpt.data.text_reading import decode_chunks
 
 FORMS = {".txt": "text", ".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".parquet": "parquet"}
@@ -187,9 +188,9 @@ def _bad_line(file: SourceFile, position: int, error: Exception) -> ValueError:
         while left and (block := stream.read(min(left, BLOCK_BYTES))):
             number, left = number + block.count(b"\n"), left - len(block)
     if isinstance(error, UnicodeDecodeError):
-        return ValueError(
-            f"{file.path}, line {number}: not UTF-8 text ({error.reason} at byte {position + error.start:,})."
-        )
+        return not_text(file.path, error, position + error.start, number)
+    if encoding_of(file.path) not in ("utf-8", "utf-8-sig"):
+        return not_text(file.path)
     column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
     reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
     return ValueError(f"{file.path}, line {number}: not valid JSON ({reason}{column}).")

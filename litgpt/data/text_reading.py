@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from litgpt.data.text_encoding import not_text
 from litgpt.data.word_cache import WordCache
 
 if TYPE_CHECKING:
@@ -128,10 +129,7 @@ def _decoded(decoder: codecs.IncrementalDecoder, block: bytes, path: Path, posit
         return decoder.decode(block, final)
     except UnicodeDecodeError as error:
         place = position + len(block) - len(error.object) + error.start
-        raise ValueError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {place:,}). "
-            f"Convert it, for example with: iconv -f latin1 -t utf-8 {path}"
-        ) from error
+        raise not_text(path, error, place) from error
 
 
 def last_line_break(text: str, whole_words: Sequence[str] = ()) -> int:

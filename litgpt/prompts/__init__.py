@@ -5,12 +5,13 @@ Every style of styles.yaml is a class here (`litgpt.prompts.Alpaca`), made when 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from litgpt.prompts.chat_template import DEFAULT, TEMPLATE_FILE, ChatTemplate, find_chat_templates
+from litgpt.prompts.chat_template import DEFAULT, ChatTemplate, find_chat_templates, write_chat_templates
 from litgpt.prompts.styles import (
     Format,
     Message,
@@ -31,11 +32,13 @@ __all__ = [
     "ChatTemplate",
     "Format",
     "Message",
+    "NamedTemplate",
     "PromptStyle",
     "WrittenStyle",
     "choose_prompt_style",
     "find_chat_template",
     "find_chat_templates",
+    "format_of_options",
     "load_prompt_style",
     "save_prompt_style",
     "style_class",
@@ -61,17 +64,41 @@ def find_chat_template(checkpoint_dir: Path) -> str | None:
     return templates.get(DEFAULT) or next(iter(templates.values()), None)
 
 
+@dataclass(frozen=True)
+class NamedTemplate:
+    """The one of a checkpoint's chat templates that the user names."""
+
+    name: str
+
+
+def format_of_options(prompt_style: str | None, chat_template: str | None) -> str | NamedTemplate | None:
+    """What `--prompt_style` and `--chat_template` say together; the `explicit` of `choose_prompt_style`.
+
+    Raises:
+        ValueError: Both are given.
+    """
+    if chat_template is None:
+        return prompt_style
+    if prompt_style is not None:
+        raise ValueError(
+            f"--prompt_style {prompt_style} and --chat_template {chat_template} both say how prompts are written. Give "
+            "only one of them."
+        )
+    return NamedTemplate(chat_template)
+
+
 def choose_prompt_style(
     checkpoint_dir: Path,
     *,
-    explicit: str | PromptStyle | None = None,
+    explicit: str | PromptStyle | NamedTemplate | None = None,
     config: Config | None = None,
     tokenizer: Tokenizer | None = None,
     finetuned: Path | None = None,
 ) -> PromptStyle:
     """The format of a checkpoint's prompts. The first of these that is there:
 
-    1. `explicit`: a style's name, a dotted class path, or the path of a .jinja file;
+    1. `explicit`: a style's name, a dotted class path, the path of a .jinja file, or the name of one of the
+       checkpoint's chat templates;
     2. prompt_style.yaml, what the model was finetuned with;
     3. the checkpoint's own chat template;
        both first in `finetuned`, the directory of weights that were finetuned from this checkpoint;
@@ -80,6 +107,8 @@ def choose_prompt_style(
     """
     if isinstance(explicit, PromptStyle):
         return explicit
+    if isinstance(explicit, NamedTemplate):
+        return _named_template(explicit.name, (finetuned or checkpoint_dir, checkpoint_dir), tokenizer)
     if explicit is not None:
         return _explicit_style(explicit, checkpoint_dir, tokenizer)
     for directory in (finetuned or checkpoint_dir, checkpoint_dir):
@@ -88,6 +117,17 @@ def choose_prompt_style(
         if (style := ChatTemplate.from_directory(directory, tokenizer)) is not None:
             return style
     return PromptStyle.from_config(config)
+
+
+def _named_template(name: str, directories: tuple[Path, ...], tokenizer: Tokenizer | None) -> ChatTemplate:
+    styles = [style for where in directories if (style := ChatTemplate.from_directory(where, tokenizer)) is not None]
+    if not styles:
+        raise ValueError(f"--chat_template {name}: the checkpoint in {directories[0]} has no chat template.")
+    style = next((style for style in styles if name in style.templates), styles[0])
+    try:
+        return style.named(name)
+    except ValueError as error:
+        raise ValueError(f"--chat_template {name}: {error}") from None
 
 
 def _explicit_style(name: str, checkpoint_dir: Path, tokenizer: Tokenizer | None) -> PromptStyle:
@@ -110,8 +150,9 @@ def save_prompt_style(style: PromptStyle | str, checkpoint_dir: Path) -> None:
     file = checkpoint_dir / STYLE_FILE
     if isinstance(style, ChatTemplate):
         file.unlink(missing_ok=True)
-        if find_chat_templates(checkpoint_dir) != style.templates:
-            (checkpoint_dir / TEMPLATE_FILE).write_text(style.template, encoding="utf-8")
+        templates = {**style.templates, DEFAULT: style.template} if style.chosen else style.templates
+        if find_chat_templates(checkpoint_dir) != templates:
+            write_chat_templates(templates, checkpoint_dir)
         return
     kind = type(style)
     file.write_text(yaml.safe_dump({"class_path": f"{kind.__module__}.{kind.__qualname__}"}), encoding="utf-8")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from litgpt.prompts.call_form import CallForm, find_call_form
 from litgpt.prompts.styles import Message, PromptStyle, Tokenizer
 from litgpt.suggest import did_you_mean
 
@@ -17,7 +19,11 @@ if TYPE_CHECKING:
 
 DEFAULT = "default"
 END_MARK = "\ufdd2 "  # a Unicode noncharacter and a space: tells where a message ends in the text of a conversation
+ANSWER = "vqxanswerqxv"  # a word that no template changes
+# What a message calls its reasoning: templates read the first, gpt-oss's the second.
+REASONING = ("reasoning_content", "thinking", "reasoning")
 TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_FOLDER = "additional_chat_templates"  # NAME.jinja of the others
 
 
 class ChatTemplate(PromptStyle):
@@ -26,6 +32,7 @@ class ChatTemplate(PromptStyle):
     Args:
         template: the Jinja source, or several by name, of which `default` is used, `tool_use` where tools are given.
         special_tokens: what the template may use, e.g. {"bos_token": "<s>"}.
+        chosen: the name of the one to use, whether tools are given or not.
 
     Raises:
         ValueError: the template is no valid Jinja.
@@ -33,14 +40,20 @@ class ChatTemplate(PromptStyle):
 
     adds_bos = True  # the template writes BOS or means that there is none
 
-    def __init__(self, template: str | Mapping[str, str], special_tokens: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        template: str | Mapping[str, str],
+        special_tokens: Mapping[str, str] | None = None,
+        chosen: str | None = None,
+    ) -> None:
         self.templates = {DEFAULT: template} if isinstance(template, str) else dict(template)
         self.special_tokens = dict(special_tokens or {})
+        self.chosen = chosen
         for source in self.templates.values():
             _compile(source)
 
     def named(self, name: str) -> ChatTemplate:
-        """The same with another of its templates as the usual one.
+        """The same with one of its templates, whether tools are given or not.
 
         Raises:
             ValueError: There is none of that name.
@@ -50,11 +63,11 @@ class ChatTemplate(PromptStyle):
                 f"The checkpoint has no chat template {name!r}.{did_you_mean(name, self.templates)} It has "
                 f"{', '.join(map(repr, self.templates))}."
             )
-        return ChatTemplate({**self.templates, DEFAULT: self.templates[name]}, self.special_tokens)
+        return ChatTemplate(self.templates, self.special_tokens, name)
 
     @property
     def template(self) -> str:
-        return self._choose(tools=None)
+        return self.source_for(None)
 
     def apply(self, prompt: str, *, sys_prompt: str | None = None, **fields: Any) -> str:
         if fields.get("input"):
@@ -89,18 +102,21 @@ class ChatTemplate(PromptStyle):
                 raise ValueError("The checkpoint's chat template does not write the reply that is to be continued.")
             keeps_spaces = after.startswith(END_MARK[len(mark) :])  # many templates trim what a message ends with
             return text if keeps_spaces else text.rstrip()
-        variables = {"tools": None, "documents": None, **self.special_tokens, **kwargs}
-        template = _compile(self._choose(variables["tools"]))
-        try:
-            return template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                **variables,
-            )
-        except Exception as error:  # of Jinja, or of what the template does with values of other types than it expects
-            raise ValueError(f"The checkpoint's chat template refuses this conversation: {error}") from error
+        source = self.source_for(kwargs.get("tools"))
+        messages = [_without_nulls(message) for message in messages]
+        if any(message.get("tool_calls") for message in messages):
+            messages = _call_form(source, tuple(self.special_tokens.items())).apply(messages)
+        return _render(source, messages, add_generation_prompt, {**self.special_tokens, **kwargs})
 
-    def _choose(self, tools: Any) -> str:
+    @property
+    def end(self) -> str:
+        """What the template writes after a reply."""
+        return _closing(self.source_for(None), tuple(self.special_tokens.items()))
+
+    def source_for(self, tools: Any) -> str:
+        """The template that is used with some tools, or with none."""
+        if self.chosen is not None:
+            return self.templates[self.chosen]
         if tools and "tool_use" in self.templates:
             return self.templates["tool_use"]
         return self.templates.get(DEFAULT) or next(iter(self.templates.values()))
@@ -117,12 +133,13 @@ class ChatTemplate(PromptStyle):
 def find_chat_templates(directory: Path) -> dict[str, str]:
     """The templates of a checkpoint by name, the usual one being "default".
 
-    `chat_template.jinja` (and additional_chat_templates/NAME.jinja) wins over `chat_template.json`, that over
+    `chat_template.jinja` and additional_chat_templates/NAME.jinja win over `chat_template.json`, that over
     `tokenizer_config.json`, where `chat_template` is one text or a list of {name, template}.
     """
-    if (file := directory / TEMPLATE_FILE).is_file():
-        others = sorted((directory / "additional_chat_templates").glob("*.jinja"))
-        return {DEFAULT: _read(file), **{other.stem: _read(other) for other in others}}
+    files = {DEFAULT: directory / TEMPLATE_FILE} if (directory / TEMPLATE_FILE).is_file() else {}
+    files |= {file.stem: file for file in sorted((directory / TEMPLATE_FOLDER).glob("*.jinja"))}
+    if files:
+        return {name: _read(file) for name, file in files.items()}
     for name in ("chat_template.json", "tokenizer_config.json"):
         template = _read_json(directory / name).get("chat_template")
         if isinstance(template, str):
@@ -131,6 +148,20 @@ def find_chat_templates(directory: Path) -> dict[str, str]:
             pairs = template.items() if isinstance(template, dict) else [(t["name"], t["template"]) for t in template]
             return dict(pairs)
     return {}
+
+
+def write_chat_templates(templates: Mapping[str, str], directory: Path) -> None:
+    """Writes templates where `find_chat_templates` and transformers find them.
+
+    Raises:
+        ValueError: A name that is no file's.
+    """
+    for name, template in templates.items():
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise ValueError(f"The chat template {name!r} cannot be written: its name is no file's.")
+        file = directory / (TEMPLATE_FILE if name == DEFAULT else f"{TEMPLATE_FOLDER}/{name}.jinja")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(template, encoding="utf-8")
 
 
 def _special_tokens(directory: Path) -> dict[str, str]:
@@ -154,6 +185,44 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is damaged ({error}). Fetch it again from the model's repository.") from error
 
 
+# -- what a template writes
+
+
+def _without_nulls(message: Message) -> dict[str, Any]:
+    """A message as transformers gives it to a template: null means absent, and reasoning has every name in use."""
+    given = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((given[name] for name in REASONING if name in given), None)
+    return given if reasoning is None else {"thinking": reasoning, **given, REASONING[0]: reasoning}
+
+
+def _render(source: str, messages: Sequence[Message], add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
+    template = _compile(source)
+    try:
+        return template.render(
+            messages=[dict(message) for message in messages],
+            add_generation_prompt=add_generation_prompt,
+            **{"tools": None, "documents": None, **variables},
+        )
+    except Exception as error:  # of Jinja, or of what the template does with values of other types than it expects
+        raise ValueError(f"The checkpoint's chat template refuses this conversation: {error}") from error
+
+
+@lru_cache
+def _call_form(source: str, special_tokens: tuple[tuple[str, str], ...]) -> CallForm:
+    """How a template takes calls of tools."""
+    return find_call_form(lambda messages: _render(source, messages, False, dict(special_tokens)))
+
+
+@lru_cache
+def _closing(source: str, special_tokens: tuple[tuple[str, str], ...]) -> str:
+    """What a template writes after a reply; nothing where it refuses a question and an answer."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
+    try:
+        return _render(source, messages, False, dict(special_tokens)).rpartition(ANSWER)[2]
+    except ValueError:
+        return ""
+
+
 # -- the sandbox
 
 
@@ -163,8 +232,9 @@ def _compile(source: str) -> jinja2.Template:
 
     try:
         return _environment().from_string(source)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"The checkpoint's chat template is not valid Jinja: {error}") from error
+    except (jinja2.TemplateError, RecursionError, SyntaxError, ArithmeticError, TypeError, ValueError) as error:
+        # Jinja makes a Python program of it, nested as deep, and computes what is constant in it.
+        raise ValueError(f"The checkpoint's chat template is not valid Jinja: {error}") from None
 
 
 @lru_cache

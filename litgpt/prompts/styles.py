@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
 
     def token_to_id(self, token: str) -> int: ...
 
-    def is_control(self, token_id: int) -> bool: ...
+    def is_marker(self, token_id: int) -> bool: ...
 
     def protect(self, text: str) -> str: ...
 
@@ -77,11 +77,11 @@ class PromptStyle(ABC):
         return [[tokenizer.eos_id]] if tokenizer.eos_id is not None else []
 
     def stop_sequences(self, tokenizer: Tokenizer) -> list[list[int]]:
-        """Everything that ends a reply: `stop_tokens`, the checkpoint's own stop ids, and the control token that closes
-        a reply in this format."""
+        """Everything that ends a reply: `stop_tokens`, the checkpoint's own stop ids, and the marker that closes one in
+        this format (`<|im_end|>`)."""
         sequences = [*self.stop_tokens(tokenizer), *([token_id] for token_id in sorted(tokenizer.stop_ids))]
         closing = tokenizer.encode_ids(self.end.strip(), bos=False, allow_special=True)[:1]
-        if closing and tokenizer.is_control(closing[0]):
+        if closing and tokenizer.is_marker(closing[0]):
             sequences.append(closing)
         return [list(sequence) for sequence in dict.fromkeys(map(tuple, sequences))]
 

@@ -67,12 +67,13 @@ def test_records_are_trained_on_for_an_epoch(train, options):
     if not options:
         assert len(rows) == 18  # 36 records, 4 a step, twice
         assert "36 samples of 36 records (instruction/input/output)" in result.out
-        assert "Prompt style: alpaca." in result.out
+        assert "Prompt style: the checkpoint's chat template. The loss is on the replies only." in result.out
+        assert "for another prompt style: --data.prompt_style alpaca" in result.out
     elif options[0] == "--data.pack":
         assert len(rows) < 18
         assert "% full." in result.out
     else:
-        assert "Prompt style: ChatTemplate. The loss is on the replies only." in result.out
+        assert "Prompt style: the checkpoint's chat template. The loss is on the replies only." in result.out
 
 
 def test_what_is_wrong_is_one_line(train):

@@ -543,7 +543,7 @@ def test_damaged_files_are_named(tokenizer, documents, tmp_path, capsys):
     bad[400] = bad[400][:-3]
     assert "bad.jsonl, line 401: not valid JSON" in said("bad.jsonl", "\n".join(bad).encode())
     broken = "\n".join(bad[:300]).encode() + b'\n{"text": "caf\xe9"}\n'
-    assert "latin.jsonl, line 301: not UTF-8" in said("latin.jsonl", broken)
+    assert "latin.jsonl, line 301 is not UTF-8" in said("latin.jsonl", broken)
     plain = TEXT[:20_000].encode() + b"caf\xe9 au lait" + TEXT[:20_000].encode()
     place = len(TEXT[:20_000].encode()) + 3
     assert f"plain.txt is not UTF-8 text (invalid continuation byte at byte {place:,})" in said("plain.txt", plain)

@@ -80,10 +80,129 @@ def test_columns_rename_what_a_data_set_calls_the_keys():
     assert (found.input, found.messages[1]["content"]) == ("A text.", "Short.")
 
 
-def test_a_message_keeps_its_tool_calls():
-    call = {"role": "assistant", "tool_calls": [{"function": {"name": "add"}}]}
-    record = {"messages": [{"role": "user", "content": "1 + 1"}, call, {"role": "tool", "content": "2"}]}
-    assert recognise(Record("here", record)).messages[1] == {**call, "content": ""}
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"tool_calls": [{"function": {"name": "add", "arguments": '{"a": 1, "b": null}'}}]},
+        {"tool_calls": [{"name": "add", "arguments": {"a": 1, "b": None}}]},
+        {"tool_calls": '[{"name": "add", "parameters": {"a": 1, "b": null}}]', "content": None},
+        {"function_call": {"name": "add", "arguments": '{"a": 1, "b": null}'}, "content": ""},
+    ],
+)
+def test_calls_of_tools_are_what_templates_take(said):
+    record = {
+        "messages": [
+            {"role": "user", "content": "1 + 1"},
+            {"role": "assistant", **said},
+            {"role": "tool", "content": "2"},
+        ]
+    }
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": None}}}
+    assert recognise(Record("here", record)).messages[1] == {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"from": "function_call", "value": "add(1)"}, "message 1: its call of a tool holds a text that is not JSON"),
+        ({"role": "assistant", "tool_calls": [{"id": "1"}]}, "message 1: a call of a tool is an object without a name"),
+        (
+            {"role": "assistant", "tool_calls": [{"name": "add", "arguments": "{"}]},
+            "message 1: the argument list of the call of 'add' holds a text that is not JSON",
+        ),
+        ({"role": "assistant", "content": "a", "weight": 0.5}, "message 1 has 'weight': 0.5; 0 or 1"),
+        ({"role": "assistant", "content": "a", "train": False}, "every message of the assistant is marked as not"),
+        ({"role": "assistant", "content": [{"type": "text", "text": 3}]}, "message 1, part 1: its 'text' is 3"),
+    ],
+)
+def test_messages_that_say_nothing_usable_are_named(said, message):
+    with pytest.raises(ValueError, match=message):
+        recognise(Record("here", {"messages": [said]}))
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "training", "loss", "mask", "masked"])
+def test_a_message_says_whether_it_is_learned(key):
+    no, yes = (1, 0) if key in ("mask", "masked") else (0, 1)
+    chat = [{"role": "assistant", "content": text, key: value} for text, value in (("a", no), ("b", yes), ("c", None))]
+    found = recognise(Record("here", {"messages": chat})).messages
+    assert [message.get("weight", 1) for message in found] == [0, 1, 1]
+    assert not any(key in message for message in found if key != "weight")
+    assert [
+        message.get("weight", 1)
+        for message in recognise(
+            Record(
+                "here",
+                {
+                    "messages": [
+                        {"role": "assistant", "content": "a", key: bool(no)},
+                        {"role": "assistant", "content": "b", key: bool(yes)},
+                    ]
+                },
+            )
+        ).messages
+    ] == [0, 1]
+
+
+def test_null_means_absent():
+    both = {"messages": None, "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}
+    assert recognise(Record("here", both)).form == "conversations (ShareGPT)"
+    assert messages(both) == [("user", "Hi"), ("assistant", "Ho")]
+    mixed = [
+        {"from": "human", "value": "Hi", "role": None, "content": None},
+        {"from": None, "value": None, "role": "assistant", "content": "Ho"},
+        {"from": None, "value": None, "role": "user", "content": [{"type": "text", "text": None}]},
+    ]
+    assert messages({"conversations": mixed}) == [("user", "Hi"), ("assistant", "Ho"), ("user", "")]
+    assert messages({"instruction": "a", "input": None, "output": "b", "system": None, "messages": None}) == [
+        ("user", "a"),
+        ("assistant", "b"),
+    ]
+
+
+def test_the_developer_is_the_system():
+    chat = [
+        {"role": "developer", "content": "a"},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "c"},
+    ]
+    assert messages({"messages": chat, "system": "not this"})[0] == ("system", "a")
+
+
+@pytest.mark.parametrize("prompt", ["Hi", [{"role": "user", "content": "Hi"}], {"role": "user", "content": "Hi"}])
+@pytest.mark.parametrize("completion", ["Ho", [{"role": "assistant", "content": "Ho"}]])
+def test_prompt_and_completion_may_be_messages(prompt, completion):
+    record = {"prompt": prompt, "completion": completion}
+    found = recognise(Record("here", record))
+    assert messages(record) == [("user", "Hi"), ("assistant", "Ho")]
+    assert found.is_chat == (not isinstance(prompt, str) or not isinstance(completion, str))
+
+
+def test_what_the_assistant_said_in_a_prompt_is_given_not_learned():
+    before = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    found = recognise(Record("here", {"prompt": before, "completion": [{"role": "assistant", "content": "d"}]}))
+    assert [message.get("weight", 1) for message in found.messages] == [1, 0, 1, 1]
+    with pytest.raises(ValueError, match="in its 'prompt', message 1 has no 'content'"):
+        recognise(Record("here", {"prompt": [{"role": "user"}], "completion": "a"}))
+
+
+def test_arrow_pads_what_a_row_does_not_have(tmp_path):
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+
+    def row(name: str, **arguments: object) -> dict:
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        properties = {key: {"type": "string", "enum": None if key == "a" else ["x"]} for key in arguments}
+        tool = {"type": "function", "function": {"name": name, "parameters": {"properties": properties}}}
+        return {
+            "messages": [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "2"}],
+            "tools": [tool],
+        }
+
+    parquet.write_table(pyarrow.Table.from_pylist([row("f", a="1"), row("g", b="2", c=None)]), tmp_path / "a.parquet")
+    first, second = read_conversations(read_records([tmp_path / "a.parquet"]))
+    assert first.messages[0]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": "1"}}
+    assert second.messages[0]["tool_calls"][0]["function"] == {"name": "g", "arguments": {"b": "2"}}
+    assert first.tools[0]["function"]["parameters"]["properties"] == {"a": {"type": "string"}}
+    assert set(second.tools[0]["function"]["parameters"]["properties"]) == {"b", "c"}
 
 
 def test_tools_stand_beside_the_messages():
@@ -92,7 +211,7 @@ def test_tools_stand_beside_the_messages():
     assert recognise(Record("here", {**chat, "tools": tools})).tools == tools
     assert recognise(Record("here", {**chat, "tools": json.dumps(tools)})).tools == tools
     assert [recognise(Record("here", {**chat, "tools": none})).tools for none in (None, [], "")] == [None] * 3
-    with pytest.raises(ValueError, match="its 'tools' are a text that is not JSON"):
+    with pytest.raises(ValueError, match="its 'tools' key holds a text that is not JSON"):
         recognise(Record("here", {**chat, "tools": "add"}))
 
 
@@ -246,3 +365,98 @@ def test_missing_paths_are_explained(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(FileNotFoundError, match=r"holds no \.json or \.jsonl file to train on \(it holds notes\.txt\)"):
         JSON(json_path=tmp_path).files()
+
+
+# --- files as other programs write them
+
+
+ROWS = [{"instruction": 'Grüße, "Welt"', "output": "42"}, {"instruction": "line\nbreak; x", "output": "007"}]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.jsonl.gz"])
+def test_the_mark_of_a_text_says_its_encoding(name, encoding, tmp_path):
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+    if name == "a.json":
+        text = json.dumps(ROWS, ensure_ascii=False)
+    if name == "a.csv":
+        text = 'instruction,output\n"Grüße, ""Welt""",42\n"line\nbreak; x",007\n'
+    content = text.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert [record.values for record in read_records([tmp_path / name])] == ROWS
+
+
+@pytest.mark.parametrize(("name", "mark"), [("a.csv", ","), ("a.csv", ";"), ("a.tsv", "\t")])
+def test_values_of_a_csv_file_are_texts(name, mark, tmp_path):
+    (tmp_path / name).write_text(f'output{mark}instruction\n42{mark}"a{mark} b"\n{mark}c\n')
+    found = list(read_records([tmp_path / name]))
+    assert [record.values for record in found] == [
+        {"output": "42", "instruction": f"a{mark} b"},
+        {"output": "", "instruction": "c"},
+    ]
+    assert found[1].where == f"{tmp_path / name}, line 3"
+    (tmp_path / name).write_text("output\na,b,c;d\te;f\tg\n")
+    if name == "a.tsv":
+        with pytest.raises(ValueError, match="line 2: has more fields than the first row"):
+            list(read_records([tmp_path / name]))
+
+
+@pytest.mark.parametrize("kind", ["new_file", "new_stream"])
+def test_arrow_holds_the_same_records(kind, tmp_path):
+    ipc, pyarrow = pytest.importorskip("pyarrow.ipc"), pytest.importorskip("pyarrow")
+    table = pyarrow.Table.from_pylist(ROWS * 700)
+    with getattr(ipc, kind)(str(tmp_path / "data-00000-of-00001.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    for name in ("dataset_info.json", "state.json"):  # as `datasets` saves them beside it
+        (tmp_path / name).write_text('{"features": {}}')
+    train, val = JSON(json_path=tmp_path).files()
+    assert ([path.name for path in train], val) == (["data-00000-of-00001.arrow"], [])
+    found = list(read_records(train))
+    assert [record.values for record in found] == ROWS * 700
+    assert found[1399].where.endswith("arrow, row 1400")
+    (tmp_path / "b.arrow").write_bytes(b"ARROW1 nothing")
+    with pytest.raises(ValueError, match=r"b\.arrow is damaged"):
+        list(read_records([tmp_path / "b.arrow"]))
+
+
+def test_tables_of_other_kinds_are_taken_where_there_is_nothing_else(tmp_path):
+    (tmp_path / "a.csv").write_text("instruction,output\nx,y\n")
+    assert JSON(json_path=tmp_path).files() == ([tmp_path / "a.csv"], [])
+    write(tmp_path / "a.jsonl", records(1))
+    assert JSON(json_path=tmp_path).files() == ([tmp_path / "a.jsonl"], [])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"ARROW1\0\0\xff\xff", "is an Arrow file"),
+        (b"\xff\xff\xff\xff\x10\0\0\0\xfe", "is an Arrow file"),
+        (b"PAR1\x15\xff", "is a parquet file"),
+        (b"\x1f\x8b\x08", "is compressed with gzip"),
+        (b"PK\x03\x04\xff", r"a ZIP archive \(.zip, .xlsx"),
+        (
+            "{}".encode("utf-16-le") * 9 + b"\xff",
+            r"is text in UTF-16LE, not in UTF-8. Convert it: iconv -f UTF-16LE -t UTF-8",
+        ),
+        (bytes(range(256)) + bytes(2000), "binary data of an unknown kind"),
+        ('["caf\xe9"]'.encode("latin1"), r"is not UTF-8 text \(invalid.*iconv -f CP1252 -t UTF-8 .* > a-utf8.json"),
+    ],
+)
+def test_what_is_no_text_is_called_what_it_is(content, message, tmp_path):
+    from litgpt.data.text_reading import read_chunks, whole
+
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_records([tmp_path / "a.json"]))
+    with pytest.raises(ValueError, match=message):  # --data TextFiles
+        "".join(read_chunks(whole(tmp_path / "a.json")))
+
+
+def test_text_files_in_utf_16_get_the_right_remedy(tmp_path):
+    from litgpt.data.text_reading import read_chunks, whole
+
+    (tmp_path / "a.txt").write_bytes("Hallo".encode("utf-16"))
+    with pytest.raises(
+        ValueError, match=r"a\.txt is text in UTF-16, not in UTF-8\. Convert it: iconv -f UTF-16 -t UTF-8"
+    ):
+        "".join(read_chunks(whole(tmp_path / "a.txt")))

@@ -38,6 +38,12 @@ def chat(tmp_path_factory) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Tokenizer:
+    """A byte-level tokenizer without a chat template."""
+    return Tokenizer(tokenizer_files.byte_level(tmp_path_factory.mktemp("plain")))
+
+
+@pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> Tokenizer:
     """A tokenizer as Llama 2's: a space in front, BOS."""
     return Tokenizer(tokenizer_files.byte_fallback(tmp_path_factory.mktemp("llama")))
@@ -231,16 +237,37 @@ def chats_file(path: Path, count: int = 20) -> Path:
     return path
 
 
-def test_instructions_take_alpaca_and_learn_the_prompt_too(chat, tmp_path):
-    data = module(records_file(tmp_path / "a.jsonl"), chat)
+def test_instructions_take_alpaca_and_learn_the_prompt_too(plain, tmp_path):
+    data = module(records_file(tmp_path / "a.jsonl"), plain)
     assert type(data.style) is style_class("alpaca")
     messages, ids, labels = data.train_samples[3]
     assert (ids.dtype, labels.dtype) == (torch.int64, torch.int64)
     assert labels[0] == -100
     assert torch.equal(ids[1:], labels[1:])
-    assert chat.decode(ids).endswith(f"### Response:\n{messages[1]['content']}")
+    assert plain.decode(ids).endswith(f"### Response:\n{messages[1]['content']}")
     assert "Prompt style: alpaca. The loss is on prompts and replies (mask_prompt false)." in data.describe()
     assert "40 records" not in data.describe()
+
+
+def test_instructions_take_a_chat_template_that_the_checkpoint_has_and_learn_the_replies(chat, tmp_path):
+    """Ones own do; a listed data set keeps its own style (tests/unit/test_datasets.py)."""
+    path = records_file(tmp_path / "a.jsonl")
+    data = module(path, chat)
+    messages, ids, labels = data.train_samples[3]
+    question, answer = (message["content"] for message in messages)
+    expected = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}"
+    assert chat.decode(ids, skip_special=False).startswith(expected)
+    assert chat.decode(labels[labels >= 0], skip_special=False) == f"{answer}<|im_end|>"
+    said = data.describe()
+    assert "Prompt style: the checkpoint's chat template. The loss is on the replies only." in said
+    assert "for another prompt style: --data.prompt_style alpaca" in said
+    # What the user says decides, each by itself.
+    learned = module(path, chat, mask_prompt=False)
+    assert int((learned.train_samples[0].labels < 0).sum()) == 1
+    assert isinstance(learned.style, ChatTemplate)
+    alpaca = module(path, chat, prompt_style="alpaca")
+    assert "Prompt style: alpaca. The loss is on prompts and replies (mask_prompt false)." in alpaca.describe()
+    assert "The loss is on the replies only." in module(path, chat, prompt_style="alpaca", mask_prompt=True).describe()
 
 
 def test_conversations_take_the_checkpoints_style_and_learn_the_replies(chat, tmp_path):
@@ -292,7 +319,7 @@ def test_an_example_is_a_conversation_without_its_last_reply(chat, tmp_path):
     assert data.example_prompt(0) == data.style.encode(chat, MULTI_TURN[:4])
     with pytest.raises(ValueError, match="no validation example 1: there are 1, counted from 0"):
         data.example(1)
-    data = module(records_file(tmp_path / "b.jsonl", input="A text."), chat)
+    data = module(records_file(tmp_path / "b.jsonl", input="A text."), chat, prompt_style="alpaca")
     assert data.example(0)[0]["input"] == "A text."
     assert chat.decode(data.example_prompt(0)).endswith("### Input:\nA text.\n\n### Response:\n")
 

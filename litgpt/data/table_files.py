@@ -1,0 +1,107 @@
+"""Records from tables, a row each: .csv and .tsv, .parquet, and Arrow's own .arrow and .feather."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from litgpt.data.compressed_files import open_bytes
+from litgpt.data.records import Record
+from litgpt.data.text_encoding import encoding_of, not_text
+
+DELIMITERS = ",;\t|"
+MAX_CELL = 1 << 30  # characters
+ROWS_AT_ONCE = 1024
+
+
+def csv_records(path: Path) -> Iterator[Record]:
+    """The rows of a .csv or .tsv file, whose first row names the columns. Every value is a text, as it stands there."""
+    csv.field_size_limit(MAX_CELL)
+    with io.TextIOWrapper(open_bytes(path), encoding=encoding_of(path), newline="") as file:
+        try:
+            header = file.readline()
+            file.seek(0)
+            reader = csv.DictReader(file, delimiter=_delimiter(path, header), strict=True)
+            for values in reader:
+                where = f"{path}, line {reader.line_num}"
+                if None in values:
+                    raise ValueError(
+                        f"{where}: has more fields than the first row, which names the columns. Put fields with "
+                        "commas in them in quotes."
+                    )
+                yield Record(where, values)
+        except csv.Error as error:
+            raise ValueError(f"{path}: not valid CSV ({error}).") from None
+        except UnicodeDecodeError as error:
+            raise not_text(path, error) from None
+
+
+def _delimiter(path: Path, header: str) -> str:
+    """What stands between fields: of what is used in the field, that which makes the most columns of the header."""
+    if path.suffix == ".tsv":
+        return "\t"
+    return max(DELIMITERS, key=lambda mark: len(next(csv.reader([header], delimiter=mark), [])))
+
+
+def parquet_records(path: Path) -> Iterator[Record]:
+    """The rows of a .parquet file."""
+    with _reading(path):
+        import pyarrow.parquet
+
+        yield from _rows(path, pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=ROWS_AT_ONCE))
+
+
+def arrow_records(path: Path) -> Iterator[Record]:
+    """The rows of Arrow's IPC format, of a file or of a stream (as `datasets` keeps it)."""
+    with _reading(path):
+        import pyarrow.ipc
+
+        with pyarrow.memory_map(str(path)) as source:
+            try:
+                reader = pyarrow.ipc.open_file(source)
+                batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+            except pyarrow.ArrowInvalid:
+                source.seek(0)
+                batches = pyarrow.ipc.open_stream(source)
+            yield from _rows(path, batches)
+
+
+def _rows(path: Path, batches: Iterator[Any]) -> Iterator[Record]:
+    number = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, ROWS_AT_ONCE):
+            for values in batch.slice(start, ROWS_AT_ONCE).to_pylist():
+                number += 1
+                yield Record(f"{path}, row {number}", without_padding(values))
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Says what is wrong where pyarrow is missing, or cannot read the file."""
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise ValueError(
+            f"{path.name} is a {path.suffix[1:]} file; reading it needs pyarrow: pip install pyarrow (or litgpt[all])."
+        ) from error
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}). Get it again.") from error
+
+
+def without_padding(value: Any, depth: int = 0) -> Any:
+    """A value of Arrow's without the keys that are null only because other rows have them.
+
+    Arrow gives every object of a column all keys that any of them has. Those of a record and of a message are kept:
+    what is null there is told from what is missing.
+    """
+    if isinstance(value, dict):
+        return {key: without_padding(part, depth + 1) for key, part in value.items() if part is not None or depth < 2}
+    if isinstance(value, list):
+        return [without_padding(part, depth) for part in value]
+    return value
