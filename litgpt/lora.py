@@ -22,10 +22,10 @@ from torch import Tensor
 
 from litgpt.adaptation import KeepsFloat32, replace_module
 from litgpt.checkpoint import HYPERPARAMETERS, read_state_dict
+from litgpt.checkpoint.names import LORA_WEIGHTS
 from litgpt.config import Config
 from litgpt.model import GPT, Router
 
-LORA_WEIGHTS = "lit_model.pth.lora"
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
 
 

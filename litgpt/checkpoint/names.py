@@ -1,6 +1,8 @@
 """The files of a checkpoint directory."""
 
 WEIGHTS = "lit_model.pth"
+LORA_WEIGHTS = "lit_model.pth.lora"
+TRAINING_STATE = "training_state.pth"
 CONFIG = "model_config.yaml"
 HYPERPARAMETERS = "hyperparameters.yaml"
 

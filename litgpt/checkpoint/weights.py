@@ -6,10 +6,13 @@ import pickle
 import sys
 import zipfile
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
+
+from litgpt.checkpoint.names import LORA_WEIGHTS, TRAINING_STATE, WEIGHTS
+from litgpt.checkpoint.sums import DamagedFile, check_archive
 
 Release = Callable[[torch.Tensor], None]
 
@@ -22,6 +25,18 @@ class MappedTensors(dict[str, torch.Tensor]):
 
     mapped: bool = True
     """False where the file's format did not allow that; then the tensors are plain memory."""
+
+    compare: Callable[[], None] | None = None
+    """Compares the file with the sums that it carries; None where it carries none"""
+
+    def check(self) -> None:
+        """To be called before the values are used: compares the file with the sums that it carries, if any.
+
+        Raises:
+            ValueError: It has changed since it was written; says what to do.
+        """
+        if self.compare is not None:
+            self.compare()
 
     def release(self, tensor: torch.Tensor) -> None:
         """Gives back the memory of a view of this file; reading it again fetches it from the file anew.
@@ -44,17 +59,22 @@ class MappedTensors(dict[str, torch.Tensor]):
         return min(starts, default=0), max(ends, default=0)
 
 
-def read_state_dict(path: str | Path) -> MappedTensors:
-    """Opens the weights in a `.pth` or `.bin` file without executing anything in it and without reading them yet.
+def read_state_dict(path: str | Path, check: bool = True) -> MappedTensors:
+    """Opens the weights in a `.pth` or `.bin` file without executing anything in it.
 
     Weights below a key "model" or "state_dict" (as training scripts save them) are found there.
+
+    Args:
+        path: The file.
+        check: Compare it with the sums that it carries, which reads it once. Without, nothing is read yet, and whoever
+            uses the values calls the tensors' own `check` before.
 
     Returns:
         Tensors by name, mapped from the file where its format allows (files older than torch 1.6 are read whole).
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is truncated, of another kind, or holds something else than tensors by name.
+        ValueError: The file is truncated or damaged, of another kind, or holds something else than tensors by name.
     """
     path = Path(path)
     if not path.is_file():
@@ -73,7 +93,18 @@ def read_state_dict(path: str | Path) -> MappedTensors:
         raise ValueError(f"'{path}' holds no weights: expected a dictionary of tensors by name.")
     tensors = MappedTensors(content)
     tensors.mapped = mapped
+    tensors.compare = partial(check_weights, path)
+    if check:
+        tensors.check()
     return tensors
+
+
+def check_weights(path: Path) -> None:
+    """Compares a `.pth` or `.bin` file with its sums; ValueError, with what to do, where it has changed."""
+    try:
+        check_archive(path)
+    except DamagedFile as error:
+        raise ValueError(unreadable(path, str(error))) from error
 
 
 def unreadable(path: Path, reason: str) -> str:
@@ -86,7 +117,16 @@ def unreadable(path: Path, reason: str) -> str:
         return f"'{path}' is a Git LFS pointer, not the weights themselves. Fetch them with `git lfs pull`."
     elif start.lstrip()[:1] == b"<":
         reason = "it is a web page"
-    return (
-        f"Cannot read weights from '{path}' ({path.stat().st_size:,} bytes): {reason}. "
-        "Download or convert the checkpoint again."
-    )
+    return f"Cannot read weights from '{path}' ({path.stat().st_size:,} bytes): {reason}. {remedy(path)}"
+
+
+def remedy(path: Path) -> str:
+    """What to do about a damaged file of a checkpoint."""
+    directory = path.parent
+    if path.name == WEIGHTS and (directory / LORA_WEIGHTS).is_file():
+        return f"LoRA's matrices are beside it: write it again with `litgpt merge_lora {directory}`."
+    if (directory / TRAINING_STATE).is_file():
+        others = sorted(other.parent for other in directory.parent.glob(f"*/{TRAINING_STATE}"))
+        others = [str(other) for other in others if other != directory]
+        return f"Take another checkpoint of the run{': ' + ', '.join(others[-3:]) if others else ''}."
+    return "Download or convert the checkpoint again."

@@ -7,9 +7,11 @@ from typing import Annotated
 from litgpt import cli
 from litgpt.adapter import ADAPTER_V2_WEIGHTS, apply_adapter_v2, is_adapter_v2, save_adapter
 from litgpt.commands.finetuning import Finetuning, Options
+from litgpt.training.run_lock import unlocks_at_end
 from litgpt.training.state import Saved
 
 
+@unlocks_at_end
 def setup(
     checkpoint_dir: Path,
     out_dir: Path = Path("out/finetune/adapter-v2"),

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from litgpt import cli
 from litgpt.checkpoint import atomic_file, save_model
+from litgpt.checkpoint.sums import check_archive
 from litgpt.commands.finetune_lora import train_lora
 from litgpt.commands.finetuning import TRAIN, Finetuning, Options
 from litgpt.lora import LoRASettings
 from litgpt.training.preference import PreferenceLoss, PreferenceSettings, reference_log_probs
+from litgpt.training.run_lock import unlocks_at_end
 from litgpt.training.state import Saved
 
 # One pass: replies that come again and again are soon told apart by heart.
@@ -27,6 +29,7 @@ REFERENCE_FILE = "reference.pth"
 Method = Literal["lora", "full"]
 
 
+@unlocks_at_end
 def setup(
     checkpoint_dir: Path,
     out_dir: Path = Path("out/finetune/dpo"),
@@ -97,8 +100,13 @@ def bring_reference(job: Finetuning, model: nn.Module, base: str) -> None:
     path, belongs_to = job.out_dir / REFERENCE_FILE, {"base": base, "data": job.data.identity}
     found: list[Tensor] | None = None
     if job.fabric.global_rank == 0 and job.checkpoint is not None and path.is_file():
-        saved = torch.load(path, weights_only=True)
-        if {key: saved[key] for key in belongs_to} == belongs_to:
+        try:
+            check_archive(path)
+            saved = torch.load(path, weights_only=True)
+        except Exception as error:  # torch raises many kinds for a damaged file
+            job.console.print(f"{path} is damaged ({str(error).partition(chr(10))[0]}); it is made again.")
+            saved = {}
+        if {key: saved.get(key) for key in belongs_to} == belongs_to:
             found = saved["log_probs"]
     found = job.fabric.broadcast(found)
     if found is None:

@@ -7,9 +7,11 @@ from typing import Annotated
 from litgpt import cli
 from litgpt.checkpoint import save_model
 from litgpt.commands.finetuning import Finetuning, Options
+from litgpt.training.run_lock import unlocks_at_end
 from litgpt.training.state import Saved
 
 
+@unlocks_at_end
 def setup(
     checkpoint_dir: Path,
     out_dir: Path = Path("out/finetune/full"),

@@ -11,9 +11,11 @@ from litgpt.export.merged import merge_into
 from litgpt.lora import LORA_WEIGHTS, LoRASettings, apply_lora, is_lora, parameter_groups, save_lora
 from litgpt.model import GPT
 from litgpt.training.loss import LossModule, NextTokenLoss
+from litgpt.training.run_lock import unlocks_at_end
 from litgpt.training.state import Saved
 
 
+@unlocks_at_end
 def setup(
     checkpoint_dir: Path,
     out_dir: Path = Path("out/finetune/lora"),

@@ -156,7 +156,9 @@ class Finetuning:
         if options.dry_run:  # a run that is here stays, and is no hindrance
             self.checkpoint = self.directory.start(options.resume)
         else:
-            self.checkpoint = self.directory.prepare(options.resume, options.overwrite, may_delete=is_main)
+            if is_main:
+                self.directory.lock()
+            self.checkpoint = self.directory.prepare(options.resume, options.overwrite, is_main=is_main)
         fetch = partial(download, access_token=options.access_token)
         self.source: Source = open_checkpoint(resolve_checkpoint_dir(checkpoint_dir, download=fetch))
         self.config: Config = self.source.config
@@ -175,6 +177,7 @@ class Finetuning:
         self.console.print(pprint.pformat(dict(sorted(settings.items()))))
         distributed.seed_everything(options.seed)
         self.console.print(f"Seed set to {options.seed}\n{distributed.describe_devices(self.fabric)}")
+        self.checkpoint = self.fabric.broadcast(self.checkpoint)
         note = self.source.note if self.quantize else self.source.note_on_plain
         if note:
             self.console.print(note)
@@ -186,6 +189,8 @@ class Finetuning:
 
     def _prepare_data(self) -> None:
         train = self.options.train
+        for line in self.directory.notes:
+            self.console.print(line)
         own_style = choose_prompt_style(self.source.files, config=self.config, tokenizer=self.tokenizer)
         self.data.connect(
             self.tokenizer,

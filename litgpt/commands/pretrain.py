@@ -36,6 +36,7 @@ from litgpt.training.neftune import add_noise
 from litgpt.training.optimizers import OptimizerSpec
 from litgpt.training.recorder import Recorder
 from litgpt.training.run_directory import LOGGERS_DIR, LOGS_FILE, TOKENIZER_DIR, RunDirectory
+from litgpt.training.run_lock import unlocks_at_end
 from litgpt.training.schedule import Schedule
 
 TRAIN = TrainArgs(
@@ -51,6 +52,7 @@ LOGGER = "tensorboard"
 SAMPLE_TOKENS = 64
 
 
+@unlocks_at_end
 def setup(
     model_name: str,
     model_config: ConfigOverrides | None = None,
@@ -128,7 +130,9 @@ def setup(
         raise ValueError("--eval.max_new_tokens: a sharded model cannot write samples. Leave it out or --strategy ddp.")
     run_directory = RunDirectory(out_dir)
     is_main = distributed.rank_from_environment() == 0
-    checkpoint = run_directory.prepare(resume, overwrite, may_delete=is_main)
+    if is_main:
+        run_directory.lock()
+    checkpoint = run_directory.prepare(resume, overwrite, is_main=is_main)
     source = open_initial(initial_checkpoint_dir)
     tokenizer_dir = find_tokenizer(tokenizer_dir, source if tokenizer_vocab_size is None else None)
     if tokenizer_dir is None and tokenizer_vocab_size is None:
@@ -136,6 +140,7 @@ def setup(
 
     fabric = distributed.make_fabric(devices, num_nodes, precision, strategy)
     fabric.launch()
+    checkpoint = fabric.broadcast(checkpoint)
     console = Console(fabric.global_rank == 0)
     if log.save_logs:
         console.save_to(out_dir / LOGS_FILE, append=checkpoint is not None)
@@ -144,6 +149,8 @@ def setup(
     console.print(f"Seed set to {seed}\n{distributed.describe_devices(fabric)}")
     if source is not None and source.note_on_plain:
         console.print(source.note_on_plain)
+    for note in run_directory.notes:
+        console.print(note)
     if checkpoint is not None:
         console.print(f"Resuming from {str(checkpoint)!r}")
 

@@ -4,6 +4,9 @@
     N bytes   JSON: name -> {"dtype", "shape", "data_offsets": [begin, end]}, and "__metadata__"
     the rest  the tensors' bytes, without gaps, at those offsets
 
+What is written here also carries sums, in the metadata, which other programs pass over: `litgpt_crc32` holds 8
+hexadecimal digits for the header (with zeros in the place of these digits) and 8 for each tensor, in their order.
+
 The `safetensors` package writes only what is whole in memory; and pages it has read from a file stay with the process
 until the file is closed. Both would make a conversion's memory grow with the checkpoint, hence this module.
 """
@@ -12,13 +15,17 @@ import json
 import math
 import mmap
 import os
+import re
+import zlib
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from litgpt.checkpoint import MappedTensors, Release, raw_parts, unreadable
+from litgpt.checkpoint.sums import DamagedFile, Part, check_parts
 
 _MAX_HEADER = 100_000_000  # the format's own limit
 _DTYPES = {
@@ -36,14 +43,19 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_SUMS = "litgpt_crc32"
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-def read_safetensors(path: Path) -> MappedTensors:
+def read_safetensors(path: Path, check: bool = True) -> MappedTensors:
     """Opens a safetensors file; its tensors are views of the file.
 
+    Args:
+        path: The file.
+        check: As for `read_state_dict`.
+
     Raises:
-        ValueError: The file is truncated, or no safetensors file.
+        ValueError: The file is truncated or damaged, or no safetensors file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -60,7 +72,29 @@ def read_safetensors(path: Path) -> MappedTensors:
     tensors = MappedTensors()
     for name, (dtype, shape, begin, _) in entries.items():
         tensors[name] = _view(content, dtype, shape, 8 + length + begin)
+    if isinstance(sums := (header.get("__metadata__") or {}).get(_SUMS), str):
+        places = [(name, begin, end) for name, (_, _, begin, end) in entries.items()]
+        tensors.compare = partial(_compare, path, length, places, sums)
+        if check:
+            tensors.check()
     return tensors
+
+
+def _compare(path: Path, length: int, places: list[tuple[str, int, int]], sums: str) -> None:
+    """Compare header and tensors, each from `begin` to `end` behind the header, with the sums in the metadata."""
+    try:
+        if not re.fullmatch(f"[0-9a-f]{{{8 * (len(places) + 1)}}}", sums):
+            raise DamagedFile("it is damaged, its sums are not those of its tensors")
+        values = [int(sums[i : i + 8], 16) for i in range(0, len(sums), 8)]
+        with path.open("rb") as file:
+            file.seek(8)
+            text = file.read(length).replace(sums.encode(), b"0" * len(sums), 1)
+        if zlib.crc32(text) != values[0]:
+            raise DamagedFile("it is damaged, its header is not as it was written")
+        start, named = 8 + length, zip(places, values[1:], strict=True)
+        check_parts(path, [Part(name, start + begin, end - begin, value) for (name, begin, end), value in named])
+    except DamagedFile as error:
+        raise ValueError(unreadable(path, str(error))) from error
 
 
 def _entry(value: dict[str, Any]) -> tuple[torch.dtype, list[int], int, int]:
@@ -91,20 +125,26 @@ def write_safetensors(
         tensors: Names and tensors.
         release: Called with each part of a tensor that has been written.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    sums = "0" * 8 * (len(names) + 1)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", _SUMS: sums}}
     end = 0
     for name, like in names.items():
         begin, end = end, end + like.numel() * like.dtype.itemsize
         header[name] = {"dtype": _NAMES[like.dtype], "shape": list(like.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    found = [zlib.crc32(text)]
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for (name, tensor), expected in zip(tensors, names, strict=True):
             assert name == expected, f"{name} comes where {expected} was announced"
             assert (tensor.dtype, tensor.shape) == (names[name].dtype, names[name].shape), name
+            found.append(0)
             for part in raw_parts(tensor):
                 file.write(memoryview(part.numpy()))
+                found[-1] = zlib.crc32(memoryview(part.numpy()), found[-1])
                 release(part)
+        file.seek(8 + text.index(sums.encode()))
+        file.write("".join(f"{value:08x}" for value in found).encode())
         file.flush()
         os.fsync(file.fileno())

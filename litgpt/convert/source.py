@@ -212,7 +212,7 @@ class LitSource(Source):
     def __init__(self, path: Path, base: Source | None = None, weights: Path | None = None) -> None:
         weights = weights or path / WEIGHTS
         self.files = path if base is None else base.files
-        self.tensors = plain_names(read_state_dict(weights))
+        self.tensors = plain_names(read_state_dict(weights, check=False))
         self.quantized = take_kind(self.tensors, weights)
         self.config = Config.from_checkpoint(path) if base is None else copy(base.config)
         self.config.tie_embeddings = self._is_tied()
@@ -242,6 +242,7 @@ class LitSource(Source):
         if self.quantized is not None and not (kind and same_form(kind, self.quantized)):
             yield from self.weights()
             return
+        self.tensors.check()
         for name in self._order():
             if name in self.layers:
                 yield name, parts_in(self.tensors, self.layers[name], name)
@@ -312,7 +313,7 @@ class PartSource(Source):
 def plain_names(tensors: MappedTensors) -> MappedTensors:
     """Takes off what compiling and distributed wrappers put before the names."""
     plain = MappedTensors({re.sub(r"(_orig_mod|_forward_module|module)\.", "", n): t for n, t in tensors.items()})
-    plain.mapped = tensors.mapped
+    plain.mapped, plain.compare = tensors.mapped, tensors.compare
     return plain
 
 
@@ -348,7 +349,9 @@ class HFSource(Source):
         return dict(self._translated(self._shapes().items()))
 
     def weights(self) -> Iterator[Named]:
-        return self._translated(((name, self._value(name)) for name in self.found), self.release)
+        for shard in self.shards:
+            shard.check()
+        yield from self._translated(((name, self._value(name)) for name in self.found), self.release)
 
     def release(self, tensor: Tensor) -> None:
         for shard in self.shards:
@@ -419,7 +422,7 @@ class HFSource(Source):
 
 
 def _read_shard(file: Path) -> MappedTensors:
-    return read_safetensors(file) if file.suffix == ".safetensors" else read_state_dict(file)
+    return read_safetensors(file, check=False) if file.suffix == ".safetensors" else read_state_dict(file, check=False)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

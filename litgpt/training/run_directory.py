@@ -6,7 +6,8 @@ import re
 import shutil
 from pathlib import Path
 
-from litgpt.training.state import STATE_FILE, saved_step
+from litgpt.training.run_lock import RunLock
+from litgpt.training.state import STATE_FILE, check_checkpoint, saved_step
 
 FINAL = "final"
 BEST = "best"
@@ -20,10 +21,26 @@ STEP_DIR = re.compile(r"step-(\d{8,})")
 
 
 class RunDirectory:
-    """`out_dir` of a run: checkpoints `step-00000100/`, ..., `best/`, `final/`, and its records beside them."""
+    """`out_dir` of a run: checkpoints `step-00000100/`, ..., `best/`, `final/`, and its records beside them.
+
+    Attributes:
+        notes: What to tell the user of it once there is a place to.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
+        self.notes: list[str] = []
+
+    def lock(self) -> None:
+        """Keep other runs out until the call ends that `unlocks_at_end`, or the process; for one process of a run.
+
+        Raises:
+            ValueError: Another run writes there, or nobody can.
+        """
+        if self.path.is_file():
+            raise ValueError(f"--out_dir {self.path} is a file. Choose a directory.")
+        lock = RunLock(self.path)
+        self.notes += [lock.note] if lock.note else []
 
     @property
     def final(self) -> Path:
@@ -43,10 +60,38 @@ class RunDirectory:
         found = [p for p in self.path.glob("step-*") if STEP_DIR.fullmatch(p.name) and (p / STATE_FILE).is_file()]
         return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
-    def newest(self) -> Path | None:
-        """The checkpoint that went furthest."""
-        found = [p for p in (self.final, *self.step_checkpoints()[-1:], self.best) if (p / STATE_FILE).is_file()]
-        return max(found, key=_step_of) if len(found) > 1 else next(iter(found), None)
+    def newest(self, check: bool = False) -> Path | None:
+        """The checkpoint that went furthest.
+
+        Args:
+            check: Compare it with its sums, which reads it, and take the next one if it is damaged; `notes` says so.
+
+        Raises:
+            ValueError: All are damaged.
+        """
+        steps: dict[Path, int] = {}
+        damage: list[str] = []
+        for checkpoint in (self.final, *reversed(self.step_checkpoints()), self.best):
+            if (checkpoint / STATE_FILE).is_file():
+                try:
+                    steps[checkpoint] = _step_of(checkpoint)
+                except ValueError as error:
+                    damage.append(str(error))
+        for checkpoint in sorted(steps, key=steps.__getitem__, reverse=True):
+            try:
+                if check:
+                    check_checkpoint(checkpoint)
+            except ValueError as error:
+                damage.append(str(error))
+            else:
+                self.notes += [f"Warning: {line}" for line in damage if check]
+                return checkpoint
+        if damage and check:
+            raise ValueError(
+                "\n".join(damage) + f"\nNo checkpoint of the run in {self.path} is whole: there is nothing to resume "
+                "from. Start it again with --overwrite true, or elsewhere with --out_dir."
+            )
+        return None
 
     def checkpoints(self) -> list[Path]:
         """What training can go on from, complete or not."""
@@ -63,35 +108,34 @@ class RunDirectory:
         steps = [p for p in self.path.glob("step-*") if STEP_DIR.fullmatch(p.name)]
         return [p for p in (self.path / name for name in names) if p.exists()] + steps
 
-    def prepare(self, resume: bool | str | Path, overwrite: bool, *, may_delete: bool = True) -> Path | None:
+    def prepare(self, resume: bool | str | Path, overwrite: bool, *, is_main: bool = True) -> Path | None:
         """Decide where to begin, and make sure that nothing of another run is lost.
 
         Args:
             resume: False; True (from the newest checkpoint here); "auto" (the same, or afresh where there is none); or
                 a checkpoint directory.
             overwrite: Whether a run that is here may be deleted.
-            may_delete: Whether this process is the one to delete it.
+            is_main: Whether this process is the one to delete it, and to look whether a checkpoint is whole: what it
+                finds, the others are told.
 
         Returns:
             The checkpoint to resume from, None to start afresh.
 
         Raises:
             FileNotFoundError: There is nothing to resume from.
-            ValueError: A run is here and may not be overwritten.
+            ValueError: A run is here and may not be overwritten, or the checkpoint is damaged.
         """
-        checkpoint = self.start(resume)
+        checkpoint = self.start(resume, check=is_main)
         if checkpoint is not None:
             inside = checkpoint.resolve().parent == self.path.resolve()
             if not inside and not overwrite and self.results():
                 raise ValueError(self._refusal())
             return checkpoint
-        if self.path.is_file():
-            raise ValueError(f"--out_dir {self.path} is a file. Choose a directory.")
         # A run killed before its first checkpoint has nothing to lose; `--resume auto` starts it again.
         kept = self.checkpoints() if resume == "auto" else self.results()
         if kept and not overwrite:
             raise ValueError(self._refusal())
-        if may_delete:
+        if is_main:
             for artifact in self.artifacts():
                 shutil.rmtree(artifact) if artifact.is_dir() else artifact.unlink()
         return None
@@ -102,13 +146,13 @@ class RunDirectory:
             for checkpoint in self.step_checkpoints()[:-keep_last]:
                 shutil.rmtree(checkpoint)
 
-    def start(self, resume: bool | str | Path) -> Path | None:
+    def start(self, resume: bool | str | Path, check: bool = True) -> Path | None:
         """The checkpoint that a run would begin from; None to begin afresh. See `prepare`, which acts on it."""
         text = str(resume).lower()
         if text in ("false", "none"):
             return None
         if text in ("true", "auto"):
-            newest = self.newest()
+            newest = self.newest(check)
             if newest is None and text == "true":
                 raise FileNotFoundError(
                     f"--resume true: there is no checkpoint of a run in {self.path}. Give the --out_dir of the run, a "
@@ -117,14 +161,18 @@ class RunDirectory:
             return newest
         path = Path(resume)
         path = path.parent if path.is_file() else path
-        if path.is_dir() and not (path / STATE_FILE).is_file() and (inner := RunDirectory(path).newest()):
-            return inner
+        if path.is_dir() and not (path / STATE_FILE).is_file() and (inner := RunDirectory(path)).newest():
+            newest = inner.newest(check)
+            self.notes += inner.notes
+            return newest
         if not (path / STATE_FILE).is_file():
             what = f"it holds no {STATE_FILE}" if path.is_dir() else "there is no such directory"
             raise FileNotFoundError(
                 f"--resume {resume}: {what}. Give a checkpoint directory of a run, such as out/pretrain/step-00001000; "
                 "to train on from other weights, use --initial_checkpoint_dir."
             )
+        if check:
+            check_checkpoint(path)
         return path
 
     def _refusal(self) -> str:

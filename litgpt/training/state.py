@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from litgpt.checkpoint import WEIGHTS, read_state_dict
+from litgpt.checkpoint.names import TRAINING_STATE
+from litgpt.checkpoint.sums import check_archive
+from litgpt.checkpoint.weights import remedy
 from litgpt.distributed import copy_into, draw_apart, gathered, gathered_objects, rng_state, set_rng_state
 from litgpt.training.criterion import LOSS, Criterion
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-STATE_FILE = "training_state.pth"
+STATE_FILE = TRAINING_STATE
 
 
 @dataclass
@@ -166,17 +169,59 @@ def restore(fabric: Fabric, module: nn.Module, optimizer: Optimizer, checkpoint:
     return Progress.from_saved(state["progress"])
 
 
-def read_training_state(checkpoint: Path, device: str = "cpu") -> dict[str, Any]:
-    """What `collect` gathered, read without executing anything."""
+def read_training_state(checkpoint: Path) -> dict[str, Any]:
+    """What `collect` gathered, read without executing anything, and compared with the sums that it was written with.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged.
+    """
     path = checkpoint / STATE_FILE
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        check_archive(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise ValueError(f"{path} is damaged ({error}). Resume from an older checkpoint of the run.") from error
+        raise ValueError(_damaged(path, error)) from error
 
 
 def saved_step(checkpoint: Path) -> int:
-    """The step that a checkpoint was saved at."""
-    return int(read_training_state(checkpoint, "meta")["progress"]["step"])
+    """The step that a checkpoint was saved at; only what is needed for that is read, and no sum compared.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    path = checkpoint / STATE_FILE
+    try:
+        return int(torch.load(path, map_location="meta", weights_only=True)["progress"]["step"])
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(_damaged(path, error)) from error
+
+
+def check_checkpoint(checkpoint: Path) -> None:
+    """Compares all that a resume needs of a checkpoint with the sums that it was written with.
+
+    Raises:
+        ValueError: Something is damaged or missing.
+    """
+    path = checkpoint / STATE_FILE
+    try:
+        check_archive(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(_damaged(path, error)) from error
+    saved_step(checkpoint)  # it can be opened, too, which a file without sums had not to show so far
+    weights = sorted(checkpoint.glob(f"{WEIGHTS}*"))
+    # Beside LoRA's and an adapter's there may be the merged ones, which a resume does without.
+    needed = [file for file in weights if file.name != WEIGHTS] or weights
+    if not needed:
+        raise ValueError(f"{checkpoint} holds no weights. {remedy(path)}")
+    for file in needed:
+        read_state_dict(file)
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    first = str(error).partition("\n")[0]
+    return f"{path} is damaged ({first.removeprefix('it is damaged, ')}). {remedy(path)}"

@@ -18,6 +18,7 @@ from litgpt.lora import LORA_WEIGHTS, apply_lora, read_lora
 from litgpt.training.arguments import EvalArgs, TrainArgs
 from litgpt.training.metrics import read_metrics
 from tests import checkpoint_files
+from tests.data_damage import flip
 from tests.training.conftest import assert_close_runs, assert_same_run, killed_in_step, on_two_ranks, weights
 
 METHODS = {
@@ -130,6 +131,12 @@ def test_what_lora_leaves_behind(base, records, tmp_path):
     assert (final / "prompt_style.yaml").is_file()
     assert weights(final, LORA_WEIGHTS).keys() == update.keys()
     assert open_checkpoint(final).config == open_checkpoint(base).config
+
+    flip(final / WEIGHTS, (final / WEIGHTS).stat().st_size // 2)  # which a resume does without
+    with pytest.raises(ValueError, match=r"lit_model.pth' .*damaged.*write it again with `litgpt merge_lora"):
+        load_model(final)
+    assert len(run("lora", base, records, tmp_path, max_steps=8, resume="auto")) == 8
+    load_model(final)
 
 
 def test_a_dry_run_says_everything_and_trains_nothing(base, records, tmp_path, capsys):

@@ -17,6 +17,7 @@ from litgpt.lora import LORA_WEIGHTS, apply_lora, read_lora
 from litgpt.training.arguments import EvalArgs, TrainArgs
 from litgpt.training.metrics import read_metrics
 from tests import checkpoint_files
+from tests.data_damage import flip
 from tests.training.conftest import assert_close_runs, assert_same_run, killed_in_step, on_two_ranks
 
 SLOW = replace(finetuning.OPTIMIZER, init_args={"lr": 0.0003})
@@ -147,18 +148,25 @@ def test_what_lora_leaves_behind(base, records, tmp_path):
         assert (merged(idx) - before(idx)).abs().max() > 1e-3
 
 
-def test_full_computes_the_reference_once(base, records, tmp_path, monkeypatch):
-    """A resumed run takes the one of before, whatever the weights are by then; one on other data does not."""
+def test_full_computes_the_reference_once(base, records, tmp_path, monkeypatch, capsys):
+    """A resumed run takes the one of before, whatever the weights are by then, if it is whole; one on other data does
+    not."""
     calls, real = [], finetune_dpo.reference_log_probs
     monkeypatch.setattr(finetune_dpo, "reference_log_probs", lambda *args: calls.append(args) or real(*args))
     run("full", base, records, tmp_path / "out", max_steps=2)
     assert len(calls) == 2  # of the training and of the validation pairs
     run("full", base, records, tmp_path / "out", max_steps=3, resume="auto")
     assert len(calls) == 2
+    reference = tmp_path / "out" / finetune_dpo.REFERENCE_FILE
+    flip(reference, reference.read_bytes().index(torch.load(reference)["log_probs"][0].numpy().tobytes()))
+    run("full", base, records, tmp_path / "out", max_steps=4, resume="auto")
+    assert "reference.pth is damaged" in capsys.readouterr().out
+    assert len(calls) == 4
+    calls.clear()
     others = json.loads(records.read_text())[:20]
     (tmp_path / "others.json").write_text(json.dumps(others))
-    run("full", base, tmp_path / "others.json", tmp_path / "out", max_steps=4, resume="auto")
-    assert len(calls) == 4
+    run("full", base, tmp_path / "others.json", tmp_path / "out", max_steps=5, resume="auto")
+    assert len(calls) == 2
 
 
 def test_the_learning_rate_goes_with_the_method(base, records, tmp_path):

@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from litgpt.training.arguments import EvalArgs
 from litgpt.training.metrics import read_metrics
+from litgpt.training.run_directory import RunDirectory
 from litgpt.training.signals import shield_workers
+from tests.data_damage import flip
 from tests.training.conftest import assert_same_run, killed_in_step
 
 
@@ -155,3 +157,47 @@ def test_damaged_state_is_named(train, tmp_path):
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"training_state.pth is damaged"):
         train(tmp_path / "run", max_steps=4, resume=tmp_path / "run/final")
+
+
+def damage(file: Path) -> None:
+    """A bit in the middle of the file, where the values are."""
+    flip(file, file.stat().st_size // 2)
+
+
+def test_auto_goes_back_to_the_newest_whole_checkpoint(train, tmp_path, capsys):
+    settings = {"max_steps": 13, "save_interval": 3}
+    train(tmp_path / "whole", **settings)
+    train(tmp_path / "run", **settings)
+    run = tmp_path / "run"
+    damage(run / "final/training_state.pth")
+    damage(run / "step-00000012/lit_model.pth")
+    (run / "step-00000009/training_state.pth").write_bytes(b"cut off")
+    with pytest.raises(
+        ValueError, match=r"final/training_state.pth is damaged .*another checkpoint of the run: .*step"
+    ):
+        train(run, **settings, resume=run / "final")
+    capsys.readouterr()
+    train(run, **settings, resume="auto")
+    out = capsys.readouterr().out
+    for name in ("final/training_state.pth", "step-00000012/lit_model.pth", "step-00000009/training_state.pth"):
+        assert any(line.startswith("Warning: ") and name in line and "damaged" in line for line in out.splitlines())
+    assert f"Resuming from '{run / 'step-00000006'}'" in out
+    assert_same_run(tmp_path / "whole", run, rows=13)
+
+    for checkpoint in RunDirectory(run).checkpoints():
+        damage(checkpoint / "training_state.pth")
+    for resume in ("auto", True, run):
+        with pytest.raises(ValueError, match=r"step-00000003.* is damaged[^$]*No checkpoint .* whole.*--overwrite"):
+            train(run, **settings, resume=resume)
+
+
+def test_a_state_without_sums_is_taken(train, tmp_path):
+    train(tmp_path / "run", max_steps=2)
+    state = tmp_path / "run/final/training_state.pth"
+    content = torch.load(state, weights_only=True)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(content, state)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert len(train(tmp_path / "run", max_steps=4, resume="auto")) == 4
