@@ -19,7 +19,7 @@ import yaml
 from torch import Tensor
 
 from litgpt.adaptation import KeepsFloat32, replace_module
-from litgpt.checkpoint import HYPERPARAMETERS, read_state_dict
+from litgpt.checkpoint import HYPERPARAMETERS, plain_names, read_state_dict
 from litgpt.model import GPT, AttentionPlan, CausalSelfAttention, RMSNorm, Router, attend
 
 ADAPTER_WEIGHTS = "lit_model.pth.adapter"
@@ -219,7 +219,8 @@ def read_adapter(place: Path) -> tuple[dict[str, Tensor], str | None]:
     if file is None:
         names = " or ".join(ADAPTER_FILES)
         raise FileNotFoundError(f"{place} holds no {names}. Give the directory of an adapter checkpoint.")
-    weights = dict(read_state_dict(file))
+    stored = read_state_dict(file)
+    weights = {name: stored[key] for key, name in plain_names(stored).items()}
     wanted = is_adapter if file.name == ADAPTER_WEIGHTS else is_adapter_v2
     strangers = [name for name in weights if not wanted(name)]
     if strangers or not weights:

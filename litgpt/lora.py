@@ -21,7 +21,7 @@ import yaml
 from torch import Tensor
 
 from litgpt.adaptation import KeepsFloat32, replace_module
-from litgpt.checkpoint import HYPERPARAMETERS, read_state_dict
+from litgpt.checkpoint import HYPERPARAMETERS, plain_names, read_state_dict
 from litgpt.checkpoint.names import LORA_WEIGHTS
 from litgpt.config import Config
 from litgpt.model import GPT, Router
@@ -358,7 +358,8 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], LoRASettings, str | None]:
     file = path / LORA_WEIGHTS if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"{file.parent} holds no {file.name}. Give the directory of a LoRA checkpoint.")
-    weights = dict(read_state_dict(file))
+    stored = read_state_dict(file)
+    weights = {name: stored[key] for key, name in plain_names(stored).items()}
     strangers = [name for name in weights if not is_lora(name)]
     if strangers or not weights:
         raise ValueError(f"{file} holds no LoRA weights: {', '.join(strangers[:3]) or 'it is empty'}.")

@@ -38,6 +38,12 @@ class MappedTensors(dict[str, torch.Tensor]):
         if self.compare is not None:
             self.compare()
 
+    def renamed(self, names: dict[str, str]) -> "MappedTensors":
+        """The same under other names, of which `names` has one for each."""
+        other = MappedTensors({name: self[key] for key, name in names.items()})
+        vars(other).update({name: value for name, value in vars(self).items() if name != "_range"})
+        return other
+
     def release(self, tensor: torch.Tensor) -> None:
         """Gives back the memory of a view of this file; reading it again fetches it from the file anew.
 

@@ -254,7 +254,9 @@ def _read_config(findings: Findings) -> Config | None:
         return config
     if not (path / "config.json").is_file() or any("config.json" in p.message for p in findings.problems):
         return None
-    return config_from_hf(_read_json(path / "config.json"), f"{path.resolve().parent.name}/{path.resolve().name}")
+    content = _read_json(path / "config.json")
+    content.pop("quantization_config", None)  # whether the weights are as it says, they show when they are opened
+    return config_from_hf(content, f"{path.resolve().parent.name}/{path.resolve().name}")
 
 
 def _compare_configs(findings: Findings, config: Config) -> None:

@@ -167,6 +167,8 @@ class SlidingWindow:
         return theirs
 
 
+# Ministral 3 repeats its context among the rope parameters.
+_BESIDE_SCALING = ("rope_theta", "partial_rotary_factor", "max_position_embeddings")
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _YARN = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate", "llama_4_scaling_beta")
 
@@ -192,11 +194,18 @@ class Rope:
     renamed: dict[str, str] = field(default_factory=dict)
 
     def read(self, theirs: HFConfig) -> dict[str, Any]:
+        return self.read_one(self._given(theirs), theirs)
+
+    def ignored(self, theirs: HFConfig) -> list[str]:
+        """Names of entries that have no effect in the reference either."""
+        return self.ignored_in(self._given(theirs), theirs)
+
+    def _given(self, theirs: HFConfig) -> dict[str, Any]:
         given = {**(theirs.get("rope_scaling") or {}), **(theirs.get("rope_parameters") or {})}
         nested = [key for key, value in given.items() if isinstance(value, dict)]
         if nested:
             raise ValueError(f"rope_parameters of its own for {', '.join(nested)} is not supported")
-        return self.read_one(given or dict(self.usual), theirs)
+        return given or dict(self.usual)
 
     def read_one(self, given: dict[str, Any], theirs: HFConfig) -> dict[str, Any]:
         """The fields that one dictionary of rope parameters, and what stands beside it, mean."""
@@ -207,28 +216,29 @@ class Rope:
         )
         if not self.share_keys and share != 1:
             raise ValueError(f"partial_rotary_factor={share} is not supported")
-        # Ministral 3 repeats its context here; its type may be there under both names.
-        aside = ("rope_theta", "partial_rotary_factor", "max_position_embeddings")
-        scaling = {key: value for key, value in given.items() if key not in aside}
-        return {"rope_base": _whole(theta), "rotary_percentage": float(share), **self._read_scaling(scaling, theirs)}
+        scaling, _ = self._read_scaling(given, theirs)
+        return {"rope_base": _whole(theta), "rotary_percentage": float(share), **scaling}
 
-    def _read_scaling(self, given: dict[str, Any], theirs: HFConfig) -> dict[str, Any]:
-        kinds = {given.pop(key) for key in ("type", "rope_type") if key in given}
-        kind = kinds.pop() if kinds else "default"
-        kind = self.renamed.get(kind, kind)
+    def ignored_in(self, given: dict[str, Any], theirs: HFConfig) -> list[str]:
+        """As `ignored`, of one dictionary of rope parameters."""
+        return self._read_scaling(given, theirs)[1]
+
+    def _read_scaling(self, given: dict[str, Any], theirs: HFConfig) -> tuple[dict[str, Any], list[str]]:
+        """What stretches the context, and the names of what is not read."""
+        given = {key: value for key, value in given.items() if value is not None and key not in _BESIDE_SCALING}
+        # It may be there under both names, of which the reference goes by the newer one.
+        kind, older = (self.renamed.get(x, x) for x in (given.pop("rope_type", None), given.pop("type", None)))
+        ignored = ["type"] if None not in (kind, older) and kind != older else []
+        kind = kind or older or "default"
         fields: dict[str, Any] = {"rope_condense_ratio": 1, "rope_adjustments": None}
-        if kinds or kind not in ("default", *_READERS, "linear"):
-            names = ", ".join(sorted({kind, *kinds}))
-            raise ValueError(f"rope type '{names}' is not supported (only default, linear, {', '.join(_READERS)})")
-        given = {key: value for key, value in given.items() if value is not None}
         if kind == "linear":
             fields["rope_condense_ratio"] = _whole(_take(given, "factor", kind))
         elif kind in _READERS:
             fields["rope_adjustments"] = _READERS[kind](given, theirs)
+        elif kind != "default":
+            raise ValueError(f"rope type '{kind}' is not supported (only default, linear, {', '.join(_READERS)})")
         given.pop("original_max_position_embeddings", None)
-        if given and kind != "default":
-            raise ValueError(f"rope parameter '{', '.join(given)}' of rope type '{kind}' is not supported")
-        return fields
+        return fields, [*ignored, *given]
 
     def write(self, config: Config) -> HFConfig:
         # The older spelling: transformers 4 and 5, and the other readers of config.json, all know it.
@@ -272,15 +282,12 @@ class RopeByLayer:
     theta: float = 10000
 
     def read(self, theirs: HFConfig) -> dict[str, Any]:
-        nested = theirs.get("rope_parameters") or {}
-        if FULL not in nested and SLIDING not in nested:
-            nested = {FULL: nested}
-        fields = self.full.read_one({**(theirs.get("rope_scaling") or {}), **(nested.get(FULL) or {})}, theirs)
-        local = dict(nested.get(SLIDING) or {})
-        theta = local.pop("rope_theta", None) or (
+        full, local = self._given(theirs)
+        fields = self.full.read_one(full, theirs)
+        theta = local.get("rope_theta") or (
             theirs.get(self.theta_key) or self.theta if self.theta_key else fields["rope_base"]
         )
-        kind = local.pop("rope_type", local.pop("type", "default"))
+        kind = local.get("rope_type") or local.get("type") or "default"
         if kind != "default":
             raise ValueError(f"rope type '{kind}' of layers with a window is not supported")
         indices = self.windows.layers(theirs)
@@ -294,6 +301,18 @@ class RopeByLayer:
         if fields["rope_condense_ratio"] != 1:  # which says nothing about whom it is for; adjustments are for rope_base
             fields |= {"rope_condense_ratio": 1, "rope_adjustments": {"factor": float(fields["rope_condense_ratio"])}}
         return fields | {"rope_local_base_freq": float(theta), "rope_indices": indices}
+
+    def ignored(self, theirs: HFConfig) -> list[str]:
+        """Names of entries that have no effect in the reference either."""
+        full, local = self._given(theirs)
+        return list(dict.fromkeys((*self.full.ignored_in(full, theirs), *self.full.ignored_in(local, theirs))))
+
+    def _given(self, theirs: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The rope parameters of the layers that see everything, and of those with a window."""
+        nested = theirs.get("rope_parameters") or {}
+        if FULL not in nested and SLIDING not in nested:
+            nested = {FULL: nested}
+        return {**(theirs.get("rope_scaling") or {}), **(nested.get(FULL) or {})}, dict(nested.get(SLIDING) or {})
 
     def write(self, config: Config) -> HFConfig:
         theirs = self.full.write(config)

@@ -8,6 +8,7 @@ from typing import Any
 from litgpt.config import Config
 from litgpt.convert.architecture import Architecture
 from litgpt.convert.architectures import ARCHITECTURES
+from litgpt.convert.fields import Rope, RopeByLayer
 from litgpt.convert.quantised_weights import check_method
 from litgpt.convert.recognition import architecture_of, text_model
 from litgpt.models import find_known
@@ -41,6 +42,15 @@ def config_from_hf(config_json: dict[str, Any], name: str | None = None) -> Conf
     if problems:
         raise ValueError(f"config.json ({architecture.name}) cannot be used: {'; '.join(dict.fromkeys(problems))}.")
     return Config(**(values | _labels(name or "", values["padded_vocab_size"])))
+
+
+def ignored_entries(config_json: dict[str, Any]) -> list[str]:
+    """Names of entries of a `config.json` that `config_from_hf` takes and that have no effect, there as here, though
+    they look as if they had."""
+    theirs = text_model(config_json)
+    entries = architecture_of(config_json).config
+    found = [name for entry in entries if isinstance(entry, Rope | RopeByLayer) for name in entry.ignored(theirs)]
+    return list(dict.fromkeys(found))
 
 
 def _labels(label: str, rows: int) -> dict[str, Any]:

@@ -168,6 +168,11 @@ def _add(weights: Weights, problems: list[str], name: str, make: Callable[[], Qu
 
 
 _READERS = {"fp8": _read_fp8, "mxfp4": _read_mxfp4}
+_PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_COUNTS = (torch.bool, torch.int64)  # masks and positions
+_PARTS = ("_scale_inv", "_blocks", "_scales", ".scales", ".weight_scale")
+# Methods whose plain weights mean something only as they are rounded in every use.
+_ROUNDED_IN_USE = ("bitnet",)
 
 
 def check_method(config_json: dict[str, Any]) -> None:
@@ -179,6 +184,30 @@ def check_method(config_json: dict[str, Any]) -> None:
             f"weights with quant_method '{method}' are not supported (only {', '.join(_READERS)}); "
             "use an unquantised repository of the model"
         )
+
+
+def is_stale(config_json: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
+    """Whether `config.json` says that weights are quantised that are not, as is left when a model was de-quantised or
+    merged, or where it was to be quantised on loading.
+
+    Args:
+        config_json: Its content.
+        tensors: All tensors of the checkpoint by name.
+    """
+    settings = config_json.get("quantization_config")
+    if not settings or settings.get("quant_method") in _ROUNDED_IN_USE:
+        return False
+    return all(t.dtype in (*_PLAIN, *_COUNTS) and not name.endswith(_PARTS) for name, t in tensors.items())
+
+
+def unscaled(tensors: dict[str, Tensor | Quantised]) -> list[str]:
+    """A line for each weight in a type that means nothing without a scale, which nothing here says."""
+    plain = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    return [
+        f"  wrong type: {name} is {_name(tensor.dtype)}, and config.json does not say how it is quantised"
+        for name, tensor in plain.items()
+        if tensor.dtype not in _PLAIN
+    ]
 
 
 def read_quantised(tensors: dict[str, Tensor], config_json: dict[str, Any]) -> Weights:

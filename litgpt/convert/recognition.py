@@ -37,9 +37,9 @@ def architecture_of(config_json: dict[str, Any]) -> Architecture:
     architecture = _find(text_model(config_json))
     if architecture is not None:
         return architecture
-    names, model_type = config_json.get("architectures") or [], config_json.get("model_type")
+    model_type = config_json.get("model_type")
     inner = _text_config(config_json) or {}
-    given = ", ".join(map(str, names)) or (f"model_type '{model_type}'" if model_type else "none named")
+    given = ", ".join(_classes(config_json)) or (f"model_type '{model_type}'" if model_type else "none named")
     if inner:
         given += f", whose text model is '{inner.get('model_type', 'not named')}'"
     features = dict.fromkeys(feature for key, feature in _FEATURES.items() if (inner or config_json).get(key))
@@ -85,9 +85,20 @@ def _text_config(config_json: dict[str, Any]) -> dict[str, Any] | None:
     return next((value for value in found if isinstance(value, dict)), None)
 
 
+def alias_in(config_json: dict[str, Any]) -> str | None:
+    """The class that `architectures` names where the model is read as another one; None where it is that one."""
+    classes = _classes(config_json)
+    return None if not classes or architecture_of(config_json).name in classes else classes[0]
+
+
+def _classes(config_json: dict[str, Any]) -> list[str]:
+    names = config_json.get("architectures")
+    return [names] if isinstance(names, str) else list(map(str, names)) if isinstance(names, list) else []
+
+
 def _find(config_json: dict[str, Any]) -> Architecture | None:
-    """By `architectures` or, without that, by `model_type`."""
-    names, model_type = config_json.get("architectures") or [], config_json.get("model_type")
-    if names:
-        return next((ARCHITECTURES[name] for name in names if name in ARCHITECTURES), None)
-    return next((each for each in ARCHITECTURES.values() if each.model_type == model_type), None)
+    """By `model_type`, as the reference does it: `architectures` may hold an alias, or the class for another task. By
+    that, where `model_type` is missing or unknown."""
+    model_type = config_json.get("model_type")
+    named = (ARCHITECTURES[name] for name in _classes(config_json) if name in ARCHITECTURES)
+    return next((each for each in ARCHITECTURES.values() if each.model_type == model_type), next(named, None))

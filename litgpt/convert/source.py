@@ -3,7 +3,7 @@
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from litgpt.checkpoint import (
     Release,
     hf_weight_files,
     missing_files,
+    plain_names,
     read_state_dict,
 )
 from litgpt.config import Config
 from litgpt.convert.architecture import Architecture
-from litgpt.convert.hf_config import config_from_hf, config_to_hf
+from litgpt.convert.hf_config import config_from_hf, config_to_hf, ignored_entries
 from litgpt.convert.quantised_parts import (
     Parts,
     compare_types,
@@ -34,8 +35,8 @@ from litgpt.convert.quantised_parts import (
     take_kind,
     weight_name,
 )
-from litgpt.convert.quantised_weights import Quantised, Weights, dequantised_type, read_quantised
-from litgpt.convert.recognition import architecture_of, text_model, text_name
+from litgpt.convert.quantised_weights import Quantised, Weights, dequantised_type, is_stale, read_quantised, unscaled
+from litgpt.convert.recognition import alias_in, architecture_of, text_model, text_name
 from litgpt.convert.safetensors_file import read_safetensors
 from litgpt.huge_pages import Pages
 from litgpt.model import GPT, RotaryEmbedding
@@ -43,6 +44,8 @@ from litgpt.models import find_known
 from litgpt.quantize import QuantizedLinear, is_quantized, kind_of, quantized_layers, replace_linears, same_form
 
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
+BLOCK = re.compile(r"transformer\.h\.(\d+)\.")
+_LEARNED = re.compile(r"\.lora_|\.adapter_|\.gating_factor")  # what finetuning has put beside a model's own weights
 Named = tuple[str, Tensor]
 Place = torch.device | str | Callable[[str], torch.device]
 Watch = Callable[[Iterator[tuple[str, Any]]], Iterator[tuple[str, Any]]]
@@ -212,18 +215,22 @@ class LitSource(Source):
     def __init__(self, path: Path, base: Source | None = None, weights: Path | None = None) -> None:
         weights = weights or path / WEIGHTS
         self.files = path if base is None else base.files
-        self.tensors = plain_names(read_state_dict(weights, check=False))
+        stored = read_state_dict(weights, check=False)
+        self.tensors = stored.renamed(plain_names(stored, EMBEDDING))
         self.quantized = take_kind(self.tensors, weights)
         self.config = Config.from_checkpoint(path) if base is None else copy(base.config)
         self.config.tie_embeddings = self._is_tied()
         self.dtype = _first_dtype(self.tensors)
         self.layers: dict[str, QuantizedLinear] = {}
-        if self.quantized is None:
-            problems = compare_shapes(shapes_of(self.config), self.tensors, CONFIG, weights.name)
-        else:
-            model = meta_model(self.config, self.quantized, self.dtype)
-            wanted = saved_shapes(model)
-            problems = compare_shapes(wanted, self.tensors, CONFIG, weights.name)
+        model = meta_model(self.config, self.quantized, self.dtype)
+        wanted = saved_shapes(model) if self.quantized else model.state_dict()
+        problems = compare_shapes(wanted, self.tensors, CONFIG, weights.name)
+        surplus = [name for name in self.tensors if name not in wanted]
+        if len(problems) == len(surplus) and not any(map(_of_a_model_of_ours, surplus)):
+            self.note, problems = _left_out(surplus, "the model"), []
+            for name in surplus:
+                del self.tensors[name]
+        if self.quantized is not None:
             problems += compare_types(wanted, self.tensors, weights.name)
             self.layers = {f"{name}.weight": layer for name, layer in quantized_layers(model)}
         if problems:
@@ -268,6 +275,22 @@ class LitSource(Source):
         return _says_tied(self.files) and same_values(head, embedding, self.release)
 
 
+def _of_a_model_of_ours(name: str) -> bool:
+    """Whether some model of ours computes with a tensor of this name, or something was learned in it beside a model."""
+    return name.startswith(("transformer.", "lm_head.")) or _LEARNED.search(name) is not None
+
+
+def _left_out(names: Sequence[str], model: str) -> str | None:
+    """The note about tensors that a model has no place for, by kind, as one of each layer is there."""
+    if not names:
+        return None
+    kinds = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
+    shown = ", ".join(kinds[:4]) + (f" and {len(kinds) - 4} other kinds" if len(kinds) > 4 else "")
+    one = len(names) == 1
+    what = f"{len(names)} tensor{'' if one else 's'} that {model} does not have {'is' if one else 'are'} left out"
+    return f"{what} ({shown})."
+
+
 def _says_tied(path: Path) -> bool:
     try:
         config_json = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -310,13 +333,6 @@ class PartSource(Source):
         self.whole.release(tensor)
 
 
-def plain_names(tensors: MappedTensors) -> MappedTensors:
-    """Takes off what compiling and distributed wrappers put before the names."""
-    plain = MappedTensors({re.sub(r"(_orig_mod|_forward_module|module)\.", "", n): t for n, t in tensors.items()})
-    plain.mapped, plain.compare = tensors.mapped, tensors.compare
-    return plain
-
-
 class HFSource(Source):
     """A directory of a supported Hugging Face architecture, in `.safetensors` or `.bin` files.
 
@@ -328,22 +344,30 @@ class HFSource(Source):
         given = _read_json(path / "config.json") if (path / "config.json").is_file() else _usual_json(name)
         self.config_json = text_model(given)
         self.architecture: Architecture = architecture_of(self.config_json)
-        self.config = config_from_hf(self.config_json, name or _label(path))
         self.shards = [_read_shard(file) for file in hf_weight_files(path)]
         notes: list[str] = []
-        tensors = {name: tensor for shard in self.shards for name, tensor in shard.items()}
+        tensors = _renamed({name: tensor for shard in self.shards for name, tensor in shard.items()})
         if self.config_json is not given:
             tensors = self._text_alone(tensors, given, notes)
-        tensors = self._without_predictors(tensors, notes)
         ignored = self.architecture.weights.is_ignored
-        self.found = self._dequantised({name: t for name, t in tensors.items() if not ignored(name)}, notes)
-        self.note = " ".join(notes) or None
+        tensors = {name: tensor for name, tensor in tensors.items() if not ignored(name)}
+        self._note_on_config(tensors, notes)
+        self.config = config_from_hf(self.config_json, name or _label(path))
+        tensors = self._without_predictors(_renamed(tensors, self._their_name(EMBEDDING)), notes)
+        self.found = self._dequantised(tensors, notes)
         self._untie_if_different()
         named = shapes_of(self.config).items()
         if self.config.tie_embeddings:
             named = [(name, tensor) for name, tensor in named if name != HEAD]
         wanted = dict(self.architecture.weights.to_theirs(named, self.config))
-        self._check(compare_shapes(wanted, self._shapes(), "config.json", "the files"))
+        problems = compare_shapes(wanted, self._shapes(), "config.json", "the files")
+        surplus = [name for name in self.found if name not in wanted]
+        if len(problems) == len(surplus) and not any(map(self._belongs, surplus)):
+            notes += filter(None, [_left_out(surplus, self.architecture.name)])
+            self.found = {name: self.found[name] for name in self.found if name in wanted}
+            problems = unscaled(self.found)
+        self._check(problems)
+        self.note = " ".join(notes) or None
 
     def layout(self) -> dict[str, Tensor]:
         return dict(self._translated(self._shapes().items()))
@@ -402,23 +426,61 @@ class HFSource(Source):
             notes.append(f"Its {method} weights are de-quantised to {str(self.dtype).removeprefix('torch.')}.")
         return weights
 
+    def _note_on_config(self, tensors: dict[str, Tensor], notes: list[str]) -> None:
+        """What in `config.json` does not count, and an entry that the weights show to be wrong."""
+        alias, ignored = self._alias(), [f"'{name}'" for name in ignored_entries(self.config_json)]
+        if alias:
+            notes.append(f"{alias}.")
+        if ignored:
+            few = len(ignored) == 1
+            notes.append(f"Rope parameter{'' if few else 's'} {', '.join(ignored)} {'is' if few else 'are'} ignored.")
+        if is_stale(self.config_json, tensors):
+            method = self.config_json["quantization_config"].get("quant_method")
+            self.config_json = {k: v for k, v in self.config_json.items() if k != "quantization_config"}
+            dtype = str(_first_dtype(tensors)).removeprefix("torch.")
+            notes.append(
+                f"The quantization_config in config.json (quant_method: {method}) is ignored: the weights are plain "
+                f"{dtype}."
+            )
+
+    def _alias(self) -> str | None:
+        alias, model_type = alias_in(self.config_json), self.config_json.get("model_type")
+        return alias and f"{alias} is read as {self.architecture.name} (model_type '{model_type}')"
+
+    def _their_name(self, name: str) -> str:
+        """Of a tensor that is one in both formats."""
+        family = self.architecture.weights.family(name, self.config, ours=True)
+        assert family is not None, f"{self.architecture.name} has no rule for {name}"
+        return family.theirs[0]
+
+    def _belongs(self, name: str) -> bool:
+        """Whether a surplus tensor is no stranger to the model: left out, it would be missed."""
+        family = self.architecture.weights.family(name, self.config, ours=False)
+        layers = [int(match[1]) for match in map(BLOCK.match, family.ours) if match] if family else []
+        return bool(_LEARNED.search(name)) or (family is not None and max(layers, default=0) < self.config.n_layer)
+
     def _check(self, problems: list[str]) -> None:
         if problems:
-            raise ValueError(misfit(self.files, f"'{self.files}/config.json'", problems))
+            alias = self._alias()
+            told = f"'{self.files}/config.json'" + (f" ({alias})" if alias else "")
+            raise ValueError(misfit(self.files, told, problems))
 
     def _untie_if_different(self) -> None:
         """Files may hold a head that the config ties: a copy is dropped; other values mean that it is not tied."""
         if not self.config.tie_embeddings:
             return
-        empty = torch.empty(0, device="meta")
-        renamed = self.architecture.weights.to_theirs([(EMBEDDING, empty), (HEAD, empty)], self.config)
-        (embedding, _), (head, _) = renamed
+        embedding, head = self._their_name(EMBEDDING), self._their_name(HEAD)
         if head not in self.found:
             return
         if embedding not in self.found or same_values(self._value(head), self._value(embedding), self.release):
             del self.found[head]
         else:
             self.config.tie_embeddings = False
+
+
+def _renamed(tensors: dict[str, Tensor], known: str | None = None) -> dict[str, Tensor]:
+    """Tensors under their plain names; see `plain_names`."""
+    return {name: tensors[key] for key, name in plain_names(tensors, known).items()}
 
 
 def _read_shard(file: Path) -> MappedTensors:

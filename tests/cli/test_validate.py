@@ -294,7 +294,7 @@ def test_problems_of_all_groups_come_at_once(validate, directory):
 
 
 def test_an_architecture_that_is_not_supported(validate, directory):
-    rewrite(directory / "config.json", architectures=["BertForMaskedLM"])
+    rewrite(directory / "config.json", architectures=["BertForMaskedLM"], model_type="bert")
     problem = only_error(validate(directory))
     assert problem["group"] == "config"
     assert "BertForMaskedLM" in problem["message"]
@@ -432,4 +432,6 @@ def test_weights_that_are_no_fractions(validate, directory):
     save_file(tensors, file)
     problem = only_error(validate(directory))
     assert problem["group"] == "weights"
-    assert problem["details"] == ["transformer.h.0.mlp.proj.weight is int8"]
+    assert problem["details"] == [
+        f"wrong type: {name} is int8, and config.json does not say how it is quantised",
+    ]

@@ -199,7 +199,6 @@ def test_both_spellings_of_the_rotary_embedding_mean_the_same(base, old, new):
         ({"hidden_act": "relu"}, "hidden_act='relu'"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, "rope type 'longrope'"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "rope type 'dynamic'"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2, "extra": 1}}, "'extra' of rope type 'linear'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2}}, "needs 'low_freq_factor'"),
         ({"rope_parameters": {"full_attention": {}, "sliding_attention": {}}}, "full_attention, sliding_attention"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
@@ -226,6 +225,8 @@ def test_an_unknown_architecture_is_named():
         config_from_hf({"architectures": ["MambaForCausalLM"]})
     with pytest.raises(ValueError, match="model_type 'mamba'"):
         config_from_hf({"model_type": "mamba"})
+    with pytest.raises(ValueError, match=r"\(MambaForCausalLM\)"):
+        config_from_hf({"architectures": "MambaForCausalLM", "model_type": "mamba"})
     assert config_from_hf({**LLAMA, "architectures": None}).n_layer == 2
 
 
