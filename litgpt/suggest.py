@@ -12,3 +12,13 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
         return ""
     quoted = [repr(by_lower[match]) for match in close]
     return f" Did you mean {', '.join(quoted[:-1])}{' or ' if quoted[1:] else ''}{quoted[-1]}?"
+
+
+def nearly(word: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that differs from a word in case and punctuation only (`phi2`, `phi-2`); None where there is none."""
+    wanted = _letters(word)
+    return next((candidate for candidate in candidates if _letters(candidate) == wanted), None)
+
+
+def _letters(text: str) -> str:
+    return "".join(character for character in text.lower() if character.isalnum() or character == "/")

@@ -7,16 +7,19 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from litgpt.checkpoint.names import COMPANION_FILES, CONFIG, WEIGHTS
+from litgpt.checkpoint.names import COMPANION_FILES, COMPANION_PATTERNS, CONFIG, WEIGHTS
 from litgpt.config import Config
 from litgpt.models import find_known, known_checkpoints
-from litgpt.suggest import did_you_mean
+from litgpt.suggest import did_you_mean, nearly
+from litgpt.weight_index import read_weight_index
 
 if TYPE_CHECKING:
     import torch
 
     from litgpt.checkpoint.weights import Release
     from litgpt.model import GPT
+
+FILES = (".gguf", ".pth", ".safetensors", ".bin", ".json", ".yaml")  # what ends so is no id of the Hub
 
 
 def resolve_checkpoint_dir(
@@ -59,16 +62,26 @@ def resolve_checkpoint_dir(
             if rest_is_on_hub and not incomplete and _holds_tokenizer_alone(path):
                 continue
             return path if incomplete else _complete(path)
-    if download and repo_id and not name.startswith((".", "~", "/")):
+    meant = None if known else nearly(model, known_checkpoints())
+    if meant or (not known and _is_path(name)):
+        repo_id = None
+    if repo_id and download:
         return _complete(Path(download(repo_id)))
-    if repo_id and not name.startswith("."):
+    if repo_id:
         remedy = f"To download it, run `litgpt download {repo_id}`."
     else:
         remedy = "Give the path of a checkpoint directory or .gguf file, or a name from `litgpt download list`."
     names = [repo_id if "/" in name else entry.name for repo_id, entry in known_checkpoints().items()]
-    hint = "" if known else did_you_mean(name, [*names, *_local_checkpoints()])
+    hint = "" if known else did_you_mean(name, [*names, *_local_checkpoints()] if meant is None else [meant])
     looked = ", ".join(f"'{path}'" for path in dict.fromkeys(candidates))
     raise FileNotFoundError(f"No checkpoint '{name}' (looked for {looked}).{hint} {remedy}")
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name that may look like `org/name` is that of a file here: it begins or ends like one, or in a
+    directory that there is."""
+    first = name.removeprefix("checkpoints/").partition("/")[0]
+    return name.startswith((".", "~", "/")) or Path(name).suffix in FILES or Path(first).is_dir()
 
 
 def _local_checkpoints() -> list[str]:

@@ -6,11 +6,13 @@ from typing import Any
 
 from litgpt.cli.errors import UsageError
 from litgpt.cli.hints import admits, members
+from litgpt.cli.other_names import here_called
 from litgpt.cli.signature import Signature
 from litgpt.cli.values import BOOLEANS
 
 # `--` and a name: a value such as "-1" or "-- so she said" is no option.
 OPTION = re.compile(r"--[A-Za-z_][\w.-]*(=.*)?\Z", re.DOTALL)
+SHORT = re.compile(r"-[A-Za-z]\w*\Z")  # as other programs have them, and this one has not
 
 
 @dataclass
@@ -51,6 +53,9 @@ class _Splitter:
             elif OPTION.match(word):
                 name, equals, value = word[2:].partition("=")
                 self.option(name.replace("-", "_"), value if equals else None)
+            elif SHORT.match(word):
+                hint = here_called(word[1:], self.signature)
+                raise UsageError(f"{word}: options have their full names here, `--name value`.{hint}")
             elif self.positionals:
                 self.found.settings.append((self.positionals.pop(0), word))
             else:

@@ -72,6 +72,8 @@ class ClassChoice:
             return f"{package or self.package}.{last}", value
         if value is not None and package:
             raise UsageError(f"{name!r} is not a subclass of {self.base.__name__}.")
+        if (options := getattr(self.base, "option_for", lambda _: None)(name)) is not None:
+            raise UsageError(f"{name!r} is no name of a {self.base.__name__}. Give it so: {options}")
         known = self.names()
         if package in ("", self.package):
             hint = did_you_mean(last, known)

@@ -4,7 +4,10 @@ import dataclasses
 import inspect
 import types
 import typing
+from pathlib import Path
 from typing import Any, Literal
+
+WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path"}
 
 
 def members(hint: Any) -> tuple[Any, ...]:
@@ -26,14 +29,17 @@ def admits(hint: Any, *wanted: type) -> bool:
 
 
 def readable(hint: Any) -> str:
-    """A type hint as one writes it."""
+    """What a type hint admits, in words: `a number (or null)`."""
     if typing.get_origin(hint) is Literal:
-        return " | ".join(map(repr, typing.get_args(hint)))
-    names = ["null" if m is type(None) else readable(m) if m is not hint else _name(m) for m in members(hint)]
-    return " | ".join(names)
+        return " or ".join(map(repr, typing.get_args(hint)))
+    parts = members(hint)
+    rest = [readable(part) if part is not hint else _name(part) for part in parts if part is not type(None)]
+    return " or ".join(rest) + (" (or null)" if type(None) in parts and rest else "")
 
 
 def _name(hint: Any) -> str:
+    if hint in WORDS:
+        return WORDS[hint]
     return hint.__name__ if inspect.isclass(hint) and not typing.get_args(hint) else str(hint).replace("typing.", "")
 
 

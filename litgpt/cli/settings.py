@@ -12,6 +12,7 @@ import yaml
 from litgpt.cli.classes import accepted, unknown_init_args
 from litgpt.cli.errors import UsageError
 from litgpt.cli.hints import admits
+from litgpt.cli.other_names import here_called
 from litgpt.cli.signature import Parameter, Signature
 from litgpt.suggest import did_you_mean
 
@@ -50,7 +51,7 @@ class Collector:
         name = ".".join(path)
         elsewhere = getattr(self.signature.function, "options_elsewhere", {})  # prefix -> the command that has them
         hint = "".join(f" `{command}` has it." for prefix, command in elsewhere.items() if name.startswith(prefix))
-        hint = hint or did_you_mean(name, known)
+        hint = hint or here_called(name, self.signature) or did_you_mean(name, known)
         if not hint:  # `micro_batchsize` is close to `train.micro_batch_size` without its group
             last = {entry.rpartition(".")[2]: entry for entry in reversed(known)}
             hint = did_you_mean(path[-1], last)

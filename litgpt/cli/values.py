@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jsonargparse
@@ -14,12 +15,22 @@ BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "n
 _NUMBER = re.compile(r"[+-]?[\d_]*\.?[\d_]+([eE][+-]?\d+)?")
 
 
+class HerePath(type(Path())):
+    """A relative path that was typed with `./` before it, which `Path` forgets: it means a file, never a Hub id."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if self.is_absolute() else f"./{text}"
+
+
 def as_hinted(value: Any, hint: Any) -> Any:
     """One value as its type hint wants it, where the two differ in form only: `1e6` for an integer, `yes`, a number
     from YAML where text is wanted.
     """
     if isinstance(value, bool):
         return value
+    if isinstance(value, str) and admits(hint, Path) and value.startswith("./"):
+        return HerePath(value)
     if admits(hint, str):
         return str(value) if isinstance(value, int | float) and not admits(hint, int, float) else value
     if isinstance(value, str) and admits(hint, bool) and not admits(hint, int):
@@ -58,7 +69,9 @@ def explain(error: ArgumentError, option: str, hint_of: Callable[[str], Any]) ->
     if not key or not values:
         return f"{prefix}{text}"
     hint = hint_of(key[1])
-    return f"{prefix}{key[1]}: {values[-1]!r} is not {'of the right type' if hint is Any else readable(hint)}."
+    if hint is Any:
+        return f"{prefix}{key[1]}: {values[-1]!r} is not of the right type."
+    return f"{prefix}{key[1]}: expected {readable(hint)}, got {values[-1]!r}."
 
 
 def instantiate(parser: ArgumentParser, values: Any) -> Any:

@@ -3,8 +3,8 @@
 With --json, one object is printed:
 
     checkpoint   its path
-    kind         litgpt, Hugging Face or GGUF
-    valid        what the exit code says
+    kind         litgpt, Hugging Face or GGUF; null where the name is known and the checkpoint is not on this machine
+    valid        what the exit code says; null likewise
     problems     a list of {group, fails, message, details}; group is files, config, tokenizer or weights, and what does
                  not fail is a warning
     summary      name, architecture, parameters, dtypes (type: how many values), context, sliding_window, rows (of the
@@ -33,6 +33,7 @@ from litgpt.distributed import accelerator, inference_dtypes, inference_precisio
 from litgpt.lora import LoRASettings, apply_lora
 from litgpt.memory import Usage, estimate_memory
 from litgpt.model import GPT
+from litgpt.models import find_known
 from litgpt.prompts import ChatTemplate, PromptStyle, WrittenStyle
 from litgpt.tokenizer import Tokenizer
 
@@ -55,14 +56,14 @@ def setup(
     """Check a checkpoint and estimate the memory it needs. The exit code is 0 if it passes, 1 if it fails.
 
     Files, configuration, tokenizer, and the name and shape of every weight are checked, all at once, without reading
-    the weights. Warnings do not fail.
+    the weights. Warnings do not fail. Of a known name that has not been downloaded, only the memory is estimated.
 
     The estimate is of the most memory on each device: for inference (with a full cache), for finetuning with LoRA and
     QLoRA (4-bit weights) on queries and values, and for full finetuning with AdamW, which is that of pretraining too.
 
     Args:
         checkpoint_dir: A checkpoint directory, a Hugging Face directory, a .gguf file, or a known name of one that is
-            below checkpoints/.
+            below checkpoints/, or not downloaded yet.
         check_values: Read every weight once, too, and look for NaN, infinity and matrices of zeros.
         precision: To estimate for: 32-true, bf16-true, 16-true, bf16-mixed, 16-mixed. By default what this machine
             answers in.
@@ -79,12 +80,19 @@ def setup(
     device = torch.device(accelerator())
     precision = precision or inference_precision(device)
     inference_dtypes(precision, device)
-    path = resolve_checkpoint_dir(checkpoint_dir, incomplete=True)
-    findings = examine(path, check_values)
+    known = find_known(str(checkpoint_dir).removeprefix("checkpoints/"))
+    try:
+        path = resolve_checkpoint_dir(checkpoint_dir, incomplete=True)
+    except FileNotFoundError:
+        if known is None:
+            raise
+        path, findings = None, Findings(Path(known.repo_id), config=Config.from_name(known.name))
+    else:
+        findings = examine(path, check_values)
     report: dict[str, Any] = {
-        "checkpoint": str(path),
-        "kind": findings.kind,
-        "valid": findings.valid,
+        "checkpoint": str(findings.path),
+        "kind": findings.kind if path else None,
+        "valid": findings.valid if path else None,
         "problems": [vars(problem) for problem in findings.problems],
         "summary": None,
         "memory": None,
@@ -206,17 +214,21 @@ def model_for(method: str, config: Config, dtype: torch.dtype, lora_r: int, kind
 
 def as_text(report: dict[str, Any]) -> Iterator[str]:
     """The report for a reader, line by line."""
-    yield f"{report['checkpoint']} ({report['kind']})"
+    yield f"{report['checkpoint']} ({report['kind'] or 'known; not on this machine'})"
     if report["summary"]:
         yield ""
         yield from summary_lines(report["summary"])
-    yield ""
-    for group in GROUPS:
+    if report["kind"]:
+        yield ""
+    for group in GROUPS if report["kind"] else ():
         yield from problem_lines(group, [problem for problem in report["problems"] if problem["group"] == group])
     if report["memory"]:
         yield ""
         yield from memory_lines(report["memory"])
     yield ""
+    if report["kind"] is None:
+        yield f"To download and check it: litgpt download {report['checkpoint']}"
+        return
     failures = sum(problem["fails"] for problem in report["problems"])
     warnings = len(report["problems"]) - failures
     also = f", {count(warnings, 'warning')}" if warnings else ""

@@ -63,6 +63,13 @@ class DataModule:
 
         return module_for(settings, choices)
 
+    @classmethod
+    def option_for(cls, name: str) -> str | None:
+        """The options that somebody means who gave the name of a file, or the like, in place of a class's name."""
+        from litgpt.data.detection import option_for
+
+        return option_for(name)
+
     def training_texts(self) -> Iterator[str] | None:
         """The raw training text, piece by piece, for training a tokenizer on it; None where there is no text."""
         return None

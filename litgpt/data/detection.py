@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -12,7 +13,7 @@ from litgpt.data.token_chunks import INDEX_FILE
 from litgpt.resources import find
 
 PLACES = ("data_dir", "data_path", "path")  # settings that say where the data is, and not what it is
-RECORDS = (".json", ".jsonl", ".parquet", ".zst", ".gz")
+RECORDS = (".json", ".jsonl", ".parquet", ".csv", ".arrow", ".zst", ".gz")
 MANY = 100_000  # files of a folder to look at
 
 
@@ -50,6 +51,23 @@ def module_for(settings: dict[str, Any], choices: Sequence[str]) -> str | None:
             "instructions or conversations: --data JSON --data.json_path."
         )
     raise ValueError(f"--data.{option} {value} holds neither text files (.txt) nor prepared data ({INDEX_FILE}).")
+
+
+def option_for(value: str) -> str | None:
+    """How to name the data that somebody gave as `--data VALUE`: a file, a folder, a data set of the Hub."""
+    path = Path(value)
+    if value.endswith(RECORDS):
+        return f"--data JSON --data.json_path {value}"
+    if value.endswith(".txt"):
+        return f"--data TextFiles --data.data_path {value}"
+    if path.is_dir():
+        if any(True for _ in _indices(path)):
+            return f"--data LitData --data.data_path {value}"
+        records = any(name.name.endswith(RECORDS) for name in islice(path.iterdir(), MANY))
+        return f"--data JSON --data.json_path {value}" if records else f"--data TextFiles --data.data_path {value}"
+    if re.fullmatch(r"[\w-]+(\.[\w-]+)*/[\w.-]+", value):
+        return f"--data HFDataset --data.repo_id {value}"
+    return None
 
 
 def _indices(path: Path) -> Iterator[Path]:

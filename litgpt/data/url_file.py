@@ -28,12 +28,12 @@ def fetch_url(url: str, path: Path) -> Path:
 
     if constants.HF_HUB_OFFLINE:
         raise HubError(f"HF_HUB_OFFLINE is set, and {url} is not there as '{path}'. Fetch it where there is a network.")
-    patience = Patience(connected=True, pause=threading.Event().wait)
+    patience = Patience(connected=False, pause=threading.Event().wait)
     print(f"Downloading {url} to '{path}'", file=sys.stderr)
     while True:
         try:
             with atomic_file(path) as temporary:
-                _download(url, temporary)
+                _download(url, temporary, patience)
             return path
         except http_error_class() as error:
             try:
@@ -42,7 +42,7 @@ def fetch_url(url: str, path: Path) -> Path:
                 raise HubError(_explained(url, error)) from None
 
 
-def _download(url: str, path: Path) -> None:
+def _download(url: str, path: Path, patience: Patience) -> None:
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session, hf_raise_for_status
 
@@ -50,6 +50,7 @@ def _download(url: str, path: Path) -> None:
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     # The client raises where fewer bytes arrive than were announced.
     with get_session().stream("GET", url, headers=headers, timeout=timeout) as response, open(path, "wb") as file:
+        patience.connected = True
         hf_raise_for_status(response)
         announced = int(response.headers.get("Content-Length", 0)) or None
         bar = tqdm(total=announced, desc=path.name, unit="B", unit_scale=True, delay=2, disable=None)

@@ -4,13 +4,15 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from litgpt.secret import Secret, hide
+
 
 class HubError(ValueError):
     """What was asked for cannot be had from the hub; the message says why and what to do."""
 
 
 @contextmanager
-def clear_errors(repo_id: str, access_token: str | None, revision: str | None = None) -> Iterator[None]:
+def clear_errors(repo_id: str, access_token: Secret | str | None, revision: str | None = None) -> Iterator[None]:
     """Turn the hub client's errors into messages that say what to do."""
     from huggingface_hub import constants, errors
 
@@ -37,8 +39,8 @@ def clear_errors(repo_id: str, access_token: str | None, revision: str | None = 
         raise HubError(_refused(repo_id, page, error.response.status_code, access_token)) from None
     except (http_error_class(), ConnectionError, TimeoutError) as error:
         raise HubError(
-            f"{repo_id} cannot be downloaded: no connection to {constants.ENDPOINT} ({_cause(error)}). Check the "
-            "network (and HF_ENDPOINT, HTTPS_PROXY); the same command goes on where this one stopped."
+            f"{repo_id} cannot be downloaded: no connection to {constants.ENDPOINT} ({_cause(error)})."
+            f"{_meant(repo_id)} Check the network (and HF_ENDPOINT, HTTPS_PROXY); the same command goes on where this one stopped."
         ) from None
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -56,30 +58,34 @@ def http_error_class() -> type[Exception]:
     return next(base for base in errors.HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 
 
-def _gated(repo_id: str, page: str, access_token: str | None) -> str:
+def _gated(repo_id: str, page: str, access_token: Secret | str | None) -> str:
     steps = f"accept its terms on {page}, then pass a token of that account as --access_token or in HF_TOKEN."
     if _has_token(access_token):
         return f"{repo_id} is gated, and the account of this access token has no access: {steps}"
     return f"{repo_id} is gated: {steps}"
 
 
-def _has_token(access_token: str | None) -> bool:
+def _has_token(access_token: Secret | str | None) -> bool:
     """Whether a token was sent: given, in the environment, or from the client's login."""
     from huggingface_hub import get_token
 
     return bool(access_token or get_token())
 
 
-def _not_found(repo_id: str, status: int, access_token: str | None) -> str:
+def _not_found(repo_id: str, status: int, access_token: Secret | str | None) -> str:
+    private = "" if _has_token(access_token) else " If it is private, pass --access_token or set HF_TOKEN."
+    return f"There is no repository {repo_id!r} on the hub (answer {status}).{_meant(repo_id)}{private}"
+
+
+def _meant(repo_id: str) -> str:
+    """The known checkpoints that are called nearly so."""
     from litgpt.models import known_checkpoints
     from litgpt.suggest import did_you_mean
 
-    hint = did_you_mean(repo_id, known_checkpoints())
-    private = "" if _has_token(access_token) else " If it is private, pass --access_token or set HF_TOKEN."
-    return f"There is no repository {repo_id!r} on the hub (answer {status}).{hint}{private}"
+    return "" if repo_id in known_checkpoints() else did_you_mean(repo_id, known_checkpoints())
 
 
-def _refused(repo_id: str, page: str, status: int, access_token: str | None) -> str:
+def _refused(repo_id: str, page: str, status: int, access_token: Secret | str | None) -> str:
     if status in (401, 403):
         said = "does not accept this access token" if _has_token(access_token) else "wants an access token"
         return f"{repo_id}: the hub {said} (answer {status}). Pass a valid one as --access_token or in HF_TOKEN."
@@ -90,4 +96,4 @@ def _cause(error: BaseException) -> str:
     """The innermost reason."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__
-    return str(error) or type(error).__name__
+    return hide(str(error)) or type(error).__name__  # a header that is not valid is shown, token and all

@@ -157,7 +157,7 @@ def test_booleans():
         assert run("dir", *words).multiline is True
     assert run("--multiline", "dir").checkpoint_dir == Path("dir")
     assert run("dir", "--multiline", "False").multiline is False
-    assert "'maybe' is not bool" in refused("dir", "--multiline", "maybe")
+    assert refused("dir", "--multiline", "maybe") == "--multiline: expected true or false, got 'maybe'."
 
 
 def test_dashes_are_underscores():
@@ -165,11 +165,27 @@ def test_dashes_are_underscores():
 
 
 def test_wrong_types_name_option_value_and_type():
-    assert refused("dir", "--train.max_steps", "1.5") == "--train.max_steps: '1.5' is not int | null."
-    assert refused("dir", "--precision", "64") == "--precision: '64' is not '32-true' | 'bf16-true' | null."
-    assert refused("dir", "--data", "Text", "--data.path", "x", "--data.seed", "y") == "--data.seed: 'y' is not int."
-    assert refused("dir", "--model_config.n_layer", "2.5") == "--model_config.n_layer: '2.5' is not int."
-    assert refused("dir", "--optimizer.lr", "x").startswith("--optimizer.lr: 'x' is not float")
+    assert refused("dir", "--train.max_steps", "1.5") == "--train.max_steps: expected an integer (or null), got '1.5'."
+    assert refused("dir", "--precision", "64") == "--precision: expected '32-true' or 'bf16-true' (or null), got '64'."
+    data = ("--data", "Text", "--data.path", "x")
+    assert refused("dir", *data, "--data.seed", "y") == "--data.seed: expected an integer, got 'y'."
+    assert refused("dir", "--model_config.n_layer", "2.5") == "--model_config.n_layer: expected an integer, got '2.5'."
+    assert refused("dir", "--optimizer.lr", "x").startswith("--optimizer.lr: expected a number")
+
+
+def test_names_that_other_programs_have():
+    assert refused("dir", "--lr", "1") == "--lr: unknown setting. Here it is --train.learning_rate."
+    assert refused("dir", "--steps", "1").endswith(" Here it is --train.max_steps.")
+    assert refused("--model", "dir").endswith(
+        " Here the checkpoint_dir stands right after the command, without a name before it."
+    )
+    assert refused("-m", "dir") == (
+        "-m: options have their full names here, `--name value`. Here the checkpoint_dir stands right after the "
+        "command, without a name before it."
+    )
+    assert refused("dir", "-x") == "-x: options have their full names here, `--name value`."
+    assert str(run("./dir").checkpoint_dir) == "./dir"
+    assert run("./dir").checkpoint_dir == Path("dir")
 
 
 def test_a_groups_own_check_is_heard():

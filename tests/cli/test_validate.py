@@ -49,7 +49,7 @@ def validate(litgpt):
     def run(directory, *options):
         result = litgpt("validate", directory, "--json", *options)
         report = json.loads(result.out)
-        assert result.code == (0 if report["valid"] else 1)
+        assert result.code == (1 if report["valid"] is False else 0)
         assert result.err == ""
         return report
 
@@ -141,6 +141,17 @@ def test_what_a_user_mistypes_is_said_in_a_line(litgpt, directory, tmp_path):
     result = litgpt("validate", tmp_path / "nowhere")
     assert result.code == 1
     assert "No checkpoint" in result.err
+
+
+def test_the_memory_of_a_known_model_is_estimated_before_it_is_downloaded(litgpt, validate):
+    report = validate("checkpoints/meta-llama/Llama-3.2-1B")
+    assert (report["checkpoint"], report["kind"], report["valid"]) == ("meta-llama/Llama-3.2-1B", None, None)
+    assert report["summary"]["parameters"] == 1_235_814_400
+    assert report["memory"]["methods"]["inference"]["parts"]["weights"] >= 2 * 1_235_814_400
+    text = litgpt("validate", "Llama-3.2-1B")
+    assert text.code == 0
+    assert text.out.startswith("meta-llama/Llama-3.2-1B (known; not on this machine)\n")
+    assert text.out.endswith("To download and check it: litgpt download meta-llama/Llama-3.2-1B\n")
 
 
 def test_weights_are_not_read(directory, tmp_path):

@@ -444,6 +444,23 @@ def test_a_near_miss_is_suggested(checkpoint):
         resolve_checkpoint_dir("pithia-14m")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("microsoft/phi2", "Did you mean 'microsoft/phi-2'\\?"),
+        ("checkpoints/microsoft/phi2", "Did you mean 'microsoft/phi-2'\\?"),
+        ("./nope/dir", "Give the path"),
+        ("nope/x.gguf", "Give the path"),
+        ("here/dir", "Give the path"),
+    ],
+)
+def test_what_cannot_be_an_id_of_the_hub_is_not_asked_for_there(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(FileNotFoundError, match=message):
+        resolve_checkpoint_dir(name, download=lambda repo_id: pytest.fail(f"asked for {repo_id}"))
+
+
 def test_a_half_written_directory_says_what_it_lacks(checkpoint):
     (checkpoint / CONFIG).unlink()
     with pytest.raises(FileNotFoundError, match=r"incomplete.*model_config.yaml"):
