@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from litgpt.checkpoint.names import COMPANION_FILES, COMPANION_PATTERNS, CONFIG, WEIGHTS
+from litgpt.checkpoint.names import COMPANION_FILES, CONFIG, WEIGHTS
 from litgpt.config import Config
 from litgpt.models import find_known, known_checkpoints
 from litgpt.suggest import did_you_mean, nearly
-from litgpt.weight_index import read_weight_index
 
 if TYPE_CHECKING:
     import torch
