@@ -1,6 +1,7 @@
 """A checkpoint as a GGUF file, for llama.cpp and what is built on it: the way back of `gguf_source.py`."""
 
 from collections.abc import Iterable, Iterator
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,10 @@ def describe(config: Config, usual: str | None = None) -> tuple[GGUFArchitecture
         usual: Its Hugging Face architecture, which comes first where several can say the same.
 
     Raises:
-        ValueError: No architecture can say everything in `config`; says what each one lacks.
+        ValueError: No architecture can say everything in `config`; says what the model's own lacks.
     """
-    reasons = []
+    reasons: dict[str, str] = {}
+    wanted = _in_32_bits(config)
     for form in sorted(GGUF_ARCHITECTURES.values(), key=lambda form: form.architecture != usual):
         name = gguf.MODEL_ARCH_NAMES[form.tensors]
         try:
@@ -102,14 +104,38 @@ def describe(config: Config, usual: str | None = None) -> tuple[GGUFArchitecture
             again = {**config_json, **form.read(Metadata(metadata, names.values()))}
             if (config_json.get("rope_scaling") or {}).get("rope_type") == "llama3":
                 again["rope_scaling"] = config_json["rope_scaling"]  # a tensor says it
-            lost = differences(config_from_hf(again, config.name), config)
+            lost = differences(_in_32_bits(config_from_hf(again, config.name)), wanted)
         except ValueError as error:
-            reasons.append(f"{name}: {str(error).splitlines()[-1].strip()}")
+            reasons[form.architecture] = f"as {name}, {str(error).splitlines()[-1].strip()}"
             continue
         if not lost:
             return form, config_json, metadata
-        reasons.append(f"{name}: it cannot express {', '.join(f'{n}={getattr(config, n)!r}' for n in lost)}")
-    raise ValueError("This model cannot be written as a GGUF file.\n  " + "\n  ".join(reasons))
+        values = ", ".join(f"{n}={getattr(config, n)!r}" for n in lost)
+        reasons[form.architecture] = f"as {name}, it cannot express {values}"
+    own = usual if usual in ARCHITECTURES else config_to_hf(config)["architectures"][0]
+    forms = ", ".join(GGUF_ARCHITECTURES)
+    reason = reasons.get(own, f"there is none of its kind here (only {forms})").rstrip(".")
+    raise ValueError(
+        f"This model ({own}) cannot be written as a GGUF file: {reason}. Write it with `litgpt convert --to hf`, which "
+        "llama.cpp's convert_hf_to_gguf.py reads."
+    )
+
+
+def _in_32_bits(config: Config) -> Config:
+    """A configuration with its fractions as GGUF has them. Whoever read them from there may have written them with all
+    their digits, such as 9.999999747378752e-06."""
+    rounded = copy(config)
+    for name, value in vars(config).items():
+        setattr(rounded, name, _rounded(value))
+    return rounded
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return float(np.float32(value)) if isinstance(value, float) else value
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

@@ -190,10 +190,57 @@ def test_the_tokenizer_gives_the_same_ids(files, tmp_path):
     assert len(GGUFFile(tmp_path / "m.gguf").metadata["tokenizer.ggml.tokens"]) == 704
 
 
+AS_FROM_GGUF = {
+    # What transformers writes of a model that it has read from a GGUF file, with all digits of 32 bits.
+    "Llama": {"rms_norm_eps": 9.999999747378752e-06, "rope_parameters": {"rope_theta": 10000.099609375}},
+    "Llama yarn rope": {
+        "rope_parameters": YARN | {"rope_theta": 1000.0999755859375, "attention_factor": 1.2000000476837158}
+    },
+    "Qwen2": {"rms_norm_eps": 9.999999974752427e-07} | TIED,
+    "Gemma2": {"rms_norm_eps": 9.999999974752427e-07, "final_logit_softcapping": 30.100000381469727},
+    "GPTNeoX": {"layer_norm_eps": 9.999999747378752e-06},
+}
+
+
+@pytest.mark.parametrize("name", AS_FROM_GGUF)
+def test_figures_rounded_to_32_bits_are_written(name, tmp_path, monkeypatch):
+    kind, usual, architecture = ROWS[name]
+    monkeypatch.setitem(ROWS, name, (kind, usual | AS_FROM_GGUF[name], architecture))
+    model = make(name, tmp_path / "hf")
+    export_gguf(open_checkpoint(tmp_path / "hf"), tmp_path / "tiny.gguf", "float32")
+    found = load_model(tmp_path / "tiny.gguf")
+    assert found.config.norm_eps == pytest.approx(load_model(tmp_path / "hf").config.norm_eps, rel=1e-7)
+    with torch.no_grad():
+        torch.testing.assert_close(found(torch.tensor(IDS)), model(torch.tensor(IDS)).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "usual", "message"),
+    [
+        ("Mixtral-8x7B-v0.1", {}, None, r"\(MixtralForCausalLM\).*: there is none of its kind here \(only llama, "),
+        (
+            "Qwen2.5-0.5B",
+            {"sliding_window_size": 16, "sliding_window_indices": [1] * 24},
+            "Qwen2ForCausalLM",
+            r"\(Qwen2ForCausalLM\).*: as qwen2, it has no use_sliding_window=True\. Write it with",
+        ),
+        (
+            "Gemma-2-2b",
+            {"attention_scores_scalar": 40},
+            "Gemma2ForCausalLM",
+            r"as gemma2, it has no query_pre_attn_scalar=40 \(only 256\)",
+        ),
+    ],
+)
+def test_a_failure_speaks_of_the_models_own_architecture(name, changes, usual, message):
+    config = Config(**{**vars(Config.from_name(name)), **changes})
+    with pytest.raises(ValueError, match=message) as info:
+        describe(config, usual)
+    assert len(str(info.value).splitlines()) == 1
+    assert not any(f"as {other}, " in str(info.value) for other in ("llama", "phi2", "gptneox"))
+
+
 def test_what_gguf_cannot_say_is_refused(made, tmp_path):
-    mixture = Config.from_name("Mixtral-8x7B-v0.1")
-    with pytest.raises(ValueError, match=r"cannot be written as a GGUF file.\n  llama: .*"):
-        describe(mixture)
     _, file = made("Llama")
     directory = tmp_path / "hf"
     source = open_checkpoint(file.parent / "hf")
