@@ -7,6 +7,19 @@ import sys
 from pathlib import Path
 
 from tqdm import tqdm
+_TERMINALS = [number for number in range(3) if os.isatty(number)]
+
+
+def let_go_of_lost_terminal() -> bool:
+    """Where the terminal that this process was started on is gone, what is written to it goes nowhere from here on;
+    otherwise each attempt would be an error. Whether there was one, and it is gone."""
+    lost = [number for number in _TERMINALS if not os.isatty(number)]
+    for number in lost:
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nowhere, number)
+        os.close(nowhere)
+        _TERMINALS.remove(number)
+    return bool(lost)
 
 
 class Console:
@@ -34,8 +47,12 @@ class Console:
     def print(self, text: str = "") -> None:
         """A line (or several) for people to read."""
         if self.active:
-            tqdm.write(text, file=sys.stdout)  # above the bar, where there is one
-            sys.stdout.flush()
+            try:
+                tqdm.write(text, file=sys.stdout)  # above the bar, where there is one
+                sys.stdout.flush()
+            except OSError:
+                if not let_go_of_lost_terminal():
+                    raise
             self._record(text)
 
     def start_bar(self, total: int | None, done: int) -> None:

@@ -24,7 +24,7 @@ from litgpt.training.metrics import val_column
 from litgpt.training.recorder import Recorder, figures_in_words, metrics_in_words
 from litgpt.training.run_directory import RunDirectory
 from litgpt.training.schedule import Schedule
-from litgpt.training.signals import StopSignals, shield_workers
+from litgpt.training.signals import STOP_SIGNALS, StopSignals, shield_workers
 from litgpt.training.state import STATE_FILE, Progress, Saved, collect, restore, whole_weights
 from litgpt.training.validation import validate
 
@@ -238,7 +238,7 @@ def stop_reason(
         return FINISHED
     if fabric.world_size > 1 and not ranks_agree:
         return None
-    reasons = [None, FINISHED, "SIGTERM", "Ctrl-C"]
+    reasons = [None, FINISHED, *STOP_SIGNALS.values()]
     found = 0
     if train.max_time is not None and run.recorder.seconds >= train.max_time:
         found = 1

@@ -11,11 +11,17 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from litgpt.training.console import let_go_of_lost_terminal
+
+# By what the run says that has stopped. SIGHUP comes when a terminal is closed or its connection lost.
+STOP_SIGNALS = {"SIGTERM": "SIGTERM", "SIGINT": "Ctrl-C", "SIGHUP": "SIGHUP"}
+
 
 class StopSignals:
-    """Within `with`, SIGTERM (SLURM, docker stop) and Ctrl-C only ask for a stop, which the loop does after its step.
+    """Within `with`, SIGTERM (SLURM, docker stop), SIGHUP and Ctrl-C only ask for a stop, which the loop does after its
+    step.
 
-    A second Ctrl-C does not wait for that.
+    A second Ctrl-C does not wait for that. A SIGHUP that is ignored, as by nohup, stays so.
     """
 
     def __init__(self) -> None:
@@ -24,8 +30,9 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._handle)
+            for number in (getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)):  # not on Windows
+                if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -35,11 +42,14 @@ class StopSignals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received is not None:
             raise KeyboardInterrupt
-        self.received = "SIGTERM" if number == signal.SIGTERM else "Ctrl-C"
+        name = signal.Signals(number).name
+        if name == "SIGHUP":
+            let_go_of_lost_terminal()
+        self.received = STOP_SIGNALS[name]
 
 
 def shield_workers(loader: Any) -> None:
-    """Has a loader's workers leave SIGTERM and Ctrl-C to this process, which needs their batches to finish its step.
+    """Has a loader's workers leave these signals to this process, which needs their batches to finish its step.
 
     A terminal, SLURM and systemd send them to all processes of a run. The workers end when this process ends them, or
     ends.
@@ -60,6 +70,8 @@ class ShieldedWorker:
 
     def __call__(self, worker: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if hasattr(signal, "SIGHUP"):
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
             # Not ignored altogether: SIGTERM is also how `multiprocessing` ends a worker, which it then waits for. A
             # handler is not told who has sent it; who waits for the signal is.

@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from torch.utils.data import DataLoader, get_worker_info
 from litgpt.training.arguments import EvalArgs
 from litgpt.training.metrics import read_metrics
 from litgpt.training.run_directory import RunDirectory
-from litgpt.training.signals import shield_workers
+from litgpt.training.signals import StopSignals, shield_workers
+from litgpt.training.state import saved_step
 from tests.data_damage import flip
 from tests.training.conftest import assert_same_run, killed_in_step
 
@@ -46,14 +49,28 @@ from litgpt.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
 
+ON_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
-def start(root: Path, out_dir: Path, text: Path, cache: Path, *more: str) -> subprocess.Popen:
+
+def start(
+    root: Path, out_dir: Path, text: Path, cache: Path, *more: str, terminal: int | None = None
+) -> subprocess.Popen:
+    """A run in a session of its own, on a terminal if one is given."""
     command = [sys.executable, "-c", COMMAND.format(root=str(root)), "pretrain", "tiny", f"--out_dir={out_dir}"]
     command += [f"--model_config.{k}={str(v).lower()}" for k, v in SUBPROCESS_SHAPE.items()]
     command += ["--data=TextFiles", f"--data.train_data_path={text}", "--data.num_workers=2", "--devices=1"]
     command += ["--tokenizer_vocab_size=300", "--train.global_batch_size=8", "--train.micro_batch_size=4"]
     command += ["--train.lr_warmup_steps=5", "--logger_name=csv", "--eval.interval=50", "--eval.max_iters=4", *more]
     environment = {**os.environ, "LITGPT_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
+    if terminal is not None:
+        command = [sys.executable, "-c", ON_TERMINAL, *command]
+        return subprocess.Popen(
+            command, env=environment, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True
+        )
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -114,7 +131,7 @@ def test_workers_end_by_nobody_but_their_process():
     numbers = [int(next(batches)), int(next(batches))]  # one of each worker: they have begun
     workers = [psutil.Process(process.pid) for process in multiprocessing.active_children()]
     assert len(workers) == 2
-    for name in ("TERM", "INT", "INT", "TERM"):
+    for name in ("TERM", "INT", "HUP", "INT", "TERM"):
         subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
     numbers += [int(next(batches)) for _ in range(100)]
     assert numbers == [*range(1000, 1102)]  # the workers live, and what else they were to do at their start is done
@@ -201,3 +218,49 @@ def test_a_state_without_sums_is_taken(train, tmp_path):
     finally:
         torch.serialization.set_crc32_options(True)
     assert len(train(tmp_path / "run", max_steps=4, resume="auto")) == 4
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no SIGHUP")
+def test_an_ignored_hangup_stays_ignored():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, received in ((signal.SIG_IGN, None), (signal.SIG_DFL, "SIGHUP")):
+            signal.signal(signal.SIGHUP, handler)
+            with StopSignals() as signals:
+                os.kill(os.getpid(), signal.SIGHUP)
+                assert signals.received == received
+            assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="this system has no terminals to close")
+def test_a_closed_terminal_saves_first(text, tmp_path):
+    """The terminal's end sends SIGHUP to all processes of the run, and every line to it is an error from then on."""
+    outside, inside = os.openpty()
+    run = start(
+        Path(__file__).parents[2], tmp_path / "run", text, tmp_path / "cache", "--train.max_steps=100000",
+        terminal=inside,
+    )  # fmt: skip
+    os.close(inside)
+    closing = threading.Event()
+    reader = threading.Thread(target=read_all, args=(outside, closing), daemon=True)
+    reader.start()
+    wait_for_step(run, tmp_path / "run", 5)
+    workers = psutil.Process(run.pid).children(recursive=True)
+    assert len(workers) == min(2, os.cpu_count())
+    closing.set()
+    reader.join()
+    os.close(outside)
+    assert run.wait(120) == 0
+    steps = [int(row["step"]) for row in read_metrics(tmp_path / "run/metrics.csv")]
+    assert saved_step(tmp_path / f"run/step-{steps[-1]:08d}") == steps[-1]
+    assert f"Stopped by SIGHUP after step {steps[-1]}." in (tmp_path / "run/logs.txt").read_text()
+    assert psutil.wait_procs(workers, timeout=120)[1] == []
+
+
+def read_all(terminal: int, until: threading.Event) -> None:
+    """What is written to a terminal that nobody reads soon has no room."""
+    while not until.is_set():
+        if select.select([terminal], [], [], 0.1)[0]:
+            os.read(terminal, 1 << 16)
