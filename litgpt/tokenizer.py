@@ -27,6 +27,11 @@ PROTECTED = "\ufdd0"  # a Unicode noncharacter: put inside a control token's tex
 # How the vendors spell what their chat templates write. DeepSeek's files do not mark `<｜User｜>` as special.
 MARKER = re.compile(r"<([|｜])[^|｜<>]+\1>")
 MODEL_FILES = ("tokenizer.json", "tokenizer.model")
+MAX_ID = 2**24 - 1  # of a token; vocabularies are made lists of
+MAX_GROWTH = 64  # by how much replacements may lengthen a text
+CUTTERS = ("Split", "ByteLevel", "Digits", "Metaspace")  # pre-tokenizers that need not drop anything
+MOST_COMPOSED = 3  # Hangul, for example: three letters of three bytes make up a syllable of three
+LONG_WORD = 16  # characters: the beginning of a text that has so many for each token is hardly shorter than they
 # sentencepiece's ModelProto { normalizer_spec { add_dummy_prefix: false } }, serialised. A protobuf message takes what
 # is appended to it as an amendment.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
@@ -87,7 +92,13 @@ class Tokenizer:
         return torch.tensor(ids[:max_length] if max_length > 0 else ids, dtype=torch.int64, device=device)
 
     def encode_ids(
-        self, text: str, *, bos: bool | None = None, eos: bool | None = False, allow_special: bool = False
+        self,
+        text: str,
+        *,
+        bos: bool | None = None,
+        eos: bool | None = False,
+        allow_special: bool = False,
+        room: int | None = None,
     ) -> list[int]:
         """The ids of `text`.
 
@@ -102,7 +113,14 @@ class Tokenizer:
     def encode_batch_ids(
         self, texts: Sequence[str], *, bos: bool | None = None, eos: bool | None = False, allow_special: bool = False
     ) -> list[list[int]]:
+            room: how many tokens the model's context holds. A text that is far too long for it is not encoded to its
+                end, which may take minutes; one that is a little too long may be, and is given back whole.
+
+        Raises:
+            TextTooLongError: the text certainly has more tokens than there is room for.
         """`encode_ids` of many texts; with `tokenizer.json` on all cores."""
+        if room is not None:
+            self._refuse_too_long(text, room, allow_special)
         if allow_special:
             return [self.encode_ids(text, bos=bos, eos=eos, allow_special=True) for text in texts]
         return [self._surround(ids, bos, eos) for ids in self._backend.encode_batch(list(map(_well_formed, texts)))]
@@ -132,6 +150,14 @@ class Tokenizer:
     def decode(self, ids: Iterable[int] | torch.Tensor, skip_special: bool = True) -> str:
         """The text of `ids`; control tokens are left out unless `skip_special` is False."""
         return "".join(self.decode_stream(_as_ints(ids), skip_special=skip_special))
+
+    def check_rows(self, largest: int, rows: int) -> None:
+        """Raises `ValueError` where the largest id of some text is none of the `rows` of a model's embedding."""
+        if largest >= rows:
+            raise ValueError(
+                f"The tokenizer in {self.dir} gives the token id {largest}, but the model's vocabulary ends at "
+                f"{rows - 1}. They do not belong together: copy the model's own tokenizer there."
+            )
 
     def decode_at_once(self, ids: Iterable[int] | torch.Tensor) -> str:
         """The text of `ids` as the tokenizer's library makes it of all of them together. It differs from `decode` where
@@ -204,6 +230,24 @@ class Tokenizer:
             end = match.end()
         segments.append(text[end:].replace(PROTECTED, ""))
         return self._backend.encode_segments([segment for segment in segments if segment != ""])
+    def _refuse_too_long(self, text: str, room: int, allow_special: bool) -> None:
+        longest, size = self._backend.most_bytes, len(text)  # characters: at least as many bytes
+        if longest is not None and size > longest * room:
+            raise TextTooLongError(
+                f"The text has {size:,} characters, and no {room:,} tokens, which are all that the model's context "
+                f"holds, stand for more than {longest * room:,} bytes. Shorten it, or take a model with a longer "
+                "context."
+            )
+        # Its beginning tells as well, but for a few tokens around the place where it is cut.
+        sure, beginning = room + room // 16 + 64, LONG_WORD * room
+        while beginning < size:
+            if len(self._encode_plain_or_special(text[:beginning], allow_special)) > sure:
+                raise TextTooLongError(
+                    f"The first {beginning:,} characters of the text alone have more than {room:,} tokens, which are "
+                    "all that the model's context holds. Shorten it, or take a model with a longer context."
+                )
+            beginning *= 4
+
 
     @cached_property
     def _marker_pattern(self) -> re.Pattern[str]:
@@ -279,6 +323,10 @@ class _Backend(ABC):
     vocab_size: int
     control: dict[str, int]
     markers: dict[str, int]
+class TextTooLongError(ValueError):
+    """A text has more tokens than the model's context holds."""
+
+
     strips_left: set[str]
     strips_right: set[str]
     bos_id: int | None = None
@@ -296,6 +344,9 @@ class _Backend(ABC):
 
     @abstractmethod
     def token_to_id(self, token: str) -> int | None: ...
+    most_bytes: int | None = None
+    """How many bytes of a text one token stands for, at most; None where that has no bound: an unknown word of any
+    length is one token, or white space is dropped."""
 
     @abstractmethod
     def id_to_token(self, token_id: int) -> str: ...
@@ -416,6 +467,30 @@ class _JsonBackend(_Backend):
         named = {token["content"]: token for _, token in _named_tokens(settings)}
         self._declare_special(
             tokenizers.AddedToken(content, **{key: token[key] for key in _FLAGS if key in token})
+    @cached_property
+    def most_bytes(self) -> int | None:
+        import tokenizers
+
+        parts = _flattened(self._tokenizer.pre_tokenizer, "pretokenizers")
+        byte_level = any(part["type"] == "ByteLevel" for part in parts)
+        is_complete = byte_level or getattr(self._tokenizer.model, "byte_fallback", False)
+        drops = any(part["type"] not in CUTTERS or part.get("behavior") == "Removed" for part in parts)
+        if not isinstance(self._tokenizer.model, tokenizers.models.BPE) or drops or not is_complete:
+            return None
+        shrinks = 1
+        for part in _flattened(self._tokenizer.normalizer, "normalizers"):
+            if part["type"] in ("NFC", "NFD", "NFKC", "NFKD", "Lowercase"):
+                shrinks = MOST_COMPOSED
+            elif part["type"] == "Replace":
+                found = part["pattern"].get("String")
+                if found is None or len(part["content"].encode()) < len(found.encode()):
+                    return None
+            elif part["type"] != "Prepend":
+                return None
+        tokens = self._tokenizer.get_vocab(with_added_tokens=False)
+        longest = max(len(token) if byte_level else len(token.replace("▁", " ").encode()) for token in tokens)
+        return shrinks * max([longest, *(len(token.encode()) for token in self._added.values())])
+
             for content, token in named.items()
             if content not in known and self.token_to_id(content) is not None
         )
@@ -463,7 +538,7 @@ class _JsonBackend(_Backend):
     def encode_segments(self, segments: list[str | int]) -> list[int]:
         control_ids = iter([segment for segment in segments if isinstance(segment, int)])
         text = "".join(self._slot if isinstance(segment, int) else segment for segment in segments)
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        [ids] = self.encode_batch([text])  # `encode` would keep the interpreter to itself
         return [next(control_ids) if token_id == self._slot_id else token_id for token_id in ids]
 
     def surroundings(self) -> tuple[list[int], list[int]]:
@@ -529,6 +604,10 @@ class _SentencePieceBackend(_Backend):
             elif index == 0 or self._prefix_everywhere:
                 ids += self._model.encode(segment)
             else:
+        keeps_spaces = self._model.encode("x  x") != self._model.encode("x x")
+        if keeps_spaces and any(self._model.is_byte(token_id) for token_id in range(size)):
+            longest = max(len(self.token_bytes(token_id)) for token_id in range(self.vocab_size))
+            self.most_bytes = MOST_COMPOSED * longest
                 ids += self._model_without_prefix.encode(segment)
         return ids
 

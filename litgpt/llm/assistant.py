@@ -88,17 +88,13 @@ class Assistant(nn.Module):
         """The token ids of a conversation, ready for the reply; `input` is what the last question is about.
 
         Raises:
-            ValueError: The prompt format refuses the conversation, or the tokenizer is not this model's.
+            ValueError: The prompt format refuses the conversation, it is far longer than the model's context, or the
+                tokenizer is not this model's.
         """
         messages, fields = with_input(self.prompt_style, messages, input)
-        ids = self.prompt_style.encode(self.tokenizer, messages, **fields)
-        largest = max(ids, default=0)
-        if largest >= self.config.padded_vocab_size:
-            raise ValueError(
-                f"The tokenizer in {self.tokenizer.dir} gives the token id {largest}, but the model's vocabulary ends "
-                f"at {self.config.padded_vocab_size - 1}. They do not belong together: copy the model's own tokenizer "
-                "there."
-            )
+        room = 2 * self.config.block_size  # `chat` leaves the oldest turns out of what is a little too long
+        ids = self.prompt_style.encode(self.tokenizer, messages, room=room, **fields)
+        self.tokenizer.check_rows(max(ids, default=0), self.config.padded_vocab_size)
         return ids
 
     def request(

@@ -34,7 +34,9 @@ class Tokenizer(Protocol):
 
     def protect(self, text: str) -> str: ...
 
-    def encode_ids(self, text: str, *, bos: bool | None = None, allow_special: bool = False) -> list[int]: ...
+    def encode_ids(
+        self, text: str, *, bos: bool | None = None, allow_special: bool = False, room: int | None = None
+    ) -> list[int]: ...
 
 
 class PromptStyle(ABC):
@@ -80,17 +82,34 @@ class PromptStyle(ABC):
         """Everything that ends a reply: `stop_tokens`, the checkpoint's own stop ids, and the marker that closes one in
         this format (`<|im_end|>`)."""
         sequences = [*self.stop_tokens(tokenizer), *([token_id] for token_id in sorted(tokenizer.stop_ids))]
-        closing = tokenizer.encode_ids(self.end.strip(), bos=False, allow_special=True)[:1]
-        if closing and tokenizer.is_marker(closing[0]):
-            sequences.append(closing)
+        if (closing := self.closing_token(tokenizer)) is not None:
+            sequences.append([closing])
         return [list(sequence) for sequence in dict.fromkeys(map(tuple, sequences))]
 
-    def encode(self, tokenizer: Tokenizer, messages: Sequence[Message], **kwargs: Any) -> list[int]:
-        """The conversation's token ids. Control tokens spelled in a message, a tool or a document stay text."""
+    def closing_token(self, tokenizer: Tokenizer) -> int | None:
+        """The marker that closes a reply in this format; None where other text does."""
+        closing = tokenizer.encode_ids(self.end.strip(), bos=False, allow_special=True)[:1]
+        return closing[0] if closing and tokenizer.is_marker(closing[0]) else None
+
+    def encode(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], *, room: int | None = None, **kwargs: Any
+    ) -> list[int]:
+        """The conversation's token ids. Control tokens spelled in a message, a tool or a document stay text.
+
+        Args:
+            tokenizer: The model's.
+            messages: As for `render`.
+            room: How many tokens the model's context holds: a text that is far too long for it is not encoded.
+            kwargs: As for `render`.
+
+        Raises:
+            ValueError: As `render`; or the text has more tokens than there is room for.
+        """
+        bos = False if self.adds_bos else None
         if self.continues_text:  # no control token is read there, so nothing needs protection
-            return tokenizer.encode_ids(self.render(messages, **kwargs), bos=False if self.adds_bos else None)
+            return tokenizer.encode_ids(self.render(messages, **kwargs), bos=bos, room=room)
         text = self.render(protected(tokenizer, messages), **protected(tokenizer, kwargs))
-        return tokenizer.encode_ids(text, bos=False if self.adds_bos else None, allow_special=True)
+        return tokenizer.encode_ids(text, bos=bos, allow_special=True, room=room)
 
     @staticmethod
     def from_name(name: str) -> PromptStyle:

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from litgpt.prompts import ChatTemplate
-from litgpt.serving.errors import ApiError
+from litgpt.serving.errors import ApiError, prompt_error
 from litgpt.serving.schemas import ChatMessage, ChatRequest, TextPart, ToolCall
 from litgpt.serving.served import ServedModel
 
-TAKEN = ("self", "tokenizer", "messages", "tools", "add_generation_prompt")  # not for chat_template_kwargs
+TAKEN = ("self", "tokenizer", "messages", "tools", "room", "add_generation_prompt")  # not for chat_template_kwargs
 
 
 def encode(model: ServedModel, request: ChatRequest, tools: Sequence[dict[str, Any]]) -> list[int]:
     """The prompt's token ids.
 
     Raises:
-        ApiError: the model's prompt format cannot write the conversation.
+        ApiError: the model's prompt format cannot write the conversation, or it does not fit the context.
     """
     variables = template_variables(model, request)
     if tools:
@@ -26,7 +26,7 @@ def encode(model: ServedModel, request: ChatRequest, tools: Sequence[dict[str, A
     try:
         return model.encode([_message(message) for message in request.messages], **variables)
     except ValueError as error:
-        raise ApiError(400, str(error), param="messages", code="invalid_value") from None
+        raise prompt_error(error, "messages") from None
 
 
 def template_variables(model: ServedModel, request: ChatRequest) -> dict[str, Any]:

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from litgpt.generation.ranks import RanksLost
 from litgpt.suggest import did_you_mean
+from litgpt.tokenizer import TextTooLongError
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
@@ -60,6 +60,12 @@ def bad_request(error: ValueError, param: str | None, code: str | None = "invali
     return ApiError(400, str(error), param=param, code=code)
 
 
+def prompt_error(error: ValueError, param: str) -> ApiError:
+    """A prompt that cannot be written or encoded."""
+    too_long = isinstance(error, TextTooLongError)
+    return bad_request(error, param, "context_length_exceeded" if too_long else "invalid_value")
+
+
 def engine_error(error: Exception) -> ApiError:
     """What the engine raised while it worked on the request."""
     if type(error).__name__ in OUT_OF_MEMORY:
@@ -89,9 +95,6 @@ def validation_error(problems: Sequence[Mapping[str, Any]], known: Sequence[str]
     parts, params = [], []
     for problem in problems[:5]:
         place = ".".join(str(part) for part in problem["loc"] if part != "body")[:100]
-        if problem["type"] == "json_invalid":
-            parts.append(f"The body is not valid JSON: {problem.get('ctx', {}).get('error', problem['msg'])}")
-            continue
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             message = f"there is no such field.{did_you_mean(place, known)}"
@@ -110,13 +113,6 @@ def install(app: FastAPI) -> None:
         code = "not_found" if error.status_code == 404 else None
         return ApiError(error.status_code, str(error.detail), code=code, headers=error.headers).response
 
-    async def validation(request: Request, error: RequestValidationError) -> JSONResponse:
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json" and not kind.endswith("+json"):
-            message = f"The body must be JSON, sent with the header Content-Type: application/json; it is {kind!r}."
-            return ApiError(422, message, code="invalid_request").response
-        return validation_error(error.errors(), _fields(request)).response
-
     async def unforeseen(_: Request, error: Exception) -> JSONResponse:
         return internal_error(error).response
 
@@ -125,13 +121,5 @@ def install(app: FastAPI) -> None:
 
     app.add_exception_handler(ApiError, ours)
     app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(RequestValidationError, validation)
     app.add_exception_handler(RanksLost, lost)
     app.add_exception_handler(Exception, unforeseen)
-
-
-def _fields(request: Request) -> list[str]:
-    """The fields that the body of the route may have."""
-    field = getattr(request.scope.get("route"), "body_field", None)
-    model = getattr(getattr(field, "field_info", None), "annotation", None)
-    return list(getattr(model, "model_fields", ()))

@@ -17,8 +17,9 @@ from litgpt.generation.request import TokenLogprob
 from litgpt.generation.sampling import Sampling
 from litgpt.serving import conversation, tools
 from litgpt.serving.answers import Answers, Piece, several
+from litgpt.serving.bodies import json_route
 from litgpt.serving.constraint import GrammarConstraint, json_rule
-from litgpt.serving.errors import ApiError
+from litgpt.serving.errors import ApiError, prompt_error
 from litgpt.serving.schemas import ChatRequest, CompletionRequest, NamedTool, OpenAIRequest, SamplingFields
 from litgpt.serving.served import ServedModel
 from litgpt.serving.service import Service
@@ -31,7 +32,7 @@ MEDIA = "text/event-stream"
 
 def router(service: Service) -> APIRouter:
     """The routes."""
-    routes = APIRouter(prefix="/v1", tags=["OpenAI"])
+    routes = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=json_route(service))
 
     @routes.get("/models")
     async def models() -> JSONResponse:
@@ -58,7 +59,7 @@ def router(service: Service) -> APIRouter:
 
 async def _respond(service: Service, request: Request, body: OpenAIRequest, prepare) -> Response:
     service.model(body.model)
-    kind = await unless_gone(request, service.aside(prepare))
+    kind = await unless_gone(request, service.aside(prepare, request.state.size))
     if not body.stream:
         return JSONResponse(await unless_gone(request, kind.whole()))
     events = await begun(request, kind.events(body.includes_usage))
@@ -207,15 +208,11 @@ def prepare_completion(service: Service, body: CompletionRequest) -> CompletionK
         raise ApiError(400, "prompt is an empty list.", param="prompt", code="invalid_value")
     service.check_size(len(prompts) * (body.n or 1))
     try:
-        # What stands for control tokens becomes them: a prompt that the client has rendered itself is taken as it is.
         encoded = [
-            model.checked(
-                model.tokenizer.encode_ids(prompt, allow_special=True) if isinstance(prompt, str) else list(prompt)
-            )
-            for prompt in prompts
+            model.encode_text(prompt) if isinstance(prompt, str) else model.checked(list(prompt)) for prompt in prompts
         ]
     except ValueError as error:
-        raise ApiError(400, str(error), param="prompt", code="invalid_value") from None
+        raise prompt_error(error, "prompt") from None
     most = body.max_tokens or model.defaults.max_new_tokens
     requests = [
         choice

@@ -10,7 +10,8 @@ from fastapi.responses import JSONResponse
 
 from litgpt.generation.request import Request as EngineRequest
 from litgpt.serving.answers import Answers
-from litgpt.serving.errors import ApiError
+from litgpt.serving.bodies import json_route
+from litgpt.serving.errors import prompt_error
 from litgpt.serving.openai_api import sampling_of
 from litgpt.serving.schemas import PredictRequest
 from litgpt.serving.service import Service
@@ -25,13 +26,13 @@ def router(service: Service, path: str, stream: bool) -> APIRouter:
         path: Where it is.
         stream: Answer in lines of JSON, {"output": the next piece}, as the text comes.
     """
-    routes = APIRouter(tags=["LitGPT"])
+    routes = APIRouter(tags=["LitGPT"], route_class=json_route(service))
 
     @routes.post(path)
     async def predict(body: PredictRequest, request: Request) -> Response:
         """The answer to a prompt."""
         service.model()
-        answers = await unless_gone(request, service.aside(lambda: prepare(service, body)))
+        answers = await unless_gone(request, service.aside(lambda: prepare(service, body), request.state.size))
         if not stream:
             return JSONResponse({"output": await unless_gone(request, _whole(answers))})
         lines = await begun(request, _lines(answers))
@@ -50,7 +51,7 @@ def prepare(service: Service, body: PredictRequest) -> Answers:
     try:
         prompt = model.encode([{"role": "user", "content": body.prompt}])
     except ValueError as error:
-        raise ApiError(400, str(error), param="prompt", code="invalid_value") from None
+        raise prompt_error(error, "prompt") from None
     most = body.max_new_tokens or model.defaults.max_new_tokens
     return Answers(service, model, [EngineRequest(prompt, most, sampling_of(body, model), model.stops, body.seed)])
 

@@ -2,23 +2,59 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+# Every list has a bound, and what is wrong in it is told of its first part only. They are far above what is of use.
 MOST_CHOICES = 128
+MOST_PROMPTS = 4096
+MOST_MESSAGES = 2**14
+MOST_PARTS = 4096  # of a message: texts, calls
+MOST_TOOLS = 1024
+MOST_BIASES = 4096
+MOST_IDS = 2**19
+MOST_STOPS = 16
+T = TypeVar("T")
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Stop = Annotated[str, Field(max_length=1000)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Ids = Annotated[list[TokenId], Field(max_length=MOST_IDS, fail_fast=True)]
+Prompts = Annotated[list[T], Field(max_length=MOST_PROMPTS, fail_fast=True)]
+Parts = Annotated[list[T], Field(max_length=MOST_PARTS, fail_fast=True)]
 
 
-class Strict(BaseModel):
+def _few(biases: Any) -> Any:
+    """Before each of them is looked at."""
+    if isinstance(biases, dict) and len(biases) > MOST_BIASES:
+        raise ValueError(f"at most {MOST_BIASES:,} tokens may have a bias, not {len(biases):,}")
+    return biases
+
+
+class Part(BaseModel):
+    """A part of a request. A field that is null is as if it were left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        given = {name: part for name, part in value.items() if part is not None}
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = [name for name in given if name not in known]
+        for name in unknown[1:]:  # one is enough to tell of
+            del given[name]
+        return given
+
+
+class Strict(Part):
     """A field that is not known is refused: an option that is accepted acts."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-class Lenient(BaseModel):
+class Lenient(Part):
     """A part that clients send back as they got it, with what else was in it."""
 
     model_config = ConfigDict(extra="ignore")
@@ -61,13 +97,13 @@ class OpenAIRequest(SamplingFields, Notes):
     model: str | None = Field(None, description="One of /v1/models; the first of them where it is left out")
     max_tokens: Count | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=MOST_BIASES), BeforeValidator(_few)] | None = None
     ignore_eos: bool = Field(False, description="Go on to max_tokens, whatever the model says")
 
     @property
@@ -99,9 +135,9 @@ class ToolCall(Lenient):
 
 class ChatMessage(Lenient):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Parts[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Parts[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
 
@@ -140,21 +176,21 @@ class ResponseFormat(Lenient):
 
 
 class ChatRequest(OpenAIRequest):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = Field(None, description="For chat templates that have it")
-    modalities: list[Literal["text"]] | None = None
+    modalities: Parts[Literal["text"]] | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables of the chat template")
 
 
 class CompletionRequest(OpenAIRequest):
-    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+    prompt: str | Ids | Prompts[str] | Prompts[Ids]
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: Annotated[int, Field(ge=1, le=1, description="Only 1: the best of several is not chosen")] | None = None

@@ -56,9 +56,18 @@ class ServedModel:
         """The token ids of a conversation, ready for the reply.
 
         Raises:
-            ValueError: the prompt format refuses the conversation.
+            ValueError: the prompt format refuses the conversation, or it is far longer than the context.
         """
-        return self.checked(self.style.encode(self.tokenizer, messages, **variables))
+        return self.checked(self.style.encode(self.tokenizer, messages, room=self.context, **variables))
+
+    def encode_text(self, text: str) -> list[int]:
+        """The token ids of a text as it is. What stands for control tokens becomes them: a prompt that the client has
+        rendered itself is taken as such.
+
+        Raises:
+            ValueError: the text is far longer than the context.
+        """
+        return self.checked(self.tokenizer.encode_ids(text, allow_special=True, room=self.context))
 
     def checked(self, ids: list[int]) -> list[int]:
         """Token ids that the model has.

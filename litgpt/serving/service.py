@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from litgpt.serving.errors import ApiError
@@ -14,6 +15,7 @@ from litgpt.suggest import did_you_mean
 
 T = TypeVar("T")
 
+LARGE = 2**16  # bytes of a request that takes a while before it gets to the engine
 
 class Service:
     """The state of a server.
@@ -33,6 +35,9 @@ class Service:
         self.closing = False
         self.started = time.time()
         self.metrics = Metrics()
+        self._small_requests = ThreadPoolExecutor(4, "litgpt-request")
+        self._large_requests = ThreadPoolExecutor(1, "litgpt-large-request")
+        self.stops: set[Callable[[ApiError], None]] = set()  # each ends the answers of a request with that error
         self.metrics.gauge("running", "Answers being generated", lambda: self._sum("running"))
         self.metrics.gauge("waiting", "Answers that wait for a slot", lambda: max(0, self.taken - self._sum("running")))
         self.metrics.gauge("ready", "1 once the model is loaded", lambda: float(bool(self.models)))
@@ -112,9 +117,26 @@ class Service:
         """Gives places back."""
         self.taken -= count
 
-    async def aside(self, function: Callable[[], T]) -> T:
-        """Runs what takes a while, such as encoding a long prompt, beside the event loop."""
-        return await asyncio.to_thread(function)
+    def stop(self) -> None:
+        """Ends all answers that are not complete, and says so in them."""
+        for stop in list(self.stops):
+            stop(ApiError(503, "The server is shutting down.", code="shutting_down", headers={"Retry-After": "5"}))
+
+    async def aside(self, function: Callable[[], T], size: int) -> T:
+        """Runs what takes a while, such as encoding a long prompt, beside the event loop: of large requests one at a
+        time, so that small ones do not wait for them, and their memory is not needed many times over.
+
+        Args:
+            function: What it is.
+            size: Bytes of the request that it is done for.
+        """
+        threads = self._large_requests if size > LARGE else self._small_requests
+        return await asyncio.get_running_loop().run_in_executor(threads, function)
+
+    def close(self) -> None:
+        """Lets go of what has not begun."""
+        for threads in (self._small_requests, self._large_requests):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def _sum(self, name: str) -> float:
         engines = {id(model.worker.engine): model.worker.engine for model in self.models}

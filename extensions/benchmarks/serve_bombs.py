@@ -1,0 +1,170 @@
+"""Requests that are made to hurt, against `litgpt serve`: whether others are answered meanwhile, and what memory it takes.
+
+    python extensions/benchmarks/serve_bombs.py --checkpoint DIR [--only NAME ...] [--root OTHER/TREE] [-- SERVE OPTIONS]
+
+starts a server of this tree (or of another, for a comparison), and sends it one such request after the other. While one
+is on its way, /health is asked 20 times. The Markdown table that it prints has, for each: the status and the seconds
+that the request took, the median and the longest of the seconds that /health took, and by how many MB the process's
+peak resident memory, and what it held 3 seconds after the request, were above what it held before.
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import psutil
+from side_by_side import ROOT
+
+POLLS = 20
+PATIENCE = 600  # seconds that a server may take for anything
+MB = 1e6
+
+CHAT, TEXT, PREDICT = "/v1/chat/completions", "/v1/completions", "/predict"
+
+
+def body(**fields) -> bytes:
+    return json.dumps(fields).encode()
+
+
+def repeated(start: str, part: str, end: str, size: float) -> bytes:
+    """A body of so many bytes: a list, or an object, of one part again and again."""
+    return (start + ",".join([part] * int(size / (len(part) + 1))) + end).encode()
+
+
+def keys(start: str, value: str, end: str, size: float) -> bytes:
+    """The same with a number in each part that makes it another key."""
+    parts = [f'"k{index}":{value}' for index in range(int(size / (len(value) + 11)))]
+    return (start + ",".join(parts) + end).encode()
+
+
+def message(text: str, **options) -> bytes:
+    return body(messages=[{"role": "user", "content": text}], max_tokens=1, **options)
+
+
+# A name, where it goes, and how the body is made. Largest bodies are just below 16 MiB, the server's limit.
+BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "3 MB of negative ids": (TEXT, lambda: repeated('{"prompt": [', "-1", "]}", 3e6)),
+    "3 MB of negative ids in lists": (TEXT, lambda: repeated('{"prompt": [', "[-1]", "]}", 3e6)),
+    "16 MB of ids": (TEXT, lambda: repeated('{"prompt": [', "7", "]}", 16.7e6)),
+    "3 MB of unknown fields": (CHAT, lambda: keys('{"messages": [], ', "0", "}", 3e6)),
+    "3 MB of wrong biases": (CHAT, lambda: keys('{"messages": [], "logit_bias": {', '"x"', "}}", 3e6)),
+    "3 MB of empty messages": (CHAT, lambda: repeated('{"messages": [', "{}", "]}", 3e6)),
+    "3 MB of empty parts": (CHAT, lambda: repeated('{"messages": [{"role": "user", "content": [', "{}", "]}]}", 3e6)),
+    "3 MB of empty tools": (CHAT, lambda: repeated('{"messages": [], "tools": [', "{}", "]}", 3e6)),
+    "3 MB of stop strings": (TEXT, lambda: repeated('{"prompt": "x", "stop": [', "7", "]}", 3e6)),
+    "16 MB of empty lists": (CHAT, lambda: repeated('{"messages": [], "metadata": {"x": [', "[]", "]}}", 16.7e6)),
+    "15 MB of words": (TEXT, lambda: body(prompt="word and " * 1_666_666)),
+    "15 MB without a space": (TEXT, lambda: body(prompt="abc" * 5_000_000)),
+    "15 MB of spaces": (TEXT, lambda: body(prompt=" " * 15_000_000)),
+    "15 MB in a message": (CHAT, lambda: message("word and " * 1_666_666)),
+    "15 MB for /predict": (PREDICT, lambda: body(prompt="word and " * 1_666_666)),
+    "15 MB in a tool": (
+        CHAT,
+        lambda: message(
+            "x", tools=[{"type": "function", "function": {"name": "f", "description": "word and " * 1_666_666}}]
+        ),
+    ),
+    "1 MB of letters, as long as some contexts": (TEXT, lambda: body(prompt="xq" * 500_000)),
+    "one answer as long as the context": (
+        TEXT,
+        lambda: body(prompt=[7] * 2000, max_tokens=2**31 - 1, stop=["a", "e", "i", " "]),
+    ),
+    "128 answers as long as the context": (
+        TEXT,
+        lambda: body(prompt="x", max_tokens=2**31 - 1, n=128, stop=["a", "e", "i", " "]),
+    ),
+}
+
+
+def peak(process: psutil.Process) -> float:
+    """Bytes of the most resident memory since it was last reset."""
+    for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise OSError("the system does not tell the peak of resident memory")
+
+
+def send(url: str, path: str, content: bytes, results: list[str]) -> None:
+    start = time.perf_counter()
+    try:
+        headers = {"Content-Type": "application/json"}
+        response = httpx.post(url + path, content=content, headers=headers, timeout=PATIENCE)
+        said = response.json().get("error", {}).get("message", "answered")
+        results.append(f"{response.status_code} after {time.perf_counter() - start:.1f} s | {said[:90]}")
+    except httpx.HTTPError as error:
+        results.append(f"{type(error).__name__} after {time.perf_counter() - start:.1f} s |")
+
+
+def tried(name: str, url: str, process: psutil.Process) -> str:
+    """A row of the table."""
+    path, make = BOMBS[name]
+    content = make()
+    Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # resets the peak
+    idle = process.memory_info().rss
+    results: list[str] = []
+    thread = threading.Thread(target=send, args=(url, path, content, results))
+    thread.start()
+    seconds = []
+    for _ in range(POLLS):
+        start = time.perf_counter()
+        httpx.get(f"{url}/health", timeout=PATIENCE)
+        seconds.append(time.perf_counter() - start)
+        time.sleep(0.02)
+    thread.join()
+    time.sleep(3)
+    above = (peak(process) - idle) / MB, (process.memory_info().rss - idle) / MB
+    row = results[0].replace(
+        "|", f"| {statistics.median(seconds):.3f} | {max(seconds):.2f} | {above[0]:.0f} | {above[1]:.0f} |"
+    )
+    return f"| {name} | {row} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--root", type=Path, default=ROOT, help="the tree whose server is tried")
+    parser.add_argument("--only", nargs="*", help="names of bombs")
+    parser.add_argument("serve", nargs="*", help="options of litgpt serve, after --")
+    arguments = parser.parse_args()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "litgpt", "serve", arguments.checkpoint, "--port", str(port), *arguments.serve]
+    environment = {**os.environ, "PYTHONPATH": str(arguments.root)}
+    with tempfile.TemporaryFile() as log:
+        server = subprocess.Popen(command, env=environment, cwd=arguments.root, stdout=log, stderr=log)
+        try:
+            while True:
+                try:
+                    if httpx.get(f"{url}/health").status_code == 200:
+                        break
+                except httpx.TransportError:
+                    pass
+                if server.poll() is not None:
+                    log.seek(0)
+                    sys.exit(f"The server has ended: {log.read().decode()[-2000:]}")
+                time.sleep(0.2)
+            httpx.post(f"{url}/predict", json={"prompt": "Hello"}, timeout=PATIENCE)
+            print("| | answered | /health, median s | longest s | peak, MB | after, MB | what it says |")
+            print("|---|---|---|---|---|---|---|")
+            for name in arguments.only or BOMBS:
+                print(tried(name, url, psutil.Process(server.pid)), flush=True)
+        finally:
+            server.send_signal(signal.SIGKILL)
+            server.wait()
+
+
+if __name__ == "__main__":
+    main()
