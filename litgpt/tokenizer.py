@@ -1,7 +1,8 @@
 """Text to token ids and back, as the checkpoint's own tokenizer files say.
 
 `tokenizer.json` is read by `tokenizers`, `tokenizer.model` by sentencepiece. Where a checkpoint has both, it is
-`tokenizer.json`: that also holds the tokens added after training (chat markers), which `tokenizer.model` cannot.
+`tokenizer.json`: that also holds the tokens added after training (chat markers), which `tokenizer.model` cannot. One
+that has neither may have `vocab.json` and `merges.txt`.
 """
 
 from __future__ import annotations
@@ -13,25 +14,28 @@ import re
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litgpt.prompts import find_chat_template
+from litgpt.tokenizer_parts import ADDED, LIBRARY, MERGES, VOCABULARY, load_library_tokenizer, usual_tokens
+from litgpt.untrusted import is_count, is_slow, parse_json, read_json_object, shown
 
 if TYPE_CHECKING:
     import torch
 
 _FLAGS = ("lstrip", "rstrip", "single_word")  # of an added token: the white space that it swallows
-PROTECTED = "\ufdd0"  # a Unicode noncharacter: put inside a control token's text, it keeps it text
-# How the vendors spell what their chat templates write. DeepSeek's files do not mark `<｜User｜>` as special.
-MARKER = re.compile(r"<([|｜])[^|｜<>]+\1>")
-MODEL_FILES = ("tokenizer.json", "tokenizer.model")
 MAX_ID = 2**24 - 1  # of a token; vocabularies are made lists of
 MAX_GROWTH = 64  # by how much replacements may lengthen a text
 CUTTERS = ("Split", "ByteLevel", "Digits", "Metaspace")  # pre-tokenizers that need not drop anything
 MOST_COMPOSED = 3  # Hangul, for example: three letters of three bytes make up a syllable of three
 LONG_WORD = 16  # characters: the beginning of a text that has so many for each token is hardly shorter than they
+PROTECTED = "\ufdd0"  # a Unicode noncharacter: put inside a control token's text, it keeps it text
+# How the vendors spell what their chat templates write. DeepSeek's files do not mark `<｜User｜>` as special.
+MARKER = re.compile(r"<([|｜])[^|｜<>]+\1>")
+MODEL_FILES = (LIBRARY, "tokenizer.model", VOCABULARY)
 # sentencepiece's ModelProto { normalizer_spec { add_dummy_prefix: false } }, serialised. A protobuf message takes what
 # is appended to it as an amendment.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
@@ -60,13 +64,15 @@ class Tokenizer:
         self.dir = Path(checkpoint_dir)
         self._file = _tokenizer_file(self.dir)
         self._settings = _special_token_settings(self.dir)
+        if self._file.name == VOCABULARY:
+            self._settings = usual_tokens(self._settings) | self._settings
         self._backend = (
-            _JsonBackend(self._file, self._settings)
-            if self._file.name == "tokenizer.json"
-            else _SentencePieceBackend(self._file, self._settings)
+            _SentencePieceBackend(self._file, self._settings)
+            if self._file.suffix == ".model"
+            else _JsonBackend(self._file, self._settings)
         )
         self.vocab_size: int = self._backend.vocab_size
-        self._generation = [_read_json(self.dir / name) for name in ("generation_config.json", "config.json")]
+        self._generation = [_generation_settings(self.dir / name) for name in ("generation_config.json", "config.json")]
         self.bos_id = self._special_id("bos", self._backend.bos_id)
         self.eos_id = self._special_id("eos", self._backend.eos_id)
         self.stop_ids = self._stop_ids()
@@ -100,27 +106,27 @@ class Tokenizer:
         allow_special: bool = False,
         room: int | None = None,
     ) -> list[int]:
-        """The ids of `text`.
+        """The ids of `text`. The thread lets others run meanwhile.
 
         Args:
             text: any text; with `allow_special` a rendered prompt.
             bos: put BOS first; None does as the checkpoint says. A text that begins with it gets no other.
             eos: put EOS last; None does as the checkpoint says.
             allow_special: the text of a control token becomes that token, except where `protect` marked it.
-        """
-        return self._surround(self._encode_plain_or_special(text, allow_special), bos, eos)
-
-    def encode_batch_ids(
-        self, texts: Sequence[str], *, bos: bool | None = None, eos: bool | None = False, allow_special: bool = False
-    ) -> list[list[int]]:
             room: how many tokens the model's context holds. A text that is far too long for it is not encoded to its
                 end, which may take minutes; one that is a little too long may be, and is given back whole.
 
         Raises:
             TextTooLongError: the text certainly has more tokens than there is room for.
-        """`encode_ids` of many texts; with `tokenizer.json` on all cores."""
+        """
         if room is not None:
             self._refuse_too_long(text, room, allow_special)
+        return self._surround(self._encode_plain_or_special(text, allow_special), bos, eos)
+
+    def encode_batch_ids(
+        self, texts: Sequence[str], *, bos: bool | None = None, eos: bool | None = False, allow_special: bool = False
+    ) -> list[list[int]]:
+        """`encode_ids` of many texts; with `tokenizer.json` on all cores."""
         if allow_special:
             return [self.encode_ids(text, bos=bos, eos=eos, allow_special=True) for text in texts]
         return [self._surround(ids, bos, eos) for ids in self._backend.encode_batch(list(map(_well_formed, texts)))]
@@ -145,12 +151,6 @@ class Tokenizer:
         """Whether only `allow_special` makes it of its text: it is a control token, or spelled like one."""
         return token_id in self._backend.marker_ids
 
-    # -- ids to text
-
-    def decode(self, ids: Iterable[int] | torch.Tensor, skip_special: bool = True) -> str:
-        """The text of `ids`; control tokens are left out unless `skip_special` is False."""
-        return "".join(self.decode_stream(_as_ints(ids), skip_special=skip_special))
-
     def check_rows(self, largest: int, rows: int) -> None:
         """Raises `ValueError` where the largest id of some text is none of the `rows` of a model's embedding."""
         if largest >= rows:
@@ -158,6 +158,12 @@ class Tokenizer:
                 f"The tokenizer in {self.dir} gives the token id {largest}, but the model's vocabulary ends at "
                 f"{rows - 1}. They do not belong together: copy the model's own tokenizer there."
             )
+
+    # -- ids to text
+
+    def decode(self, ids: Iterable[int] | torch.Tensor, skip_special: bool = True) -> str:
+        """The text of `ids`; control tokens are left out unless `skip_special` is False."""
+        return "".join(self.decode_stream(_as_ints(ids), skip_special=skip_special))
 
     def decode_at_once(self, ids: Iterable[int] | torch.Tensor) -> str:
         """The text of `ids` as the tokenizer's library makes it of all of them together. It differs from `decode` where
@@ -213,23 +219,17 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """A hash that is the same exactly where texts become the same ids; for caches of tokenised text."""
         digest = hashlib.sha256(self._file.read_bytes())
+        if self._file.name == VOCABULARY:
+            for name in (MERGES, ADDED):
+                digest.update((self.dir / name).read_bytes() if (self.dir / name).is_file() else b"")
         facts = [self.bos_id, self.eos_id, self._prefix, self._suffix, sorted(self._backend.markers.items())]
+        if (adds := self._settings.get("add_prefix_space")) is not None:
+            facts.append([self._settings.get("tokenizer_class"), adds])
         digest.update(json.dumps(facts).encode())
         return digest.hexdigest()
 
     # -- inside
 
-    def _encode_plain_or_special(self, text: str, allow_special: bool) -> list[int]:
-        text = _well_formed(text)
-        if not allow_special:
-            return self._backend.encode_batch([text])[0]
-        segments: list[str | int] = []
-        end = 0
-        for match in self._marker_pattern.finditer(text):
-            segments += [text[end : match.start()].replace(PROTECTED, ""), self._backend.markers[match[0].strip()]]
-            end = match.end()
-        segments.append(text[end:].replace(PROTECTED, ""))
-        return self._backend.encode_segments([segment for segment in segments if segment != ""])
     def _refuse_too_long(self, text: str, room: int, allow_special: bool) -> None:
         longest, size = self._backend.most_bytes, len(text)  # characters: at least as many bytes
         if longest is not None and size > longest * room:
@@ -248,6 +248,17 @@ class Tokenizer:
                 )
             beginning *= 4
 
+    def _encode_plain_or_special(self, text: str, allow_special: bool) -> list[int]:
+        text = _well_formed(text)
+        if not allow_special:
+            return self._backend.encode_batch([text])[0]
+        segments: list[str | int] = []
+        end = 0
+        for match in self._marker_pattern.finditer(text):
+            segments += [text[end : match.start()].replace(PROTECTED, ""), self._backend.markers[match[0].strip()]]
+            end = match.end()
+        segments.append(text[end:].replace(PROTECTED, ""))
+        return self._backend.encode_segments([segment for segment in segments if segment != ""])
 
     @cached_property
     def _marker_pattern(self) -> re.Pattern[str]:
@@ -312,6 +323,10 @@ class Tokenizer:
         return prefix, suffix
 
 
+class TextTooLongError(ValueError):
+    """A text has more tokens than the model's context holds."""
+
+
 class _Backend(ABC):
     """What both kinds of file offer.
 
@@ -323,16 +338,15 @@ class _Backend(ABC):
     vocab_size: int
     control: dict[str, int]
     markers: dict[str, int]
-class TextTooLongError(ValueError):
-    """A text has more tokens than the model's context holds."""
-
-
     strips_left: set[str]
     strips_right: set[str]
     bos_id: int | None = None
     eos_id: int | None = None
     leading_space = 0  # how many spaces at the very beginning of a text are no part of it
     encodes_words_apart = False
+    most_bytes: int | None = None
+    """How many bytes of a text one token stands for, at most; None where that has no bound: an unknown word of any
+    length is one token, or white space is dropped."""
 
     @cached_property
     def control_ids(self) -> frozenset[int]:
@@ -344,9 +358,6 @@ class TextTooLongError(ValueError):
 
     @abstractmethod
     def token_to_id(self, token: str) -> int | None: ...
-    most_bytes: int | None = None
-    """How many bytes of a text one token stands for, at most; None where that has no bound: an unknown word of any
-    length is one token, or white space is dropped."""
 
     @abstractmethod
     def id_to_token(self, token_id: int) -> str: ...
@@ -405,9 +416,12 @@ class _JsonBackend(_Backend):
         import tokenizers
 
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            with no_panic(file):
+                self._tokenizer = load_library_tokenizer(file, settings)
         except Exception as error:  # the library raises bare Exception
             raise _damaged(file, error) from error
+        _check_parts(self._tokenizer, file)
+        self._file = file
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.control = {}
@@ -453,20 +467,6 @@ class _JsonBackend(_Backend):
         swallow = any(token.lstrip or token.rstrip or token.single_word for token in flags if not token.special)
         return not swallow and not any(re.search(r"\S\s", token) for token in plain)
 
-    def _decoder_layout(self) -> dict[str, Any] | None:
-        """The decoder as tokenizer.json writes it; the state that it is pickled by (reading the whole file again takes
-        as long as the library needs for it)."""
-        decoder = self._tokenizer.decoder
-        return None if decoder is None else json.loads(decoder.__getstate__())
-
-    def _declare_named_tokens(self, settings: dict[str, Any]) -> None:
-        """Tokens that tokenizer_config.json names as special are so, whatever tokenizer.json calls them."""
-        import tokenizers
-
-        known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
-        named = {token["content"]: token for _, token in _named_tokens(settings)}
-        self._declare_special(
-            tokenizers.AddedToken(content, **{key: token[key] for key in _FLAGS if key in token})
     @cached_property
     def most_bytes(self) -> int | None:
         import tokenizers
@@ -491,6 +491,20 @@ class _JsonBackend(_Backend):
         longest = max(len(token) if byte_level else len(token.replace("▁", " ").encode()) for token in tokens)
         return shrinks * max([longest, *(len(token.encode()) for token in self._added.values())])
 
+    def _decoder_layout(self) -> dict[str, Any] | None:
+        """The decoder as tokenizer.json writes it; the state that it is pickled by (reading the whole file again takes
+        as long as the library needs for it)."""
+        decoder = self._tokenizer.decoder
+        return None if decoder is None else parse_json(decoder.__getstate__())
+
+    def _declare_named_tokens(self, settings: dict[str, Any]) -> None:
+        """Tokens that tokenizer_config.json names as special are so, whatever tokenizer.json calls them."""
+        import tokenizers
+
+        known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
+        named = {token["content"]: token for _, token in _named_tokens(settings)}
+        self._declare_special(
+            tokenizers.AddedToken(content, **{key: token[key] for key in _FLAGS if key in token})
             for content, token in named.items()
             if content not in known and self.token_to_id(content) is not None
         )
@@ -519,8 +533,9 @@ class _JsonBackend(_Backend):
         self.vocab_size = max(self.vocab_size, 1 + max(missing.values(), default=0))
 
     def _probe_post_processor(self) -> tuple[list[int], list[int]]:
-        plain = self._tokenizer.encode("a", add_special_tokens=False).ids
-        whole = self._tokenizer.encode("a", add_special_tokens=True).ids
+        with no_panic(self._file):
+            plain = self._tokenizer.encode("a", add_special_tokens=False).ids
+            whole = self._tokenizer.encode("a", add_special_tokens=True).ids
         for start in range(len(whole) - len(plain) + 1):
             if whole[start : start + len(plain)] == plain:
                 return whole[:start], whole[start + len(plain) :]
@@ -533,7 +548,9 @@ class _JsonBackend(_Backend):
         return self._added.get(token_id) or self._tokenizer.id_to_token(token_id)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with no_panic(self._file):
+            encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
 
     def encode_segments(self, segments: list[str | int]) -> list[int]:
         control_ids = iter([segment for segment in segments if isinstance(segment, int)])
@@ -545,7 +562,8 @@ class _JsonBackend(_Backend):
         return self._surroundings
 
     def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+        with no_panic(self._file):
+            return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def token_bytes(self, token_id: int) -> bytes:
         if (known := self._bytes.get(token_id)) is not None:
@@ -565,7 +583,10 @@ class _SentencePieceBackend(_Backend):
     def __init__(self, file: Path, settings: dict[str, Any]) -> None:
         self._model = _load_sentencepiece(file)
         self._file = file
-        self._added = {**_read_json(file.parent / "added_tokens.json"), **settings.get("added_tokens", {})}
+        added = _read_json(file.parent / "added_tokens.json")
+        if not all(is_count(token_id, MAX_ID) for token_id in added.values()):
+            raise _damaged(file.parent / "added_tokens.json", ValueError("it does not say the id of each token"))
+        self._added = {**added, **settings.get("added_tokens", {})}
         self._added_by_id = {token_id: token for token, token_id in self._added.items()}
         size = self._model.get_piece_size()
         self.vocab_size = max(size, 1 + max(self._added_by_id, default=0))
@@ -580,7 +601,13 @@ class _SentencePieceBackend(_Backend):
         self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
         self.eos_id = self._model.eos_id() if self._model.eos_id() >= 0 else None
         self._has_dummy_prefix = self._model.encode("x", out_type=str)[0].startswith("▁")
+        if self._has_dummy_prefix and settings.get("add_prefix_space") is False:
+            self._model, self._has_dummy_prefix = self._model_without_prefix, False
         self.leading_space = int(self._has_dummy_prefix)
+        keeps_spaces = self._model.encode("x  x") != self._model.encode("x x")
+        if keeps_spaces and any(self._model.is_byte(token_id) for token_id in range(size)):
+            longest = max(len(self.token_bytes(token_id)) for token_id in range(self.vocab_size))
+            self.most_bytes = MOST_COMPOSED * longest
         # `legacy` (transformers' word, true by default) puts the dummy space before every segment, not only the first.
         self._prefix_everywhere = settings.get("legacy", True) is not False
 
@@ -604,10 +631,6 @@ class _SentencePieceBackend(_Backend):
             elif index == 0 or self._prefix_everywhere:
                 ids += self._model.encode(segment)
             else:
-        keeps_spaces = self._model.encode("x  x") != self._model.encode("x x")
-        if keeps_spaces and any(self._model.is_byte(token_id) for token_id in range(size)):
-            longest = max(len(self.token_bytes(token_id)) for token_id in range(self.vocab_size))
-            self.most_bytes = MOST_COMPOSED * longest
                 ids += self._model_without_prefix.encode(segment)
         return ids
 
@@ -679,7 +702,7 @@ def _decoder_steps(decoder: dict[str, Any] | None, file: Path) -> tuple[list[_St
 
 def _flattened(component: Any, parts: str) -> list[dict[str, Any]]:
     """The parts of a normalizer or pre-tokenizer of the library, as tokenizer.json writes them."""
-    layout = None if component is None else json.loads(component.__getstate__())
+    layout = None if component is None else parse_json(component.__getstate__())
     return [] if layout is None else layout[parts] if layout["type"] == "Sequence" else [layout]
 
 
@@ -725,15 +748,52 @@ def _from_byte_fallback(token: str) -> str | bytes:
 # -- reading the files
 
 
+@contextmanager
+def no_panic(file: Path) -> Iterator[None]:
+    """Makes an error of what the Rust library gives up with, which is no `Exception`: it may be caused by the file."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise _damaged(file, ValueError(str(error).partition("\n")[0])) from None
+
+
+def _check_parts(tokenizer: Any, file: Path) -> None:
+    """That none of the parts of a tokenizer.json takes a time or makes a text out of all proportion to what it is
+    given: an expression that backtracks, replacements that each make the text longer."""
+    for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        component = getattr(tokenizer, name)
+        layout = None if component is None else parse_json(component.__getstate__())
+        growth = 1.0
+        for part in _every_part(layout):
+            pattern = part.get("Regex")
+            if isinstance(pattern, str) and is_slow(pattern):
+                raise _damaged(file, ValueError(f"the expression {shown(pattern)} could take for ever"))
+            if part.get("type") == "Replace":
+                found = part["pattern"].get("String")
+                growth *= max(1.0, len(part["content"]) / max(1, len(found or "")))
+                if growth > MAX_GROWTH or found == "":
+                    raise _damaged(file, ValueError(f"the replacements of its {name} make a text ever longer"))
+
+
+def _every_part(layout: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(layout, dict):
+        yield layout
+    for inner in layout.values() if isinstance(layout, dict) else layout if isinstance(layout, list) else ():
+        yield from _every_part(inner)
+
+
 def _tokenizer_file(directory: Path) -> Path:
     if not directory.is_dir():
         raise FileNotFoundError(f"There is no checkpoint directory {str(directory)!r} to read a tokenizer from.")
     for name in MODEL_FILES:
-        if (directory / name).is_file():
+        if (directory / name).is_file() and (name != VOCABULARY or (directory / MERGES).is_file()):
             return directory / name
     raise FileNotFoundError(
-        f"{str(directory)!r} has no tokenizer: neither tokenizer.json nor tokenizer.model is there. Copy it from the "
-        "model's repository, or fetch it with `litgpt download <repo_id> --tokenizer_only true`."
+        f"{str(directory)!r} has no tokenizer: neither tokenizer.json nor tokenizer.model is there, nor vocab.json and "
+        "merges.txt. Copy it from the model's repository, or fetch it with `litgpt download <repo_id> --tokenizer_only "
+        "true`."
     )
 
 
@@ -753,14 +813,22 @@ def _damaged(file: Path, error: Exception) -> ValueError:
 def _read_json(file: Path) -> dict[str, Any]:
     """A JSON object, {} where there is no such file."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return read_json_object(file, remedy="Fetch it again from the model's repository.")
     except FileNotFoundError:
         return {}
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise _damaged(file, error) from error
-    if not isinstance(content, dict):
-        raise _damaged(file, ValueError("a JSON object is expected"))
-    return content
+
+
+def _generation_settings(file: Path) -> dict[str, Any]:
+    """generation_config.json or config.json, where the ids of tokens are what they should be."""
+    settings = _read_json(file)
+    for holder in (settings, settings.get("text_config") or {}):
+        if not isinstance(holder, dict):
+            raise _damaged(file, ValueError(f"text_config is {shown(holder)}"))
+        for name in ("bos_token_id", "eos_token_id"):
+            ids = holder.get(name)
+            if not all(is_count(abs(i) if type(i) is int else i, MAX_ID) for i in _id_list(ids)):
+                raise _damaged(file, ValueError(f"{name} is {shown(ids)}"))
+    return settings
 
 
 def _special_token_settings(directory: Path) -> dict[str, Any]:
@@ -775,12 +843,27 @@ def _special_token_settings(directory: Path) -> dict[str, Any]:
     for name, value in merged.items():
         if name.endswith("_token") and not name.startswith("add_"):
             settings[name] = {"content": value} if isinstance(value, str) else value
-    for name in ("add_bos_token", "add_eos_token", "legacy"):
+            if isinstance(value, dict) and not _is_token(value):
+                raise _damaged(directory / "tokenizer_config.json", ValueError(f"{name} is no token with its content"))
+    for name in ("add_bos_token", "add_eos_token", "legacy", "add_prefix_space", "tokenizer_class"):
         if name in config:
             settings[name] = config[name]
     decoder = config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict) or not all(map(_is_token, decoder.values())) or not all(map(_is_id, decoder)):
+        error = ValueError("added_tokens_decoder does not say the content of each token by its id")
+        raise _damaged(directory / "tokenizer_config.json", error)
     settings["added_tokens"] = {token["content"]: int(token_id) for token_id, token in decoder.items()}
     return {name: value for name, value in settings.items() if not isinstance(value, dict) or value}
+
+
+def _is_token(value: Any) -> bool:
+    """Whether it is a token with its flags, as the JSON files write it."""
+    flags = (value.get(flag, False) for flag in _FLAGS) if isinstance(value, dict) else [None]
+    return all(isinstance(flag, bool) for flag in flags) and isinstance(value.get("content"), str)
+
+
+def _is_id(text: str) -> bool:
+    return text.isdecimal() and len(text) < 10 and int(text) <= MAX_ID
 
 
 def _named_tokens(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -789,7 +872,7 @@ def _named_tokens(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _id_list(value: int | list[int] | None) -> list[int]:
-    return [] if value is None else [value] if isinstance(value, int) else list(value)
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def _as_ints(ids: Iterable[int] | torch.Tensor) -> Iterable[int]:
