@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-import yaml
 from torch import Tensor
 
 from litgpt.adaptation import KeepsFloat32, replace_module
 from litgpt.checkpoint import HYPERPARAMETERS, plain_names, read_state_dict
 from litgpt.model import GPT, AttentionPlan, CausalSelfAttention, RMSNorm, Router, attend
+from litgpt.untrusted import read_yaml_mapping, shown
 
 ADAPTER_WEIGHTS = "lit_model.pth.adapter"
 ADAPTER_V2_WEIGHTS = "lit_model.pth.adapter_v2"
@@ -228,8 +228,10 @@ def read_adapter(place: Path) -> tuple[dict[str, Tensor], str | None]:
     base = torch.load(file, map_location="meta", weights_only=True).get("base")
     settings = file.parent / HYPERPARAMETERS
     if base is None and settings.is_file():
-        base = yaml.safe_load(settings.read_text(encoding="utf-8")).get("checkpoint_dir")
-    return weights, None if base is None else str(base)
+        base = read_yaml_mapping(settings).get("checkpoint_dir")
+    if base is not None and not isinstance(base, str):
+        raise ValueError(f"'{file}' names {shown(base)} as the model that it belongs to. Take another copy of it.")
+    return weights, base
 
 
 @torch.no_grad()
@@ -240,7 +242,7 @@ def load_adapter(gpt: GPT, weights: dict[str, Tensor]) -> None:
         ValueError: They belong to another model.
     """
     prompts = {int(match[1]): name for name in weights if (match := PROMPT.fullmatch(name)) and match[2] != GATE}
-    length = len(weights[prompts[min(prompts)]]) if prompts else 1
+    length = weights[prompts[min(prompts)]].shape[:1].numel() if prompts else 1
     start = min(prompts, default=gpt.config.n_layer)
     (apply_adapter_v2 if is_v2(weights) else apply_adapter)(gpt, length, start)
     own = {name: p for name, p in gpt.named_parameters() if p.requires_grad}

@@ -4,6 +4,7 @@ Nothing here imports torch, so that settings can be checked before anything heav
 """
 
 import copy
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,11 +15,17 @@ import yaml
 
 from litgpt.models import find_known, unknown_name_message
 from litgpt.suggest import did_you_mean
+from litgpt.untrusted import MAX_INTEGER, read_yaml_mapping, shown
 
 MODEL_CONFIG_FILE = "model_config.yaml"
 
 NORM_CLASSES = ("LayerNorm", "RMSNorm")
 MLP_CLASSES = ("GptNeoxMLP", "LLaMAMLP", "GemmaMLP", "LLaMAMoE")
+# More than any model has, and so little that modules can be made for each and no product of sizes overflows.
+MAX_LAYERS = 10_000
+MAX_SIZES = {"n_layer": MAX_LAYERS, "n_expert": 10_000, "n_shared_expert": 10_000, "n_embd": 2**22}
+MAX_SIZES |= {"n_head": 2**16, "head_size": 2**16}
+MAX_SIZE = 2**31
 LATENT_ATTENTION_KEYS = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
 ROPE_ADJUSTMENTS = {
     # kind: (keys it must have, keys it may have)
@@ -30,6 +37,7 @@ ROPE_ADJUSTMENTS = {
     ),
     "longrope": ({"short_factor", "long_factor", "original_max_seq_len", "attention_factor"}, set()),
 }
+_MAY_BE_ZERO = ("mscale", "mscale_all_dim", "llama_4_scaling_beta", "truncate")
 
 
 _NEWER = {"newer": True}
@@ -244,13 +252,12 @@ class Config:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"There is no model configuration at {path}. Check the path.")
+        values = read_yaml_mapping(path)
+        merged = _merged(values, overrides, str(path))
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not valid YAML: {error}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} holds no model configuration: expected `field: value` lines.")
-        return cls(**_merged(values, overrides, str(path)))
+            return cls(**merged)
+        except ValueError as error:
+            raise error if overrides else ValueError(f"{path}: {error}") from None
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, /, **overrides: Any) -> "Config":
@@ -326,8 +333,9 @@ class Config:
         for key in LATENT_ATTENTION_KEYS:
             optional = key == "q_lora_rank"
             value = latent.get(key)
-            if not (optional and value is None) and not (isinstance(value, int) and value > 0):
-                raise ValueError(f"latent_attention.{key}={value!r}: must be a positive integer.")
+            fits = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_SIZES["head_size"]
+            if not (optional and value is None) and not fits:
+                raise ValueError(f"latent_attention.{key}={shown(value)}: must be a positive integer.")
 
     def _derive_rope(self) -> None:
         self._require("rotary_percentage", 0 <= self.rotary_percentage <= 1, "between 0 and 1")
@@ -343,13 +351,31 @@ class Config:
         self._fill_pattern("nope_indices")
         if self.nope_indices is not None and not any(self.nope_indices):
             self.nope_indices = None
+        self._check_adjustments()
         if self.rope_adjustments is not None and _rope_kind(self.rope_adjustments) == "longrope":
             self._require("rope_local_base_freq", not has_local, "null, as rope_adjustments is that of LongRoPE")
             for name in ("short_factor", "long_factor"):
                 factors = self.rope_adjustments[name]
-                if not isinstance(factors, list) or len(factors) != self.rope_n_elem // 2:
+                if len(factors) != self.rope_n_elem // 2:
                     wanted = f"one number for each of the {self.rope_n_elem // 2} frequencies"
-                    raise ValueError(f"Config field rope_adjustments.{name}={factors!r}: it must be {wanted}.")
+                    raise ValueError(f"Config field rope_adjustments.{name}={shown(factors)}: it must be {wanted}.")
+
+    def _check_adjustments(self) -> None:
+        adjustments = self.rope_adjustments or {}
+        kind = self.rope_kind
+        for key, value in adjustments.items():
+            is_list = key in ("short_factor", "long_factor")
+            numbers = value if is_list and isinstance(value, list) else [value]
+            least = 0 if key in _MAY_BE_ZERO else 1e-300
+            optional = value is None and kind is not None and key in ROPE_ADJUSTMENTS[kind][1]
+            fits = isinstance(value, list) == is_list and all(_is_finite(x) and x >= least for x in numbers)
+            if not (fits or optional or (key == "truncate" and isinstance(value, bool))):
+                wanted = "one positive number for each frequency" if is_list else "a positive number"
+                raise ValueError(f"Config field rope_adjustments.{key}={shown(value)}: it must be {wanted}.")
+        if kind == "yarn":
+            self._require("rope_base", self.rope_base > 1, "more than 1, as rope_adjustments is that of YaRN")
+        if kind == "llama3" and adjustments["low_freq_factor"] >= adjustments["high_freq_factor"]:
+            raise ValueError("Config field rope_adjustments: low_freq_factor must be less than high_freq_factor.")
 
     def _derive_mlp(self) -> None:
         self._require_one_of("mlp_class_name", MLP_CLASSES)
@@ -405,13 +431,13 @@ class Config:
 
     def _require(self, name: str, holds: bool, remedy: str) -> None:
         if not holds:
-            raise ValueError(f"Config field {name}={getattr(self, name)!r} is not possible: it must be {remedy}.")
+            raise ValueError(f"Config field {name}={shown(getattr(self, name))} is not possible: it must be {remedy}.")
 
     def _require_one_of(self, name: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, name)
         if value not in allowed:
-            hint = did_you_mean(value, allowed)
-            raise ValueError(f"Config field {name}={value!r} is not possible: choose {', '.join(allowed)}.{hint}")
+            hint = did_you_mean(value[:100], allowed)
+            raise ValueError(f"Config field {name}={shown(value)} is not possible: choose {', '.join(allowed)}.{hint}")
 
 
 def check_field_names(names: Iterable[str], where: str = "the model configuration") -> None:
@@ -419,7 +445,7 @@ def check_field_names(names: Iterable[str], where: str = "the model configuratio
     known = Config.__dataclass_fields__
     for name in names:
         if name not in known:
-            raise ValueError(f"{where}: there is no model field {name!r}.{did_you_mean(str(name), known)}")
+            raise ValueError(f"{where}: there is no model field {shown(name)}.{did_you_mean(str(name)[:100], known)}")
 
 
 def _merged(values: dict[str, Any], overrides: dict[str, Any], where: str) -> dict[str, Any]:
@@ -431,7 +457,7 @@ def _merged(values: dict[str, Any], overrides: dict[str, Any], where: str) -> di
 
 def _implied_by_name(values: dict[str, Any]) -> dict[str, bool]:
     """What the name says about the norms; `model_config.yaml` has no classic field for these two switches."""
-    name, norm = values.get("name", ""), values.get("norm_class_name", "LayerNorm")
+    name, norm = str(values.get("name", "")), values.get("norm_class_name", "LayerNorm")
     return {
         "norm_unit_offset": norm == "RMSNorm" and "Gemma" in name,
         "norm_affine": not (norm == "LayerNorm" and "OLMo" in name),
@@ -464,9 +490,11 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
     if number:
         value = _number(value, float in kinds)
     fits = value is not None if number else isinstance(value, tuple(get_origin(each) or each for each in kinds))
-    if not fits:
+    if not fits or (isinstance(value, dict) and not all(isinstance(key, str) for key in value)):
         wanted = " or ".join("null" if each is NoneType else str(getattr(each, "__name__", each)) for each in kinds)
-        raise ValueError(f"Config field {name}={original!r} has the wrong type: expected {wanted}.")
+        raise ValueError(f"Config field {name}={shown(original)} has the wrong type: expected {wanted}.")
+    if isinstance(value, int) and float not in kinds and value > (limit := MAX_SIZES.get(name, MAX_SIZE)):
+        raise ValueError(f"Config field {name}={shown(original)} is not possible: it must be {limit:,} at most.")
     return value
 
 
@@ -477,6 +505,15 @@ def _number(value: Any, fractions: bool) -> int | float | None:
         value = float(value) if isinstance(value, str) else value
     except ValueError:
         return None
+    if not _is_finite(value):
+        return None
     if fractions:
         return value
     return int(value) if float(value).is_integer() else None
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether it is a number that a float can hold, which neither infinity nor true is."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) <= MAX_INTEGER if isinstance(value, int) else math.isfinite(value)

@@ -86,13 +86,9 @@ def read_config_json(repository: Repository) -> dict[str, Any]:
     """The repository's `config.json`. Raises `ValueError` if it has none, or none that describes a model."""
     if "config.json" not in repository.files:
         raise ValueError("it has no config.json.")
-    try:
-        content = json.loads(repository.read("config.json"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"its config.json is no valid JSON ({error}).") from None
-    if not isinstance(content, dict):
-        raise ValueError("its config.json describes no model: expected an object of settings.")
-    return content
+    from litgpt.convert.config_json import parse_config_json  # imports torch
+
+    return parse_config_json(repository.read("config.json"), f"{repository.repo_id}/config.json")
 
 
 def known_instead(repository: Repository, model_name: str | None) -> KnownCheckpoint | None:

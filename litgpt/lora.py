@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import yaml
 from torch import Tensor
 
 from litgpt.adaptation import KeepsFloat32, replace_module
@@ -25,8 +24,10 @@ from litgpt.checkpoint import HYPERPARAMETERS, plain_names, read_state_dict
 from litgpt.checkpoint.names import LORA_WEIGHTS
 from litgpt.config import Config
 from litgpt.model import GPT, Router
+from litgpt.untrusted import read_yaml_mapping, shown
 
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
+MAX_RANK = 2**20
 
 
 @dataclass(frozen=True)
@@ -365,15 +366,36 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], LoRASettings, str | None]:
         raise ValueError(f"{file} holds no LoRA weights: {', '.join(strangers[:3]) or 'it is empty'}.")
     content = torch.load(file, map_location="meta", weights_only=True)
     if "lora" in content:
-        return weights, LoRASettings(**content["lora"]), content.get("base")
+        return weights, _settings_in(file, content["lora"]), _base_in(file, content.get("base"))
     try:
-        recorded = yaml.safe_load((file.parent / HYPERPARAMETERS).read_text(encoding="utf-8"))
+        recorded = read_yaml_mapping(file.parent / HYPERPARAMETERS)
     except OSError:
         raise ValueError(f"{file} does not say what it is, and there is no {HYPERPARAMETERS} beside it.") from None
     names = [field.name for field in fields(LoRASettings)]
     given = {name: recorded[f"lora_{name}"] for name in names if f"lora_{name}" in recorded}
-    base = recorded.get("checkpoint_dir")
-    return weights, LoRASettings(**given), None if base is None else str(base)
+    return weights, _settings_in(file, given), _base_in(file, recorded.get("checkpoint_dir"))
+
+
+def _settings_in(file: Path, given: Any) -> LoRASettings:
+    """The settings that a file says, from whomever it came."""
+    defaults = {field.name: field.default for field in fields(LoRASettings)}
+    numbers = ("alpha", "dropout")
+    try:
+        if not isinstance(given, dict) or not given.keys() <= defaults.keys():
+            raise ValueError(f"its settings are {shown(given)}")
+        for name, value in given.items():
+            kinds = (int, float) if name in numbers else (type(defaults[name]),)
+            if type(value) not in kinds or not -MAX_RANK <= value <= MAX_RANK:
+                raise ValueError(f"{name} is {shown(value)}")
+        return LoRASettings(**given)
+    except ValueError as error:
+        raise ValueError(f"'{file}' does not say what its matrices are ({error}). Take another copy of it.") from None
+
+
+def _base_in(file: Path, base: Any) -> str | None:
+    if base is None or isinstance(base, str):
+        return base
+    raise ValueError(f"'{file}' names {shown(base)} as the model that it belongs to. Take another copy of it.")
 
 
 def check_update(gpt: GPT, update: dict[str, Tensor]) -> None:

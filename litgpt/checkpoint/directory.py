@@ -1,6 +1,5 @@
 """The checkpoint directory: finding one, telling what it lacks, filling one."""
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -10,7 +9,8 @@ from typing import TYPE_CHECKING
 from litgpt.checkpoint.names import COMPANION_FILES, CONFIG, WEIGHTS
 from litgpt.config import Config
 from litgpt.models import find_known, known_checkpoints
-from litgpt.suggest import did_you_mean, nearly
+from litgpt.suggest import did_you_mean
+from litgpt.weight_index import nearly, read_weight_index
 
 if TYPE_CHECKING:
     import torch
@@ -133,11 +133,7 @@ def hf_weight_files(path: Path) -> list[Path]:
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = path / f"{single}.index.json"
         if index.is_file():
-            try:
-                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            except (ValueError, KeyError, AttributeError) as error:
-                raise ValueError(f"'{index}' is no valid weight index ({error!r}). Download it again.") from error
-            return [path / name for name in sorted(set(names))]
+            return [path / name for name in sorted(set(read_weight_index(index).values()))]
         if (path / single).is_file():
             return [path / single]
     for pattern in ("*.safetensors", "pytorch_model*.bin"):

@@ -4,6 +4,7 @@ import ctypes
 import os
 import pickle
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -13,8 +14,10 @@ import torch
 
 from litgpt.checkpoint.names import LORA_WEIGHTS, TRAINING_STATE, WEIGHTS
 from litgpt.checkpoint.sums import DamagedFile, check_archive
+from litgpt.untrusted import shown
 
 Release = Callable[[torch.Tensor], None]
+_MAX_PICKLE = 1 << 26  # torch reads a few megabytes of it a second; 100,000 tensors have ten
 
 
 class MappedTensors(dict[str, torch.Tensor]):
@@ -86,17 +89,22 @@ def read_state_dict(path: str | Path, check: bool = True) -> MappedTensors:
     if not path.is_file():
         raise FileNotFoundError(f"No weight file '{path}'.")
     mapped = zipfile.is_zipfile(path)
+    if mapped:
+        _check_records(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is damaged the error says enough
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise ValueError(unreadable(path, "it holds other Python objects than tensors, or is damaged")) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # a pickle that makes no sense raises anything: IndexError, AssertionError, ...
         raise ValueError(unreadable(path, "it is truncated or damaged")) from error
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ValueError(f"'{path}' holds no weights: expected a dictionary of tensors by name.")
+    _check_tensors(path, content)
     tensors = MappedTensors(content)
     tensors.mapped = mapped
     tensors.compare = partial(check_weights, path)
@@ -111,6 +119,40 @@ def check_weights(path: Path) -> None:
         check_archive(path)
     except DamagedFile as error:
         raise ValueError(unreadable(path, str(error))) from error
+
+
+def _check_records(path: Path) -> None:
+    """That an archive holds what torch maps: records that are not compressed, and no larger than the file.
+
+    Raises:
+        ValueError: It does not, or its directory cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except Exception as error:  # of a directory that makes no sense: BadZipFile, struct.error, NotImplementedError, ...
+        raise ValueError(unreadable(path, f"the directory of its records cannot be read ({error})")) from error
+    pickles = sum(record.file_size for record in records if record.filename.endswith(".pkl"))
+    if any(record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1 for record in records):
+        raise ValueError(unreadable(path, "its records are compressed or encrypted, as torch writes none"))
+    if sum(record.file_size for record in records) > path.stat().st_size or pickles > _MAX_PICKLE:
+        raise ValueError(unreadable(path, "its records would be larger than the file"))
+
+
+def _check_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """That there are bytes in the file for what tensors claim: a stride of 0, or a sparse form, makes them any size.
+
+    Raises:
+        ValueError: There are not; names one.
+    """
+    total, size = 0, path.stat().st_size
+    for name, tensor in tensors.items():
+        is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+        if not isinstance(name, str) or not is_plain or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(unreadable(path, f"{shown(name)} is no plain tensor whose values are all in the file"))
+        total += tensor.nbytes
+    if total > 2 * size:  # tied weights are one
+        raise ValueError(unreadable(path, f"its tensors would have {total:,} bytes"))
 
 
 def unreadable(path: Path, reason: str) -> str:

@@ -11,12 +11,12 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 import yaml
 
 from litgpt import __version__, resources
+from litgpt.untrusted import ExcessError, load_yaml
 
 TIMEOUT = 20  # seconds that a server may be silent
 TOTAL_TIMEOUT = 30  # seconds in all, however busy it seems
 PATIENCE = 2  # seconds until it is said what is waited for
 MAX_BYTES = 256_000  # a recipe has a few hundred lines; a mistyped URL may lead to a weights file
-MAX_SETTINGS = 100_000  # YAML's aliases write a billion in a few lines
 
 
 def is_address(place: str) -> bool:
@@ -35,32 +35,21 @@ def read_config(place: str) -> dict[str, Any]:
     if text.lstrip().startswith("<"):
         raise ValueError(f"--config {place} is a web page, not a YAML file; give the address of the raw file.")
     try:
-        settings = yaml.safe_load(text)
-        _check_number(settings)
+        settings = load_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or error
         raise ValueError(f"--config {place} is not valid YAML{where}: {problem}.") from None
-    except (RecursionError, OverflowError):
+    except ExcessError:
         raise ValueError(f"--config {place} is nested or repeated too much for a file of settings.") from None
+    except (ValueError, TypeError) as error:  # of a date, a number, a key
+        raise ValueError(f"--config {place} is not valid YAML: {error}.") from None
     if settings is None:
         return {}
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise ValueError(f"--config {place} does not hold settings as `name: value`.")
     return settings
-
-
-def _check_number(settings: Any) -> None:
-    """Raises OverflowError where there are more values than any settings have."""
-    rest, count = [settings], 0
-    while rest:
-        value = rest.pop()
-        parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
-        rest += parts
-        count += len(parts)
-        if count > MAX_SETTINGS:
-            raise OverflowError
 
 
 def _read(place: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from litgpt.checkpoint import (
@@ -32,8 +30,11 @@ from litgpt.convert.source import rows_at_once
 from litgpt.lora import LORA_WEIGHTS
 from litgpt.prompts import PromptStyle, choose_prompt_style
 from litgpt.tokenizer import MODEL_FILES, Tokenizer
+from litgpt.untrusted import LARGE_BYTES, SETTINGS_BYTES, read_json_object, read_yaml_mapping
+from litgpt.weight_index import read_weight_index
 
 GROUPS = ("files", "config", "tokenizer", "weights")
+LARGE_FILES = ("tokenizer.json", "tekken.json", "vocab.json")
 JSON_FILES = tuple(name for name in COMPANION_FILES if name.endswith(".json"))
 DECLARING_FILES = ("config.json", "generation_config.json")
 GREETING = "Hello, world! How are you today?"
@@ -181,7 +182,7 @@ def _check_index(findings: Findings, names: dict[str, set[str]]) -> None:
     index = next((path for path in _indices(findings.path) if path.is_file()), None)
     if index is None:
         return
-    listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    listed = read_weight_index(index)
     lost = [f"{name} is not in {file}" for name, file in listed.items() if file in names and name not in names[file]]
     extra = [f"{name} in {file} is not listed" for file, held in names.items() for name in sorted(held - listed.keys())]
     if lost:
@@ -210,13 +211,7 @@ def _check_json_files(findings: Findings) -> None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"'{file}' is no valid JSON ({error}). Download it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"'{file}' holds no settings: expected a JSON object. Download it again.")
-    return content
+    return read_json_object(file, limit=LARGE_BYTES if file.name in LARGE_FILES else SETTINGS_BYTES)
 
 
 def _check_lora(findings: Findings) -> None:
@@ -232,12 +227,7 @@ def _check_lora(findings: Findings) -> None:
 def _check_hyperparameters(file: Path) -> None:
     if not file.is_file():
         return
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"'{file}' is not valid YAML ({error}). Correct or delete it.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"'{file}' holds no settings: expected `option: value` lines. Correct or delete it.")
+    read_yaml_mapping(file, remedy="Correct or delete it.")
 
 
 # --- configuration ---------------------------------------------------------------------------------------------------

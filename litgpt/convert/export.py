@@ -13,10 +13,12 @@ from torch import Tensor
 from litgpt.checkpoint import Release, copy_companion_files, write_state_dict
 from litgpt.config import Config
 from litgpt.convert.architectures import ARCHITECTURES
+from litgpt.convert.config_json import read_config_json
 from litgpt.convert.hf_config import config_from_hf, config_to_hf, differences
 from litgpt.convert.recognition import architecture_of, text_model
 from litgpt.convert.safetensors_file import write_safetensors
 from litgpt.convert.source import HEAD, Named, Source, Watch, open_checkpoint
+from litgpt.untrusted import read_json_object
 
 SHARD_SIZE = 5_000_000_000
 
@@ -88,10 +90,8 @@ def export_config(config: Config, files: Path, dtype: torch.dtype) -> dict[str, 
 def original_config(files: Path) -> dict[str, Any]:
     """What a checkpoint's own `config.json` says of its text model; {} where there is none."""
     try:
-        content = json.loads((files / "config.json").read_text(encoding="utf-8"))
+        content = read_config_json(files / "config.json")
     except (OSError, ValueError):
-        return {}
-    if not isinstance(content, dict):
         return {}
     return {key: value for key, value in text_model(content).items() if key != "quantization_config"}
 
@@ -99,9 +99,9 @@ def original_config(files: Path) -> dict[str, Any]:
 def _special_tokens(files: Path, original: dict[str, Any]) -> dict[str, Any]:
     """Token ids for `config.json`, from where the checkpoint says them."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    ids = {name: original[name] for name in names if name in original}
-    with suppress(OSError, ValueError, TypeError):
-        ids = json.loads((files / "generation_config.json").read_text(encoding="utf-8")) | ids
+    ids: dict[str, Any] = {name: original[name] for name in names if name in original}
+    with suppress(OSError, ValueError):
+        ids = read_json_object(files / "generation_config.json") | ids
     if "eos_token_id" not in ids and any((files / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         from litgpt.tokenizer import Tokenizer
 

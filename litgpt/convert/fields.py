@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from litgpt.config import Config
+from litgpt.untrusted import shown
 
 REQUIRED = object()
 HFConfig = dict[str, Any]
@@ -100,7 +101,7 @@ class Choice:
 
 
 def _pairs(keys: dict[str, Any], values: tuple) -> str:
-    return " with ".join(f"{key}={value!r}" for key, value in zip(keys, values, strict=True))
+    return " with ".join(f"{key}={shown(value)}" for key, value in zip(keys, values, strict=True))
 
 
 @dataclass(frozen=True)
@@ -385,7 +386,7 @@ class Unsupported:
     def read(self, theirs: HFConfig) -> dict[str, Any]:
         for key, values in self.allowed.items():
             if theirs.get(key) is not None and theirs[key] not in values:
-                raise ValueError(f"{key}={theirs[key]!r} is not supported")
+                raise ValueError(f"{key}={shown(theirs[key])} is not supported")
         return {}
 
     def write(self, config: Config) -> HFConfig:

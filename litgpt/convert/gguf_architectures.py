@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from litgpt.convert.fields import HFConfig
+from litgpt.untrusted import shown
 
 ABSENT = object()
 
@@ -24,9 +25,13 @@ class Metadata:
     Args:
         values: The pairs, as the file has them.
         tensors: The names of its tensors, which say what the pairs do not.
+
+    Raises:
+        ValueError: A value is of another kind than its key has; names it.
     """
 
     def __init__(self, values: dict[str, Any], tensors: Iterable[str] = ()) -> None:
+        _check_kinds(values)
         self.values = values
         self.tensors = frozenset(tensors)
         self.architecture: str = self.get("general.architecture", "")
@@ -37,7 +42,8 @@ class Metadata:
     def own(self, key: str, default: Any = None) -> Any:
         """The value of `<architecture>.<key>`; 32-bit fractions become the shortest decimal number that they are."""
         value = self.get(f"{self.architecture}.{key}", default)
-        return float(str(np.float32(value))) if isinstance(value, float) else value
+        with np.errstate(over="ignore"):
+            return float(str(np.float32(value))) if isinstance(value, float) else value
 
     def need(self, key: str) -> Any:
         """As `own`. Raises `ValueError` where there is no such key."""
@@ -45,6 +51,40 @@ class Metadata:
         if value is None:
             raise ValueError(f"its metadata lack '{self.architecture}.{key}'")
         return value
+
+
+# What is read elsewhere than in the entries below, which `GGUFArchitecture.read` answers for.
+_KINDS: dict[str, type] = {
+    "general.architecture": str,
+    "split.count": int,
+    "tokenizer.ggml.model": str,
+    "tokenizer.ggml.pre": str,
+    "tokenizer.chat_template": str,
+    "tokenizer.ggml.add_bos_token": bool,
+    "tokenizer.ggml.add_eos_token": bool,
+    "tokenizer.ggml.add_space_prefix": bool,
+}
+_LISTS: dict[str, type] = {
+    "tokenizer.ggml.tokens": str,
+    "tokenizer.ggml.merges": str,
+    "tokenizer.ggml.scores": float,
+    "tokenizer.ggml.token_type": int,
+    "tokenizer.chat_templates": str,
+}
+
+
+def _check_kinds(values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        kind = _KINDS.get(key)
+        if key.startswith("tokenizer.chat_template."):
+            kind = str
+        elif key.startswith("tokenizer.ggml.") and key.endswith("_token_id"):
+            kind = int
+        item = _LISTS.get(key)
+        is_list = isinstance(value, list) and (not value or isinstance(value[0], item or object))
+        fits = is_list if item else kind is None or type(value) in ((bool, int) if kind is bool else (kind,))
+        if not fits:
+            raise ValueError(f"in its metadata, {key} is {shown(value)}, which is of the wrong kind")
 
 
 class Entry(Protocol):
@@ -302,7 +342,10 @@ class GGUFArchitecture:
         """The entries of `config.json` that have to do with the architecture. Raises `ValueError`."""
         found: HFConfig = {}
         for entry in self.entries:
-            found |= entry.read(metadata)
+            try:
+                found |= entry.read(metadata)
+            except (TypeError, AttributeError, ArithmeticError) as error:  # a value may be anything: a text, zero
+                raise ValueError(f"a value in its metadata is of the wrong kind ({error})") from None
         return found
 
     def write(self, config_json: HFConfig) -> dict[str, Any]:

@@ -7,7 +7,7 @@ knows about quantised types is used from there.
 
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import gguf
 import numpy as np
 import torch
 from torch import Tensor
+
+from litgpt.untrusted import MAX_INTEGER, is_count, shown
 
 # GGUF's type numbers of fixed size -> struct format and numpy type.
 _NUMBERS = {
@@ -31,6 +33,10 @@ _NUMBERS = {
     12: ("<d", "<f8"),
 }
 _STRING, _ARRAY = 8, 9
+# More than any file has; what is read by the number in the file is read one by one.
+_MAX_PAIRS, _MAX_TENSORS, _MAX_ARRAY = 1 << 16, 1 << 20, 1 << 22
+_MAX_DIMENSIONS = 4  # the format's own limit
+_MAX_STRING = 1 << 24
 _PLAIN = {
     gguf.GGMLQuantizationType.F32: torch.float32,
     gguf.GGMLQuantizationType.F16: torch.float16,
@@ -96,7 +102,7 @@ class GGUFFile:
             self._content = np.memmap(path, dtype=np.uint8, mode="r").data if size else memoryview(b"")
             self._position = 0
             self._parse()
-        except (struct.error, IndexError, KeyError, ValueError, OverflowError, MemoryError) as error:
+        except (struct.error, ValueError) as error:
             raise ValueError(self._unreadable(f"it is truncated, or no GGUF file ({error})")) from error
         finally:
             self._content = memoryview(b"")
@@ -114,32 +120,59 @@ class GGUFFile:
         version = self._number(4)
         if version not in (2, 3):
             raise ValueError(f"version {version} of the format")
-        tensor_count, pair_count = self._number(10), self._number(10)
+        tensor_count = self._count(10, _MAX_TENSORS, "tensors")
+        pair_count = self._count(10, _MAX_PAIRS, "metadata")
         self.metadata: dict[str, Any] = {}
         for _ in range(pair_count):
             key = self._string()
+            if key in self.metadata:
+                raise ValueError(f"{shown(key)} comes twice")
             self.metadata[key] = self._value(self._number(4))
-        headers = [self._tensor_header() for _ in range(tensor_count)]
+        tensors = [self._tensor_header() for _ in range(tensor_count)]
         alignment = self.metadata.get("general.alignment", 32)
+        if not is_count(alignment, 1 << 20) or alignment == 0 or alignment & (alignment - 1):
+            raise ValueError(f"general.alignment is {shown(alignment)}, which is no power of two")
         start = -(-self._position // alignment) * alignment
-        self.tensors = {
-            name: GGUFTensor(self.path, name, shape, kind, start + offset) for name, shape, kind, offset in headers
-        }
+        self.tensors = {tensor.name: replace(tensor, offset=start + tensor.offset) for tensor in tensors}
+        if len(self.tensors) < len(tensors):
+            raise ValueError("a tensor comes twice")
+        self._check_places(start, alignment)
 
-    def _tensor_header(self) -> tuple[str, tuple[int, ...], gguf.GGMLQuantizationType, int]:
+    def _check_places(self, start: int, alignment: int) -> None:
+        """Tensors lie one behind the other: none overlaps another, each begins at a multiple of the alignment."""
+        end = start
+        for tensor in sorted(self.tensors.values(), key=lambda tensor: tensor.offset):
+            if tensor.offset < end or (tensor.offset - start) % alignment:
+                raise ValueError(f"the offset of {shown(tensor.name)} is wrong")
+            end = tensor.offset + tensor.size
+
+    def _tensor_header(self) -> GGUFTensor:
+        """A tensor with its offset from where the tensors begin."""
         name = self._string()
-        shape = tuple(self._number(10) for _ in range(self._number(4)))[::-1]
+        dimensions = self._count(4, _MAX_DIMENSIONS, f"dimensions of {shown(name)}")
+        shape = tuple(self._number(10) for _ in range(dimensions))[::-1]
         kind = gguf.GGMLQuantizationType(self._number(4))
-        return name, shape, kind, self._number(10)
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        if not shape or 0 in shape or shape[-1] % block or math.prod(shape) > MAX_INTEGER // size:
+            raise ValueError(f"the shape of {shown(name)} is {shown(shape)}")
+        return GGUFTensor(self.path, name, shape, kind, self._number(10))
+
+    def _count(self, kind: int, at_most: int, what: str) -> int:
+        count = self._number(kind)
+        if count > at_most:
+            raise ValueError(f"it would have {count:,} {what}")
+        return count
 
     def _number(self, kind: int) -> Any:
+        if kind not in _NUMBERS:
+            raise ValueError(f"a value in its metadata is of the unknown type {kind}")
         form = _NUMBERS[kind][0]
         (value,) = struct.unpack_from(form, self._content, self._position)
         self._position += struct.calcsize(form)
         return value
 
     def _string(self) -> str:
-        length = self._number(10)
+        length = self._count(10, _MAX_STRING, "bytes in a string")
         end = self._position + length
         if end > len(self._content):
             raise ValueError("it ends within a string")
@@ -152,9 +185,11 @@ class GGUFFile:
             return self._string()
         if kind != _ARRAY:
             return self._number(kind)
-        item, length = self._number(4), self._number(10)
+        item, length = self._number(4), self._count(10, _MAX_ARRAY, "values in an array")
+        if item == _STRING:
+            return [self._string() for _ in range(length)]
         if item not in _NUMBERS:
-            return [self._value(item) for _ in range(length)]
+            raise ValueError(f"an array in its metadata is of arrays, or of the unknown type {item}")
         numbers = np.frombuffer(self._content, _NUMBERS[item][1], length, self._position)
         self._position += numbers.nbytes
         return numbers.tolist()

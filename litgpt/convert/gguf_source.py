@@ -22,7 +22,7 @@ from litgpt.convert.gguf_architectures import GGUF_ARCHITECTURES, GGUFArchitectu
 from litgpt.convert.gguf_file import GGUFFile, GGUFTensor
 from litgpt.convert.gguf_tokenizer import write_tokenizer
 from litgpt.convert.hf_config import config_from_hf
-from litgpt.convert.source import EMBEDDING, HEAD, Named, Source, compare_shapes, misfit, shapes_of
+from litgpt.convert.source import EMBEDDING, HEAD, Named, Source, compare_shapes, excess, misfit, shapes_of
 from litgpt.model import stretch_by_parts
 from litgpt.models import find_known
 
@@ -36,12 +36,18 @@ class GGUFSource(Source):
     def __init__(self, path: Path, name: str | None = None) -> None:
         self.path = path
         file = GGUFFile(path)
-        self.metadata = Metadata(file.metadata, file.tensors)
+        try:
+            self.metadata = Metadata(file.metadata, file.tensors)
+        except ValueError as error:
+            raise ValueError(f"'{path}' cannot be used: {error}.") from None
         self.tensors = file.tensors
         self.form = self._form()
         self.table = ARCHITECTURES[self.form.architecture].weights
         self.config_json = self._config_json()
-        self.config = config_from_hf(self.config_json, name or model_name(path))
+        try:
+            self.config = config_from_hf(self.config_json, name or model_name(path))
+        except ValueError as error:
+            raise ValueError(f"'{path}': {error}") from None
         self.names = self._names()
         types = {tensor.dtype for tensor in self.tensors.values() if len(tensor.shape) > 1}
         self.dtype = types.pop() if len(types) == 1 else torch.float32
@@ -90,7 +96,7 @@ class GGUFSource(Source):
             specific = self.form.read(self.metadata)
             if ROPE_FACTORS in self.tensors:
                 factors = self.tensors[ROPE_FACTORS].read()
-                specific["rope_scaling"] = _llama3_scaling(factors, specific["rope_theta"])
+                specific["rope_scaling"] = _llama3_scaling(factors, specific.get("rope_theta", 10000.0))
         except ValueError as error:
             raise ValueError(f"'{self.path}' cannot be used: {error}.") from error
         architecture = ARCHITECTURES[self.form.architecture]
@@ -105,11 +111,14 @@ class GGUFSource(Source):
 
     def _names(self) -> dict[str, str]:
         """Hugging Face name -> GGUF name, of every weight, in the file's order; checks names and shapes."""
+        found = {name: _empty(tensor) for name, tensor in self.tensors.items() if name != ROPE_FACTORS}
+        problems = excess(self.config, found.values())
+        if problems:
+            raise ValueError(misfit(self.path, "its metadata", problems))
         ours = shapes_of(self.config).items()
         tied = self.config.tie_embeddings
         wanted = dict(self.table.to_theirs([pair for pair in ours if not (tied and pair[0] == HEAD)], self.config))
         theirs = self.form.names(wanted, self.config.n_layer)
-        found = {name: _empty(tensor) for name, tensor in self.tensors.items() if name != ROPE_FACTORS}
         problems = compare_shapes(
             {theirs[name]: tensor for name, tensor in wanted.items()}, found, "the metadata", "the file"
         )
@@ -133,6 +142,8 @@ def _empty(tensor: GGUFTensor) -> Tensor:
 
 def _llama3_scaling(factors: Tensor, theta: float) -> dict[str, Any]:
     """The rule behind the factors by which Llama 3.1 files divide their rotary frequencies; (P,) -> `rope_scaling`."""
+    if factors.dim() != 1:
+        raise ValueError(f"the rotary factors in '{ROPE_FACTORS}' are no list")
     frequencies = theta ** -(torch.arange(factors.numel(), dtype=torch.float32) / factors.numel())
     rule = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "factor": round(factors.max().item(), 4)}
     for original in (8192, 4096, 16384, 32768, 131072):

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from litgpt.convert.gguf_splitting import SPLITTINGS, Splitting
 
 Get = Callable[..., Any]
+MAX_TOKEN = 1024
 
 
 def write_tokenizer(get: Get, directory: Path, source: Path, context: int) -> dict[str, Any]:
@@ -46,7 +47,12 @@ def write_tokenizer(get: Get, directory: Path, source: Path, context: int) -> di
         tokenizer.save(str(directory / "tokenizer.json"))
     else:
         raise ValueError(f"'{source}' holds no tokenizer. Put the model's tokenizer.json beside it.")
-    ids = {name: get(f"tokenizer.ggml.{key}_token_id") for name, key in _NAMED.items()}
+    named = {name: get(f"tokenizer.ggml.{key}_token_id") for name, key in _NAMED.items()}
+    ids = {name: None if token is None or token < 0 else token for name, token in named.items()}
+    for name, token in ids.items():
+        if tokens and token is not None and token >= len(tokens):
+            reason = f"its {name} is number {token:,} of {len(tokens):,}"
+            raise ValueError(f"'{source}' cannot be used: {reason}. Download it again.")
     _write_settings(get, directory, tokens, ids, context)
     generation = {f"{name}_id": ids[name] for name in ("bos_token", "eos_token", "pad_token") if ids[name] is not None}
     end_of_turn = get("tokenizer.ggml.eot_token_id")
@@ -71,7 +77,7 @@ def _write_settings(
         "add_eos_token": bool(get("tokenizer.ggml.add_eos_token", False)),
     }
     for name, token_id in ids.items():
-        if token_id is not None and tokens and token_id < len(tokens):
+        if token_id is not None and tokens:
             settings[name] = tokens[token_id]
     if template := get("tokenizer.chat_template"):
         settings["chat_template"] = template
@@ -147,6 +153,8 @@ def _sentencepiece(get: Get, tokens: list[str]) -> Tokenizer:
     if not scores:
         raise ValueError("its tokens have no scores")
     types = (get("tokenizer.ggml.token_type") or [TokenType.NORMAL] * len(tokens))[: len(tokens)]
+    if max(map(len, tokens)) > MAX_TOKEN:  # every cut of a token is looked at
+        raise ValueError(f"it has a token of over {MAX_TOKEN} characters")
     vocabulary = {token: number for number, token in enumerate(tokens)}
     mergeable = {token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.NORMAL}
     merges = []

@@ -1,6 +1,5 @@
 """A checkpoint's tokenizer as the metadata of a GGUF file: the way back of `gguf_tokenizer.py`."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from tokenizers import Tokenizer as JsonTokenizer
 
 from litgpt.convert.gguf_splitting import SPLITTINGS
 from litgpt.convert.gguf_tokenizer import build_tokenizer
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer import MAX_ID, Tokenizer
+from litgpt.untrusted import LARGE_BYTES, read_json_object
 
 PREFIX = "tokenizer.ggml."
 # Texts on which the known ways of splitting differ: words, numbers, contractions, spaces, lines, marks and scripts.
@@ -75,7 +75,7 @@ def _special_tokens(files: Path, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _of_json(files: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    content = json.loads((files / "tokenizer.json").read_text(encoding="utf-8"))
+    content = read_json_object(files / "tokenizer.json", limit=LARGE_BYTES)
     model = content["model"]
     if model.get("type") != "BPE":
         raise ValueError(f"The tokenizer in '{files}' is of kind {model.get('type')}; a GGUF file takes BPE here.")
@@ -84,6 +84,8 @@ def _of_json(files: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     added = {token["id"]: token for token in content.get("added_tokens", [])}
     names |= {number: token["content"] for number, token in added.items()}
     count = max(names) + 1
+    if count > MAX_ID:
+        raise ValueError(f"The tokenizer in '{files}' has a token with the id {count - 1:,}, more than any model has.")
     tokens = [names.get(number, f"[PAD{number}]") for number in range(count)]
     types = [TokenType.NORMAL if number in names else TokenType.UNUSED for number in range(count)]
     for number in added:

@@ -1,6 +1,7 @@
 """`config.json` to `Config` and back."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,11 @@ from typing import Any
 from litgpt.config import Config
 from litgpt.convert.architecture import Architecture
 from litgpt.convert.architectures import ARCHITECTURES
-from litgpt.convert.fields import Rope, RopeByLayer
+from litgpt.convert.fields import Choice, Field, Rope, RopeByLayer
 from litgpt.convert.quantised_weights import check_method
 from litgpt.convert.recognition import architecture_of, text_model
 from litgpt.models import find_known
+from litgpt.untrusted import shown
 
 # Fields of Config that say nothing about what the model computes, or (vocab_size) nothing that config.json knows.
 _LABELS = ("name", "hf_config", "padding_multiple", "vocab_size")
@@ -39,9 +41,29 @@ def config_from_hf(config_json: dict[str, Any], name: str | None = None) -> Conf
             values.update(read(config_json) or {})
         except ValueError as error:
             problems.append(str(error))
+        except _WRONG_KIND:  # an entry may be anything: text where it counts, a list where it divides, zero
+            problems.append(_of_the_wrong_kind(read, config_json))
     if problems:
         raise ValueError(f"config.json ({architecture.name}) cannot be used: {'; '.join(dict.fromkeys(problems))}.")
-    return Config(**(values | _labels(name or "", values["padded_vocab_size"])))
+    values |= _labels(name or "", values["padded_vocab_size"])
+    try:
+        return Config(**values)
+    except ValueError as error:
+        raise ValueError(f"config.json ({architecture.name}) cannot be used: {error}") from None
+
+
+_WRONG_KIND = (TypeError, AttributeError, LookupError, ArithmeticError)
+
+
+def _of_the_wrong_kind(read: Callable[..., Any], config_json: dict[str, Any]) -> str:
+    """What to say of the entries that a reader of them fails on, with their values where it is known which they are."""
+    entry = getattr(read, "__self__", None)
+    keys = [entry.theirs] if isinstance(entry, Field) else list(entry.keys) if isinstance(entry, Choice) else []
+    given = ", ".join(f"{key}={shown(config_json[key])}" for key in keys if config_json.get(key) is not None)
+    if given:
+        return f"{given} is of the wrong kind"
+    name = " and ".join(keys) or type(entry).__name__
+    return f"{name} does not follow from the other entries, one of which is of the wrong kind"
 
 
 def ignored_entries(config_json: dict[str, Any]) -> list[str]:

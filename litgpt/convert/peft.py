@@ -31,6 +31,7 @@ from litgpt.convert.rules import Family, RuleTable
 from litgpt.convert.safetensors_file import read_safetensors, write_safetensors
 from litgpt.convert.source import Source, meta_model, shapes_of
 from litgpt.lora import TARGETS, LoRASettings, adapted_rows
+from litgpt.untrusted import is_slow, read_json_object, shown
 
 ADAPTER_CONFIG, ADAPTER_MODEL, ADAPTER_BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -276,24 +277,37 @@ def import_peft(path: Path, base: Source) -> tuple[dict[str, Tensor], LoRASettin
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"'{path / ADAPTER_CONFIG}' is no valid JSON ({error}). Download it again.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"'{path / ADAPTER_CONFIG}' describes no adapter: expected an object of settings.")
+    content = read_json_object(path / ADAPTER_CONFIG)
+    alphas = content.get("alpha_pattern") or {}
+    wrong = [
+        key
+        for key, fits in (
+            ("base_model_name_or_path", isinstance(content.get("base_model_name_or_path") or "", str)),
+            ("lora_alpha", _is_number(content.get("lora_alpha", 8))),
+            ("lora_dropout", _is_number(content.get("lora_dropout") or 0)),
+            ("alpha_pattern", isinstance(alphas, dict) and all(map(_is_number, alphas.values()))),
+        )
+        if not fits
+    ]
+    if wrong:
+        given = ", ".join(f"{key}={shown(content[key])}" for key in wrong)
+        raise ValueError(f"'{path / ADAPTER_CONFIG}' describes no adapter: {given}. Download it again.")
     return content
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e9 < value < 1e9
 
 
 def _check_config(adapter_config: dict[str, Any]) -> None:
     problems = [
-        f"{key}={adapter_config[key]!r}"
+        f"{key}={shown(adapter_config[key])}"
         for key, neutral in NEUTRAL.items()
         if key in adapter_config and adapter_config[key] not in neutral
     ]
     start = adapter_config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(CHANGES_BASE):
-        problems.append(f"init_lora_weights={start!r}, which has changed the base weights")
+        problems.append(f"init_lora_weights={shown(start)}, which has changed the base weights")
     if problems:
         raise ValueError(
             f"This PEFT adapter cannot be used: {', '.join(problems)} is not supported. Merge it into its model with "
@@ -319,6 +333,8 @@ def _read_updates(path: Path, adapter_config: dict[str, Any]) -> dict[str, Updat
     for module, tensors in found.items():
         if not {"lora_A", "lora_B"} <= tensors.keys() or (MAGNITUDE in tensors) != bool(adapter_config.get("use_dora")):
             raise ValueError(f"'{file}': of {module} there is only {', '.join(sorted(tensors))}.")
+        if tensors["lora_A"].dim() != 2 or tensors["lora_B"].dim() != 2 or 0 in tensors["lora_A"].shape:
+            raise ValueError(f"'{file}': lora_A and lora_B of {module} are no matrices.")
         part = Part(tensors["lora_A"], tensors["lora_B"], tensors.get(MAGNITUDE))
         updates[module] = Update(part, _alpha_of(module, adapter_config))
     if not updates:
@@ -328,8 +344,13 @@ def _read_updates(path: Path, adapter_config: dict[str, Any]) -> dict[str, Updat
 
 def _alpha_of(module: str, adapter_config: dict[str, Any]) -> float:
     for pattern, alpha in (adapter_config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return alpha
+        if is_slow(pattern, alternatives=True):
+            raise ValueError(f"The alpha_pattern {shown(pattern)} of the PEFT adapter could take for ever. Correct it.")
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return alpha
+        except re.error as error:
+            raise ValueError(f"The alpha_pattern {shown(pattern)} of the PEFT adapter is wrong: {error}.") from None
     return adapter_config.get("lora_alpha", 8)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from litgpt.checkpoint import Release
+from litgpt.untrusted import is_count, shown
 
 _AT_ONCE = 2**20  # values computed at a time
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -179,11 +180,15 @@ def check_method(config_json: dict[str, Any]) -> None:
     """Raises `ValueError` for weights quantised by a method that is not supported; names it."""
     settings = config_json.get("quantization_config")
     method = settings.get("quant_method", "none named") if settings else None
-    if method is not None and method not in _READERS:
+    if method is not None and (not isinstance(method, str) or method not in _READERS):
         raise ValueError(
-            f"weights with quant_method '{method}' are not supported (only {', '.join(_READERS)}); "
+            f"weights with quant_method {shown(method)} are not supported (only {', '.join(_READERS)}); "
             "use an unquantised repository of the model"
         )
+    block = settings.get("weight_block_size") if settings else None
+    is_pair = isinstance(block, list) and len(block) == 2 and all(is_count(size) and size for size in block)
+    if block is not None and not is_pair:
+        raise ValueError(f"weight_block_size={shown(block)} is not supported (only two positive numbers)")
 
 
 def is_stale(config_json: dict[str, Any], tensors: dict[str, Tensor]) -> bool:

@@ -26,8 +26,10 @@ import torch
 
 from litgpt.checkpoint import MappedTensors, Release, raw_parts, unreadable
 from litgpt.checkpoint.sums import DamagedFile, Part, check_parts
+from litgpt.untrusted import MAX_INTEGER, is_count, parse_json_object, shown
 
 _MAX_HEADER = 100_000_000  # the format's own limit
+_MAX_DIMENSIONS = 16
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -61,13 +63,17 @@ def read_safetensors(path: Path, check: bool = True) -> MappedTensors:
     with path.open("rb") as file:
         try:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if 0 < length <= min(_MAX_HEADER, size - 8) else None
-            entries = {name: _entry(value) for name, value in header.items() if name != "__metadata__"}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(unreadable(path, "it is truncated, or no safetensors file")) from error
-        needed = 8 + length + max((end for *_, end in entries.values()), default=0)
-        if needed > size:
-            raise ValueError(unreadable(path, f"it is truncated, {needed:,} bytes are expected"))
+            if not 0 < length <= min(_MAX_HEADER, size - 8):
+                raise ValueError(f"its header would have {length:,} bytes")
+            header = _header(file.read(length))
+            entries = {name: _entry(name, value) for name, value in header.items() if name != "__metadata__"}
+            end = _check_places(entries)
+        except ValueError as error:
+            raise ValueError(unreadable(path, f"it is truncated, or no safetensors file ({error})")) from None
+        needed = 8 + length + end
+        if needed != size:
+            reason = "it is truncated" if needed > size else "something follows its last tensor"
+            raise ValueError(unreadable(path, f"{reason}, {needed:,} bytes are expected"))
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tensors = MappedTensors()
     for name, (dtype, shape, begin, _) in entries.items():
@@ -97,11 +103,41 @@ def _compare(path: Path, length: int, places: list[tuple[str, int, int]], sums: 
         raise ValueError(unreadable(path, str(error))) from error
 
 
-def _entry(value: dict[str, Any]) -> tuple[torch.dtype, list[int], int, int]:
-    dtype, shape, (begin, end) = _DTYPES[value["dtype"]], value["shape"], value["data_offsets"]
-    if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(value)
-    return dtype, shape, begin, end
+def _header(text: bytes) -> dict[str, Any]:
+    header = parse_json_object(text, "header", "", unique_keys=True)
+    if not isinstance(header.get("__metadata__", {}), dict):
+        raise ValueError("its metadata are no object")
+    return header
+
+
+def _entry(name: str, value: Any) -> tuple[torch.dtype, list[int], int, int]:
+    """Type, shape, begin and end of a tensor, each of which is what it should be."""
+    value = value if isinstance(value, dict) else {}
+    dtype, shape, place = value.get("dtype"), value.get("shape"), value.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"the type of {shown(name)} is {shown(dtype)}, which is not supported")
+    if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS or not all(map(is_count, shape)):
+        raise ValueError(f"the shape of {shown(name)} is {shown(shape)}")
+    itemsize = _DTYPES[dtype].itemsize
+    if math.prod(max(size, 1) for size in shape) > MAX_INTEGER // itemsize:  # a 0 would hide the others
+        raise ValueError(f"the shape of {shown(name)} is {shown(shape)}")
+    if not isinstance(place, list) or len(place) != 2 or not all(map(is_count, place)):
+        raise ValueError(f"the offsets of {shown(name)} are {shown(place)}")
+    begin, end = place
+    if end - begin != math.prod(shape) * itemsize:
+        raise ValueError(f"the offsets of {shown(name)} are {shown(place)}, and its shape is {shown(shape)}")
+    return _DTYPES[dtype], shape, begin, end
+
+
+def _check_places(entries: dict[str, tuple[torch.dtype, list[int], int, int]]) -> int:
+    """The end of the last tensor, with the others before it one after the other, without gaps, as the format has it."""
+    last = 0
+    for name, (*_, begin, end) in sorted(entries.items(), key=lambda entry: entry[1][2:]):
+        if begin != last:
+            what = "overlaps the tensor before it" if begin < last else "leaves a gap before it"
+            raise ValueError(f"{shown(name)} {what}, at byte {begin:,} of {last:,}")
+        last = end
+    return last
 
 
 def _view(content: mmap.mmap, dtype: torch.dtype, shape: list[int], offset: int) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """An opened checkpoint of any kind, and a model from it."""
 
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +23,7 @@ from litgpt.checkpoint import (
 )
 from litgpt.config import Config
 from litgpt.convert.architecture import Architecture
+from litgpt.convert.config_json import read_config_json
 from litgpt.convert.hf_config import config_from_hf, config_to_hf, ignored_entries
 from litgpt.convert.quantised_parts import (
     Parts,
@@ -44,6 +44,8 @@ from litgpt.models import find_known
 from litgpt.quantize import QuantizedLinear, is_quantized, kind_of, quantized_layers, replace_linears, same_form
 
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
+_LEAST_TENSORS = 4  # of a layer, in any format: the weights of attention and MLP, going in and out
+_FEW_MODULES = 500  # layers and experts, which take half a second
 BLOCK = re.compile(r"transformer\.h\.(\d+)\.")
 _LEARNED = re.compile(r"\.lora_|\.adapter_|\.gating_factor")  # what finetuning has put beside a model's own weights
 Named = tuple[str, Tensor]
@@ -181,6 +183,43 @@ def give_memory(model: GPT, dtype: torch.dtype, device: Place) -> None:
     model.tie_weights()
 
 
+def excess(config: Config, tensors: Iterable[Tensor]) -> list[str]:
+    """One line for everything that makes a model larger than such files could fill; to be asked before it is built.
+
+    A configuration of a few lines can stand for any number of modules. Models of few are built at once, and compared
+    with the files tensor by tensor.
+
+    Args:
+        config: The shape of the model.
+        tensors: All that the files hold.
+    """
+    if config.n_layer * (1 + config.n_expert) <= _FEW_MODULES:
+        return []
+    count, size = 0, 0
+    for tensor in tensors:
+        count, size = count + 1, size + tensor.nbytes
+    lines = []
+    if config.n_layer * _LEAST_TENSORS > count:
+        lines.append(f"  missing: {config.n_layer:,} layers (n_layer) have more than {count:,} tensors, all there are")
+    parameters = least_parameters(config)
+    if parameters > 2 * size:  # as many as in four bits each
+        lines.append(f"  missing: such a model has over {parameters:,} parameters, the files have {size:,} bytes")
+    return lines
+
+
+def least_parameters(config: Config) -> int:
+    """A lower bound on the number of a model's parameters."""
+    width, latent = config.n_embd, config.latent_attention or {}
+    attention = config.n_head * latent.get("v_head_dim", config.head_size) * width  # its projection alone
+    dense = 2 * config.intermediate_size * width
+    sparse, layers = dense, config.n_layer
+    if config.mlp_class_name == "LLaMAMoE":
+        sparse = 3 * config.n_expert * (config.moe_intermediate_size or config.intermediate_size) * width
+        layers = max(0, config.n_layer - (config.first_k_dense_replace or 0))
+    mlps = layers * sparse + (config.n_layer - layers) * dense
+    return config.padded_vocab_size * width + config.n_layer * attention + mlps
+
+
 class _NoInitialisation(TorchFunctionMode):
     """Skips `torch.nn.init`: on the meta device there is nothing to fill, and trying imports torch's compiler (3 s)."""
 
@@ -222,6 +261,9 @@ class LitSource(Source):
         self.config.tie_embeddings = self._is_tied()
         self.dtype = _first_dtype(self.tensors)
         self.layers: dict[str, QuantizedLinear] = {}
+        problems = excess(self.config, self.tensors.values())
+        if problems:
+            raise ValueError(misfit(weights, f"'{self.files if base else path / CONFIG}'", problems))
         model = meta_model(self.config, self.quantized, self.dtype)
         wanted = saved_shapes(model) if self.quantized else model.state_dict()
         problems = compare_shapes(wanted, self.tensors, CONFIG, weights.name)
@@ -293,9 +335,8 @@ def _left_out(names: Sequence[str], model: str) -> str | None:
 
 def _says_tied(path: Path) -> bool:
     try:
-        config_json = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        return bool(text_model(config_json).get("tie_word_embeddings"))
-    except (OSError, ValueError, AttributeError):
+        return bool(text_model(read_config_json(path / "config.json")).get("tie_word_embeddings"))
+    except (OSError, ValueError):
         return False
 
 
@@ -341,7 +382,7 @@ class HFSource(Source):
 
     def __init__(self, path: Path, name: str | None = None) -> None:
         self.files = path
-        given = _read_json(path / "config.json") if (path / "config.json").is_file() else _usual_json(name)
+        given = read_config_json(path / "config.json") if (path / "config.json").is_file() else _usual_json(name)
         self.config_json = text_model(given)
         self.architecture: Architecture = architecture_of(self.config_json)
         self.shards = [_read_shard(file) for file in hf_weight_files(path)]
@@ -352,7 +393,11 @@ class HFSource(Source):
         ignored = self.architecture.weights.is_ignored
         tensors = {name: tensor for name, tensor in tensors.items() if not ignored(name)}
         self._note_on_config(tensors, notes)
-        self.config = config_from_hf(self.config_json, name or _label(path))
+        try:
+            self.config = config_from_hf(self.config_json, name or _label(path))
+        except ValueError as error:
+            raise ValueError(f"'{path}': {error}") from None
+        self._check(excess(self.config, tensors.values()))
         tensors = self._without_predictors(_renamed(tensors, self._their_name(EMBEDDING)), notes)
         self.found = self._dequantised(tensors, notes)
         self._untie_if_different()
@@ -485,16 +530,6 @@ def _renamed(tensors: dict[str, Tensor], known: str | None = None) -> dict[str, 
 
 def _read_shard(file: Path) -> MappedTensors:
     return read_safetensors(file, check=False) if file.suffix == ".safetensors" else read_state_dict(file, check=False)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"'{file}' is no valid JSON ({error}). Download it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"'{file}' describes no model: expected an object of settings. Download it again.")
-    return content
 
 
 def _usual_json(name: str | None) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from typing import Any
 import yaml
 
 from litgpt.checkpoint.atomic import atomic_file
+from litgpt.untrusted import is_count, read_yaml_mapping, shown
 
 RECORD_FILE = "dataset.yaml"
 TOKENIZER_DIR = "tokenizer"
 FORMAT = 1
+_REMEDY = "Copy it again from where it came, or prepare the data again."
 
 
 @dataclass(frozen=True)
@@ -71,20 +73,28 @@ class DatasetRecord:
         """
         path = Path(directory) / RECORD_FILE
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            content = read_yaml_mapping(path, _REMEDY)
         except FileNotFoundError:
             return None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise _damaged(path, str(error).partition("\n")[0]) from None
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            found = content.get("format") if isinstance(content, dict) else content
-            raise _damaged(path, f"format {found!r:.60}, and this version reads {FORMAT}")
+        if content.get("format") != FORMAT:
+            raise _damaged(path, f"format {shown(content.get('format'))}, and this version reads {FORMAT}")
         try:
             splits = {str(name): SplitRecord(**split) for name, split in content["splits"].items()}
-            return cls(**{f.name: content[f.name] for f in fields(cls) if f.name != "splits"}, splits=splits)
+            record = cls(**{f.name: content[f.name] for f in fields(cls) if f.name != "splits"}, splits=splits)
         except (KeyError, TypeError, AttributeError) as error:
             raise _damaged(path, f"{type(error).__name__}: {error}") from None
+        for part in (record, *splits.values()):
+            for entry in fields(part):
+                if not _fits(getattr(part, entry.name), entry.type):
+                    raise _damaged(path, f"{entry.name} is {shown(getattr(part, entry.name))}")
+        return record
+
+
+def _fits(value: Any, kind: str) -> bool:
+    """Whether a value is of the kind that a field's annotation names."""
+    kinds = {"int": is_count, "str": lambda text: isinstance(text, str)}
+    return kinds.get(kind, lambda other: isinstance(other, dict))(value)
 
 
 def _damaged(path: Path, reason: str) -> ValueError:
-    return ValueError(f"{path} is damaged ({reason}). Copy it again from where it came, or prepare the data again.")
+    return ValueError(f"{path} is damaged ({reason}). {_REMEDY}")

@@ -12,7 +12,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
 from litgpt.checkpoint import atomic_file
@@ -21,6 +20,7 @@ from litgpt.hub import HubError
 from litgpt.hub.errors import clear_errors
 from litgpt.hub.transfer import RemoteFile, Transfer
 from litgpt.suggest import did_you_mean
+from litgpt.untrusted import parse_yaml
 
 # The branch where the Hub keeps every data set as parquet: CONFIG/SPLIT/0000.parquet
 CONVERTED = "refs/convert/parquet"
@@ -31,6 +31,7 @@ SPLIT_WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 DEFAULT_CONFIG = "default"
+MAX_HEAD = 4 << 20  # characters of the YAML before a README
 MANIFEST = ".source-{}.json"
 
 
@@ -187,13 +188,14 @@ class HubDataset:
         text = self.read("README.md").decode("utf-8", "replace")
         head = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
         try:
-            configs = (yaml.safe_load(head[1]) or {}).get("configs", []) if head else []
-        except yaml.YAMLError:
+            content = parse_yaml(head[1], "README.md", "") if head and len(head[1]) < MAX_HEAD else None
+            configs = (content.get("configs") if isinstance(content, dict) else None) or []
+        except ValueError:
             return {}
         return {
             str(config.get("config_name", DEFAULT_CONFIG)): _patterns(config["data_files"])
             for config in configs
-            if "data_files" in config
+            if isinstance(config, dict) and "data_files" in config
         }
 
     def _choose(self, config: str | None, configs: dict[str, Any]) -> str:
@@ -249,8 +251,9 @@ def _patterns(data_files: Any) -> dict[str, list[str]]:
     entries = data_files if isinstance(data_files, list) else [data_files]
     patterns: dict[str, list[str]] = {}
     for entry in entries:
-        split, path = (entry["split"], entry["path"]) if isinstance(entry, dict) else ("train", entry)
-        patterns.setdefault(str(split), []).extend([path] if isinstance(path, str) else path)
+        split, path = (entry.get("split"), entry.get("path")) if isinstance(entry, dict) else ("train", entry)
+        paths = path if isinstance(path, list) else [path]
+        patterns.setdefault(str(split), []).extend(each for each in paths if isinstance(each, str))
     return patterns
 
 

@@ -14,6 +14,7 @@ from litgpt.data.compressed_files import COMPRESSIONS, open_bytes
 from litgpt.data.records import Record
 from litgpt.data.table_files import arrow_records, csv_records, parquet_records
 from litgpt.data.text_encoding import encoding_of, not_text
+from litgpt.untrusted import parse_json
 
 LINES = (".jsonl", ".ndjson")
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet", ".ndjson")
@@ -104,12 +105,14 @@ def _parsed(path: Path) -> Any:
     except UnicodeDecodeError as error:
         raise not_text(path, error) from None
     try:
-        return json.loads(text)
+        return parse_json(text, deep=True)
     except json.JSONDecodeError as error:
         first_line = text.partition("\n")[0]
         if error.msg == "Extra data" and _is_json(first_line):
             return None
         raise _damaged(path, error) from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}.") from None
 
 
 def _lines(path: Path) -> Iterator[Record]:
@@ -119,10 +122,13 @@ def _lines(path: Path) -> Iterator[Record]:
                 if not line.strip():
                     continue
                 try:
-                    yield Record(f"{path}, line {number}", json.loads(line))
+                    values = parse_json(line)
                 except json.JSONDecodeError as error:
                     error.lineno = number
                     raise _damaged(path, error) from None
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number}: {error}.") from None
+                yield Record(f"{path}, line {number}", values)
         except UnicodeDecodeError as error:
             raise not_text(path, error) from None
 
@@ -133,7 +139,7 @@ def _opened(path: Path) -> Any:
 
 def _is_json(text: str) -> bool:
     try:
-        json.loads(text)
+        parse_json(text)
     except ValueError:
         return False
     return True

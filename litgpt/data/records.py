@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 from litgpt.data.tool_calls import present, read_calls, read_tools
 from litgpt.data.wording import kind_of, listed
+from litgpt.untrusted import parse_json
 
 INSTRUCTION, COMPLETION = "instruction/input/output", "prompt/completion"
 MESSAGES, CONVERSATIONS = "messages", "conversations (ShareGPT)"
@@ -193,7 +193,7 @@ def read_messages(value: Any) -> list[Message]:
     """Messages {role, content}, ShareGPT's {from, value}, or texts of user and assistant in turn (LIMA)."""
     if isinstance(value, str):  # some files keep the list as JSON inside a text
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except ValueError:
             raise ValueError("its messages are a text that is not JSON; a list of messages is expected.") from None
     if not isinstance(value, (list, tuple)) or not value:

@@ -15,6 +15,7 @@ from litgpt.data.compressed_files import COMPRESSIONS, compressed_position, open
 from litgpt.data.record_files import read_records
 from litgpt.data.text_encoding import encoding_of, not_text
 from litgpt.data.text_reading import decode_chunks
+from litgpt.untrusted import parse_json
 
 FORMS = {".txt": "text", ".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".parquet": "parquet"}
 SUFFIXES = (*FORMS, *(form + ending for form in FORMS if form != ".parquet" for ending in COMPRESSIONS))
@@ -91,10 +92,10 @@ def _holds_lines(file: SourceFile) -> bool:
             head += more
     first, _, rest = head.partition(b"\n")
     try:
-        json.loads(first)
+        content = parse_json(first)
     except ValueError:
         return False
-    return bool(rest.strip()) or not _is_split_object(json.loads(first))
+    return bool(rest.strip()) or not _is_split_object(content)
 
 
 def _is_split_object(content: Any) -> bool:
@@ -173,8 +174,8 @@ def _line_records(
             raise _line_too_long(file, position)
         if line.strip(b" \t\r\n\xef\xbb\xbf"):
             try:
-                values = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                values = parse_json(line)
+            except ValueError as error:
                 raise _bad_line(file, position, error) from None
             yield f"the record at byte {position:,}", values
         position += len(line)

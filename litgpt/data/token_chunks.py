@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from litgpt.checkpoint.atomic import atomic_file
+from litgpt.untrusted import LARGE_BYTES, parse_json, read_text
 
 INDEX_FILE = "index.json"
 MAX_CHUNK_BYTES = (1 << 32) - 1  # the offsets are uint32
@@ -185,14 +186,13 @@ class TokenChunks:
         """
         path = Path(directory) / INDEX_FILE
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_text(path, LARGE_BYTES)
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"'{directory}' has no {INDEX_FILE}: no token chunks are there, or `litgpt prepare_dataset` has not "
                 "finished; the same command goes on where it stopped."
             ) from None
-        except UnicodeDecodeError as error:
-            raise _damaged_index(str(path), f"not UTF-8 ({error.reason})") from None
+
         return cls.parse(text, str(path))
 
     @classmethod
@@ -203,8 +203,8 @@ class TokenChunks:
             ValueError: It is damaged, or not one of chunks of tokens.
         """
         try:
-            index = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            index = parse_json(text)
+        except ValueError as error:
             raise _damaged_index(where, f"not valid JSON ({error})") from None
         if not isinstance(index, dict) or not isinstance(index.get("chunks"), list):
             raise _damaged_index(where, "no list of chunks")

@@ -18,6 +18,7 @@ from litgpt.data.source_files import Report
 from litgpt.data.text_reading import encode_texts
 from litgpt.data.token_chunks import ChunkInfo, write_chunk_bytes
 from litgpt.data.word_cache import WordCache
+from litgpt.untrusted import LARGE_BYTES, read_json_object
 
 WORK_DIR = ".preparing"  # in the destination, until all is there
 PART_BYTES = 64 << 20  # ids that are kept in memory, and the most of one file
@@ -77,13 +78,13 @@ class UnitResult:
 def read_result(job: Job, unit: Unit) -> UnitResult | None:
     """What came of a unit; None where it has not been worked on yet, or was for another plan."""
     try:
-        content = json.loads(_result_file(job, unit).read_text(encoding="utf-8"))
+        content = read_json_object(_result_file(job, unit), limit=LARGE_BYTES)
         if content.pop("plan") != job.plan:
             return None
         parts = {split: [ChunkInfo(**part) for part in found] for split, found in content.pop("parts").items()}
         sizes = [((job.work_dir / p.filename).stat().st_size, p.num_bytes) for found in parts.values() for p in found]
         return UnitResult(parts=parts, **content) if all(size == said for size, said in sizes) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

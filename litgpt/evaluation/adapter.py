@@ -6,7 +6,6 @@ stands, what is cut off, what ends an answer. Every figure is to be the same as 
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -27,6 +26,7 @@ from litgpt.generation.text import TextStream
 from litgpt.prompts import ChatTemplate
 from litgpt.prompts.styles import Message
 from litgpt.tokenizer import Tokenizer
+from litgpt.untrusted import read_json_object
 
 MAX_NEW_TOKENS = 256  # where a task says nothing
 DEFAULT_TOP_K = 50  # transformers' own, where an answer is drawn
@@ -318,7 +318,7 @@ def generation_defaults(tokenizer: Tokenizer) -> dict[str, Any]:
     for name in ("generation_config.json", "config.json"):
         file = tokenizer.dir / name
         if file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = read_json_object(file)
             break
     found = found.get("text_config") or found
     ends = found.get("eos_token_id")

@@ -8,7 +8,6 @@ there is none), which is not counted itself.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from litgpt.evaluation.progress import bar
 from litgpt.evaluation.scoring import Scored, score
 from litgpt.evaluation.work import Evaluated
 from litgpt.tokenizer import Tokenizer
+from litgpt.untrusted import parse_json
 
 TASK = "perplexity"
 ROWS = 30  # of the table of documents
@@ -84,7 +84,7 @@ def _of_file(file: Path, path: Path) -> Iterator[Document]:
         if not line.strip():
             continue
         try:
-            text = json.loads(line)["text"]
+            text = parse_json(line)["text"]
         except (ValueError, KeyError, TypeError):
             text = None
         if not isinstance(text, str):

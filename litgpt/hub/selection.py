@@ -1,10 +1,10 @@
 """Which of a repository's files a checkpoint needs."""
 
-import json
 from collections.abc import Callable, Collection, Iterable
 from fnmatch import fnmatch
 
 from litgpt.hub.errors import HubError
+from litgpt.weight_index import parse_weight_index
 
 # Everything that a tokenizer, a prompt style and a converted checkpoint's description may need.
 TOKENIZER_FILES = (
@@ -78,9 +78,9 @@ def _listed(names: Collection[str], at_most: int = 12) -> str:
 def _shards(title: str, index: str, content: bytes, names: Collection[str]) -> list[str]:
     """The shards that an index lists."""
     try:
-        shards = sorted(set(json.loads(content)["weight_map"].values()))
-    except (KeyError, ValueError, AttributeError, TypeError):
-        raise HubError(f"{title}: its {index} is not an index of weights.") from None
+        shards = sorted(set(parse_weight_index(content, index).values()))
+    except ValueError as error:
+        raise HubError(f"{title}: {error}") from None
     missing = [shard for shard in shards if shard not in names]
     if missing:
         raise HubError(f"{title}: its {index} lists files that are not there: {_listed(missing)}.")

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from litgpt.checkpoint import CONFIG, resolve_checkpoint_dir
 from litgpt.config import Config
 from litgpt.convert import Source, config_from_hf, load_model
+from litgpt.convert.config_json import read_config_json
 from litgpt.convert.source import Watch, give_memory, kind_for, meta_model
 from litgpt.distributed import accelerator as best_accelerator
 from litgpt.distributed import inference_dtypes, inference_precision
@@ -188,5 +189,5 @@ def _shape_of(model: str | Path) -> Config:
     if (path / CONFIG).is_file():
         return Config.from_checkpoint(path)
     if (path / "config.json").is_file():
-        return config_from_hf(json.loads((path / "config.json").read_text(encoding="utf-8")), str(model))
+        return config_from_hf(read_config_json(path / "config.json"), str(model))
     return Config.from_name(path.name)

@@ -22,6 +22,7 @@ from litgpt.prompts.styles import (
     style_class,
     written_styles,
 )
+from litgpt.untrusted import read_yaml_mapping, shown
 
 if TYPE_CHECKING:
     from litgpt.config import Config
@@ -170,15 +171,17 @@ def load_prompt_style(checkpoint_dir: Path) -> PromptStyle | None:
     if not file.is_file():
         return None
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        name = str(content["class_path"])
+        content = read_yaml_mapping(file, remedy="")
+        name = content["class_path"]
+        if not isinstance(name, str):
+            raise ValueError(f"its class_path is {shown(name)}")
         if (style := find_written_style(name)) is None:
             raise ValueError(
-                f"it names {name}, which is none of litgpt's own, and code that a checkpoint names is not run; if you "
-                f"trust it, give --prompt_style {name}"
+                f"it names {name[:200]}, which is none of litgpt's own, and code that a checkpoint names is not run; "
+                f"if you trust it, give --prompt_style {name[:200]}"
             )
         return style(**(content.get("init_args") or {}))
-    except (yaml.YAMLError, TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError) as error:
         raise ValueError(
             f"{file} names no usable prompt style ({error}). Correct it, delete it, or pass --prompt_style."
         ) from error

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from litgpt.prompts.call_form import CallForm, find_call_form
 from litgpt.prompts.styles import Message, PromptStyle, Tokenizer
 from litgpt.suggest import did_you_mean
+from litgpt.untrusted import FETCH_AGAIN, read_json_object, read_text
 
 if TYPE_CHECKING:
     import jinja2
@@ -139,15 +140,23 @@ def find_chat_templates(directory: Path) -> dict[str, str]:
     files = {DEFAULT: directory / TEMPLATE_FILE} if (directory / TEMPLATE_FILE).is_file() else {}
     files |= {file.stem: file for file in sorted((directory / TEMPLATE_FOLDER).glob("*.jinja"))}
     if files:
-        return {name: _read(file) for name, file in files.items()}
+        return {name: read_text(file) for name, file in files.items()}
     for name in ("chat_template.json", "tokenizer_config.json"):
         template = _read_json(directory / name).get("chat_template")
         if isinstance(template, str):
             return {DEFAULT: template}
         if template:
-            pairs = template.items() if isinstance(template, dict) else [(t["name"], t["template"]) for t in template]
-            return dict(pairs)
+            return _named_templates(template, directory / name)
     return {}
+
+
+def _named_templates(value: Any, file: Path) -> dict[str, str]:
+    """An object of templates by name, or a list of {name, template}."""
+    if isinstance(value, list) and all(isinstance(each, dict) for each in value):
+        value = {str(each.get("name")): each.get("template") for each in value}
+    if not isinstance(value, dict) or not all(isinstance(each, str) for each in value.values()):
+        raise ValueError(f"{file} is damaged (its chat_template is neither a text nor texts by name). {FETCH_AGAIN}")
+    return value
 
 
 def write_chat_templates(templates: Mapping[str, str], directory: Path) -> None:
@@ -174,15 +183,8 @@ def _special_tokens(directory: Path) -> dict[str, str]:
     return tokens
 
 
-def _read(file: Path) -> str:
-    return file.read_text(encoding="utf-8")
-
-
 def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(_read(file)) if file.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}). Fetch it again from the model's repository.") from error
+    return read_json_object(file) if file.is_file() else {}
 
 
 # -- what a template writes

@@ -302,6 +302,9 @@ def test_a_file_that_stands_for_a_billion_settings(tmp_path):
     bomb = write(tmp_path / "bomb.yaml", f"a0: &a0 [x]\n{levels}")
     assert "nested or repeated too much" in refused("dir", "--config", bomb)
     assert "nested or repeated too much" in refused("dir", "--config", write(tmp_path / "deep.yaml", "[" * 9000))
+    merged = "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 20)}]}}\n" for n in range(1, 9))
+    bomb = write(tmp_path / "merged.yaml", f"a0: &a0 {{x: 1}}\n{merged}")
+    assert "nested or repeated too much" in refused("dir", "--config", bomb)
 
 
 # --- packaged recipes -----------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def test_no_weights_says_what_there_is(files, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"<html>", "is not an index of weights"),
+        (b"<html>", r"a/b: 'model\.safetensors\.index\.json' is no valid JSON"),
         (INDEX.encode(), r"lists files that are not there: model-2\.safetensors"),
     ],
 )

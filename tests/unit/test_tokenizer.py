@@ -305,7 +305,7 @@ def test_missing_and_damaged_files_are_named_with_a_remedy(tmp_path):
         Tokenizer(tmp_path)
     tokenizer_files.byte_level(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json is damaged"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json' is a list"):
         Tokenizer(tmp_path)
 
 
