@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,23 @@ def find_checkpoint(
         return download(repo_id, access_token=access_token, tokenizer_only=tokenizer_only)
 
     return resolve_checkpoint_dir(name_or_path, download=fetch, incomplete=incomplete, tokenizer_only=tokenizer_only)
+
+
+def expect_checkpoint(name_or_path: Path | str) -> None:
+    """Refuses what is neither here nor a name on the Hub, for commands that do other things before they open it.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint, or it lacks something.
+    """
+
+    class OnHub(Exception):
+        pass
+
+    def fetch(repo_id: str) -> Path:
+        raise OnHub
+
+    with contextlib.suppress(OnHub):
+        resolve_checkpoint_dir(name_or_path, download=fetch)
 
 
 def open_model(name_or_path: Path | str, access_token: str | None = None) -> Source:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ from litgpt.generation.sampling import Sampling
 from litgpt.generation.worker import Worker
 from litgpt.llm import LLM, load_llm
 from litgpt.llm.placement import place
+from litgpt.loading import expect_checkpoint
 from litgpt.lora import LORA_WEIGHTS, adapted_copy, read_lora
 from litgpt.prompts import choose_prompt_style
 from litgpt.serving.served import Defaults, ServedModel
@@ -44,11 +46,16 @@ def setup(
     generate_strategy: Literal["sequential", "tensor_parallel"] | None = None,
     prompt_style: str | None = None,
     compile: bool | None = None,
+    allowed_hosts: list[str] | None = None,
+    cors_origins: list[str] | None = None,
+    access_log: bool = True,
+    shutdown_timeout: float = 30,
 ) -> None:
     """Serve a model over HTTP: POST /predict takes {"prompt": ...}, and /v1 speaks OpenAI's API.
 
-    It listens at once and answers 503 until the model is loaded. Ctrl-C or SIGTERM lets it finish what is running;
-    a second Ctrl-C ends it at once. /docs describes the API, /metrics is for Prometheus, /health for load balancers.
+    It listens at once and answers 503 until the model is loaded. Ctrl-C or SIGTERM lets it finish what is running,
+    for as long as --shutdown_timeout says; a second Ctrl-C ends it at once. /docs describes the API, /metrics is for
+    Prometheus, /health for load balancers.
 
     Args:
         checkpoint_dir: A checkpoint directory, a Hugging Face directory, a .gguf file, a known name or a Hub id.
@@ -83,9 +90,17 @@ def setup(
             of the checkpoint's own; `default` gives the model the bare prompt.
         compile: Compile the decoding: on a CPU in the background, for later runs too; a GPU's first answer waits. By
             default on one CPU.
+        allowed_hosts: Host names that the server goes by, once or several times; *.example.com for all below one, * for
+            any. On 127.0.0.1 it answers to this machine's own names alone, so that no web page can reach it under
+            another; a proxy in front of it may need its name here. By default any on other addresses.
+        cors_origins: Of web pages of others that may use it from a browser, such as https://example.com, once or
+            several times; * for all.
+        access_log: A line on stderr for each request: method, path, status, tokens, time. Never what it says.
+        shutdown_timeout: Seconds that what is running has to finish after Ctrl-C or SIGTERM; then it is ended.
     """
     # Here, so that the help is there without what only a running server needs.
     from litgpt.serving.application import create_app
+    from litgpt.serving.guard import is_loopback
     from litgpt.serving.server import Server, listen
     from litgpt.serving.service import Service
 
@@ -95,6 +110,7 @@ def setup(
         ("max_batch_size", max_batch_size, 1),
         ("max_queue", max_queue, 0),
         ("timeout", timeout, 0),
+        ("shutdown_timeout", shutdown_timeout, 0),
     ):
         if not value >= least:
             raise ValueError(f"--{name} {value} is not possible: give {least} or more.")
@@ -109,6 +125,8 @@ def setup(
     adapters = dict(_named_directory(spec) for spec in adapter or ())
     if len(adapters) < len(adapter or ()):
         raise ValueError(f"--adapter: two have the same name ({', '.join(adapter)}). Give each its own.")
+    hosts, origins = _split(allowed_hosts), [_origin(text) for text in _split(cors_origins)]
+    expect_checkpoint(checkpoint_dir)
     api_key = api_key or os.environ.get(API_KEY) or None
     service = Service(max_batch_size, max_queue, timeout)
     on_one_cpu = placement.device.type == "cpu" and generate_strategy is None
@@ -144,15 +162,47 @@ def setup(
         say(f"{', '.join(each.name for each in models)} {'is' if len(models) == 1 else 'are'} ready.")
         return models
 
-    app = create_app(service, api_path=path, stream=stream, api_key=api_key)
-    server = Server(app, service, load)
     listener = listen(host, port)
     host, port = listener.getsockname()[:2]
+    if not hosts and not is_loopback(host):
+        hosts = ["*"]
+    service.requests.write = say if access_log else None
+    app = create_app(service, api_path=path, stream=stream, api_key=api_key, hosts=hosts, origins=origins)
+    server = Server(app, service, load, grace=shutdown_timeout)
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     say(f"Listening on {where} ({path}, /v1, /health, /metrics, /docs, the chat page at /)")
-    if api_key is None and host not in ("127.0.0.1", "::1"):
+    if api_key is None and not is_loopback(host):
         say("Anybody who reaches this address can use it: --api_key or LITGPT_API_KEY asks for a key.")
-    server.serve_on(listener)
+    if service.capacity < max_batch_size + max_queue:
+        say(
+            f"At most {service.capacity} answers run or wait at a time: the system lets a program have only so many "
+            "files open. `ulimit -n 4096` before it starts makes room for more."
+        )
+    try:
+        server.serve_on(listener)
+    finally:
+        placement.close()
+    server.leave()
+
+
+def _split(given: list[str] | None) -> list[str]:
+    """What an option that is given several times says; commas separate, too."""
+    return [part.strip() for text in given or () for part in text.split(",") if part.strip()]
+
+
+def _origin(text: str) -> str:
+    """An origin as browsers send it.
+
+    Raises:
+        ValueError: It is none.
+    """
+    origin = text.rstrip("/").lower()
+    if text not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s@]+", origin):
+        raise ValueError(
+            f"--cors_origins {text} is no origin. Write the scheme, host and port of the page, such as "
+            "https://example.com or http://localhost:3000; or * for all."
+        )
+    return origin
 
 
 def _named_directory(spec: str) -> tuple[str, Path]:

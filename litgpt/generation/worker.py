@@ -95,12 +95,17 @@ class Worker:
         """As `Engine.forget`."""
         self._commands.put(self.engine.forget)
 
-    def close(self, finish: bool = False) -> None:
-        """Stops the thread: at once, or when all that was handed in is finished. The engine may be used again after."""
+    def close(self, finish: bool = False, timeout: float | None = None) -> None:
+        """Stops the thread: at once, or when all that was handed in is finished. The engine may be used again after.
+
+        Args:
+            finish: When all is finished.
+            timeout: Seconds that it is waited for, at most; a step of a large model takes a while.
+        """
         with self._closing:
             self._closed = True
             self._commands.put(None if not finish else self._close_when_idle)
-        self._thread.join()
+        self._thread.join(timeout)
 
     # -- in the thread
 

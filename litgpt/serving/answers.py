@@ -13,6 +13,7 @@ from litgpt.generation.text import TextStream
 from litgpt.generation.worker import Ticket
 from litgpt.serving.constraint import GrammarConstraint
 from litgpt.serving.errors import ApiError, bad_request, engine_error
+from litgpt.serving.request_log import count_tokens
 from litgpt.serving.served import ServedModel
 from litgpt.serving.service import Service
 from litgpt.tokenizer import Tokenizer
@@ -86,8 +87,15 @@ class Answers:
         service.enter(len(self.requests))
         left = len(self.requests)
         running: dict[int, Ticket] = {}
+
+        def stop(error: ApiError) -> None:
+            """Ends what is not finished, and says so after what has come."""
+            _cancel(running)
+            outputs.put_nowait((-1, error))
+
         # Not a bound on each wait: what has come before the end is given out, however slowly the client reads.
-        end = loop.call_later(service.timeout, self._time_is_up, running, outputs) if service.timeout else None
+        end = loop.call_later(service.timeout, lambda: stop(self._time_is_up)) if service.timeout else None
+        service.stops.add(stop)
         try:
             for index, request in enumerate(self.requests):
                 running[index] = self.model.worker.submit(request, _deliverer(loop, outputs, index))
@@ -117,19 +125,17 @@ class Answers:
         finally:
             if end is not None:
                 end.cancel()
+            service.stops.discard(stop)
             _cancel(running)
             service.leave(left)
 
-    def _time_is_up(
-        self, running: Mapping[int, Ticket], outputs: asyncio.Queue[tuple[int, Output | Exception]]
-    ) -> None:
-        """Ends what is not finished, and says so after what has come."""
-        _cancel(running)
+    @property
+    def _time_is_up(self) -> ApiError:
         message = (
             f"The answer was not complete after {self.service.timeout:g} seconds, the server's limit for a request. "
             "Ask for fewer tokens, or try again when it is less busy."
         )
-        outputs.put_nowait((-1, ApiError(504, message, code="timeout")))
+        return ApiError(504, message, code="timeout")
 
     def _count(self, index: int, output: Output, began: float) -> None:
         metrics, text = self.service.metrics, self._texts[index]
@@ -140,8 +146,10 @@ class Answers:
                 self.cached_tokens += output.cached_tokens
                 metrics.cached_tokens.inc(output.cached_tokens)
                 metrics.prompt_tokens.inc(len(self.requests[index].prompt))
+                count_tokens(prompt=len(self.requests[index].prompt))
         self.generated_tokens += len(output.token_ids)
         metrics.generated_tokens.inc(len(output.token_ids))
+        count_tokens(generated=len(output.token_ids))
 
 
 class AnswerText:

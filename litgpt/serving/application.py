@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
+from starlette.middleware.cors import CORSMiddleware
 
 import litgpt
 from litgpt.serving import description, errors, openai_api, page, predict
-from litgpt.serving.guard import LARGEST_BODY, Guard
-from litgpt.serving.metrics import CountRequests
+from litgpt.serving.guard import LARGEST_BODY, Guard, HostCheck
+from litgpt.serving.request_log import LogRequests
 from litgpt.serving.service import Service
 from litgpt.serving.streaming import ClientGone
 
@@ -20,6 +23,8 @@ def create_app(
     stream: bool = False,
     api_key: str | None = None,
     largest_body: int = LARGEST_BODY,
+    hosts: Sequence[str] = ("*",),
+    origins: Sequence[str] = (),
 ) -> FastAPI:
     """The application.
 
@@ -29,6 +34,8 @@ def create_app(
         stream: Whether it streams.
         api_key: What clients must send; None asks for nothing.
         largest_body: Bytes of a request.
+        hosts: Names that the server goes by, as for `HostCheck`.
+        origins: Of web pages of others that may use it, such as https://example.com, or "*".
     """
     app = FastAPI(
         title="litgpt",
@@ -39,7 +46,16 @@ def create_app(
     )
     errors.install(app)
     app.add_middleware(Guard, api_key=api_key, largest_body=largest_body)
-    app.add_middleware(CountRequests, metrics=service.metrics)
+    if origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
+    app.add_middleware(HostCheck, hosts=hosts)
+    app.add_middleware(LogRequests, log=service.requests)  # the last is the first that sees a request
 
     @app.exception_handler(ClientGone)
     async def gone(_: Request, __: ClientGone) -> Response:

@@ -1,8 +1,10 @@
-"""What is checked before a request is read: the API key, and how large it is."""
+"""What is checked before a request is read: whom it is for, the API key, and how large it is."""
 
 from __future__ import annotations
 
 import hmac
+import ipaddress
+from collections.abc import Sequence
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -13,6 +15,53 @@ from litgpt.serving.errors import ApiError
 
 LARGEST_BODY = 16 * 2**20  # bytes: ten times the longest context's text
 OPEN = ("/health", "/docs", "/openapi.json", "/favicon.ico", *page.FILES)
+
+
+class HostCheck:
+    """ASGI middleware: answers to certain host names only.
+
+    A web page of anybody can have its own host name lead to this machine (DNS rebinding). Its requests count as its own
+    then, for the browser; but they still carry that name.
+
+    Args:
+        app: What is guarded.
+        hosts: Names; `*.example.com` for all below one; `*` for all there are. This machine's own, as localhost and
+            127.0.0.1, are always among them.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+        self.app, self.hosts = app, [host.lower() for host in hosts]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not self.goes_by(name := host_name(Headers(scope=scope).get("host", ""))):
+            message = (
+                f"This server does not go by the name {name[:100]!r}. If it should, start it with --allowed_hosts "
+                f"{name[:100]}."
+            )
+            return await ApiError(403, message, code="host_not_allowed").response(scope, receive, send)
+        return await self.app(scope, receive, send)
+
+    def goes_by(self, name: str) -> bool:
+        """Whether the server answers to a name."""
+        return (
+            not name
+            or is_loopback(name)
+            or any(host in ("*", name) or (host.startswith("*.") and name.endswith(host[1:])) for host in self.hosts)
+        )
+
+
+def host_name(header: str) -> str:
+    """The name in a Host header, which may have a port after it."""
+    name, _, port = header.strip().rpartition(":")
+    return (name if port.isdecimal() or not port else header.strip()).strip("[]").rstrip(".").lower()
+
+
+def is_loopback(name: str) -> bool:
+    """Whether a name or address is of this machine alone (RFC 6761 for the names)."""
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return name == "localhost" or name.endswith(".localhost")
 
 
 class Guard:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -13,28 +16,57 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from litgpt.serving.connections import Connection, Connections, Limits
 from litgpt.serving.served import ServedModel
 from litgpt.serving.service import Service
 
 BACKLOG = 2048  # connections that wait to be accepted
+GRACE = 30.0  # seconds; what starts and ends servers waits as long (Kubernetes)
+SPARE = 16  # connections for requests that no answer is made for, such as /health
+SECOND = 2.0  # seconds for what must be quick at the end
 
 
 class Server(uvicorn.Server):
     """Runs an application until it is told to stop, by SIGTERM or Ctrl-C or `stop`.
 
-    What is running and waiting then is finished first; a second Ctrl-C ends it at once.
+    What is running and waiting then is finished first, within a bound; a second Ctrl-C ends it at once.
 
     Args:
         app: The application.
         service: Its state.
         load: Loads the models, in a thread of its own, and may take its time.
+        limits: What clients may take.
+        grace: How many seconds what is running has to finish.
     """
 
-    def __init__(self, app: FastAPI, service: Service, load: Callable[[], list[ServedModel]]) -> None:
-        # No access log: /metrics counts the requests, and nobody's prompt or key gets into a file.
-        super().__init__(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))
-        self.service, self._load = service, load
+    def __init__(
+        self,
+        app: FastAPI,
+        service: Service,
+        load: Callable[[], list[ServedModel]],
+        limits: Limits | None = None,
+        grace: float = GRACE,
+    ) -> None:
+        limits = limits or Limits()
+        # Not what else may be installed (uvloop, httptools): it was not quicker, and has no limit on headers. Requests
+        # are logged by the application, which knows more of them.
+        super().__init__(
+            uvicorn.Config(
+                app,
+                loop="asyncio",
+                http="h11",
+                ws="none",
+                lifespan="off",
+                log_level="error",
+                access_log=False,
+                timeout_keep_alive=limits.idle,
+            )
+        )
+        self.service, self.grace, self._load = service, grace, load
+        self.connections = Connections(limits, service.requests.note)
+        service.capacity = min(service.capacity, max(1, self.connections.most - SPARE))
         self._failure: BaseException | None = None
+        self._is_interrupted = False
 
     def serve_on(self, listener: socket.socket) -> None:
         """Runs until it is stopped.
@@ -44,12 +76,14 @@ class Server(uvicorn.Server):
         """
         threading.Thread(target=self._load_models, name="litgpt-load", daemon=True).start()
         try:
-            self.run(sockets=[listener])
+            with on_signals(self.handle_exit):
+                self.run(sockets=[listener])
         finally:
             listener.close()
+            self.service.close()
             workers = {id(model.worker): model.worker for model in self.service.models}
             for worker in workers.values():
-                worker.close()
+                worker.close(timeout=None if self._failure is None and not self.force_exit else SECOND)
         if self._failure is not None:
             raise self._failure
 
@@ -65,34 +99,119 @@ class Server(uvicorn.Server):
         self._failure = error
         self.stop()
 
+    def leave(self) -> None:
+        """Ends the process after `serve_on`, where threads are in the middle of something: Python itself would wait
+        for them, or abort where they are in C++.
+
+        Raises:
+            KeyboardInterrupt: There are none, and the user did not want to wait.
+        """
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread():
+                thread.join(0.1)
+        if threading.active_count() > 1:
+            _end_process(130 if self._is_interrupted else 0)
+        if self._is_interrupted:
+            raise KeyboardInterrupt
+
+    # -- the end
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """As in the base class, but that a graceful end is a success: the signals are not raised again after it."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        """`serve_on` does."""
+        yield
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.service.closing = True
-        super().handle_exit(sig, frame)
-        if self.force_exit:
+    def handle_exit(self, sig: int, frame: FrameType | None = None) -> None:
+        """A signal has come; called in a thread of its own, which nothing holds up."""
+        if not self.should_exit:
+            self.stop()
+            self._end_process_after(self.grace + 3 * SECOND, code=0)
+        elif sig == signal.SIGINT:
+            self._is_interrupted = True
             self._end_at_once()
+            self._end_process_after(2 * SECOND, code=130)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to listen, with connections of our own."""
+        (listener,) = sockets
+        loop = asyncio.get_running_loop()
+
+        def connection() -> Connection:
+            state = self.server_state
+            return Connection(self.connections, config=self.config, server_state=state, app_state={}, _loop=loop)
+
+        self.connections.listen(listener, connection, self.server_state.connections)
+        self.servers = [self.connections]
+        self.started = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Waits for what runs, as long as it may take."""
+        bound = asyncio.ensure_future(self._end_in_time())
+        await super().shutdown(sockets)
+        bound.cancel()
+
+    async def _end_in_time(self) -> None:
+        await asyncio.sleep(self.grace)
+        self.service.stop()
+        await asyncio.sleep(SECOND)
+        self._end_at_once()
 
     def _end_at_once(self) -> None:
         self.force_exit = True
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # of every request that is dropped
+
+    def _end_process_after(self, seconds: float, code: int) -> None:
+        """Sees to it that the process has ended by then, whatever its threads are busy with."""
+        timer = threading.Timer(seconds, _end_process, [code])
+        timer.daemon = True
+        timer.start()
 
     def _load_models(self) -> None:
         try:
             self.service.ready(self._load())
         except BaseException as error:  # SystemExit, too: the main thread is to end with it
             self.fail(error)
+
+
+@contextlib.contextmanager
+def on_signals(handle: Callable[[int], None]) -> Iterator[None]:
+    """Has SIGINT and SIGTERM handled in a thread of its own, so that it does not matter what the main thread is in the
+    middle of. Elsewhere than in the main thread nothing is done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = signal.SIGINT, signal.SIGTERM
+    if sys.platform == "win32":  # where asyncio needs the only descriptor that signals are written to
+        before = [signal.signal(number, lambda number, _: handle(number)) for number in numbers]
+        wake, wait = None, None
+    else:
+        wait, wake = socket.socketpair()
+        wake.setblocking(False)
+        before = [signal.signal(number, lambda *_: None) for number in numbers]
+        previous = signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+
+        def read() -> None:
+            with wait:
+                while data := wait.recv(64):
+                    for number in filter(numbers.__contains__, data):
+                        handle(number)
+
+        threading.Thread(target=read, name="litgpt-signals", daemon=True).start()
+    try:
+        yield
+    finally:
+        if wake is not None:
+            signal.set_wakeup_fd(previous)
+            wake.close()
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _end_process(code: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 
 from litgpt.serving.errors import ApiError
 from litgpt.serving.metrics import Metrics
+from litgpt.serving.request_log import RequestLog
 from litgpt.serving.served import ServedModel
 from litgpt.suggest import did_you_mean
 
 T = TypeVar("T")
-
 LARGE = 2**16  # bytes of a request that takes a while before it gets to the engine
+
 
 class Service:
     """The state of a server.
@@ -34,10 +35,11 @@ class Service:
         self.progress = "starting"
         self.closing = False
         self.started = time.time()
-        self.metrics = Metrics()
         self._small_requests = ThreadPoolExecutor(4, "litgpt-request")
         self._large_requests = ThreadPoolExecutor(1, "litgpt-large-request")
         self.stops: set[Callable[[ApiError], None]] = set()  # each ends the answers of a request with that error
+        self.metrics = Metrics()
+        self.requests = RequestLog(self.metrics)
         self.metrics.gauge("running", "Answers being generated", lambda: self._sum("running"))
         self.metrics.gauge("waiting", "Answers that wait for a slot", lambda: max(0, self.taken - self._sum("running")))
         self.metrics.gauge("ready", "1 once the model is loaded", lambda: float(bool(self.models)))

@@ -20,6 +20,7 @@ from litgpt.generation.engine import Engine
 from litgpt.generation.worker import Worker
 from litgpt.llm import load_llm
 from litgpt.serving.application import create_app
+from litgpt.serving.connections import Limits
 from litgpt.serving.served import ServedModel
 from litgpt.serving.server import Server, listen
 from litgpt.serving.service import Service
@@ -107,19 +108,23 @@ def running(
     timeout: float = 0,
     before_loading: Callable[[], None] = lambda: None,
     adapters: Mapping[str, Path] = MappingProxyType({}),
+    limits: Limits | None = None,
+    grace: float = 30,
+    log: list[str] | None = None,
     **options,
 ) -> Iterator[Running]:
     """A server for a checkpoint, in float32; `options` go to the application."""
     llm = load_llm(directory, precision="32-true", device="cpu")
     llm.engine.most_slots = slots
     service = Service(slots, queue, timeout)
+    service.requests.write = None if log is None else log.append
 
     def load() -> list[ServedModel]:
         before_loading()
         base = ServedModel(llm.name, llm.tokenizer, llm.prompt_style, Worker(llm.engine))
         return [base, *(adapted_model(llm, base, name, path, None) for name, path in adapters.items())]
 
-    server = Server(create_app(service, **options), service, load)
+    server = Server(create_app(service, **options), service, load, limits, grace)
     listener = listen("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     thread = threading.Thread(target=server.serve_on, args=(listener,))
@@ -156,6 +161,15 @@ def raw_request(url: str, data: bytes) -> bytes:
         except TimeoutError:
             pass
         return received
+
+
+def connect(url: str, *parts: bytes) -> socket.socket:
+    """A connection on which so much has been sent."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    connection = socket.create_connection((host, int(port)), timeout=PATIENCE)
+    for part in parts:
+        connection.sendall(part)
+    return connection
 
 
 @pytest.fixture(scope="session")

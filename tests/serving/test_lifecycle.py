@@ -1,20 +1,27 @@
 """From the first second to the last: 503 while it loads, a graceful end, the command."""
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 
 from litgpt import LLM
 from litgpt.serving.server import listen
-from tests.serving.conftest import PATIENCE, Brake, running, wait_for, wait_until_ready
+from tests.serving.conftest import PATIENCE, Brake, connect, running, wait_for, wait_until_ready
 from tests.training.test_tensor_parallel import followers
 
+POST = (
+    b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 15\r\n\r\n"
+    b'{"prompt": "x"}'
+)
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 300, "temperature": 0, "ignore_eos": True}
 
 
@@ -142,6 +149,121 @@ def test_the_command_serves_and_ends_by_a_signal(chat_directory):
         process.stderr.close()
 
 
+HASHING = 'hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)'  # minutes, in which no handler of a signal is run
+MULTIPLYING = "while True: torch.ones(500, 500) @ torch.ones(500, 500)"  # C++ that cannot be left behind
+UNENDING = """
+import hashlib, sys, torch
+from litgpt.serving.{module} import {name} as owner
+
+def stuck(*_, **__):
+    print("stuck", file=sys.stderr, flush=True)
+    {work}
+
+owner.{method} = stuck
+from litgpt.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@contextlib.contextmanager
+def stuck(
+    directory: Path, module: str, name: str, method: str, *options: str
+) -> Iterator[tuple[subprocess.Popen, str]]:
+    """`litgpt serve`, where a method of the server never returns; the process, and its address."""
+    code = UNENDING.format(module=module, name=name, method=method)
+    words = ["serve", str(directory), "--precision", "32-true", "--port", "0", *options]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        line = process.stderr.readline()
+        assert "http://" in line, line + process.stderr.read()
+        yield process, re.search(r"http://[\d.:]+", line)[0]
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def until(process: subprocess.Popen, word: str) -> None:
+    """Reads what a process says up to a word."""
+    for line in process.stderr:
+        if word in line:
+            return
+    raise AssertionError(f"it does not say {word!r}")
+
+
+def test_a_signal_ends_it_while_it_loads(chat_directory):
+    # in the loading thread
+    with stuck(chat_directory, "service", "Service", "ready", work=MULTIPLYING) as (process, _):
+        until(process, "stuck")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+        assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("place", [("served.ServedModel", "encode"), ("service.Service", "model")])
+@pytest.mark.parametrize("leaves", [False, True])
+def test_whatever_it_is_busy_with_a_signal_ends_it(chat_directory, place, leaves):
+    """In a thread beside the event loop, and in the event loop itself; the client may have gone or not."""
+    (module, _, name), method = place[0].partition("."), place[1]
+    with stuck(chat_directory, module, name, method, "--shutdown_timeout", "0.5") as (process, url):
+        if method == "encode":
+            wait_until_ready(url)
+        else:
+            until(process, "is ready")
+        connection = connect(url, POST)
+        until(process, "stuck")
+        if leaves:
+            connection.close()
+        if method == "encode":
+            assert httpx.get(f"{url}/health", timeout=PATIENCE).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+        connection.close()
+
+
+@pytest.mark.parametrize("place", [("served.ServedModel", "encode"), ("service.Service", "model")])
+def test_two_interrupts_end_it_at_once(chat_directory, place):
+    (module, _, name), method = place[0].partition("."), place[1]
+    with stuck(chat_directory, module, name, method, "--shutdown_timeout", "100000") as (process, url):
+        until(process, "is ready")
+        with connect(url, POST):
+            until(process, "stuck")
+            process.send_signal(signal.SIGINT)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(PATIENCE) == 130
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_runs_too_long_is_ended_and_told_so(chat_directory, stream):
+    with running(chat_directory, grace=0.5) as server:
+        brake = Brake(server, after=5)
+        results = []
+
+        def ask() -> None:
+            body = {**CHAT, "stream": stream}
+            results.append(httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=PATIENCE))
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        half = connect(server.url, POST[:-5])  # whose request is not waited for at all
+        wait_for(lambda: brake.steps > 5)
+        server.server.stop()
+        thread.join(PATIENCE)
+        brake.release()
+        server.thread.join(PATIENCE)
+        assert half.recv(12) == b"HTTP/1.1 503"
+        half.close()
+        assert "The server is shutting down." in results[0].text
+        assert results[0].status_code == (200 if stream else 503)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -196,4 +318,5 @@ def test_a_checkpoint_that_is_not_there_ends_the_command(tmp_path, capsys):
     assert main(["serve", str(tmp_path / "nothing"), "--port", "0"]) == 1
     error = capsys.readouterr().err
     assert "nothing" in error
+    assert "Listening" not in error
     assert "Traceback" not in error

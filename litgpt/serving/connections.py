@@ -1,0 +1,279 @@
+"""Connections: how many there are at a time, and how long a client may take for each part of a request.
+
+uvicorn itself takes connections until the system has no more to give, and waits for what they send without end. (So do
+hypercorn, but for a limit on reading at all, and granian, but for one on headers.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import socket
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+
+from litgpt.serving.errors import ApiError
+from litgpt.serving.guard import LARGEST_BODY
+
+try:
+    import resource
+except ImportError:  # Windows, which has no such limit
+    resource = None
+
+OTHER_FILES = 48  # that the program opens beside its connections: the model's, those that are being downloaded
+WANTED_FILES = 4096
+LATER = {"Retry-After": "5"}
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+logger = logging.getLogger("litgpt.serving")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one client, or all together, may take. Times are in seconds."""
+
+    connections: int | None = None
+    """At a time; by default as many as the process may have files open, less those that it needs itself."""
+    idle: float = 75
+    """Without a request: before the first, and between two. Longer than the 60 of most load balancers, which send
+    requests on connections that they believe to be open."""
+    fresh: float = 1
+    """Less without one does not count: it may be on its way."""
+    head: float = 20
+    """From the first byte of a request to the end of its headers."""
+    body: float = 20
+    """From there to the end of its body, and besides what its size takes at `body_rate`."""
+    body_rate: float = 20_000
+    """Bytes a second."""
+    unread: float = 60
+    """While the client takes nothing of what it is sent."""
+    bodies: int = 4 * LARGEST_BODY
+    """Bytes of bodies that have not come to their end, of all connections together."""
+
+
+class Phase(Enum):
+    """What a connection is waiting for."""
+
+    IDLE = "the next request"
+    HEAD = "the rest of a request's headers"
+    BODY = "the rest of its body"
+    ANSWER = "the answer"
+
+
+class Connection(H11Protocol):
+    """One connection, which the client has only so much time for.
+
+    Args:
+        everyone: All of them.
+        how: Arguments of the base class.
+    """
+
+    def __init__(self, everyone: Connections, **how: Any) -> None:
+        super().__init__(**how)
+        self.everyone = everyone
+        self.phase, self.since = Phase.IDLE, self.loop.time()
+        self.received = 0  # bytes of the present body
+        self._held = 0  # of them, those that are kept for the application
+        self._unsent, self._unsent_since = 0, self.since
+        self._ended = False
+        self._noted: Any = None  # the request that `phase` is about
+
+    def data_received(self, data: bytes) -> None:
+        if self._ended:
+            return
+        super().data_received(data)
+        self._note(len(data))
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._note()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._hold(0)
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()
+
+    def shutdown(self) -> None:
+        """The server is about to end: a request that has not come to its end is not waited for."""
+        if self.phase in (Phase.HEAD, Phase.BODY):
+            self.end(ApiError(503, "The server is shutting down.", code="shutting_down", headers=LATER))
+        else:
+            super().shutdown()
+
+    def send_400_response(self, msg: str) -> None:
+        self.end(ApiError(400, msg, code="invalid_request"))
+
+    def end(self, error: ApiError | None = None) -> None:
+        """Closes it. A client whose request is not answered yet is told why."""
+        if self._ended:
+            return
+        self._ended = True
+        is_answered = self.cycle is None or self.cycle.response_complete
+        if error is not None:
+            if not is_answered:
+                self.scope["ended"] = error.status
+            elif self.phase is not Phase.BODY:  # it never was a request
+                self.everyone.note(error.status, self.loop.time() - self.since)
+            with contextlib.suppress(h11.LocalProtocolError):  # an answer has begun
+                self._answer(error)
+        if not is_answered:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self._hold(0)
+        if self.transport.get_write_buffer_size():  # nobody reads: it would never be empty
+            self.transport.abort()
+        else:
+            self.transport.close()
+
+    def end_if_late(self, now: float) -> None:
+        """Ends it where its client takes longer than it may."""
+        limits, waited = self.everyone.limits, now - self.since
+        unsent = self.transport.get_write_buffer_size()
+        if unsent != self._unsent or not unsent:
+            self._unsent, self._unsent_since = unsent, now
+        elif now - self._unsent_since > limits.unread:
+            self.transport.abort()
+            return
+        if self.phase is Phase.IDLE and waited > limits.idle and not unsent:
+            self.end()
+        elif self.phase is Phase.HEAD and waited > limits.head:
+            self.end(ApiError(408, f"The headers were not complete after {limits.head:g} seconds.", code="timeout"))
+        elif self.phase is Phase.BODY and waited > limits.body + self.received / limits.body_rate:
+            message = f"The body is too slow: {self.received:,} bytes have come within {waited:.0f} seconds."
+            self.end(ApiError(408, message, code="timeout"))
+
+    def _answer(self, error: ApiError) -> None:
+        response = error.response
+        response.headers["Connection"] = "close"
+        answer = h11.Response(
+            status_code=error.status, headers=response.raw_headers, reason=STATUS_PHRASES[error.status]
+        )
+        for event in (answer, h11.Data(data=response.body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event))
+
+    def _note(self, received: int = 0) -> None:
+        """What has come, and what is waited for now."""
+        phase, is_answered = Phase.IDLE, self.cycle is None or self.cycle.response_complete
+        if self.conn.their_state is h11.SEND_BODY:
+            phase = Phase.BODY
+        elif not is_answered:
+            phase = Phase.ANSWER
+        elif self.conn.trailing_data[0]:
+            phase = Phase.HEAD
+        if (phase, self.cycle) != (self.phase, self._noted):
+            self.phase, self.since, self.received = phase, self.loop.time(), 0
+        self._noted = self.cycle
+        self.received += received
+        self._hold(self.received if phase is Phase.BODY and not is_answered else 0)
+
+    def _hold(self, size: int) -> None:
+        difference, self._held = size - self._held, size
+        self.everyone.hold(difference)
+
+
+class Connections:
+    """All connections: takes them from a listening socket, and ends those whose clients take too long.
+
+    Args:
+        limits: What clients may take.
+        note: Called with the status that ended what never became a request, and the seconds that it was waited for.
+    """
+
+    def __init__(self, limits: Limits, note: Callable[[int, float], None] = lambda status, seconds: None) -> None:
+        self.limits, self.note = limits, note
+        self.most = limits.connections or _most_connections()
+        self.open: set[Connection] = set()
+        self._held = 0  # bytes of bodies that have not come to their end
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def listen(self, listener: socket.socket, make: Callable[[], Connection], known: set[Connection]) -> None:
+        """Begins to take connections.
+
+        Args:
+            listener: A socket that listens.
+            make: Makes what speaks on one of them.
+            known: Where each is as long as it is open.
+        """
+        self.open = known
+        listener.setblocking(False)
+        self._tasks = [asyncio.ensure_future(self._accept(listener, make)), asyncio.ensure_future(self._watch())]
+
+    def close(self) -> None:
+        """Takes no more. Those that there are must still keep to their times."""
+        self._tasks[0].cancel()
+
+    async def wait_closed(self) -> None:
+        self._tasks[1].cancel()
+
+    def hold(self, difference: int) -> None:
+        """Of bodies that have not come to their end, more or fewer bytes are held; too many end the oldest of them."""
+        self._held += difference
+        while difference > 0 and self._held > self.limits.bodies:
+            oldest = _oldest(one for one in self.open if one.phase is Phase.BODY and one._held)
+            if oldest is None:
+                return
+            message = "Too many requests are being sent whose bodies have not come to their end."
+            oldest.end(ApiError(503, message, code="too_many_bodies", headers=LATER))
+
+    async def _accept(self, listener: socket.socket, make: Callable[[], Connection]) -> None:
+        loop, said = asyncio.get_running_loop(), -1e9
+        while True:
+            try:
+                client, _ = await loop.sock_accept(listener)
+            except OSError as error:
+                if error.errno in EXHAUSTED and loop.time() - said > 60:
+                    said = loop.time()
+                    logger.error("no connection can be taken: %s (said once a minute)", error.strerror)
+                if error.errno in EXHAUSTED:
+                    self._make_room()
+                await asyncio.sleep(0.05)  # what is wrong now is wrong in the next moment
+                continue
+            if len(self.open) >= self.most:
+                self._make_room()
+            try:
+                await loop.connect_accepted_socket(make, client)
+            except OSError:  # it is gone already
+                client.close()
+
+    def _make_room(self) -> None:
+        """Ends one of those whose clients owe the server something: that which has done so for longest, and of those
+        without a request before others."""
+        owing = [one for one in self.open if one.phase is not Phase.ANSWER and not one._ended]
+        fresh = asyncio.get_running_loop().time() - self.limits.fresh
+        idle = [one for one in owing if one.phase is Phase.IDLE and one.since <= fresh]
+        oldest = _oldest(idle or owing)
+        if oldest is not None and oldest.phase is Phase.IDLE:
+            oldest.end()
+        elif oldest is not None:
+            oldest.end(ApiError(503, "Too many connections are open.", code="too_many_connections", headers=LATER))
+
+    async def _watch(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(min(1, self.limits.head / 4))
+            for connection in list(self.open):
+                connection.end_if_late(loop.time())
+
+
+def _oldest(connections: Iterable[Connection]) -> Connection | None:
+    return min(connections, key=lambda one: one.since, default=None)
+
+
+def _most_connections() -> int:
+    """How many connections a process may have; raises the number of files that it may have open, where it can."""
+    if resource is None:
+        return 1024
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    infinite = resource.RLIM_INFINITY
+    wanted = WANTED_FILES if hard == infinite else min(hard, WANTED_FILES)
+    if soft != infinite and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    return max(8, (WANTED_FILES if soft == infinite else soft) - OTHER_FILES)
