@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 import litgpt
+from litgpt.secret import command_line, hide
 
 
 class Command(NamedTuple):
@@ -113,7 +114,7 @@ OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")  # by name: torch must not b
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit code: 0, 1 (failed), 2 (wrong usage), 130 (interrupted)."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = list(command_line() if argv is None else argv)
     debug = "--debug" in argv or os.environ.get("LITGPT_DEBUG", "0") not in ("", "0")
     argv = [argument for argument in argv if argument != "--debug"]
     try:
@@ -204,14 +205,14 @@ def report(error: Exception, debug: bool) -> int:
     if message is None:
         print_traceback()
         print(
-            f"error: {type(error).__name__}: {error}\nThis looks like a bug in litgpt, not a mistake of yours: please "
-            "report it with the traceback above.",
+            f"error: {type(error).__name__}: {hide(str(error))}\nThis looks like a bug in litgpt, not a mistake of "
+            "yours: please report it with the traceback above.",
             file=sys.stderr,
         )
         return 1
     if debug:
         print_traceback()
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {hide(message)}", file=sys.stderr)
     return getattr(error, "exit_code", 1)
 
 
@@ -241,7 +242,7 @@ def first_line(error: Exception) -> str:
 def print_traceback() -> None:
     import traceback
 
-    traceback.print_exc()
+    print(hide(traceback.format_exc()), end="", file=sys.stderr)
 
 
 def silence_third_parties() -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from litgpt.hub import HubError, Repository, open_repository, tokenizer_files, weight_files
 from litgpt.models import KnownCheckpoint, find_known
+from litgpt.secret import Secret
 
 if TYPE_CHECKING:
     from litgpt.config import Config
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 def download(
     repo_id: str,
     *,
-    access_token: str | None = None,
+    access_token: Secret | str | None = None,
     tokenizer_only: bool = False,
     checkpoint_dir: Path = Path("checkpoints"),
     model_name: str | None = None,

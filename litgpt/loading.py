@@ -12,11 +12,12 @@ from litgpt.convert import Source, open_checkpoint
 from litgpt.convert.adapted_source import adapt, base_of, holds_adaptation, is_lora
 from litgpt.download import download
 from litgpt.lora import LORA_WEIGHTS
+from litgpt.secret import Secret
 
 
 def find_checkpoint(
     name_or_path: Path | str,
-    access_token: str | None = None,
+    access_token: Secret | str | None = None,
     tokenizer_only: bool = False,
     incomplete: bool = False,
 ) -> Path:
@@ -51,7 +52,7 @@ def expect_checkpoint(name_or_path: Path | str) -> None:
         resolve_checkpoint_dir(name_or_path, download=fetch)
 
 
-def open_model(name_or_path: Path | str, access_token: str | None = None) -> Source:
+def open_model(name_or_path: Path | str, access_token: Secret | str | None = None) -> Source:
     """Opens the checkpoint that a user means.
 
     A directory of LoRA or adapter weights beside which there are no merged ones is opened on the model that it says it
@@ -74,7 +75,7 @@ def open_base(
     given: Path | None,
     adapter: Path,
     remedy: str = "Give it with --pretrained_checkpoint_dir.",
-    access_token: str | None = None,
+    access_token: Secret | str | None = None,
 ) -> Source:
     """The model that an adapter belongs to: the one given, or the one recorded with it.
 

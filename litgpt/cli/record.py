@@ -2,7 +2,6 @@
 
 import dataclasses
 import enum
-import re
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import yaml
 
 from litgpt import __version__
+from litgpt.secret import Secret, hide, is_secret, learn
 
 FILE = "hyperparameters.yaml"
-SECRET = re.compile(r"(.*_)?(token|key|password|secret)", re.IGNORECASE)
 
 # Of the command that runs now: what was typed before its options, and its settings. No context variable: a thread
 # that saves a checkpoint sees it too.
@@ -22,7 +21,9 @@ _current: tuple[str, dict[str, Any]] | None = None
 def remember(prog: str, settings: dict[str, Any]) -> None:
     """Keep the settings of the command that runs now."""
     global _current
-    _current = prog, without_secrets(plain(settings))
+    settings = plain(settings)
+    learn(settings)
+    _current = prog, without_secrets(settings)
 
 
 def forget() -> None:
@@ -56,7 +57,9 @@ def as_yaml(prog: str, settings: dict[str, Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A value as YAML can hold it."""
+    """A value as YAML can hold it; a `Secret` as it is, which `without_secrets` takes out."""
+    if isinstance(value, Secret):
+        return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
     if hasattr(value, "as_dict"):  # a Namespace
@@ -75,16 +78,11 @@ def plain(value: Any) -> Any:
 
 
 def without_secrets(settings: Any) -> Any:
-    """Leave out what may be a secret: text (or nothing) under the name of a token, key, password or secret.
-
-    `lora_key: false` is no secret, and stays.
-    """
+    """Leave out what `is_secret`, and hide what is known to be so within other texts, such as addresses."""
     if isinstance(settings, list):
-        return [without_secrets(entry) for entry in settings]
+        return [without_secrets(entry) for entry in settings if not isinstance(entry, Secret)]
+    if isinstance(settings, str):
+        return hide(settings)
     if not isinstance(settings, dict):
         return settings
-    return {
-        name: without_secrets(value)
-        for name, value in settings.items()
-        if not (SECRET.fullmatch(name) and (value is None or isinstance(value, str | list)))
-    }
+    return {name: without_secrets(value) for name, value in settings.items() if not is_secret(name, value)}

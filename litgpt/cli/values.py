@@ -8,8 +8,12 @@ from typing import Any
 
 import jsonargparse
 from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse.typing import register_type
 
 from litgpt.cli.hints import admits, readable
+from litgpt.secret import HIDDEN, Secret
+
+register_type(Secret, serializer=str, deserializer=Secret)
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _NUMBER = re.compile(r"[+-]?[\d_]*\.?[\d_]+([eE][+-]?\d+)?")
@@ -31,7 +35,7 @@ def as_hinted(value: Any, hint: Any) -> Any:
         return value
     if isinstance(value, str) and admits(hint, Path) and value.startswith("./"):
         return HerePath(value)
-    if admits(hint, str):
+    if admits(hint, str, Secret):
         return str(value) if isinstance(value, int | float) and not admits(hint, int, float) else value
     if isinstance(value, str) and admits(hint, bool) and not admits(hint, int):
         return BOOLEANS.get(value.lower(), value)
@@ -69,6 +73,8 @@ def explain(error: ArgumentError, option: str, hint_of: Callable[[str], Any]) ->
     if not key or not values:
         return f"{prefix}{text}"
     hint = hint_of(key[1])
+    if admits(hint, Secret):
+        values = [HIDDEN]
     if hint is Any:
         return f"{prefix}{key[1]}: {values[-1]!r} is not of the right type."
     return f"{prefix}{key[1]}: expected {readable(hint)}, got {values[-1]!r}."

@@ -17,6 +17,7 @@ from litgpt.commands.inference import Stopwatch, clean, cut_line, say
 from litgpt.generation.sampling import Sampling
 from litgpt.llm import LLM, load_llm
 from litgpt.prompts.styles import Message
+from litgpt.secret import Secret
 from litgpt.suggest import did_you_mean
 
 HELP = """/reset       forget the conversation
@@ -44,7 +45,7 @@ def setup(
     compile: bool = False,
     multiline: bool = False,
     seed: int = 1234,
-    access_token: str | None = None,
+    access_token: Secret | None = None,
 ) -> None:
     """Talk with a model on the terminal; prompts may also be piped in, one per line.
 

@@ -12,6 +12,7 @@ from litgpt.export.lit import beside, check_form, is_peft_alone, save_lit, size_
 from litgpt.export.peft import save_lora_of_peft, save_peft
 from litgpt.export.source import open_for_export
 from litgpt.loading import find_checkpoint
+from litgpt.secret import Secret
 
 Target = Literal["hf", "gguf", "litgpt", "peft"]
 ADAPTER = "litgpt from a PEFT adapter"
@@ -35,7 +36,7 @@ def setup(
     format: Format | None = None,
     model_name: str | None = None,
     pretrained_checkpoint_dir: Path | None = None,
-    access_token: str | None = None,
+    access_token: Secret | None = None,
     verbose: bool = False,
 ) -> None:
     """Write a checkpoint in another format: for transformers, llama.cpp, PEFT, or for litgpt itself.
@@ -96,7 +97,7 @@ def convert_to_ours(
     dtype: str | None,
     quantize: str | None,
     model_name: str | None,
-    access_token: str | None,
+    access_token: Secret | None,
     verbose: bool,
 ) -> None:
     """Write a model in litgpt's own format: another program's model, or one of ours in another form."""

@@ -7,6 +7,7 @@ from litgpt.export.gguf import save_gguf
 from litgpt.export.lit import beside, check_form, save_lit, size_of
 from litgpt.export.source import open_for_export
 from litgpt.loading import find_checkpoint
+from litgpt.secret import Secret
 
 
 def setup(
@@ -17,7 +18,7 @@ def setup(
     checkpoint_path: Path | None = None,
     output_path: Path | None = None,
     model_name: str | None = None,
-    access_token: str | None = None,
+    access_token: Secret | None = None,
     verbose: bool = False,
 ) -> None:
     """Write a checkpoint with quantised weights, or in another type, for litgpt itself.

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from litgpt.download import download
 from litgpt.models import known_checkpoints
+from litgpt.secret import Secret
 
 
 def setup(
     repo_id: str,
-    access_token: str | None = None,
+    access_token: Secret | None = None,
     tokenizer_only: bool = False,
     convert_checkpoint: bool = True,
     dtype: str | None = None,

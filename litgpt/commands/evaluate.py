@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from litgpt.evaluation.tasks import OWN, TaskList, require_harness
+from litgpt.secret import Secret
 
 DTYPES = {"float32": "32-true", "bfloat16": "bf16-true", "float16": "16-true"}
 LIST = "list"
@@ -24,7 +25,7 @@ def setup(
     limit: float | None = None,
     seed: int = 1234,
     save_filepath: Path | None = None,
-    access_token: str | None = None,
+    access_token: Secret | None = None,
     filter: str | None = None,
     include_path: list[Path] | None = None,
     apply_chat_template: bool | str = False,

@@ -31,6 +31,7 @@ from litgpt.memory import Usage, estimate_memory
 from litgpt.model import GPT
 from litgpt.prompts import choose_prompt_style, save_prompt_style
 from litgpt.quantize import TRAINING_KINDS, check_quantize, num_parameters, same_form, without_mixing
+from litgpt.secret import Secret
 from litgpt.tokenizer import Tokenizer
 from litgpt.training.activation_checkpointing import checkpoint_blocks
 from litgpt.training.answer_metrics import AnswerMetrics
@@ -95,7 +96,7 @@ class Options:
     """csv, tensorboard, wandb, mlflow, or the dotted path of a logger class."""
     seed: int = 1337
     """Decides all random numbers."""
-    access_token: str | None = None
+    access_token: Secret | None = None
     """For downloading a gated model."""
     dry_run: bool = False
     """Stop before training: show what would be done, the memory needed and a training sample."""

@@ -16,6 +16,7 @@ from litgpt.commands.inference import Stopwatch, clean, cut_line, memory_line, s
 from litgpt.generation.sampling import Sampling
 from litgpt.llm import LLM, load_llm
 from litgpt.prompts.styles import Message
+from litgpt.secret import Secret
 
 DEFAULT_PROMPT = "What food do llamas eat?"
 
@@ -54,7 +55,7 @@ class Options:
     """Compile the decoding: on a CPU in the background, for later runs too; a GPU's first answer waits."""
     seed: int = 1234
     """Of the first answer; the others count on from it."""
-    access_token: str | None = None
+    access_token: Secret | None = None
     """For a gated model that has to be downloaded first."""
 
 

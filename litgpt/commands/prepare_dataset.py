@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from litgpt.secret import Secret
+
 
 def setup(
     source_path: str,
@@ -23,7 +25,7 @@ def setup(
     engine: Literal["processes", "ray"] = "processes",
     name: str | None = None,
     revision: str | None = None,
-    access_token: str | None = None,
+    access_token: Secret | None = None,
     download_dir: Path | None = None,
     overwrite: bool = False,
 ) -> None:

@@ -16,6 +16,7 @@ from litgpt.llm.placement import place
 from litgpt.loading import expect_checkpoint
 from litgpt.lora import LORA_WEIGHTS, adapted_copy, read_lora
 from litgpt.prompts import choose_prompt_style
+from litgpt.secret import Secret
 from litgpt.serving.served import Defaults, ServedModel
 
 API_KEY = "LITGPT_API_KEY"
@@ -34,10 +35,10 @@ def setup(
     accelerator: str = "auto",
     host: str = "127.0.0.1",
     port: int = 8000,
-    api_key: str | None = None,
+    api_key: Secret | None = None,
     stream: bool = False,
     openai_spec: bool = True,
-    access_token: str | None = None,
+    access_token: Secret | None = None,
     api_path: str | None = "/predict",
     timeout: float = 600,
     max_batch_size: int = 32,
@@ -127,7 +128,8 @@ def setup(
         raise ValueError(f"--adapter: two have the same name ({', '.join(adapter)}). Give each its own.")
     hosts, origins = _split(allowed_hosts), [_origin(text) for text in _split(cors_origins)]
     expect_checkpoint(checkpoint_dir)
-    api_key = api_key or os.environ.get(API_KEY) or None
+    if api_key is None and os.environ.get(API_KEY):
+        api_key = Secret(os.environ[API_KEY])
     service = Service(max_batch_size, max_queue, timeout)
     on_one_cpu = placement.device.type == "cpu" and generate_strategy is None
 

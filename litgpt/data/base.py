@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from litgpt.data.order import ORDER_VERSION, KeyedPermutation
+from litgpt.secret import is_secret
 
 if TYPE_CHECKING:
     from litgpt.tokenizer import Tokenizer
@@ -79,8 +80,8 @@ class DataModule:
         return f"Data: {self!r}"
 
     def settings(self) -> dict[str, Any]:
-        """The options that this module was made with, as plain values."""
-        public = {k: v for k, v in vars(self).items() if not k.startswith("_")}
+        """The options that this module was made with, as plain values, without secrets."""
+        public = {k: v for k, v in vars(self).items() if not k.startswith("_") and not is_secret(k, v)}
         return {k: str(v) if isinstance(v, Path) else v for k, v in public.items()}
 
     def __repr__(self) -> str:

@@ -25,6 +25,7 @@ from litgpt.data.source_files import (
 )
 from litgpt.data.text_reading import hold_out
 from litgpt.hub import HubError
+from litgpt.secret import Secret
 from litgpt.suggest import did_you_mean
 
 TEXT_COLUMNS = ("text", "content", "story", "document", "raw_content", "body")  # taken in this order
@@ -74,7 +75,7 @@ def find_corpus(
     source: str | Path,
     name: str | None = None,
     revision: str | None = None,
-    access_token: str | None = None,
+    access_token: Secret | str | None = None,
     download_dir: Path | None = None,
 ) -> tuple[dict[str, list[Path]], Path]:
     """The files that a user means, by split, and the folder that they lie below.
@@ -107,7 +108,7 @@ def find_corpus(
 
 
 def _fetch(
-    repo_id: str, name: str | None, revision: str | None, access_token: str | None, folder: Path
+    repo_id: str, name: str | None, revision: str | None, access_token: Secret | str | None, folder: Path
 ) -> dict[str, list[Path]]:
     both = Wanted(repo_id, ("train", "validation"), name, revision)
     only = Wanted(repo_id, ("train",), name, revision)

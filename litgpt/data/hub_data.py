@@ -15,6 +15,11 @@ from litgpt.secret import Secret
 class HubData(SFTData):
     """A data set of the Hub. A subclass has the fields `repo_id` and `download_dir`, and may have `access_token`."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (token := getattr(self, "access_token", None)) is not None:
+            self.access_token = Secret(token)
+
     def download(self) -> None:
         fetch_dataset(self.wanted(), self.folder(), getattr(self, "access_token", None))
 

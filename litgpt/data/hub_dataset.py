@@ -19,6 +19,7 @@ from litgpt.data.record_files import SUFFIXES, is_record_file
 from litgpt.hub import HubError
 from litgpt.hub.errors import clear_errors
 from litgpt.hub.transfer import RemoteFile, Transfer
+from litgpt.secret import Secret, reveal
 from litgpt.suggest import did_you_mean
 from litgpt.untrusted import parse_yaml
 
@@ -53,7 +54,7 @@ class Wanted:
     revision: str | None = None
 
 
-def fetch_dataset(wanted: Wanted, directory: Path, access_token: str | None = None) -> dict[str, list[Path]]:
+def fetch_dataset(wanted: Wanted, directory: Path, access_token: Secret | str | None = None) -> dict[str, list[Path]]:
     """Gets the files of some splits into `directory`, where they are not there yet.
 
     Returns:
@@ -101,7 +102,7 @@ class HubDataset:
         files: Its files by path.
     """
 
-    def __init__(self, repo_id: str, revision: str | None, access_token: str | None) -> None:
+    def __init__(self, repo_id: str, revision: str | None, access_token: Secret | str | None) -> None:
         from huggingface_hub import HfApi, constants
         from huggingface_hub.hf_api import RepoFile
 
@@ -110,7 +111,7 @@ class HubDataset:
             raise HubError(f"HF_HUB_OFFLINE is set, and the data set {repo_id} has not been downloaded yet.")
         revision = revision or "main"
         with clear_errors(f"datasets/{repo_id}", access_token, revision):
-            api = HfApi(token=access_token)
+            api = HfApi(token=reveal(access_token))
             timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
             self.commit = api.dataset_info(repo_id, revision=revision, timeout=timeout).sha
             tree = api.list_repo_tree(repo_id, recursive=True, revision=self.commit, repo_type="dataset")
@@ -131,7 +132,7 @@ class HubDataset:
         from huggingface_hub.utils import build_hf_headers
 
         files = list(files)
-        headers = build_hf_headers(token=self.access_token, library_name="litgpt")
+        headers = build_hf_headers(token=reveal(self.access_token), library_name="litgpt")
         total = sum(file.size for file in files)
         bar = tqdm(total=total, desc=self.repo_id, unit="B", unit_scale=True, delay=2, disable=None)
 

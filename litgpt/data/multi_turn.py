@@ -7,6 +7,7 @@ from pathlib import Path
 
 from litgpt.data.hub_data import HubData
 from litgpt.data.records import Conversation
+from litgpt.secret import Secret
 
 
 @dataclass(kw_only=True, repr=False)
@@ -42,7 +43,7 @@ class LIMA(FirstExchanges):
     """Part of the conversations held out for validation"""
     repo_id: str = "GAIR/lima"
     """Data set on the Hub"""
-    access_token: str | None = None
+    access_token: Secret | None = None
     """Token of an account that has access, also taken from HF_TOKEN; it is not recorded"""
     download_dir: Path = Path("data/lima")
     """Where the files are, or go"""

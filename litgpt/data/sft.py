@@ -256,10 +256,6 @@ class SFTData(DataModule):
             lines.append("Warning: the tokenizer has no end-of-text token, so the model does not learn to stop.")
         return "\n".join(lines)
 
-    def settings(self) -> dict[str, Any]:
-        """As in the base class, without an access token."""
-        return {key: value for key, value in super().settings().items() if key != "access_token"}
-
     # -- inside
 
     def _named_style(self, name: str) -> PromptStyle:

@@ -11,9 +11,10 @@ from litgpt.convert.export import export_config
 from litgpt.convert.peft import ADAPTER_MODEL, base_of, export_peft, import_peft
 from litgpt.loading import find_lora, open_base
 from litgpt.lora import LORA_WEIGHTS, read_lora, save_lora
+from litgpt.secret import Secret
 
 
-def save_peft(checkpoint_dir: Path, directory: Path, access_token: str | None = None) -> None:
+def save_peft(checkpoint_dir: Path, directory: Path, access_token: Secret | str | None = None) -> None:
     """Write the LoRA weights of a checkpoint as a PEFT adapter, in float32 as they are trained."""
     file = find_lora(checkpoint_dir)
     weights, settings, base = read_lora(file)
@@ -33,7 +34,7 @@ def save_lora_of_peft(
     adapter: Path,
     directory: Path,
     pretrained_checkpoint_dir: Path | None = None,
-    access_token: str | None = None,
+    access_token: Secret | str | None = None,
 ) -> None:
     """Write the LoRA weights of a PEFT adapter, with what belongs to a checkpoint of its model.
 

@@ -5,9 +5,10 @@ from pathlib import Path
 from litgpt.convert import Source
 from litgpt.convert.adapted_source import AdapterSource
 from litgpt.loading import open_model
+from litgpt.secret import Secret
 
 
-def open_for_export(name_or_path: Path, access_token: str | None = None) -> Source:
+def open_for_export(name_or_path: Path, access_token: Secret | str | None = None) -> Source:
     """As `open_model`: LoRA weights without merged ones beside them are merged while they are read.
 
     Raises:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from litgpt.hub import cache
 from litgpt.hub.errors import HubError, clear_errors, http_error_class
 from litgpt.hub.transfer import Patience, RemoteFile, Transfer
+from litgpt.secret import Secret, reveal
 
 Answer = TypeVar("Answer")
 
@@ -28,7 +29,9 @@ class Repository:
         access_token: What the user gave, if anything.
     """
 
-    def __init__(self, repo_id: str, commit: str, files: Iterable[RemoteFile], access_token: str | None) -> None:
+    def __init__(
+        self, repo_id: str, commit: str, files: Iterable[RemoteFile], access_token: Secret | str | None
+    ) -> None:
         self.repo_id, self.commit, self.access_token = repo_id, commit, access_token
         self.files = {file.name: file for file in files}
         self.cached = cache.snapshot(repo_id, commit)
@@ -83,7 +86,7 @@ class Repository:
         def address(file: RemoteFile) -> str:
             return hf_hub_url(self.repo_id, file.name, revision=self.commit)
 
-        return Transfer(address, build_hf_headers(token=self.access_token, library_name="litgpt"), bar)
+        return Transfer(address, build_hf_headers(token=reveal(self.access_token), library_name="litgpt"), bar)
 
     def _obtain(self, transfer: Transfer, folder: Path, file: RemoteFile) -> None:
         """Puts a file into a folder: what was read before, else from the client's cache, else from the hub."""
@@ -121,7 +124,7 @@ class Repository:
         return file.size - (min(partial.stat().st_size, file.size) if partial.exists() else 0)
 
 
-def open_repository(repo_id: str, revision: str | None = None, access_token: str | None = None) -> Repository:
+def open_repository(repo_id: str, revision: str | None = None, access_token: Secret | str | None = None) -> Repository:
     """Looks a repository up on the hub or, with `HF_HUB_OFFLINE`, in the client's cache.
 
     Args:
@@ -139,7 +142,7 @@ def open_repository(repo_id: str, revision: str | None = None, access_token: str
     if constants.HF_HUB_OFFLINE:
         return _cached_repository(repo_id, revision, access_token)
     with clear_errors(repo_id, access_token, revision):
-        api = HfApi(token=access_token)
+        api = HfApi(token=reveal(access_token))
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
         commit = _patiently(lambda: api.model_info(repo_id, revision=revision, timeout=timeout)).sha
         tree = _patiently(lambda: list(api.list_repo_tree(repo_id, revision=commit)))
@@ -151,7 +154,7 @@ def open_repository(repo_id: str, revision: str | None = None, access_token: str
     return Repository(repo_id, commit, files, access_token)
 
 
-def _cached_repository(repo_id: str, revision: str, access_token: str | None) -> Repository:
+def _cached_repository(repo_id: str, revision: str, access_token: Secret | str | None) -> Repository:
     folder = cache.snapshot(repo_id, revision)
     if not folder.is_dir():
         raise HubError(

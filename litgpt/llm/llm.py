@@ -20,6 +20,7 @@ from litgpt.llm.training import Trainable
 from litgpt.loading import open_model
 from litgpt.prompts import PromptStyle, save_prompt_style
 from litgpt.quantize import check_quantize, kind_of, quantized_layers, replace_linears
+from litgpt.secret import Secret
 
 
 class LLM(Answering, Trainable):
@@ -41,7 +42,7 @@ class LLM(Answering, Trainable):
         model: str | Path,
         init: Literal["pretrained", "random"] = "pretrained",
         tokenizer_dir: str | Path | None = None,
-        access_token: str | None = None,
+        access_token: Secret | str | None = None,
         distribute: Literal["auto"] | None = "auto",
         *,
         precision: str | None = None,

@@ -25,6 +25,7 @@ from litgpt.loading import find_checkpoint, open_model
 from litgpt.model import GPT
 from litgpt.prompts import PromptStyle, choose_prompt_style
 from litgpt.quantize import check_quantize
+from litgpt.secret import Secret
 from litgpt.tokenizer import Tokenizer
 from litgpt.weight_only import KINDS as WEIGHT_ONLY
 
@@ -48,7 +49,7 @@ def load_parts(
     precision: str | None = None,
     compile: bool = False,
     prompt_style: str | PromptStyle | None = None,
-    access_token: str | None = None,
+    access_token: Secret | str | None = None,
     quantize: str | None = None,
     tokenizer_dir: Path | str | None = None,
     device: torch.device | str | None = None,
@@ -146,7 +147,7 @@ def random_parts(
     compile: bool,
     precision: str | None,
     prompt_style: str | PromptStyle | None,
-    access_token: str | None,
+    access_token: Secret | str | None,
 ) -> Parts:
     """A model of random weights, with a tokenizer that there is: as `LLM.load`.
 

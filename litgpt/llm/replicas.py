@@ -19,6 +19,7 @@ from litgpt.generation.worker import Ticket
 from litgpt.llm.child_process import ChildProcess
 from litgpt.llm.llm import LLM, load_llm
 from litgpt.llm.placement import named_device
+from litgpt.secret import Secret
 
 Piece = TypeVar("Piece")
 Deliver = Callable[[Output | Exception], None]
@@ -52,7 +53,7 @@ class Replicas:
         slots: int | None = None,
         precision: str | None = None,
         quantize: str | None = None,
-        access_token: str | None = None,
+        access_token: Secret | str | None = None,
     ) -> None:
         self.count, self.slots = len(devices), slots or SLOTS
         self.precision = precision or inference_precision(devices[0])

@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from starlette.middleware.cors import CORSMiddleware
 
 import litgpt
+from litgpt.secret import Secret
 from litgpt.serving import description, errors, openai_api, page, predict
 from litgpt.serving.guard import LARGEST_BODY, Guard, HostCheck
 from litgpt.serving.request_log import LogRequests
@@ -21,7 +22,7 @@ def create_app(
     *,
     api_path: str = "/predict",
     stream: bool = False,
-    api_key: str | None = None,
+    api_key: Secret | str | None = None,
     largest_body: int = LARGEST_BODY,
     hosts: Sequence[str] = ("*",),
     origins: Sequence[str] = (),

@@ -10,6 +10,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from litgpt.secret import Secret, reveal
 from litgpt.serving import page
 from litgpt.serving.errors import ApiError
 
@@ -74,9 +75,9 @@ class Guard:
         largest_body: Bytes.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None = None, largest_body: int = LARGEST_BODY) -> None:
+    def __init__(self, app: ASGIApp, api_key: Secret | str | None = None, largest_body: int = LARGEST_BODY) -> None:
         self.app, self.largest_body = app, largest_body
-        self._key = None if api_key is None else api_key.encode()
+        self._key = None if api_key is None else reveal(api_key).encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 from tqdm import tqdm
+
+from litgpt.secret import hide
+
 _TERMINALS = [number for number in range(3) if os.isatty(number)]
 
 
@@ -47,6 +50,7 @@ class Console:
     def print(self, text: str = "") -> None:
         """A line (or several) for people to read."""
         if self.active:
+            text = hide(text)
             try:
                 tqdm.write(text, file=sys.stdout)  # above the bar, where there is one
                 sys.stdout.flush()

@@ -7,6 +7,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+from litgpt.cli.record import without_secrets
 from litgpt.own_code import import_named
 from litgpt.suggest import did_you_mean
 from litgpt.training.arguments import LogArgs
@@ -135,7 +136,7 @@ def check_logger(name: str, log: LogArgs) -> None:
 
 def make_logger(name: str, directory: Path, log: LogArgs, settings: dict[str, Any]) -> Logger:
     """The logger called `name`: one of NAMES, or the dotted path of a class."""
-    settings = {**settings, **({"metadata": log.metadata} if log.metadata else {})}
+    settings = {**settings, **(without_secrets({"metadata": log.metadata}) if log.metadata else {})}
     own = {"csv": Logger, "tensorboard": TensorBoardLogger, "wandb": WandbLogger, "mlflow": MlflowLogger}
     if name in own:
         return own[name](directory, log, settings)
