@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from litgpt.checkpoint.names import COMPANION_FILES, CONFIG, WEIGHTS
 from litgpt.config import Config
 from litgpt.models import find_known, known_checkpoints
-from litgpt.suggest import did_you_mean
-from litgpt.weight_index import nearly, read_weight_index
+from litgpt.suggest import did_you_mean, nearly
+from litgpt.weight_index import read_weight_index
 
 if TYPE_CHECKING:
     import torch
