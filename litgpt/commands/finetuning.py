@@ -209,6 +209,7 @@ class Finetuning:
             fabric.global_rank,
             fabric.world_size,
             seed=self.options.seed,
+            epochs=train.epochs,
         )
         self.console.print(self.data.describe())
         self.answers = ValidationAnswers(
@@ -260,11 +261,10 @@ class Finetuning:
         console.print(f"Number of non-trainable parameters: {num_parameters(gpt) - trained:,}")
         varies = not self.data.pack
         per_sample = self.tokens * self.data.rows_per_sample
-        per_step = None if varies else train.global_batch_size * per_sample
-        steps = train.total_steps(per_step, self.batches.samples_per_epoch)
+        steps = train.total_steps(None if varies else per_sample, self.batches.samples_per_epoch)
         schedule = Schedule.of(train, steps)
         what = "sequences" if self.data.rows_per_sample == 1 else "pairs"
-        for line in plan_lines(train, schedule, steps, per_sample, self.world_size, self.optimizer, varies, what):
+        for line in plan_lines(train, schedule, steps, per_sample, self.batches, self.optimizer, varies, what):
             console.print(line)
         console.print(self._memory_line(gpt))
         if self.metrics.metrics:
@@ -301,6 +301,7 @@ class Finetuning:
             evaluation=options.eval,
             schedule=schedule,
             total_steps=steps,
+            last_step=train.last_step(None if varies else per_sample, self.batches.samples_per_epoch),
             directory=self.directory,
             recorder=recorder,
             save=partial(self._save, save),

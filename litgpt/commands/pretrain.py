@@ -171,7 +171,12 @@ def setup(
     distributed.once_per_node(fabric, data.prepare_data)
     data.setup()
     batches = BatchStream(
-        data.train_dataloader(), train.micro_batch_size, fabric.global_rank, fabric.world_size, seed=seed
+        data.train_dataloader(),
+        train.micro_batch_size,
+        fabric.global_rank,
+        fabric.world_size,
+        seed=seed,
+        epochs=train.epochs,
     )
     val_batches = data.val_dataloader()
     console.print(data.describe())
@@ -193,9 +198,9 @@ def setup(
     fabric_optimizer = fabric.setup_optimizers(optimizer.build(gpt.named_parameters()))
 
     # Training.
-    total_steps = train.total_steps(train.global_batch_size * tokens, batches.samples_per_epoch)
+    total_steps = train.total_steps(tokens, batches.samples_per_epoch)
     schedule = Schedule.of(train, total_steps)
-    for line in plan_lines(train, schedule, total_steps, tokens, world_size, optimizer):
+    for line in plan_lines(train, schedule, total_steps, tokens, batches, optimizer):
         console.print(line)
     logger = None
     if fabric.global_rank == 0:
@@ -214,6 +219,7 @@ def setup(
         evaluation=eval,
         schedule=schedule,
         total_steps=total_steps,
+        last_step=train.last_step(tokens, batches.samples_per_epoch),
         directory=run_directory,
         recorder=recorder,
         save=partial(save_checkpoint_files, config=config, tokenizer_dir=tokenizer_dir),
@@ -320,7 +326,7 @@ def plan_lines(
     schedule: Schedule,
     steps: int | None,
     tokens: int,
-    world_size: int,
+    batches: BatchStream,
     optimizer: OptimizerSpec,
     varies: bool = False,
     sample: str = "sequences",
@@ -329,12 +335,21 @@ def plan_lines(
 
     `tokens` are those of a `sample`; the most of one where that `varies`.
     """
-    accumulation, most = train.accumulation(world_size), "up to " if varies else ""
+    accumulation, most = train.accumulation(batches.world_size), "up to " if varies else ""
     lines = [
-        f"Tokens per step: {train.micro_batch_size} {sample} x {accumulation} accumulation x {world_size} device(s) x "
-        f"{most}{tokens} tokens = {most}{train.global_batch_size * tokens:,}",
+        f"Tokens per step: {train.micro_batch_size} {sample} x {accumulation} accumulation x {batches.world_size} "
+        f"device(s) x {most}{tokens} tokens = {most}{train.global_batch_size * tokens:,}",
         f"Steps: {steps:,}" if steps else f"Steps: not known beforehand (max_time {train.max_time} s)",
     ]
+    per_epoch = batches.samples_per_epoch
+    if per_epoch and per_epoch < train.global_batch_size:
+        lines.append(
+            f"Note: there are {per_epoch:,} training {sample}, fewer than train.global_batch_size "
+            f"{train.global_batch_size}: a step is a pass over all of them."
+        )
+    elif per_epoch and (batches.end or 0) >= per_epoch and per_epoch % train.global_batch_size:
+        rest = per_epoch % train.global_batch_size
+        lines[-1] += f", the last of each epoch with {rest} of {train.global_batch_size} {sample}"
     if steps and schedule.warmup_steps >= steps:
         lines.append(f"Note: the warmup of {schedule.warmup_steps} steps outlasts the run; the peak is not reached.")
     peak = float(optimizer.init_args.get("lr", "inf"))

@@ -89,12 +89,13 @@ class DataModule:
 
 
 class StreamSampler(Sampler[list[int]]):
-    """Endless batches of sample numbers: every epoch all samples once, in an order of its own, epochs back to back.
+    """Batches of sample numbers without end: every epoch all samples once, in an order of its own.
 
     Everything follows from `position`, the number of samples that all ranks together have been given since the run
     began. So a run resumes exactly, and which samples an optimizer step sees depends neither on the number of ranks
-    nor on the micro-batch size. A batch may straddle two epochs; no sample is left out. Neither memory nor time grows
-    with the number of samples.
+    nor on the micro-batch size. No batch straddles two epochs: the last batches of one hold what is left of it, and a
+    rank for which nothing is left gets one of the samples that another rank has, to pass over (`BatchStream` takes its
+    targets away). Neither memory nor time grows with the number of samples.
 
     Args:
         num_samples: Samples in one epoch.
@@ -109,6 +110,7 @@ class StreamSampler(Sampler[list[int]]):
         self.shuffle = shuffle
         self.seed = seed
         self.rank, self.world_size, self.position = 0, 1, 0
+        self.end: int | None = None
         self._epoch, self._permutation = 0, KeyedPermutation(num_samples, seed, 0)
 
     @property
@@ -117,15 +119,23 @@ class StreamSampler(Sampler[list[int]]):
         shuffled = f"shuffled by seed {self.seed} (version {ORDER_VERSION})" if self.shuffle else "unshuffled"
         return f"{self.num_samples} samples {shuffled}"
 
-    def set_position(self, position: int, rank: int = 0, world_size: int = 1) -> None:
-        """Start the next iteration at `position`, and give only `rank`'s share of each batch of all ranks."""
-        self.position, self.rank, self.world_size = position, rank, world_size
+    def set_position(self, position: int, rank: int = 0, world_size: int = 1, end: int | None = None) -> None:
+        """Start the next iteration at `position`, give only `rank`'s share of each batch of all ranks, and nothing from
+        the position `end` on."""
+        self.position, self.rank, self.world_size, self.end = position, rank, world_size, end
+
+    def stop(self, position: int) -> int:
+        """Up to where samples may go together with the one at `position`: the end of its epoch, or of the run."""
+        epoch_end = position - position % self.num_samples + self.num_samples
+        return epoch_end if self.end is None else min(epoch_end, self.end)
 
     def __iter__(self) -> Iterator[list[int]]:
-        position = self.position + self.rank * self.batch_size
-        while True:
-            yield [self._sample(position + i) for i in range(self.batch_size)]
-            position += self.batch_size * self.world_size
+        position, first = self.position, self.rank * self.batch_size
+        while self.end is None or position < self.end:
+            together = range(position, min(position + self.batch_size * self.world_size, self.stop(position)))
+            own = together[first : first + self.batch_size] or together[:1]
+            yield [self._sample(place) for place in own]
+            position = together.stop
 
     def _sample(self, position: int) -> int:
         epoch, place = divmod(position, self.num_samples)
@@ -151,19 +161,21 @@ class LengthGroupedSampler(StreamSampler):
     def __init__(self, lengths: Sequence[int], batch_size: int, samples_per_step: int, *, seed: int = 42) -> None:
         super().__init__(len(lengths), batch_size, seed=seed)
         self.lengths, self.samples_per_step = lengths, samples_per_step
-        self._step, self._step_samples = -1, []
+        self._step, self._step_samples = range(0), []
 
     @property
     def order(self) -> str:
-        return f"{super().order}, grouped by length in steps of {self.samples_per_step}"
+        return f"{super().order}, grouped by length in steps of {self.samples_per_step} within each epoch"
 
     def _sample(self, position: int) -> int:
-        step, place = divmod(position, self.samples_per_step)
+        # Steps begin where the iteration or an epoch does; the last one of either holds what is left.
+        begin = max(self.position, position - position % self.num_samples)
+        first = position - (position - begin) % self.samples_per_step
+        step = range(first, min(first + self.samples_per_step, self.stop(first)))
         if step != self._step:
-            first = step * self.samples_per_step
-            samples = [super(LengthGroupedSampler, self)._sample(first + i) for i in range(self.samples_per_step)]
+            samples = [super(LengthGroupedSampler, self)._sample(place) for place in step]
             self._step, self._step_samples = step, sorted(samples, key=lambda sample: -int(self.lengths[sample]))
-        return self._step_samples[place]
+        return self._step_samples[position - first]
 
 
 def stream_loader(
@@ -176,8 +188,8 @@ def stream_loader(
     collate_fn: Any = None,
     sampler: StreamSampler | None = None,
 ) -> DataLoader:
-    """An endless loader over `dataset` in the order of `sampler`, by default a `StreamSampler`, with at most one worker
-    per CPU core."""
+    """A loader without end over `dataset` in the order of `sampler`, by default a `StreamSampler`, with at most one
+    worker per CPU core."""
     sampler = sampler or StreamSampler(len(dataset), batch_size, shuffle=shuffle, seed=seed)
     return DataLoader(
         dataset,

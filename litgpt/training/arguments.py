@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from litgpt.training.steps import samples_in, steps_in
+
 LRSchedule = Literal["cosine", "linear", "constant", "warmup-stable-decay"]
 
 
@@ -21,15 +23,16 @@ class TrainArgs:
     log_interval: int = 1
     """Optimizer steps between log lines; between them the device is never waited for"""
     global_batch_size: int = 64
-    """Sequences per optimizer step, over all devices"""
+    """Sequences per optimizer step, over all devices; the last step of an epoch has what is left"""
     micro_batch_size: int = 4
     """Sequences per forward pass on one device; smaller needs less memory, the result stays the same"""
     lr_warmup_steps: int | None = 100
     """Optimizer steps over which the learning rate rises to its peak"""
     lr_warmup_fraction: float | None = None
     """The same as a fraction of the whole run, instead of lr_warmup_steps"""
-    epochs: int | None = None
-    """Passes over the training data before training ends"""
+    epochs: int | float | None = None
+    """Passes over the training data before training ends, such as 3 or 0.5; the last step of each is smaller where
+    global_batch_size does not divide the data"""
     max_tokens: int | None = None
     """Training tokens, over all devices, before training ends"""
     max_steps: int | None = None
@@ -77,10 +80,12 @@ class TrainArgs:
         for name in ("log_interval", "global_batch_size", "micro_batch_size"):
             _check_at_least(f"train.{name}", getattr(self, name), 1)
         for name in (
-            *("save_interval", "epochs", "max_tokens", "max_steps", "max_seq_length"),
+            *("save_interval", "max_tokens", "max_steps", "max_seq_length"),
             *("lr_decay_iters", "gradient_accumulation_iters", "keep_last"),
         ):
             _check_at_least(f"train.{name}", getattr(self, name), 1)
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise ValueError(f"train.epochs {self.epochs}: give a number of passes greater than 0, such as 1 or 0.5.")
         for name in ("lr_warmup_steps", "max_time", "max_norm", "min_lr", "learning_rate", "weight_decay"):
             _check_at_least(f"train.{name}", getattr(self, name), 0)
         for name in ("lr_warmup_fraction", "lr_cooldown_fraction"):
@@ -146,20 +151,29 @@ class TrainArgs:
             )
         return self.global_batch_size // at_once
 
-    def total_steps(self, tokens_per_step: int | None, samples_per_epoch: int | None) -> int | None:
+    def last_step(self, tokens_per_sample: int | None, samples_per_epoch: int | None) -> int | None:
+        """The step after which max_steps or max_tokens ends the run; None if neither does, or it cannot be told.
+
+        Args: see `total_steps`.
+        """
+        ends = [] if self.max_steps is None else [self.max_steps]
+        if self.max_tokens is not None and tokens_per_sample is not None:
+            samples = math.ceil(self.max_tokens / tokens_per_sample)
+            ends.append(steps_in(samples, self.global_batch_size, samples_per_epoch))
+        return min(ends, default=None)
+
+    def total_steps(self, tokens_per_sample: int | None, samples_per_epoch: int | None) -> int | None:
         """Optimizer steps until the first of max_steps, max_tokens and epochs ends the run; None if that is not known.
 
         Args:
-            tokens_per_step: Tokens in one optimizer step, over all devices; None where that varies.
+            tokens_per_sample: Tokens in one sequence; None where that varies.
             samples_per_epoch: Sequences in the training data, where that is known.
         """
-        ends = []
-        if self.max_steps is not None:
-            ends.append(self.max_steps)
-        if self.max_tokens is not None and tokens_per_step is not None:
-            ends.append(math.ceil(self.max_tokens / tokens_per_step))
+        last = self.last_step(tokens_per_sample, samples_per_epoch)
+        ends = [] if last is None else [last]
         if self.epochs is not None and samples_per_epoch is not None:
-            ends.append(math.ceil(self.epochs * samples_per_epoch / self.global_batch_size))
+            samples = samples_in(self.epochs, samples_per_epoch)
+            ends.append(steps_in(samples, self.global_batch_size, samples_per_epoch))
         if self.epochs is not None and samples_per_epoch is None and not ends and self.max_time is None:
             raise ValueError(
                 f"--train.epochs {self.epochs}: the data does not say how long an epoch is. Set --train.max_steps."

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from litgpt.model import starts_of_documents
 from litgpt.training.loss import IGNORE_INDEX
+from litgpt.training.steps import samples_in
 
 MANY = 16  # numbers to show at most
 PER_TOKEN, PER_ROW = ("document_ids", "positions"), ("reference_log_probs",)  # inputs that a batch may have
@@ -63,8 +64,9 @@ class MicroBatch(NamedTuple):
         return self
 
     def without_targets(self) -> MicroBatch:
-        """The same with nothing to predict: adds nothing to any sum."""
-        return self._replace(targets=torch.full_like(self.targets, IGNORE_INDEX))
+        """The same with nothing to predict: adds nothing to any sum, and is counted nowhere."""
+        samples = None if self.samples is None else torch.full_like(self.samples, -1)
+        return self._replace(targets=torch.full_like(self.targets, IGNORE_INDEX), num_tokens=0, samples=samples)
 
     def described(self) -> str:
         """Which samples these are, in words."""
@@ -102,16 +104,37 @@ def micro_batch(batch: Tensor | dict[str, Tensor]) -> MicroBatch:
 
 
 class BatchStream:
-    """An endless stream of this rank's micro-batches, with a position that can be saved.
+    """A stream of this rank's micro-batches, with a position that can be saved: epoch after epoch, each of them all
+    samples once.
+
+    The last optimizer step of an epoch, and of the run where that ends within one, holds what is left of it. All ranks
+    go through the same number of micro-batches, since a sharded model needs all of them for each forward pass: those
+    for which nothing is left get one without targets.
 
     A loader whose batch sampler has `set_position` (see `litgpt.data.stream_loader`) starts at once at any position,
     counted in samples over all ranks; `samples_per_epoch` and `order`, what decides which sample a position means, are
-    what it says. Any other loader is run through again
-    every epoch, each rank taking every world_size-th batch; it resumes by skipping, exactly if its order follows from
-    torch's seed alone.
+    what it says. Any other loader is run through again every epoch, each rank taking every world_size-th batch, all
+    batches being counted as full ones; it resumes by skipping, exactly if its order follows from torch's seed alone.
+    The last step of an epoch is known only for a loader that has a length.
+
+    Args:
+        loader: The training batches, the same on every rank.
+        batch_size: Samples in one of them.
+        rank: This process's.
+        world_size: Number of ranks.
+        seed: Decides the order of a loader that draws it from torch.
+        epochs: Passes after which the stream ends; None for one without end.
     """
 
-    def __init__(self, loader: Iterable, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0) -> None:
+    def __init__(
+        self,
+        loader: Iterable,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        epochs: float | None = None,
+    ) -> None:
         self.loader = loader
         self.batch_size, self.rank, self.world_size, self.seed = batch_size, rank, world_size, seed
         self.position = 0  # in samples, over all ranks
@@ -119,6 +142,11 @@ class BatchStream:
         self._sampler = getattr(loader, "batch_sampler", None)
         self._seekable = hasattr(self._sampler, "set_position")
         self.samples_per_epoch: int | None = self._count()
+        self.end: int | None = None
+        """The position at which the stream ends, where it does"""
+        if epochs is not None and self.samples_per_epoch is not None:
+            end = samples_in(epochs, self.samples_per_epoch)
+            self.end = end if self._seekable else -(-end // batch_size) * batch_size  # whole batches are all there is
         self.order: str | None = getattr(self._sampler, "order", None)
 
     def _count(self) -> int | None:
@@ -128,32 +156,53 @@ class BatchStream:
             batches = len(self.loader)
         except TypeError:
             return None
-        if batches < self.world_size:
-            raise ValueError(
-                f"The training data has {batches} batch(es) of {self.batch_size} for {self.world_size} device(s). "
-                "Add data, or make --train.micro_batch_size smaller."
-            )
-        return batches // self.world_size * self.world_size * self.batch_size
+        if not batches:
+            raise ValueError("The training data is empty: the data module's train_dataloader() gives no batches.")
+        return batches * self.batch_size
 
     @property
     def epoch(self) -> float:
         """Passes over the data so far; 1.5 is the middle of the second."""
         return self.position / self.samples_per_epoch if self.samples_per_epoch else 0.0
 
+    @property
+    def has_ended(self) -> bool:
+        return self.end is not None and self.position >= self.end
+
     def seek(self, position: int) -> None:
         """Continue at a position that was saved."""
         self.position, self._batches = position, None
+
+    def next_step(self, most: int) -> list[MicroBatch]:
+        """This rank's micro-batches of the next optimizer step: `most`, fewer where an epoch or the stream ends, but as
+        many as every other rank has."""
+        batches = [self.next()]
+        while len(batches) < most and not self._is_boundary():
+            batches.append(self.next())
+        return batches
 
     def next(self) -> MicroBatch:
         """The next micro-batch of this rank."""
         if self._batches is None:
             self._batches = self._from_position() if self._seekable else self._by_skipping()
-        batch = next(self._batches)
-        self.position += self.batch_size * self.world_size
-        return micro_batch(batch)
+        batch = micro_batch(next(self._batches))
+        left = self._left()
+        self.position += min(self.batch_size * self.world_size, left)
+        return batch if self.rank * self.batch_size < left else batch.without_targets()
+
+    def _left(self) -> int:
+        """Samples from the position to the end of the epoch, or of the stream."""
+        if self.samples_per_epoch is None:
+            return self.batch_size * self.world_size
+        left = self.samples_per_epoch - self.position % self.samples_per_epoch
+        return left if self.end is None else min(left, self.end - self.position)
+
+    def _is_boundary(self) -> bool:
+        """Whether an epoch or the stream ends at the position."""
+        return self.has_ended or (self.samples_per_epoch is not None and self.position % self.samples_per_epoch == 0)
 
     def _from_position(self) -> Iterator[Any]:
-        self._sampler.set_position(self.position, self.rank, self.world_size)
+        self._sampler.set_position(self.position, self.rank, self.world_size, self.end)
         # The loader draws a seed for its workers; the training's own random numbers must not depend on that.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)  # the CPU's alone: GPUs' are left as they are
@@ -161,24 +210,30 @@ class BatchStream:
         return batches
 
     def _by_skipping(self) -> Iterator[Any]:
-        skip, epoch = self.position // (self.batch_size * self.world_size), 0
+        skip, epoch = self._groups_before(self.position), 0
         while True:
             given = 0
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(self.seed + epoch)
                 batches = iter(self.loader)
                 first = list(islice(batches, 1))  # a shuffling sampler draws its seed only now
-            mine: list[Any] = []
-            for batch in chain(first, batches):
-                mine.append(batch)
-                if len(mine) < self.world_size:
-                    continue
-                batch, mine = mine[self.rank], []
+            together = chain(first, batches)
+            while group := list(islice(together, self.world_size)):
+                if len(group) < self.world_size and self.samples_per_epoch is None:
+                    break  # nobody could say that an epoch ends here
                 given += 1
                 if skip:
                     skip -= 1
                 else:
-                    yield batch
+                    yield group[self.rank if self.rank < len(group) else 0]
             if not given:
                 raise ValueError("The data module's train_dataloader() gives no batches.")
             epoch += 1
+
+    def _groups_before(self, position: int) -> int:
+        """How often each rank has been given a batch before a position."""
+        together = self.batch_size * self.world_size
+        if self.samples_per_epoch is None:
+            return position // together
+        epochs, place = divmod(position, self.samples_per_epoch)
+        return epochs * -(-self.samples_per_epoch // together) + place // together

@@ -57,7 +57,9 @@ class Run:
     evaluation: EvalArgs
     schedule: Schedule
     total_steps: int | None
-    """The step at which the run ends (see `TrainArgs.total_steps`); None where that is not known beforehand"""
+    """How many steps the run has (see `TrainArgs.total_steps`); None where that is not known beforehand"""
+    last_step: int | None
+    """The step that ends it, if the data does not before (see `TrainArgs.last_step`)"""
     directory: RunDirectory
     recorder: Recorder
     save: Callable[[Path, dict[str, Tensor]], None]
@@ -138,17 +140,17 @@ def fit(
     with StopSignals() as signals, recorder.running(progress, run.total_steps, resumed=run.resume is not None):
         if evaluation.initial_validation and val_batches and progress.step == 0:
             recorder.write({"step": 0, **validation()}, None)
-        stop = started_as = stop_reason(fabric, run, progress, signals)
+        stop = started_as = stop_reason(fabric, run, progress, batches, signals)
         while stop is None:
             logs = (progress.step + 1) % train.log_interval == 0
             learning_rate = run.schedule.apply(inner, progress.step)
-            step_batches = [batches.next().checked(gpt.config.padded_vocab_size) for _ in range(accumulation)]
+            step_batches = [batch.checked(gpt.config.padded_vocab_size) for batch in batches.next_step(accumulation)]
             sums, terms = accumulate_gradients(fabric, model, step_batches)
             grad_norm = clip_gradients(fabric, model, optimizer, train.max_norm, wanted=logs)
             optimizer.step()
             optimizer.zero_grad()
             progress.step += 1
-            progress.iteration += accumulation
+            progress.iteration += len(step_batches)
             progress.position = batches.position
             watch.see(sums[:, 0], progress.step, step_batches)
             count.add(step_batches)
@@ -156,7 +158,7 @@ def fit(
             # From here on the device may be waited for, but only in steps that log, validate or save.
             if logs or fabric.world_size == 1:
                 count.settle()
-            stop = stop_reason(fabric, run, progress, signals, ranks_agree=logs)
+            stop = stop_reason(fabric, run, progress, batches, signals, ranks_agree=logs)
             final = stop == FINISHED and evaluation.final_validation
             validates = bool(val_batches) and (progress.step % evaluation.interval == 0 or final)
             if logs or validates or stop:
@@ -223,14 +225,19 @@ def clip_gradients(
 
 
 def stop_reason(
-    fabric: Fabric, run: Run, progress: Progress, signals: StopSignals, ranks_agree: bool = True
+    fabric: Fabric,
+    run: Run,
+    progress: Progress,
+    batches: BatchStream,
+    signals: StopSignals,
+    ranks_agree: bool = True,
 ) -> str | None:
     """Why training stops here: FINISHED, the name of a signal, or None to go on.
 
     Clocks and signals differ between ranks, so these count only in steps in which the ranks talk (`ranks_agree`).
     """
     train = run.train
-    if run.total_steps is not None and progress.step >= run.total_steps:
+    if batches.has_ended or (run.last_step is not None and progress.step >= run.last_step):
         return FINISHED
     if train.max_tokens is not None and progress.tokens >= train.max_tokens:
         return FINISHED

@@ -24,18 +24,20 @@ def ragged_samples(count: int, seed: int) -> list[Part]:
 class Ragged(DataModule):
     """Args:
     packed: Several samples in a row; else one, padded, batches grouped by length.
+    count: Training samples.
+    per_step: Of them in an optimizer step.
     """
 
-    def __init__(self, packed: bool = False) -> None:
-        self.packed = packed
+    def __init__(self, packed: bool = False, count: int = 48, per_step: int = 8) -> None:
+        self.packed, self.count, self.per_step = packed, count, per_step
 
     def connect(self, tokenizer=None, batch_size: int = 1, max_seq_length: int | None = None) -> None:
         self._batch_size = batch_size
 
     def train_dataloader(self) -> DataLoader:
-        rows = self._rows(48, seed=1)
+        rows = self._rows(self.count, seed=1)
         lengths = [sum(len(part.ids) for part in row) for row in rows]
-        sampler = LengthGroupedSampler(lengths, self._batch_size, samples_per_step=8)
+        sampler = LengthGroupedSampler(lengths, self._batch_size, samples_per_step=self.per_step)
         return stream_loader(rows, self._batch_size, seed=42, collate_fn=Collate(self.packed), sampler=sampler)
 
     def val_dataloader(self) -> DataLoader:

@@ -1,5 +1,7 @@
 """What a step and a validation are does not depend on how ragged samples are divided into batches and over ranks."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,6 +49,28 @@ def test_two_ranks_equal_one(train, tmp_path, packed, strategy):
     assert sum(bool(row["val_loss"]) for row in rows) == 3
     best = min((float(row["val_loss"]), int(row["step"])) for row in rows if row["val_loss"])
     assert saved_step(tmp_path / "two/best") == best[1]
+
+
+EPOCHS = (
+    RUN.replace("max_steps=6", "epochs=1.5")
+    .replace("global_batch_size=8", "global_batch_size=16")
+    .replace("Ragged(packed)", "Ragged(packed, 17, 16)")
+)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_last_step_of_an_epoch_is_smaller_on_two_ranks_as_on_one(train, tmp_path, capsys, strategy):
+    """One sample is left for two ranks; and the run ends after a part of an epoch."""
+    options = {**OPTIONS, "max_steps": None, "epochs": 1.5, "global_batch_size": 16}
+    rows = train(tmp_path / "one", module=Ragged(False, 17, 16), micro_batch_size=2, **options)
+    on_two_ranks(EPOCHS, tmp_path, tmp_path / "two", strategy, False)
+    assert_close_runs(tmp_path / "one", tmp_path / "two", range(1, 4))
+    samples = ragged_samples(17, seed=1)
+    assert [float(row["epoch"]) for row in rows] == [16 / 17, 1, 26 / 17]
+    assert int(rows[1]["tokens"]) == sum(len(sample.ids) - 1 for sample in samples)
+    printed = capsys.readouterr().out
+    assert "Steps: 3, the last of each epoch with 1 of 16 sequences" in printed
+    assert re.findall(r"^Epoch (\d+) ", printed, re.MULTILINE) == ["1", "1", "2"]
 
 
 def test_one_batch_of_eight_equals_eight_of_one(train, tmp_path):

@@ -21,6 +21,8 @@ from litgpt.training.schedule import Schedule
         ("keep_last", 0),
         ("lr_cooldown_fraction", 2),
         ("lr_schedule", "'cosinus'"),
+        ("epochs", 0),
+        ("epochs", -0.5),
     ],
 )
 def test_wrong_values_are_refused_by_name(field, value):
@@ -69,11 +71,15 @@ def test_gradient_accumulation_sets_the_global_batch_or_is_refused():
 
 def test_whichever_limit_ends_first():
     def steps(**limits):
-        return TrainArgs(global_batch_size=10, micro_batch_size=1, **limits).total_steps(100, samples_per_epoch=55)
+        return TrainArgs(global_batch_size=10, micro_batch_size=1, **limits).total_steps(10, samples_per_epoch=55)
 
     assert steps(max_steps=7) == 7
-    assert steps(max_tokens=701) == 8
-    assert steps(epochs=2) == 11
+    assert steps(max_tokens=501) == 6
+    assert steps(max_tokens=551) == 7  # the sixth step is a half: an epoch ends there
+    assert steps(epochs=2) == 12
+    assert steps(epochs=0.1) == 1
+    assert steps(epochs=0.2) == 2
+    assert steps(epochs=1.5) == 9
     assert steps(max_steps=7, max_tokens=500, epochs=2) == 5
     assert steps(max_time=3.0) is None
     assert TrainArgs(max_tokens=5).total_steps(None, None) is None  # the loop counts tokens itself

@@ -311,17 +311,21 @@ class Numbers(torch.utils.data.Dataset):
         return torch.tensor([index, index])
 
 
-def stream(batch: int = 3, rank: int = 0, world_size: int = 1, count: int = 10, workers: int = 0) -> BatchStream:
+def stream(
+    batch: int = 3, rank: int = 0, world_size: int = 1, count: int = 10, workers: int = 0, epochs: float | None = None
+) -> BatchStream:
     loader = stream_loader(Numbers(count), batch, seed=5, num_workers=workers)
-    return BatchStream(loader, batch, rank, world_size)
+    return BatchStream(loader, batch, rank, world_size, epochs=epochs)
 
 
 def test_each_epoch_is_a_new_order_of_all_samples():
-    seen = flat(positions(stream(), 10))
+    batches = positions(stream(), 12)
+    assert [len(batch) for batch in batches] == [3, 3, 3, 1] * 3  # none reaches into the next epoch
+    seen = flat(batches)
     assert [sorted(seen[i : i + 10]) for i in (0, 10, 20)] == [list(range(10))] * 3
     assert seen[:10] != seen[10:20] != seen[20:]
-    assert seen == flat(positions(stream(), 10))
-    assert stream(batch=4, count=3).next().idx.shape == (4, 1)  # a batch may be larger than the data
+    assert batches == positions(stream(), 12)
+    assert stream(batch=4, count=3).next().idx.shape == (3, 1)  # a batch may be larger than the data
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -332,14 +336,75 @@ def test_position_resumes_exactly_with_any_number_of_workers(workers):
     second = stream(workers=2 - min(workers, 2))
     second.seek(first.position)
     assert positions(second, 7) == whole[5:]
-    assert second.position == 36
-    assert second.epoch == 3.6
+    assert second.position == 30
+    assert second.epoch == 3.0
 
 
 def test_ranks_share_what_one_would_see():
     whole = positions(stream(batch=4), 6)
     shares = [positions(stream(batch=2, rank=rank, world_size=2), 6) for rank in (0, 1)]
-    assert [a + b for a, b in zip(*shares, strict=True)] == whole
+    # Of 10 samples, 4 and 4 are shared; the last 2 are the first rank's, and the other has nothing to learn from.
+    assert [a + b for a, b in zip(*shares, strict=True)][:2] == whole[:2]
+    assert shares[0][2] == whole[2]
+    assert [a + b for a, b in zip(*shares, strict=True)][3:5] == whole[3:5]
+
+
+def learned(streams: list[BatchStream], steps: int, most: int) -> list[list[int]]:
+    """The samples with targets in each of the next steps, over all ranks; every rank goes through as many batches."""
+    found = []
+    for _ in range(steps):
+        shares = [one.next_step(most) for one in streams]
+        assert len({len(share) for share in shares}) == 1
+        assert len({one.position for one in streams}) == 1
+        rows = [batch.targets[:, 0] for share in shares for batch in share]
+        assert sum(len(row[row >= 0]) for row in rows) == sum(b.num_tokens for share in shares for b in share)
+        found.append([i for row in rows for i in row.tolist() if i >= 0])
+    return found
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("batch", "ranks", "most"), [(1, 1, 16), (1, 2, 8), (2, 4, 2), (4, 4, 1), (16, 1, 1), (1, 16, 1)]
+)
+def test_the_last_step_of_an_epoch_holds_what_is_left_on_any_number_of_ranks(batch, ranks, most, workers):
+    if workers and ranks > 4:
+        pytest.skip("16 ranks of 2 workers are 32 processes")
+    streams = [stream(batch, rank, ranks, 17, workers, epochs=2.5) for rank in range(ranks)]
+    steps = learned(streams, 5, most)
+    assert [len(step) for step in steps] == [16, 1, 16, 1, 9]
+    assert all(one.has_ended and one.epoch == 43 / 17 for one in streams)
+    assert sorted(steps[0] + steps[1]) == sorted(steps[2] + steps[3]) == list(range(17))
+    assert len(set(steps[4])) == 9
+
+
+def test_a_stream_that_ended_within_an_epoch_goes_on_there():
+    first, rest = stream(2, count=17, epochs=0.5), stream(2, count=17, epochs=1)
+    seen = learned([first], 1, 8)
+    assert first.has_ended
+    rest.seek(first.position)
+    seen += learned([rest], 1, 8)
+    assert [len(step) for step in seen] == [9, 8]
+    assert sorted(flat(seen)) == list(range(17))
+    assert rest.has_ended
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_any_other_loader_is_learned_from_whole_too(ranks):
+    streams = [
+        BatchStream(DataLoader(Numbers(17), batch_size=3, shuffle=True), 3, rank, ranks, seed=11, epochs=2)
+        for rank in range(ranks)
+    ]
+    steps = learned(streams, 6 if ranks < 4 else 4, 2 // ranks or 1)
+    assert all(one.has_ended for one in streams)
+    for epoch in (steps[: len(steps) // 2], steps[len(steps) // 2 :]):
+        assert sorted(flat(epoch)) == list(range(17))
+    half = [
+        BatchStream(DataLoader(Numbers(17), batch_size=3, shuffle=True), 3, rank, ranks, seed=11, epochs=2)
+        for rank in range(ranks)
+    ]
+    for one in half:
+        one.seek(18)  # an epoch of six batches
+    assert learned(half, len(steps) // 2, 2 // ranks or 1) == steps[len(steps) // 2 :]
 
 
 def test_loading_leaves_the_training_random_numbers_alone():
@@ -351,7 +416,7 @@ def test_loading_leaves_the_training_random_numbers_alone():
 
 
 def test_sampler_without_shuffling():
-    assert list(islice(StreamSampler(3, 2, shuffle=False), 3)) == [[0, 1], [2, 0], [1, 2]]
+    assert list(islice(StreamSampler(3, 2, shuffle=False), 3)) == [[0, 1], [2], [0, 1]]
 
 
 def test_any_other_loader_resumes_by_skipping():
@@ -367,8 +432,8 @@ def test_any_other_loader_resumes_by_skipping():
     assert positions(resumed, 5) == whole[4:]
     assert plain(0, 3).samples_per_epoch == 9
     assert [positions(plain(rank, 3), 1)[0] for rank in range(3)] == whole[:3]
-    with pytest.raises(ValueError, match=r"has 3 batch\(es\) of 3 for 4 device"):
-        plain(0, 4)
+    with pytest.raises(ValueError, match="The training data is empty"):
+        BatchStream(DataLoader(Numbers(2), batch_size=3, drop_last=True), 3)
 
 
 def test_micro_batches_of_both_kinds():

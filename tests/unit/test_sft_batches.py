@@ -69,13 +69,28 @@ def test_a_step_sees_what_it_would_see_without_grouping():
     lengths = np.random.default_rng(0).integers(1, 100, 50)
     plain, grouped = StreamSampler(50, 4, seed=3), LengthGroupedSampler(lengths, 4, 8, seed=3)
     given = [
-        list(chain(*(batch for batch, _ in zip(sampler, range(50), strict=False)))) for sampler in (plain, grouped)
+        list(chain(*(batch for batch, _ in zip(sampler, range(52), strict=False)))) for sampler in (plain, grouped)
     ]
-    for start in range(0, 200, 8):  # four epochs; 50 is no multiple of 8, so that steps straddle them
-        whole, sorted_ = given[0][start : start + 8], given[1][start : start + 8]
-        assert sorted(whole) == sorted(sorted_)
-        assert [lengths[i] for i in sorted_] == sorted((lengths[i] for i in whole), reverse=True)
+    for epoch in range(0, 200, 50):
+        assert sorted(given[1][epoch : epoch + 50]) == list(range(50))
+        for first in range(epoch, epoch + 50, 8):  # the last step of an epoch is of 2 samples
+            end = min(first + 8, epoch + 50)
+            whole, sorted_ = given[0][first:end], given[1][first:end]
+            assert sorted(whole) == sorted(sorted_)
+            assert [lengths[i] for i in sorted_] == sorted((lengths[i] for i in whole), reverse=True)
     assert given[0] != given[1]
+
+
+def test_a_step_that_was_cut_is_grouped_by_what_it_had():
+    """A run of a part of an epoch takes random samples, not the longest ones, and one that goes on takes the others."""
+    lengths = np.random.default_rng(0).integers(1, 100, 50)
+    plain, cut, rest = StreamSampler(50, 4, seed=3), *(LengthGroupedSampler(lengths, 4, 8, seed=3) for _ in range(2))
+    cut.set_position(0, end=13)
+    rest.set_position(13, end=50)
+    first = list(chain(*cut))
+    order = list(chain(*(batch for batch, _ in zip(plain, range(13), strict=False))))
+    assert sorted(first) == sorted(order[:13])
+    assert sorted(first + list(chain(*rest))) == list(range(50))
 
 
 @pytest.mark.parametrize("pack_", [False, True])
@@ -96,10 +111,10 @@ def test_a_step_does_not_depend_on_ranks_or_micro_batches(records, tokenizer, pa
 def test_the_order_resumes_exactly(records, tokenizer, options):
     whole = samples(stream(module(records, tokenizer, 2, 8, **options), 2), 40)
     first = stream(module(records, tokenizer, 2, 8, **options), 2)
-    assert samples(first, 13) == whole[:13]  # in the middle of a step
+    assert samples(first, 12) == whole[:12]  # three steps
     second = stream(module(records, tokenizer, 2, 8, **options), 2)
     second.seek(first.position)
-    assert samples(second, 27) == whole[13:]
+    assert samples(second, 28) == whole[12:]
 
 
 def test_grouping_saves_padding(records, tokenizer):
@@ -182,8 +197,6 @@ def test_packed_samples_have_the_loss_and_gradient_of_padded_ones(name, records,
         batches = BatchStream(loader, 2)
         for _ in range(-(-batches.samples_per_epoch // 2)):
             batch = batches.next()
-            if batches.position > batches.samples_per_epoch:  # the last one is half of the next epoch
-                batch = batch._replace(targets=batch.targets.index_fill(0, torch.tensor([1]), -100))
             summed = model(batch.idx, batch.targets, **batch.inputs)
             summed.backward()
             loss, targets, places = loss + summed.item(), targets + batch.num_targets, places + batch.idx.numel()
