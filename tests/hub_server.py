@@ -133,7 +133,10 @@ class _Handler(BaseHTTPRequestHandler):
         repository = match[1] if match else ""
         if repository not in self.hub.repositories or not self._has(self.hub.private.get(repository)):
             return self._send(401, b"{}", with_body, {"X-Error-Code": "RepoNotFound"})
-        found = self.hub.files(repository, match[3] if api else match[2])
+        revision, folder = match[3] if api else match[2], ""
+        if api and api[2] == "tree" and self.hub.files(repository, revision) is None:
+            revision, _, folder = revision.rpartition("/")  # what stands in one folder
+        found = self.hub.files(repository, revision)
         if found is None:
             return self._send(404, b"{}", with_body, {"X-Error-Code": "RevisionNotFound"})
         commit, files = found
@@ -143,6 +146,8 @@ class _Handler(BaseHTTPRequestHandler):
         if api:
             if api[2] == "revision":
                 return self._send_json(_info(repository, commit, files))
+            if folder:
+                return self._send_json([_entry(name, files[name]) for name in files if name.startswith(f"{folder}/")])
             return self._send_json(_tree(files, "recursive=true" in self.path.lower()))
         if match[3] not in files:
             return self._send(404, b"", with_body, {"X-Error-Code": "EntryNotFound"})

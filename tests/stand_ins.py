@@ -7,7 +7,7 @@ from pathlib import Path
 
 from litgpt.commands import convert_from_litgpt
 from litgpt.models import known_checkpoints
-from tests import checkpoint_files
+from tests import checkpoint_files, tokenizer_files
 from tests.documents import stand_ins
 from tests.hub_server import Hub
 
@@ -19,7 +19,8 @@ QUESTIONS = [
 class StandIns(dict):
     """The repositories of such a Hub, with a data set for the recipes.
 
-    Pythias are GPT-NeoX models that were only pretrained; all others are one Llama with a chat template.
+    Pythias are GPT-NeoX models that were only pretrained; all others are one Llama, with a chat template but for phi-2,
+    which has none.
     """
 
     def __init__(self) -> None:
@@ -31,7 +32,11 @@ class StandIns(dict):
 
     def __missing__(self, name: str) -> dict[str, bytes]:
         with tempfile.TemporaryDirectory() as place:
-            self[name] = stand_ins.checkpoint(name, Path(place), vocabulary=None) if "pythia" in name else chat_model()
+            self[name] = (
+                stand_ins.checkpoint(name, Path(place), vocabulary=None)
+                if "pythia" in name
+                else llama("phi-2" not in name)
+            )
         return self[name]
 
 
@@ -41,9 +46,11 @@ def hub() -> Hub:
 
 
 @functools.cache
-def chat_model() -> dict[str, bytes]:
-    """The files of the Llama, as the Hub has them."""
+def llama(chats: bool) -> dict[str, bytes]:
+    """The files of the Llama, as the Hub has them, with a chat template or without."""
     with tempfile.TemporaryDirectory() as place:
-        ours, theirs = checkpoint_files.chat_model(Path(place) / "ours", block_size=2048), Path(place) / "theirs"
+        template = tokenizer_files.CHATML if chats else None
+        ours = checkpoint_files.chat_model(Path(place) / "ours", block_size=2048, template=template)
+        theirs = Path(place) / "theirs"
         convert_from_litgpt.setup(ours, theirs, format="safetensors")
         return {path.name: path.read_bytes() for path in theirs.iterdir() if path.is_file()}

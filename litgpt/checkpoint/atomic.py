@@ -100,11 +100,13 @@ def atomic_additions(directory: str | Path) -> Iterator[Path]:
     try:
         with _saving(directory):
             yield temporary
-            files = sorted(temporary.iterdir(), key=lambda path: path.name == WEIGHTS)
+            files = [path for path in temporary.rglob("*") if path.is_file()]
             for path in files:
                 _fsync(path)
-            for path in files:
-                os.replace(path, directory / path.name)
+            for path in sorted(files, key=lambda path: path.name == WEIGHTS):
+                final = directory / path.relative_to(temporary)
+                final.parent.mkdir(exist_ok=True)
+                os.replace(path, final)
             _fsync(directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from litgpt.checkpoint.names import COMPANION_FILES, CONFIG, WEIGHTS
+from litgpt.checkpoint.names import COMPANION_FILES, COMPANION_PATTERNS, CONFIG, WEIGHTS
 from litgpt.config import Config
 from litgpt.models import find_known, known_checkpoints
 from litgpt.suggest import did_you_mean, nearly
@@ -148,9 +148,11 @@ def copy_companion_files(source: str | Path, destination: str | Path) -> None:
     """Copies the tokenizer's files, the JSON files and the prompt style from one checkpoint directory to another."""
     source, destination = Path(source), Path(destination)
     destination.mkdir(parents=True, exist_ok=True)
-    for name in COMPANION_FILES:
+    inside = (str(file.relative_to(source)) for pattern in COMPANION_PATTERNS for file in sorted(source.glob(pattern)))
+    for name in (*COMPANION_FILES, *inside):
         # A Hub cache holds links; what is copied is the file behind them.
         if (source / name).is_file() and not (destination / name).exists():
+            (destination / name).parent.mkdir(exist_ok=True)
             shutil.copy(source / name, destination / name)
 
 

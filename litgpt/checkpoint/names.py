@@ -23,3 +23,5 @@ COMPANION_FILES = (
     "chat_template.json",
     "prompt_style.yaml",
 )
+# The same in folders: chat templates that have a name of their own.
+COMPANION_PATTERNS = ("additional_chat_templates/*.jinja",)

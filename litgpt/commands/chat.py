@@ -16,6 +16,7 @@ except ImportError:  # Windows
 from litgpt.commands.inference import Stopwatch, clean, cut_line, say
 from litgpt.generation.sampling import Sampling
 from litgpt.llm import LLM, load_llm
+from litgpt.prompts import format_of_options
 from litgpt.prompts.styles import Message
 from litgpt.secret import Secret
 from litgpt.suggest import did_you_mean
@@ -40,6 +41,7 @@ def setup(
     temperature: float = 0.8,
     system_prompt: str | None = None,
     prompt_style: str | None = None,
+    chat_template: str | None = None,
     quantize: str | None = None,
     precision: str | None = None,
     compile: bool = False,
@@ -64,6 +66,7 @@ def setup(
         system_prompt: Replaces the system message of the model's prompt format.
         prompt_style: Name of a prompt format, a class package.module.Class, or a chat template's .jinja file, in place
             of the checkpoint's own; `default` gives the model the bare prompt.
+        chat_template: Name of one of the checkpoint's chat templates, where it has several; by default the usual one.
         quantize: Keep the weights in 4 or 8 bits: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8, or for CPUs
             int4 or int8. By default as the checkpoint has them.
         precision: 32-true, bf16-true, 16-true (weights and computation), bf16-mixed, 16-mixed (float32 weights). By
@@ -80,7 +83,7 @@ def setup(
         checkpoint_dir,
         precision=precision,
         compile=compile,
-        prompt_style=prompt_style,
+        prompt_style=format_of_options(prompt_style, chat_template),
         access_token=access_token,
         quantize=quantize,
     )

@@ -29,7 +29,7 @@ from litgpt.data.sample_file import Sample
 from litgpt.data.sft import SFTData
 from litgpt.memory import Usage, estimate_memory
 from litgpt.model import GPT
-from litgpt.prompts import choose_prompt_style, save_prompt_style
+from litgpt.prompts import choose_prompt_style, format_of_options, save_prompt_style
 from litgpt.quantize import TRAINING_KINDS, check_quantize, num_parameters, same_form, without_mixing
 from litgpt.secret import Secret
 from litgpt.tokenizer import Tokenizer
@@ -98,6 +98,9 @@ class Options:
     """Decides all random numbers."""
     access_token: Secret | None = None
     """For downloading a gated model."""
+    chat_template: str | None = None
+    """Name of the checkpoint's chat template to train with, where it has several; by default the usual one, and
+    tool_use where a record has tools."""
     dry_run: bool = False
     """Stop before training: show what would be done, the memory needed and a training sample."""
 
@@ -136,6 +139,8 @@ class Finetuning:
         self.options = options = replace(options, train=replace(options.train))  # the batch is settled below
         self.out_dir = out_dir
         self.data = chosen_data(options.data, on_pairs)
+        if options.chat_template is not None:
+            self.data.take_checkpoints_style(f"--chat_template {options.chat_template}")
         train = options.train
         self.world_size = distributed.count_devices(options.devices, options.num_nodes)
         train.set_batch_by_accumulation(self.world_size, TRAIN.global_batch_size)
@@ -192,7 +197,12 @@ class Finetuning:
         train = self.options.train
         for line in self.directory.notes:
             self.console.print(line)
-        own_style = choose_prompt_style(self.source.files, config=self.config, tokenizer=self.tokenizer)
+        own_style = choose_prompt_style(
+            self.source.files,
+            explicit=format_of_options(None, self.options.chat_template),
+            config=self.config,
+            tokenizer=self.tokenizer,
+        )
         self.data.connect(
             self.tokenizer,
             train.micro_batch_size,
@@ -202,6 +212,8 @@ class Finetuning:
         )
         distributed.once_per_node(self.fabric, self.data.prepare_data)
         self.data.setup()
+        largest = max(samples.largest_id for samples in (self.data.train_samples, self.data.val_samples))
+        self.tokenizer.check_rows(largest, self.config.padded_vocab_size)
         fabric = self.fabric
         self.batches = BatchStream(
             self.data.train_dataloader(),

@@ -15,6 +15,7 @@ from litgpt import cli
 from litgpt.commands.inference import Stopwatch, clean, cut_line, memory_line, say
 from litgpt.generation.sampling import Sampling
 from litgpt.llm import LLM, load_llm
+from litgpt.prompts import format_of_options
 from litgpt.prompts.styles import Message
 from litgpt.secret import Secret
 
@@ -45,6 +46,8 @@ class Options:
     prompt_style: str | None = None
     """Name of a prompt format, a class package.module.Class, or a chat template's .jinja file, in place of the
     checkpoint's own; `default` gives the model the bare prompt."""
+    chat_template: str | None = None
+    """Name of one of the checkpoint's chat templates, where it has several; by default the usual one."""
     precision: str | None = None
     """32-true, bf16-true, 16-true (weights and computation), bf16-mixed, 16-mixed (float32 weights). By default
     bf16-true where the device computes it in hardware, else 32-true."""
@@ -93,7 +96,7 @@ def answer(load: Callable[..., LLM], prompt: str, options: Options, input: str =
     llm = load(
         precision=options.precision,
         compile=options.compile,
-        prompt_style=options.prompt_style,
+        prompt_style=format_of_options(options.prompt_style, options.chat_template),
         access_token=options.access_token,
         quantize=options.quantize,
     )

@@ -15,7 +15,7 @@ from litgpt.llm import LLM, load_llm
 from litgpt.llm.placement import place
 from litgpt.loading import expect_checkpoint
 from litgpt.lora import LORA_WEIGHTS, adapted_copy, read_lora
-from litgpt.prompts import choose_prompt_style
+from litgpt.prompts import NamedTemplate, choose_prompt_style, format_of_options
 from litgpt.secret import Secret
 from litgpt.serving.served import Defaults, ServedModel
 
@@ -46,6 +46,7 @@ def setup(
     adapter: list[str] | None = None,
     generate_strategy: Literal["sequential", "tensor_parallel"] | None = None,
     prompt_style: str | None = None,
+    chat_template: str | None = None,
     compile: bool | None = None,
     allowed_hosts: list[str] | None = None,
     cors_origins: list[str] | None = None,
@@ -89,6 +90,8 @@ def setup(
             larger than one device; tensor_parallel: each has a part of every layer, and they work at once.
         prompt_style: Name of a prompt format, a class package.module.Class, or a chat template's .jinja file, in place
             of the checkpoint's own; `default` gives the model the bare prompt.
+        chat_template: Name of one of the checkpoint's chat templates, where it has several. By default the usual one,
+            and tool_use where tools are given.
         compile: Compile the decoding: on a CPU in the background, for later runs too; a GPU's first answer waits. By
             default on one CPU.
         allowed_hosts: Host names that the server goes by, once or several times; *.example.com for all below one, * for
@@ -123,6 +126,7 @@ def setup(
     path = "/" + (api_path or "/predict").strip("/")
     if path == "/" or path.startswith(("/v1/", "/static/", "/health", "/metrics", "/docs", "/openapi.json")):
         raise ValueError(f"--api_path {api_path} is taken. Choose another, such as /predict.")
+    style = format_of_options(prompt_style, chat_template)
     adapters = dict(_named_directory(spec) for spec in adapter or ())
     if len(adapters) < len(adapter or ()):
         raise ValueError(f"--adapter: two have the same name ({', '.join(adapter)}). Give each its own.")
@@ -142,7 +146,7 @@ def setup(
             checkpoint_dir,
             precision=precision,
             compile=on_one_cpu if compile is None else compile,
-            prompt_style=prompt_style,
+            prompt_style=style,
             access_token=access_token,
             quantize=quantize,
             placement=placement,
@@ -159,7 +163,7 @@ def setup(
             Defaults(temperature, top_k, top_p, max_new_tokens),
             aliases=(str(checkpoint_dir),),
         )
-        models = [model, *(adapted_model(llm, model, name, path, prompt_style) for name, path in adapters.items())]
+        models = [model, *(adapted_model(llm, model, name, path, style) for name, path in adapters.items())]
         share_memory([each.worker.engine for each in models])
         say(f"{', '.join(each.name for each in models)} {'is' if len(models) == 1 else 'are'} ready.")
         return models
@@ -225,7 +229,9 @@ def _named_directory(spec: str) -> tuple[str, Path]:
     return name, path
 
 
-def adapted_model(llm: LLM, base: ServedModel, name: str, directory: Path, prompt_style: str | None) -> ServedModel:
+def adapted_model(
+    llm: LLM, base: ServedModel, name: str, directory: Path, style: str | NamedTemplate | None
+) -> ServedModel:
     """A model of the same weights with an adapter, by a name of its own.
 
     Raises:
@@ -240,7 +246,7 @@ def adapted_model(llm: LLM, base: ServedModel, name: str, directory: Path, promp
         raise ValueError(f"--adapter {name}={directory}: {error}") from None
     compiles = llm.engine.compiles and llm.engine.device.type != "cpu"  # the code for CPUs knows no adapters
     engine = Engine(model, slots=llm.engine.most_slots, compile=compiles, autocast=llm.engine.autocast)
-    style = choose_prompt_style(
-        Path(llm.tokenizer.dir), explicit=prompt_style, config=llm.config, tokenizer=llm.tokenizer, finetuned=directory
+    own = choose_prompt_style(
+        Path(llm.tokenizer.dir), explicit=style, config=llm.config, tokenizer=llm.tokenizer, finetuned=directory
     )
-    return ServedModel(name, llm.tokenizer, style, Worker(engine), base.defaults)
+    return ServedModel(name, llm.tokenizer, own, Worker(engine), base.defaults)

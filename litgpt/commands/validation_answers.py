@@ -97,7 +97,8 @@ class ValidationAnswers:
         progress = "Answering validation samples" if rank == 0 else None
         written = complete(gpt, requests, within=module, autocast=autocast, progress=progress)
         answers = {index: self.tokenizer.decode(ids) for index, ids in zip(mine, written, strict=True)}
-        text = f"{self.data.example(shown)[-1]['content']}\n-> {answers[shown]}" if rank == 0 else ""
+        asked = self.data.example(shown)[-1:]  # nothing where the conversation begins with the reply
+        text = f"{''.join(one['content'] for one in asked)}\n-> {answers[shown]}" if rank == 0 else ""
         if not wanted:
             return Generated(text)
         for others in distributed.gathered_objects(self.fabric, answers):

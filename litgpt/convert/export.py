@@ -18,6 +18,8 @@ from litgpt.convert.hf_config import config_from_hf, config_to_hf, differences
 from litgpt.convert.recognition import architecture_of, text_model
 from litgpt.convert.safetensors_file import write_safetensors
 from litgpt.convert.source import HEAD, Named, Source, Watch, open_checkpoint
+from litgpt.prompts import STYLE_FILE, carried_templates, write_chat_templates
+from litgpt.tokenizer import MODEL_FILES, Tokenizer
 from litgpt.untrusted import read_json_object
 
 SHARD_SIZE = 5_000_000_000
@@ -51,6 +53,7 @@ def export_hf(
     destination.mkdir(parents=True, exist_ok=True)
     (destination / "config.json").write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")
     copy_companion_files(source.files, destination)
+    _carry_prompt_format(source.files, destination)
     table = ARCHITECTURES[config_json["architectures"][0]].weights
 
     def to_theirs(ours: Iterable[Named]) -> Iterator[Named]:
@@ -65,6 +68,13 @@ def export_hf(
         _write_shards(layout, to_theirs(watch(source.weights())), destination, shard_size, source.release)
     if pth:
         write_state_dict(destination / "model.pth", to_theirs(watch(source.weights())), source.release)
+
+
+def _carry_prompt_format(files: Path, destination: Path) -> None:
+    """Writes the prompt format that a checkpoint was finetuned with as its chat template, in place of the base's."""
+    if (files / STYLE_FILE).is_file() and any((files / name).is_file() for name in MODEL_FILES):
+        templates, _ = carried_templates(files, Tokenizer(files).adds_bos)
+        write_chat_templates(templates, destination)
 
 
 def export_config(config: Config, files: Path, dtype: torch.dtype) -> dict[str, Any]:
@@ -102,9 +112,7 @@ def _special_tokens(files: Path, original: dict[str, Any]) -> dict[str, Any]:
     ids: dict[str, Any] = {name: original[name] for name in names if name in original}
     with suppress(OSError, ValueError):
         ids = read_json_object(files / "generation_config.json") | ids
-    if "eos_token_id" not in ids and any((files / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        from litgpt.tokenizer import Tokenizer
-
+    if "eos_token_id" not in ids and any((files / name).is_file() for name in MODEL_FILES):
         tokenizer = Tokenizer(files)
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id} | ids
     return {name: ids.get(name) for name in names}

@@ -79,12 +79,11 @@ def _write_settings(
     for name, token_id in ids.items():
         if token_id is not None and tokens:
             settings[name] = tokens[token_id]
-    if template := get("tokenizer.chat_template"):
-        settings["chat_template"] = template
-        others = {name: get(f"tokenizer.chat_template.{name}") for name in get("tokenizer.chat_templates") or []}
-        if others:
-            named = {"default": template} | others
-            settings["chat_template"] = [{"name": name, "template": text} for name, text in named.items()]
+    templates = {"default": get("tokenizer.chat_template")}
+    templates |= {name: get(f"tokenizer.chat_template.{name}") for name in get("tokenizer.chat_templates") or []}
+    named = [{"name": name, "template": text} for name, text in templates.items() if text]
+    if named:
+        settings["chat_template"] = templates["default"] if len(named) == 1 and templates["default"] else named
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
 

@@ -1,5 +1,6 @@
 """A checkpoint's tokenizer as the metadata of a GGUF file: the way back of `gguf_tokenizer.py`."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ from tokenizers import Tokenizer as JsonTokenizer
 
 from litgpt.convert.gguf_splitting import SPLITTINGS
 from litgpt.convert.gguf_tokenizer import build_tokenizer
+from litgpt.prompts import ChatTemplate, carried_templates
+from litgpt.prompts.chat_template import DEFAULT
 from litgpt.tokenizer import MAX_ID, Tokenizer
+from litgpt.tokenizer_parts import LIBRARY, VOCABULARY, load_library_tokenizer
 from litgpt.untrusted import LARGE_BYTES, read_json_object
 
 PREFIX = "tokenizer.ggml."
@@ -35,7 +39,8 @@ def vocabulary(files: Path, rows: int) -> dict[str, Any]:
         FileNotFoundError: There is none.
     """
     tokenizer = Tokenizer(files)
-    described = _of_json if (files / "tokenizer.json").is_file() else _of_sentencepiece
+    is_sentencepiece = (files / "tokenizer.model").is_file() and not (files / LIBRARY).is_file()
+    described = _of_sentencepiece if is_sentencepiece else _of_json
     metadata = described(files, tokenizer)
     tokens, types = metadata[PREFIX + "tokens"], metadata[PREFIX + "token_type"]
     if len(tokens) > rows:
@@ -59,23 +64,30 @@ def _special_tokens(files: Path, tokenizer: Tokenizer) -> dict[str, Any]:
             f"The tokenizer in '{files}' puts tokens other than BOS and EOS around a text; a GGUF file cannot say so."
         )
     named = {name: tokenizer.token_to_id(token) for name, token in tokenizer.special_tokens.items()}
+    templates, _ = carried_templates(files, tokenizer.adds_bos)
+    closing = ChatTemplate(templates, tokenizer.special_tokens).closing_token(tokenizer) if templates else None
+    if closing in (None, tokenizer.eos_id):
+        closing = min(tokenizer.stop_ids - {tokenizer.eos_id}, default=None)
     ids = {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
-        # The other token that ends a reply, of which GGUF has one.
-        "eot_token_id": min(tokenizer.stop_ids - {tokenizer.eos_id}, default=None),
+        # The other token that ends a reply, of which GGUF has one: the template's, if there are more.
+        "eot_token_id": closing if closing != tokenizer.eos_id else None,
         "unknown_token_id": named.get("unk_token"),
         "padding_token_id": named.get("pad_token"),
     }
     found = {PREFIX + name: token for name, token in ids.items() if token is not None}
     found |= {PREFIX + "add_bos_token": tokenizer.adds_bos, PREFIX + "add_eos_token": tokenizer.adds_eos}
-    if tokenizer.chat_template:
-        found["tokenizer.chat_template"] = tokenizer.chat_template
+    if DEFAULT in templates:
+        found["tokenizer.chat_template"] = templates.pop(DEFAULT)
+    if templates:
+        found["tokenizer.chat_templates"] = list(templates)
+        found |= {f"tokenizer.chat_template.{name}": template for name, template in templates.items()}
     return found
 
 
 def _of_json(files: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    content = read_json_object(files / "tokenizer.json", limit=LARGE_BYTES)
+    content = _layout(files)
     model = content["model"]
     if model.get("type") != "BPE":
         raise ValueError(f"The tokenizer in '{files}' is of kind {model.get('type')}; a GGUF file takes BPE here.")
@@ -88,8 +100,11 @@ def _of_json(files: Path, tokenizer: Tokenizer) -> dict[str, Any]:
         raise ValueError(f"The tokenizer in '{files}' has a token with the id {count - 1:,}, more than any model has.")
     tokens = [names.get(number, f"[PAD{number}]") for number in range(count)]
     types = [TokenType.NORMAL if number in names else TokenType.UNUSED for number in range(count)]
-    for number in added:
-        types[number] = TokenType.CONTROL if tokenizer.is_control(number) else TokenType.USER_DEFINED
+    for number in range(count):
+        if tokenizer.is_control(number):
+            types[number] = TokenType.CONTROL
+        elif number in added:
+            types[number] = TokenType.USER_DEFINED
     found: dict[str, Any] = {PREFIX + "tokens": tokens}
     if model.get("byte_fallback"):
         # What is merged first has the best score; what is not made by merging is never asked for its.
@@ -113,10 +128,18 @@ def _of_json(files: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     else:
         found |= {
             PREFIX + "model": "gpt2",
-            PREFIX + "pre": _splitting(JsonTokenizer.from_file(str(files / "tokenizer.json")), model, files),
+            PREFIX + "pre": _splitting(JsonTokenizer.from_str(json.dumps(content)), model, files),
             PREFIX + "merges": [" ".join(merge) for merge in merges],
         }
     return found | {PREFIX + "token_type": [int(kind) for kind in types]}
+
+
+def _layout(files: Path) -> dict[str, Any]:
+    """A tokenizer as tokenizer.json writes it."""
+    if (files / LIBRARY).is_file():
+        return read_json_object(files / LIBRARY, limit=LARGE_BYTES)
+    settings = read_json_object(files / "tokenizer_config.json") if (files / "tokenizer_config.json").is_file() else {}
+    return json.loads(load_library_tokenizer(files / VOCABULARY, settings).to_str())
 
 
 def _splitting(tokenizer: JsonTokenizer, model: dict[str, Any], files: Path) -> str:

@@ -154,6 +154,11 @@ class SampleFile(Sequence[Sample]):
         """The ids of the last reply of a sample, with what ends it (of a truncated one, what is left of them)."""
         return self.tokens_of(index)[0][self._answers[index] :].tolist()
 
+    @property
+    def largest_id(self) -> int:
+        """The largest id in all samples; 0 where there are none."""
+        return int(self._tokens.max(initial=0))
+
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each sample, int64 (number of samples,)."""

@@ -51,9 +51,9 @@ def not_text(
     for beginning, kind in BINARY:
         if head.startswith(beginning):
             return ValueError(
-                f"{path} is not text: it is {kind}. Unpack or export what is in it to text, or give it under the name "
-                "that such a file has, where records are read from it: --data JSON --data.json_path, or "
-                "litgpt prepare_dataset --source_path."
+                f"{path} is not text: it is {kind}. Unpack it, or export what is in it. Records to finetune on are "
+                "read from .parquet, .arrow, .csv and .jsonl files (--data JSON --data.json_path); text to pretrain on "
+                "from .txt files, and by `litgpt prepare_dataset` from .parquet and .jsonl files."
             )
     encoding = next((encoding for mark, encoding in MARKS if head.startswith(mark)), None)
     nulls = [head[start::2].count(0) * 4 > len(head) for start in (0, 1)]

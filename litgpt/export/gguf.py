@@ -7,6 +7,7 @@ from litgpt.checkpoint import atomic_file
 from litgpt.convert import Source
 from litgpt.convert.gguf_export import KINDS, export_gguf
 from litgpt.convert.options import Progress, dtype_from_name, tell_note
+from litgpt.prompts import carried_templates
 
 GGUF = ".gguf"
 
@@ -34,4 +35,6 @@ def save_gguf(
     tell_note(source)
     with atomic_file(path) as file:
         kind = export_gguf(source, file, kind, name, Progress(source, verbose))
+    if note := carried_templates(source.files, False)[1]:
+        print(note)
     print(f"Saved {path} ({path.stat().st_size / 1e6:,.1f} MB, {kind}). To talk with it, run:\nlitgpt chat {path}")

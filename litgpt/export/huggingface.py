@@ -6,6 +6,7 @@ from typing import Literal
 from litgpt.checkpoint import atomic_directory
 from litgpt.convert import Source, export_hf
 from litgpt.convert.options import Progress, dtype_from_name, tell_note
+from litgpt.prompts import carried_templates
 
 Format = Literal["safetensors", "pth", "both"]
 
@@ -35,4 +36,6 @@ def save_hf(
         )
         weights = [file for file in sorted(place.iterdir()) if file.suffix in (".safetensors", ".pth")]
         sizes = ", ".join(f"{file.name} ({file.stat().st_size / 1e6:,.1f} MB)" for file in weights)
+    if note := carried_templates(source.files, False)[1]:
+        print(note)
     print(f"Saved {sizes} to {directory}")

@@ -11,6 +11,7 @@ from litgpt.convert.export import export_config
 from litgpt.convert.peft import ADAPTER_MODEL, base_of, export_peft, import_peft
 from litgpt.loading import find_lora, open_base
 from litgpt.lora import LORA_WEIGHTS, read_lora, save_lora
+from litgpt.prompts import STYLE_FILE
 from litgpt.secret import Secret
 
 
@@ -27,6 +28,11 @@ def save_peft(checkpoint_dir: Path, directory: Path, access_token: Secret | str 
     name = re.sub(r"^checkpoints/([\w.-]+/[\w.-]+)/?$", r"\1", base or "")
     with atomic_directory(directory) as place:
         export_peft(weights, settings, config, architecture, name, place)
+    if (file.parent / STYLE_FILE).is_file():
+        print(
+            f"An adapter does not carry the prompt format of the training, which {file.parent / STYLE_FILE} names: "
+            f"`litgpt convert {file.parent} DIR --to hf` writes the merged model with it as its chat template."
+        )
     print(f"Saved {ADAPTER_MODEL} and its adapter_config.json to {directory}")
 
 

@@ -24,11 +24,11 @@ def snapshot(repo_id: str, revision: str) -> Path:
 
 def cached_files(folder: Path) -> Iterator[RemoteFile]:
     """The files of a snapshot."""
-    for path in sorted(folder.iterdir()):
+    for path in sorted((*folder.iterdir(), *folder.glob("*/*"))):
         if path.is_file():
             blob = path.resolve().name
             digest = blob if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob) else None
-            yield RemoteFile(path.name, path.stat().st_size, digest)
+            yield RemoteFile(path.relative_to(folder).as_posix(), path.stat().st_size, digest)
 
 
 def can_link(path: Path, folder: Path) -> bool:
@@ -36,11 +36,10 @@ def can_link(path: Path, folder: Path) -> bool:
     return path.stat().st_size >= LINKED_FROM and path.stat().st_dev == folder.stat().st_dev
 
 
-def take(path: Path, folder: Path) -> None:
-    """Puts a cached file into a folder."""
-    target = folder / path.name
+def take(path: Path, target: Path) -> None:
+    """Puts a cached file to another place."""
     target.unlink(missing_ok=True)
-    if can_link(path, folder):
+    if can_link(path, target.parent):
         try:
             os.link(path.resolve(), target)
             return

@@ -1,6 +1,7 @@
 """A repository of the hub at one commit, and getting files of it into a checkpoint directory."""
 
 import os
+import re
 import shutil
 import sys
 import threading
@@ -17,6 +18,9 @@ from litgpt.hub.transfer import Patience, RemoteFile, Transfer
 from litgpt.secret import Secret, reveal
 
 Answer = TypeVar("Answer")
+TEMPLATES = "additional_chat_templates"
+# What may become a file on our disk: nothing that leaves the checkpoint's directory.
+NAME = re.compile(rf"(?:{TEMPLATES}/)?[^/\\]+")
 
 
 class Repository:
@@ -25,7 +29,7 @@ class Repository:
     Attributes:
         repo_id: `org/name`.
         commit: Its full hash.
-        files: The files at its top level, by name.
+        files: The files at its top level, and the chat templates in `TEMPLATES`, by name.
         access_token: What the user gave, if anything.
     """
 
@@ -90,13 +94,14 @@ class Repository:
 
     def _obtain(self, transfer: Transfer, folder: Path, file: RemoteFile) -> None:
         """Puts a file into a folder: what was read before, else from the client's cache, else from the hub."""
+        (folder / file.name).parent.mkdir(exist_ok=True)
         if file.name in self.contents:
             (folder / file.name).write_bytes(self.contents[file.name])
             transfer.advance(file.size)
             return
         cached = self.cached / file.name
         if cached.is_file():
-            cache.take(cached, folder)
+            cache.take(cached, folder / file.name)
             if transfer.holds(folder, file):
                 return
             (folder / file.name).unlink()
@@ -146,10 +151,12 @@ def open_repository(repo_id: str, revision: str | None = None, access_token: Sec
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
         commit = _patiently(lambda: api.model_info(repo_id, revision=revision, timeout=timeout)).sha
         tree = _patiently(lambda: list(api.list_repo_tree(repo_id, revision=commit)))
+        if any(entry.path == TEMPLATES for entry in tree):
+            tree += _patiently(lambda: list(api.list_repo_tree(repo_id, TEMPLATES, revision=commit)))
     files = [
         RemoteFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id)
         for entry in tree
-        if isinstance(entry, RepoFile) and Path(entry.path).name == entry.path  # it names a file on our disk
+        if isinstance(entry, RepoFile) and NAME.fullmatch(entry.path) and Path(entry.path).name not in ("", ".", "..")
     ]
     return Repository(repo_id, commit, files, access_token)
 
@@ -197,8 +204,8 @@ def _alone(directory: Path) -> Iterator[None]:
 def _discard_others(gathering: Path, files: list[RemoteFile]) -> None:
     """Removes what an attempt at something else has left: another revision, or more of this one."""
     wanted = {name for file in files for name in (file.name, file.partial_name)}
-    for path in gathering.iterdir():
-        if path.name not in wanted:
+    for path in gathering.rglob("*"):
+        if path.is_file() and path.relative_to(gathering).as_posix() not in wanted:
             path.unlink()
 
 
@@ -222,9 +229,12 @@ def _move_in(gathering: Path, directory: Path) -> None:
     if not directory.exists():
         os.replace(gathering, directory)
         return
-    for path in gathering.iterdir():
-        os.replace(path, directory / path.name)
-    gathering.rmdir()
+    for path in sorted(gathering.rglob("*")):  # a folder before what is in it
+        if path.is_dir():
+            (directory / path.relative_to(gathering)).mkdir(exist_ok=True)
+        else:
+            os.replace(path, directory / path.relative_to(gathering))
+    shutil.rmtree(gathering)
 
 
 def _gigabytes(count: int) -> str:

@@ -16,6 +16,7 @@ TOKENIZER_FILES = (
     "*.model",
     "tekken.json",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
     "generation_config.json",
     "config.json",
 )
@@ -31,7 +32,11 @@ INDEX = ".index.json"
 
 def tokenizer_files(names: Iterable[str]) -> list[str]:
     """Of a repository's files, those of the tokenizer, and the small ones that say how to use the model."""
-    return [name for name in names if any(fnmatch(name, pattern) for pattern in TOKENIZER_FILES) and "/" not in name]
+
+    def is_wanted(name: str, pattern: str) -> bool:
+        return fnmatch(name, pattern) and name.count("/") == pattern.count("/")
+
+    return [name for name in names if any(is_wanted(name, pattern) for pattern in TOKENIZER_FILES)]
 
 
 def weight_files(title: str, names: Collection[str], read: Callable[[str], bytes]) -> list[str]:

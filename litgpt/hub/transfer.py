@@ -36,7 +36,7 @@ class RemoteFile:
     @property
     def partial_name(self) -> str:
         """What it is called on the disk until it is whole: never mixed with another version of itself."""
-        return f".{self.name}.{(self.digest or str(self.size))[:12]}.incomplete"
+        return f".{self.name.replace('/', '--')}.{(self.digest or str(self.size))[:12]}.incomplete"
 
     def hasher(self) -> Any:
         """A hash to feed with the content."""
@@ -139,6 +139,7 @@ class Transfer:
                 f"{file.name} arrives damaged: its checksum is not the one that the hub lists. Run the same command "
                 "again; if that does not help, a proxy or mirror (HTTPS_PROXY, HF_ENDPOINT) changes the files."
             )
+        (folder / file.name).parent.mkdir(exist_ok=True)
         os.replace(path, folder / file.name)
 
     def _attempt(self, path: Path, file: RemoteFile) -> bool:

@@ -18,7 +18,7 @@ from litgpt.llm.loading import Parts, load_parts, random_parts, settled_kind, sh
 from litgpt.llm.placement import place
 from litgpt.llm.training import Trainable
 from litgpt.loading import open_model
-from litgpt.prompts import PromptStyle, save_prompt_style
+from litgpt.prompts import NamedTemplate, PromptStyle, save_prompt_style
 from litgpt.quantize import check_quantize, kind_of, quantized_layers, replace_linears
 from litgpt.secret import Secret
 
@@ -47,7 +47,7 @@ class LLM(Answering, Trainable):
         *,
         precision: str | None = None,
         quantize: str | None = None,
-        prompt_style: str | PromptStyle | None = None,
+        prompt_style: str | PromptStyle | NamedTemplate | None = None,
         compile: bool = False,
     ) -> LLM:
         """Loads a model; one that is not on this machine is downloaded first.
@@ -64,7 +64,7 @@ class LLM(Answering, Trainable):
             precision: 32-true, bf16-true, 16-true, bf16-mixed or 16-mixed, in place of the device's own.
             quantize: Keep the weights in 4 or 8 bits, see `distribute`; by default as the checkpoint has them.
             prompt_style: Name of a prompt format, a class package.module.Class, a chat template's .jinja file or a
-                PromptStyle, in place of the checkpoint's own.
+                PromptStyle, in place of the checkpoint's own; or NamedTemplate(NAME) for one of several that it has.
             compile: Compile the decoding: on a CPU in the background, for later runs too; a GPU's first answer waits.
 
         Raises:

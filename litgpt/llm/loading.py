@@ -22,7 +22,7 @@ from litgpt.generation.engine import Engine
 from litgpt.llm.placement import Placement
 from litgpt.loading import find_checkpoint, open_model
 from litgpt.model import GPT
-from litgpt.prompts import PromptStyle, choose_prompt_style
+from litgpt.prompts import NamedTemplate, PromptStyle, choose_prompt_style
 from litgpt.quantize import check_quantize
 from litgpt.secret import Secret
 from litgpt.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ def load_parts(
     *,
     precision: str | None = None,
     compile: bool = False,
-    prompt_style: str | PromptStyle | None = None,
+    prompt_style: str | PromptStyle | NamedTemplate | None = None,
     access_token: Secret | str | None = None,
     quantize: str | None = None,
     tokenizer_dir: Path | str | None = None,
@@ -145,7 +145,7 @@ def random_parts(
     places: bool,
     compile: bool,
     precision: str | None,
-    prompt_style: str | PromptStyle | None,
+    prompt_style: str | PromptStyle | NamedTemplate | None,
     access_token: Secret | str | None,
 ) -> Parts:
     """A model of random weights, with a tokenizer that there is: as `LLM.load`.

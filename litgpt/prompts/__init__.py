@@ -22,6 +22,7 @@ from litgpt.prompts.styles import (
     style_class,
     written_styles,
 )
+from litgpt.prompts.written_template import as_chat_template
 from litgpt.untrusted import read_yaml_mapping, shown
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ __all__ = [
     "NamedTemplate",
     "PromptStyle",
     "WrittenStyle",
+    "carried_templates",
     "choose_prompt_style",
     "find_chat_template",
     "find_chat_templates",
@@ -185,3 +187,27 @@ def load_prompt_style(checkpoint_dir: Path) -> PromptStyle | None:
         raise ValueError(
             f"{file} names no usable prompt style ({error}). Correct it, delete it, or pass --prompt_style."
         ) from error
+
+
+def carried_templates(checkpoint_dir: Path, adds_bos: bool) -> tuple[dict[str, str], str]:
+    """The chat templates by which other programs speak to a checkpoint as litgpt does, and what to say of them.
+
+    Where the checkpoint was finetuned with a prompt style, that is the one; otherwise they are its own.
+
+    Args:
+        checkpoint_dir: The checkpoint.
+        adds_bos: Whether its tokenizer puts BOS before a text, which other programs leave to the template.
+    """
+    if not (checkpoint_dir / STYLE_FILE).is_file():
+        return find_chat_templates(checkpoint_dir), ""
+    try:
+        style = load_prompt_style(checkpoint_dir)
+    except ValueError:
+        style = None
+    if not isinstance(style, WrittenStyle):
+        return {}, (
+            f"The export does not carry the prompt format of the training: {checkpoint_dir / STYLE_FILE} names one "
+            "that cannot be written as a chat template. Other programs have to be told how to write prompts."
+        )
+    template = as_chat_template(style.format, adds_bos and not style.adds_bos)
+    return {DEFAULT: template}, f"Its chat template is the prompt format of the training: {style.format.name}."

@@ -123,7 +123,7 @@ def tool_form(style: PromptStyle) -> ToolForm | None:
     """How a model writes calls, None where its prompt format has no place for tools."""
     if not isinstance(style, ChatTemplate):
         return None
-    text = style.templates.get("tool_use") or style.template
+    text = style.source_for(tools=True)
     if not re.search(r"\btools\b", text):
         return None
     if "[TOOL_CALLS]" in text:

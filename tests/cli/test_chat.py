@@ -16,6 +16,7 @@ import torch
 from litgpt.convert import load_model
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
+from litgpt.llm import LLM
 from litgpt.prompts import choose_prompt_style
 from litgpt.tokenizer import Tokenizer
 from tests import checkpoint_files
@@ -202,6 +203,16 @@ def test_a_reply_goes_on_to_its_end_and_a_limit_that_cuts_it_is_said(chat, tmp_p
     text = chat(bare_model, "Hello", "", count=None)
     assert re.search(TIMING.format(256), text.err)
     assert "Stopped after 256 tokens: a text has no end of its own. --max_new_tokens N asks for more." in text.err
+
+
+def test_a_prompt_keeps_its_capitals(chat, chat_model, monkeypatch):
+    seen = []
+    encode = LLM.encode
+    monkeypatch.setattr(
+        LLM, "encode", lambda llm, messages, *more: (seen.append(messages), encode(llm, messages, *more))[1]
+    )
+    assert chat(chat_model, "Who is NASA?", "").code == 0
+    assert [message["content"] for message in seen[0]] == ["Who is NASA?"]
 
 
 @pytest.mark.parametrize("word", ["/quit", "/exit", "!quit", "!QUIT"])

@@ -176,6 +176,17 @@ def test_the_developers_turn_is_the_system_turn(family, model, tmp_path):
     assert "Answer in French." in model(family).text(sample.ids)
 
 
+def test_the_developers_turn_stands_where_the_template_puts_the_system(model, tmp_path):
+    """Mistral's puts it before the last question, so it is not in a whole conversation that transformers renders."""
+    one = model("mistral_nemo")
+    messages = [{"role": "developer", "content": "Answer in French."}, {"role": "user", "content": "Hi"}]
+    sample = one.sample({"messages": [*messages, {"role": "assistant", "content": "Bonjour"}]}, tmp_path)
+    asked = [{**messages[0], "role": "system"}, messages[1]]
+    expected = one.reference.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    assert sample.ids[: sample.answer_start] == expected
+    assert "Answer in French." in one.text(expected)
+
+
 @pytest.mark.parametrize("family", ["smollm2", "qwen2_5", "llama3_2", "mistral_nemo", "deepseek_v3"])
 def test_a_reply_of_weight_0_is_read_and_not_learned(family, model, tmp_path):
     one = model(family)

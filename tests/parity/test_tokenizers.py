@@ -300,8 +300,12 @@ def test_mistrals_sentencepiece_files(mistral):
     rng = random.Random(0)
     for _ in range(300):
         ids = [rng.randrange(3, ours.vocab_size) for _ in range(rng.randrange(1, 40))]
-        ids = [token_id for token_id in ids if not library.is_control(token_id)]
-        assert ours.decode(ids) == library.decode(ids), ids
+        said = [token_id for token_id in ids if not library.is_control(token_id)]
+        assert ours.decode(said) == library.decode(said), said
+        # Mistral v0.3 has control tokens among the first 771 ids: one between others changes nothing.
+        assert "".join(ours.decode_stream([33, *ids, 165])) == ours.decode([33, *ids, 165])
+        if library.is_control(33) and library.is_control(165):
+            assert ours.decode([33, *ids, 165]) == ours.decode(said), ids
     for marker in markers:
         expected = [1, library.piece_to_id(marker), *library.encode("Hi"), 2]
         assert ours.encode_ids(f"<s>{marker}Hi</s>", allow_special=True) == expected

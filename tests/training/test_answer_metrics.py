@@ -42,7 +42,7 @@ UNKNOWN = {"Colour of a lemon?": "yellow", "Colour of blood?": "red"}
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    directory = checkpoint_files.chat_model(tmp_path_factory.mktemp("base"))
+    directory = checkpoint_files.chat_model(tmp_path_factory.mktemp("base"), template=None)
     model = load_model(directory)
     torch.manual_seed(0)
     model.init_weights()

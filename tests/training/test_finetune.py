@@ -36,7 +36,7 @@ EVALUATION = EvalArgs(interval=4, max_iters=3, max_new_tokens=4)
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    directory = checkpoint_files.chat_model(tmp_path_factory.mktemp("base"))
+    directory = checkpoint_files.chat_model(tmp_path_factory.mktemp("base"), template=None)
     model = load_model(directory)
     torch.manual_seed(0)
     model.init_weights()  # the weights there are made for definite answers, not for learning

@@ -165,6 +165,13 @@ def test_additions_replace_files_and_keep_the_others(tmp_path):
         (directory / WEIGHTS).write_text("")
     assert names(tmp_path) == sorted(["kept", CONFIG, WEIGHTS])
     assert (tmp_path / CONFIG).read_text() == "new"
+    for content in ("1", "2"):  # in folders, too
+        with atomic_additions(tmp_path) as directory:
+            (directory / "inside").mkdir()
+            (directory / "inside/added").write_text(content)
+        assert (tmp_path / "inside/added").read_text() == content
+        (tmp_path / "inside/kept").write_text("")
+    assert names(tmp_path / "inside") == ["added", "kept"]
 
 
 FULL = """

@@ -59,6 +59,7 @@ def in_cache(repo_id: str, files: dict[str, bytes], branch: str = "main") -> Pat
         if not name.endswith(".safetensors"):
             blob = blobs / hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         blob.write_bytes(content)
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).symlink_to(blob)
     return folder
 
@@ -109,7 +110,9 @@ def test_a_wrong_index_is_refused(content, message):
 def test_tokenizer_files():
     wanted = [*SMALL, "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "special_tokens_map.json"]
     unwanted = ["README.md", "model.safetensors", "onnx/tokenizer.json", "tf_model.h5", "pytorch_model.bin"]
-    assert tokenizer_files([*wanted, *unwanted]) == wanted
+    named = "additional_chat_templates/rag.jinja"
+    unwanted += ["additional_chat_templates/README.md", "onnx/additional_chat_templates/rag.jinja"]
+    assert tokenizer_files([*wanted, *unwanted, named]) == [*wanted, named]
 
 
 def test_only_what_is_asked_for_is_fetched(hub, tmp_path):
@@ -343,6 +346,38 @@ def test_what_the_cache_holds_is_taken_from_there(hub, tmp_path, monkeypatch, li
     assert (directory / "model.safetensors").read_bytes() == WEIGHTS
     assert not (directory / "model.safetensors").is_symlink()
     assert (folder / "model.safetensors").samefile(directory / "model.safetensors") == (linked_from == 1)
+
+
+@pytest.mark.parametrize("where", ["hub", "cache", "offline"])
+def test_named_chat_templates_keep_their_folder(hub, tmp_path, monkeypatch, where):
+    files = {
+        "tokenizer.json": b"{}",
+        "additional_chat_templates/rag.jinja": b"{{ rag }}",
+        "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
+        "onnx/model.onnx": b"x",
+    }
+    hub.repositories["org/model"] = files
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", where == "offline")
+    if where != "hub":
+        in_cache("org/model", files)
+    repository = open_repository("org/model")
+    wanted = tokenizer_files(repository.files)
+    for directory in (tmp_path / "new", tmp_path / "there"):
+        (tmp_path / "there/additional_chat_templates").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "there/additional_chat_templates/mine.jinja").write_bytes(b"mine")
+        repository.fetch(wanted, directory)
+        repository.fetch(wanted, directory)  # a second time: nothing changes
+        found = {name: (directory / name).read_bytes() for name in names(directory)}
+        mine = {"additional_chat_templates/mine.jinja": b"mine"} if directory.name == "there" else {}
+        assert found == {name: content for name, content in files.items() if name != "onnx/model.onnx"} | mine
+
+
+def test_no_name_leaves_the_checkpoints_directory(hub, tmp_path):
+    hub.repositories["org/model"] = {
+        "additional_chat_templates/../../x.jinja": b"x",
+        "additional_chat_templates/a.jinja": b"a",
+    }
+    assert list(open_repository("org/model").files) == ["additional_chat_templates/a.jinja"]
 
 
 def test_a_damaged_cache_is_not_believed(hub, tmp_path):

@@ -11,10 +11,20 @@ from transformers import PreTrainedTokenizerFast
 import litgpt.prompts as prompts
 from litgpt.config import Config
 from litgpt.models import known_checkpoints
-from litgpt.prompts import ChatTemplate, PromptStyle, choose_prompt_style, load_prompt_style, save_prompt_style
+from litgpt.prompts import (
+    ChatTemplate,
+    NamedTemplate,
+    PromptStyle,
+    choose_prompt_style,
+    format_of_options,
+    load_prompt_style,
+    save_prompt_style,
+)
+from litgpt.prompts.written_template import as_chat_template
 from litgpt.tokenizer import Tokenizer
 from tests import tokenizer_files
 
+HELPFUL = "You are a helpful assistant."
 RECORDED = json.loads(Path(__file__).with_name("recorded_prompt_styles.json").read_text(encoding="utf-8"))
 
 
@@ -86,6 +96,23 @@ def test_turns_follow_one_another(name, text):
     style = PromptStyle.from_name(name)
     assert style.render(conversation("U1", "A1", "U2"), add_generation_prompt=False) == text
     assert style.render(conversation("U1", "A1", "U2")) == text + style.format.assistant
+
+
+@pytest.mark.parametrize("name", prompts.style_names())
+def test_no_system_message_is_no_word_of_it(name):
+    """Nor is an empty conversation an error of ours."""
+    style = PromptStyle.from_name(name)
+    for text in (style.apply("U"), style.apply("U", sys_prompt=None), style.render(conversation("U", "A", "U"))):
+        assert "None" not in text
+    assert style.render([]) == ""
+    turn = "<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"
+    if name == "qwen3":
+        assert style.apply("U") == turn
+    if name == "qwen2.5":
+        assert (
+            style.apply("U")
+            == f"<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. {HELPFUL}<|im_end|>\n{turn}"
+        )
 
 
 def test_roles_out_of_order_are_refused():
@@ -274,6 +301,120 @@ def test_named_templates(tmp_path):
     assert prompts.find_chat_template(directory) == "{{ eos_token }}from the file"
 
 
+def test_named_templates_in_files(tmp_path):
+    """As transformers keeps them beside chat_template.jinja, and chooses among them."""
+    directory = tokenizer_files.byte_level(tmp_path, {"chat_template": "not this"})
+    (directory / "additional_chat_templates").mkdir()
+    for name, text in (("rag", "rag {{ messages[0].content }}"), ("tool_use", "with {{ tools }}")):
+        (directory / f"additional_chat_templates/{name}.jinja").write_text(text)
+    (directory / "chat_template.jinja").write_text("plain {{ messages[0].content }}")
+    reference, style = PreTrainedTokenizerFast.from_pretrained(directory), choose_prompt_style(directory)
+    named = {name: choose_prompt_style(directory, explicit=NamedTemplate(name)) for name in style.templates}
+    assert list(named) == ["default", "rag", "tool_use"]
+    for tools in (None, TOOLS):
+        for name, one in (*named.items(), (None, style)):
+            expected = reference.apply_chat_template(
+                conversation("U"), tokenize=False, add_generation_prompt=True, tools=tools, chat_template=name
+            )
+            assert one.render(conversation("U"), tools=tools) == expected, (name, tools)
+    with pytest.raises(ValueError, match=r"--chat_template tools: The checkpoint has no .*Did you mean 'tool_use'"):
+        choose_prompt_style(directory, explicit=NamedTemplate("tools"))
+    with pytest.raises(ValueError, match=r"--chat_template rag: the checkpoint in .* has no chat template"):
+        choose_prompt_style(tokenizer_files.byte_level(tmp_path / "none"), explicit=NamedTemplate("rag"))
+    with pytest.raises(ValueError, match="--prompt_style alpaca and --chat_template rag both say"):
+        format_of_options("alpaca", "rag")
+
+
+def test_several_templates_are_saved_as_transformers_reads_them(tmp_path):
+    templates = {"default": "plain", "rag": "rag", "tool_use": "tools"}
+    directory = tokenizer_files.byte_level(tmp_path)
+    for style, default in ((ChatTemplate(templates), "plain"), (ChatTemplate(templates).named("rag"), "rag")):
+        save_prompt_style(style, directory)
+        expected = {**templates, "default": default}
+        assert prompts.find_chat_templates(directory) == expected
+        assert PreTrainedTokenizerFast.from_pretrained(directory).chat_template == expected
+    with pytest.raises(ValueError, match=r"'\.\./x' cannot be written"):
+        save_prompt_style(ChatTemplate({"default": "a", "../x": "b"}), directory)
+
+
+def test_messages_are_given_to_a_template_as_transformers_gives_them(tmp_path):
+    """Null means absent, and reasoning has every name in use."""
+    template = (
+        "{% for m in messages %}[{{ m | tojson(sort_keys=true) }}{{ m.reasoning_content }}{{ m.thinking }}]{% endfor %}"
+    )
+    directory = tokenizer_files.byte_level(tmp_path, {"chat_template": template})
+    reference, style = PreTrainedTokenizerFast.from_pretrained(directory), choose_prompt_style(directory)
+    for further in ({"thinking": "T"}, {"reasoning": "R"}, {"reasoning_content": "C", "thinking": "T"}, {"name": None}):
+        messages = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A", **further}]
+        assert style.render(messages, False) == reference.apply_chat_template(messages, tokenize=False)
+
+
+# -- styles as chat templates
+
+CONVERSATIONS = [
+    [("user", "a {user} {system}")],
+    [("system", "S {user}"), ("user", "a")],
+    [("user", "a"), ("assistant", "b"), ("user", "c")],
+    [("system", ""), ("user", "a"), ("assistant", "b")],
+    [("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")],
+]
+
+
+@pytest.mark.parametrize("name", prompts.style_names())
+def test_every_style_is_written_as_a_chat_template(name, tmp_path):
+    """In transformers, where a finetuned model's export takes it, it writes what the style does."""
+    style = PromptStyle.from_name(name)
+    directory = tokenizer_files.byte_level(tmp_path, {"bos_token": "<|endoftext|>"})
+    reference = PreTrainedTokenizerFast.from_pretrained(directory)
+    for adds_bos in (False, True):
+        template = as_chat_template(style.format, adds_bos)
+        for said in CONVERSATIONS:
+            messages = [{"role": role, "content": content} for role, content in said]
+            for opens in (True, False):
+                text = reference.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=opens, chat_template=template
+                )
+                assert text == "<|endoftext|>" * adds_bos + style.render(messages, opens)
+        with pytest.raises(ValueError, match="an optional system message, then user and assistant in turn"):
+            ChatTemplate(template).render(conversation("U")[:1] * 2)
+
+
+def test_an_export_carries_the_format_of_the_training(tmp_path):
+    directory = tokenizer_files.byte_level(tmp_path, {"chat_template": "the base's"})
+    assert prompts.carried_templates(directory, True) == ({"default": "the base's"}, "")
+    save_prompt_style("alpaca", directory)
+    templates, said = prompts.carried_templates(directory, False)
+    assert said == "Its chat template is the prompt format of the training: alpaca."
+    assert ChatTemplate(templates).render(conversation("U")) == PromptStyle.from_name("alpaca").render(
+        conversation("U")
+    )
+    save_prompt_style(Shouting(), directory)  # which other programs cannot run
+    templates, said = prompts.carried_templates(directory, False)
+    assert templates == {}
+    assert "The export does not carry the prompt format of the training" in said
+
+
+# -- what ends a reply
+
+
+def test_the_marker_that_closes_a_reply_ends_it_whatever_eos_is(tmp_path):
+    """Llama 3's <|eot_id|> without a generation_config, Qwen's <|im_end|> where EOS is <|endoftext|>."""
+    special = ("<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
+    template = (
+        "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
+        "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    )
+    tokenizer = Tokenizer(tokenizer_files.byte_level(tmp_path, {"chat_template": template}, special))
+    style = choose_prompt_style(tmp_path, tokenizer=tokenizer)
+    assert tokenizer.stop_ids == {0}
+    assert style.stop_sequences(tokenizer) == [[0], [1]]
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 3]}')
+    tokenizer = Tokenizer(tmp_path)
+    assert style.stop_sequences(tokenizer) == [[0], [3], [1]]  # the union
+    assert ChatTemplate("{{ messages[-1].content }} bye").stop_sequences(tokenizer) == [[0], [3]]
+    assert ChatTemplate("{{ raise_exception('no') }}").stop_sequences(tokenizer) == [[0], [3]]
+
+
 # -- which one
 
 
@@ -350,5 +491,6 @@ def test_a_reply_that_is_continued_ends_as_in_transformers(tmp_path, content, be
 def test_a_chat_template_is_chosen_by_name():
     style = ChatTemplate({"default": "plain", "tool_use": "tools"}).named("tool_use")
     assert style.render([]) == "tools"
+    assert ChatTemplate({"default": "plain", "tool_use": "tools"}).named("default").render([], tools=[1]) == "plain"
     with pytest.raises(ValueError, match="Did you mean 'tool_use'"):
         style.named("tooluse")
