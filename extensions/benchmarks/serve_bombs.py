@@ -1,6 +1,6 @@
-"""Requests that are made to hurt, against `litgpt serve`: whether others are answered meanwhile, and what memory it takes.
+"""Requests that are made to hurt, against `litgpt serve`: whether others are answered meanwhile, and what they take.
 
-    python extensions/benchmarks/serve_bombs.py --checkpoint DIR [--only NAME ...] [--root OTHER/TREE] [-- SERVE OPTIONS]
+    python extensions/benchmarks/serve_bombs.py --checkpoint DIR [--only NAME ...] [--root OTHER/TREE] [-- OPTIONS]
 
 starts a server of this tree (or of another, for a comparison), and sends it one such request after the other. While one
 is on its way, /health is asked 20 times. The Markdown table that it prints has, for each: the status and the seconds
@@ -19,7 +19,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -130,21 +131,28 @@ def tried(name: str, url: str, process: psutil.Process) -> str:
     return f"| {name} | {row} |"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--root", type=Path, default=ROOT, help="the tree whose server is tried")
-    parser.add_argument("--only", nargs="*", help="names of bombs")
-    parser.add_argument("serve", nargs="*", help="options of litgpt serve, after --")
-    arguments = parser.parse_args()
+@contextmanager
+def started(
+    root: Path, checkpoint: str, options: Sequence[str], files: int | None = None
+) -> Iterator[tuple[str, psutil.Process]]:
+    """A server that is ready; its address and process.
+
+    Args:
+        root: The tree that it is of.
+        checkpoint: What it serves.
+        options: Others of `litgpt serve`.
+        files: How many it may have open.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "litgpt", "serve", arguments.checkpoint, "--port", str(port), *arguments.serve]
-    environment = {**os.environ, "PYTHONPATH": str(arguments.root)}
+    command = [sys.executable, "-m", "litgpt", "serve", checkpoint, "--port", str(port), *options]
+    if files is not None:
+        command = ["bash", "-c", f'ulimit -n {files} && exec "$@"', "bash", *command]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
     with tempfile.TemporaryFile() as log:
-        server = subprocess.Popen(command, env=environment, cwd=arguments.root, stdout=log, stderr=log)
+        server = subprocess.Popen(command, env=environment, cwd=root, stdout=log, stderr=log)
         try:
             while True:
                 try:
@@ -156,14 +164,25 @@ def main() -> None:
                     log.seek(0)
                     sys.exit(f"The server has ended: {log.read().decode()[-2000:]}")
                 time.sleep(0.2)
-            httpx.post(f"{url}/predict", json={"prompt": "Hello"}, timeout=PATIENCE)
-            print("| | answered | /health, median s | longest s | peak, MB | after, MB | what it says |")
-            print("|---|---|---|---|---|---|---|")
-            for name in arguments.only or BOMBS:
-                print(tried(name, url, psutil.Process(server.pid)), flush=True)
+            yield url, psutil.Process(server.pid)
         finally:
             server.send_signal(signal.SIGKILL)
             server.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--root", type=Path, default=ROOT, help="the tree whose server is tried")
+    parser.add_argument("--only", nargs="*", help="names of bombs")
+    parser.add_argument("serve", nargs="*", help="options of litgpt serve, after --")
+    arguments = parser.parse_args()
+    with started(arguments.root, arguments.checkpoint, arguments.serve) as (url, process):
+        httpx.post(f"{url}/predict", json={"prompt": "Hello"}, timeout=PATIENCE)
+        print("| | answered | /health, median s | longest s | peak, MB | after, MB | what it says |")
+        print("|---|---|---|---|---|---|---|")
+        for name in arguments.only or BOMBS:
+            print(tried(name, url, process), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,16 @@ import asyncio
 import contextlib
 import errno
 import logging
+import math
 import socket
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import h11
+from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from litgpt.serving.errors import ApiError
@@ -29,7 +32,9 @@ except ImportError:  # Windows, which has no such limit
 
 OTHER_FILES = 48  # that the program opens beside its connections: the model's, those that are being downloaded
 WANTED_FILES = 4096
+BURST = 16  # connections that are taken before others are served
 LATER = {"Retry-After": "5"}
+LATEST = sys.float_info.max
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 logger = logging.getLogger("litgpt.serving")
 
@@ -98,6 +103,17 @@ class Connection(H11Protocol):
         self._hold(0)
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unsent, self._unsent_since = self.transport.get_write_buffer_size(), self.loop.time()
+
+    @property
+    def owes_since(self) -> float:
+        """The time since which the client owes the server a request, or to read; infinity where it does not."""
+        if self._ended or (self.phase is Phase.ANSWER and not self._unsent):
+            return math.inf
+        return self._unsent_since if self.phase is Phase.ANSWER else self.since
 
     def shutdown(self) -> None:
         """The server is about to end: a request that has not come to its end is not waited for."""
@@ -168,6 +184,8 @@ class Connection(H11Protocol):
             phase = Phase.HEAD
         if (phase, self.cycle) != (self.phase, self._noted):
             self.phase, self.since, self.received = phase, self.loop.time(), 0
+        if self.cycle is not self._noted and self.everyone.is_crowded:
+            self.scope["headers"].append(CLOSE_HEADER)  # as if the client had asked: the next request waits its turn
         self._noted = self.cycle
         self.received += received
         self._hold(self.received if phase is Phase.BODY and not is_answered else 0)
@@ -191,6 +209,7 @@ class Connections:
         self.open: set[Connection] = set()
         self._held = 0  # bytes of bodies that have not come to their end
         self._tasks: list[asyncio.Task[None]] = []
+        self._coming: set[asyncio.Task[None]] = set()
 
     def listen(self, listener: socket.socket, make: Callable[[], Connection], known: set[Connection]) -> None:
         """Begins to take connections.
@@ -211,47 +230,60 @@ class Connections:
     async def wait_closed(self) -> None:
         self._tasks[1].cancel()
 
+    @property
+    def is_crowded(self) -> bool:
+        return len(self.open) >= self.most
+
     def hold(self, difference: int) -> None:
         """Of bodies that have not come to their end, more or fewer bytes are held; too many end the oldest of them."""
         self._held += difference
         while difference > 0 and self._held > self.limits.bodies:
-            oldest = _oldest(one for one in self.open if one.phase is Phase.BODY and one._held)
+            holding = [one for one in self.open if one.phase is Phase.BODY and one._held]
+            oldest = min(holding, key=lambda one: one.since, default=None)
             if oldest is None:
                 return
             message = "Too many requests are being sent whose bodies have not come to their end."
             oldest.end(ApiError(503, message, code="too_many_bodies", headers=LATER))
 
     async def _accept(self, listener: socket.socket, make: Callable[[], Connection]) -> None:
-        loop, said = asyncio.get_running_loop(), -1e9
+        loop, said, taken = asyncio.get_running_loop(), -math.inf, 0
         while True:
             try:
-                client, _ = await loop.sock_accept(listener)
+                client, _ = await loop.sock_accept(listener)  # at once where one waits
             except OSError as error:
                 if error.errno in EXHAUSTED and loop.time() - said > 60:
                     said = loop.time()
                     logger.error("no connection can be taken: %s (said once a minute)", error.strerror)
-                if error.errno in EXHAUSTED:
-                    self._make_room()
-                await asyncio.sleep(0.05)  # what is wrong now is wrong in the next moment
+                has_room = error.errno in EXHAUSTED and self._make_room()
+                await asyncio.sleep(0 if has_room else 0.05)  # what is wrong now is wrong in the next moment, too
                 continue
-            if len(self.open) >= self.most:
-                self._make_room()
-            try:
-                await loop.connect_accepted_socket(make, client)
-            except OSError:  # it is gone already
-                client.close()
+            while sum(not one._ended for one in self.open) + len(self._coming) >= self.most and self._make_room():
+                pass
+            coming = asyncio.ensure_future(self._connect(client, make))
+            self._coming.add(coming)
+            coming.add_done_callback(self._coming.discard)
+            taken += 1
+            if taken % BURST == 0:
+                await asyncio.sleep(0)  # the others' turn
 
-    def _make_room(self) -> None:
+    async def _connect(self, client: socket.socket, make: Callable[[], Connection]) -> None:
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(make, client)
+        except OSError:  # it is gone already
+            client.close()
+
+    def _make_room(self) -> bool:
         """Ends one of those whose clients owe the server something: that which has done so for longest, and of those
-        without a request before others."""
-        owing = [one for one in self.open if one.phase is not Phase.ANSWER and not one._ended]
+        without a request before others. Whether there was one."""
         fresh = asyncio.get_running_loop().time() - self.limits.fresh
-        idle = [one for one in owing if one.phase is Phase.IDLE and one.since <= fresh]
-        oldest = _oldest(idle or owing)
-        if oldest is not None and oldest.phase is Phase.IDLE:
-            oldest.end()
-        elif oldest is not None:
+        owing = [one for one in self.open if one.owes_since <= (fresh if one.phase is Phase.ANSWER else LATEST)]
+        idle = [one for one in owing if one.phase is Phase.IDLE and one.owes_since <= fresh]
+        oldest = min(idle or owing, key=lambda one: one.owes_since, default=None)
+        if oldest is not None and oldest.phase in (Phase.HEAD, Phase.BODY):
             oldest.end(ApiError(503, "Too many connections are open.", code="too_many_connections", headers=LATER))
+        elif oldest is not None:
+            oldest.end()
+        return oldest is not None
 
     async def _watch(self) -> None:
         loop = asyncio.get_running_loop()
@@ -259,10 +291,6 @@ class Connections:
             await asyncio.sleep(min(1, self.limits.head / 4))
             for connection in list(self.open):
                 connection.end_if_late(loop.time())
-
-
-def _oldest(connections: Iterable[Connection]) -> Connection | None:
-    return min(connections, key=lambda one: one.since, default=None)
 
 
 def _most_connections() -> int:

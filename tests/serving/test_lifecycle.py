@@ -167,10 +167,10 @@ sys.exit(main(sys.argv[1:]))
 
 @contextlib.contextmanager
 def stuck(
-    directory: Path, module: str, name: str, method: str, *options: str
+    directory: Path, module: str, name: str, method: str, *options: str, work: str = HASHING
 ) -> Iterator[tuple[subprocess.Popen, str]]:
     """`litgpt serve`, where a method of the server never returns; the process, and its address."""
-    code = UNENDING.format(module=module, name=name, method=method)
+    code = UNENDING.format(module=module, name=name, method=method, work=work)
     words = ["serve", str(directory), "--precision", "32-true", "--port", "0", *options]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *words],
