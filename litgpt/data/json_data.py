@@ -19,7 +19,8 @@ class JSON(SFTData):
 
     The form of a record is recognised by its keys: instruction, input (may be left out) and output; prompt and
     completion, each a text or messages; messages, a list of {role, content}; conversations, ShareGPT's list of {from,
-    value}. A `system` text and `tools` may stand beside them; a message of the assistant with `weight` 0 is not learned. A .json file holds a list of records, or an object {"train": [...], "val": [...]}.
+    value}. A `system` text and `tools` may stand beside them; a message of the assistant with `weight` 0 is not
+    learned. A .json file holds a list of records, or an object {"train": [...], "val": [...]}.
     """
 
     json_path: Path | None = None

@@ -23,7 +23,7 @@ from litgpt.data.record_files import read_records
 from litgpt.data.records import Conversation
 from litgpt.data.sample_encoding import ConversationEncoder, Encoded
 from litgpt.data.sample_file import Sample, SampleFile, nothing_to_learn
-from litgpt.data.sft import SPLITS, SFTData, style_name
+from litgpt.data.sft import SPLITS, SFTData
 
 SUMMARY = "pairs.json"
 
@@ -140,7 +140,7 @@ class PreferenceData(SFTData):
         held = "" if self.files()[1] else f"Held out: {self._fraction():.1%}. "
         lines = [f"Training data: {train}"]
         lines.append(f"Validation data: {held}{val}" if len(self._val) else "There is no validation data.")
-        lines.append(f"Prompt style: {style_name(self.style)}.")
+        lines.append(f"Prompt style: {self.style_words()}.")
         if not self._choice["end"]:
             lines.append("Warning: the tokenizer has no end-of-text token, so replies are compared without their end.")
         return "\n".join(lines)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch.utils.data import DataLoader
@@ -244,7 +244,7 @@ class SFTData(DataModule):
         else:
             lines.append("There is no validation data.")
         learned = "the replies only" if self._choice["mask_prompt"] else "prompts and replies (mask_prompt false)"
-        lines.append(f"Prompt style: {style_name(self.style)}. The loss is on {learned}.")
+        lines.append(f"Prompt style: {self.style_words()}. The loss is on {learned}.")
         if self.prompt_style is None and not self._choice["is_chat"] and self._takes_own():
             lines.append(
                 "The checkpoint has a chat template, so it is trained and used in that; for another prompt style: "
@@ -255,6 +255,13 @@ class SFTData(DataModule):
         if not self._choice["end"]:
             lines.append("Warning: the tokenizer has no end-of-text token, so the model does not learn to stop.")
         return "\n".join(lines)
+
+    def style_words(self) -> str:
+        """What a reader knows the prompt style in effect by."""
+        if not isinstance(self.style, ChatTemplate):
+            return style_name(self.style)
+        owner = "the checkpoint's" if self.style is self._checkpoint_style else "a"
+        return f"{owner} chat template" + (f" {self.style.chosen!r}" if self.style.chosen else "")
 
     # -- inside
 
@@ -390,6 +397,4 @@ def describe_samples(summary: Summary, limit: str) -> str:
 def style_name(style: PromptStyle) -> str:
     """What a reader knows the style by."""
     written = getattr(style, "format", None)
-    if isinstance(style, ChatTemplate):
-        return "the checkpoint's chat template" + (f" {style.chosen!r}" if style.chosen else "")
     return written.name if written is not None else f"{type(style).__name__}"

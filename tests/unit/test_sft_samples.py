@@ -14,6 +14,7 @@ from litgpt.data.sample_encoding import ConversationEncoder, encode_all
 from litgpt.prompts import ChatTemplate, PromptStyle, choose_prompt_style, style_class
 from litgpt.tokenizer import Tokenizer
 from tests import tokenizer_files
+from tests.data_damage import flip
 
 MULTI_TURN = [
     {"role": "system", "content": "Be brief."},
@@ -265,6 +266,9 @@ def test_instructions_take_a_chat_template_that_the_checkpoint_has_and_learn_the
     learned = module(path, chat, mask_prompt=False)
     assert int((learned.train_samples[0].labels < 0).sum()) == 1
     assert isinstance(learned.style, ChatTemplate)
+    (tmp_path / "mine.jinja").write_text(tokenizer_files.CHATML)
+    mine = module(path, chat, prompt_style=str(tmp_path / "mine.jinja"))
+    assert "Prompt style: a chat template. The loss is on prompts and replies" in mine.describe()
     alpaca = module(path, chat, prompt_style="alpaca")
     assert "Prompt style: alpaca. The loss is on prompts and replies (mask_prompt false)." in alpaca.describe()
     assert "The loss is on the replies only." in module(path, chat, prompt_style="alpaca", mask_prompt=True).describe()
@@ -414,8 +418,22 @@ class Proverbs(SFTData):
     assert "(proverbs)" in data.describe()
 
 
-def test_a_damaged_cache_is_named(chat, tmp_path, cache):
+@pytest.mark.parametrize("name", ["train/tokens.bin", "train/targets.bin", "train/starts.npy", "choice.json"])
+def test_a_damaged_cache_is_made_again(name, chat, tmp_path, cache, capsys):
     path = records_file(tmp_path / "a.jsonl")
+    expected = [sample.labels.tolist() for sample in module(path, chat).train_samples]
+    (file,) = cache.glob(f"samples/*/{name}")
+    flip(file, file.stat().st_size // 2)
+    capsys.readouterr()
+    assert [sample.labels.tolist() for sample in module(path, chat).train_samples] == expected
+    assert f"is damaged ({name} is not as it was written): it is made again." in capsys.readouterr().out
+
+
+def test_a_damaged_cache_of_before_there_were_sums_is_named(chat, tmp_path, cache):
+    path = records_file(tmp_path / "a.jsonl")
+    module(path, chat)
+    for file in cache.glob("samples/*/sums.json"):
+        file.unlink()
     module(path, chat)
     for file in cache.glob("samples/*/train/tokens.bin"):
         file.write_bytes(file.read_bytes()[:-4])
