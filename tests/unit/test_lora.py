@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from litgpt.config import Config
+from litgpt.generation.engine import Engine, Request
+from litgpt.generation.sampling import Sampling
 from litgpt.lora import (
     LORA_WEIGHTS,
     TARGETS,
@@ -418,3 +420,36 @@ def test_weights_of_another_model_are_refused(tmp_path):
 def test_settings_that_cannot_act_are_refused(changed, message):
     with pytest.raises(ValueError, match=message):
         LoRASettings(**changed)
+
+
+def test_a_step_of_training_after_texts_and_a_validation_without_gradients():
+    """What inference leaves in the model (tables, masks) must not be a tensor that autograd refuses."""
+    gpt = GPT(Config(**SIZES))
+    gpt.init_weights()
+    apply_lora(gpt, LoRASettings(r=4))  # queries and values alone
+    idx = torch.randint(0, 64, (2, 12))
+    for _ in range(2):
+        gpt.eval()
+        Engine(gpt).complete([Request([1, 2, 3], 4, Sampling(0))])
+        with torch.inference_mode():
+            NextTokenLoss(gpt)(idx[:, :-1], idx[:, 1:])
+        gpt.train()
+        NextTokenLoss(gpt)(idx[:, :-1], idx[:, 1:]).backward()
+    assert all(p.grad is not None for p in gpt.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("shared", [None, 1])
+def test_of_a_mixture_every_expert_is_adapted(shared):
+    config = Config(
+        **SIZES | {"mlp_class_name": "LLaMAMoE", "n_expert": 4, "n_expert_per_token": 2, "bias": False},
+        n_shared_expert=shared,
+        router_scores="softmax",
+    )
+    gpt = GPT(config)
+    apply_lora(gpt, LoRASettings(r=4, query=False, value=False, mlp=True))
+    linear = {
+        name for name, layer in gpt.named_modules() if name.endswith((".fc_1", ".fc_2", ".proj")) and ".mlp." in name
+    }
+    adapted = {name for name, layer in gpt.named_modules() if isinstance(layer, LoRALinear)}
+    assert adapted == linear
+    assert len([name for name in adapted if ".experts." in name]) == 2 * 4 * 3

@@ -13,6 +13,7 @@ from litgpt.model import (
     LLaMAMoE,
     Ring,
     RMSNorm,
+    RotaryEmbedding,
     Router,
     attend,
     latent_attention_scale,
@@ -659,6 +660,22 @@ def test_frequencies_of_every_variant():
     close(both[0], plain / 8)
     close(both[1], 100.0 ** -(torch.arange(0, 16, 2) / 16))
     assert frequencies(rotary_percentage=0.25).shape == (1, 2)
+
+
+def test_positions_stay_in_float32_under_a_default_type_of_16_bits():
+    """With a whole number as the ratio, too, and far positions, which bfloat16 cannot tell apart."""
+    config = Config(**{**LLAMA, "head_size": 16, "rope_condense_ratio": 4, "block_size": 8192})
+    expected = RotaryEmbedding(config)(torch.tensor([[4000, 4001]]), 8192)[0]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = RotaryEmbedding(config)(torch.tensor([[4000, 4001]]), 8192)[0]
+        logits = GPT(config)(torch.tensor([[1, 2, 3]]))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert logits.dtype == torch.bfloat16
+    for part, of in zip(found[:2], expected[:2], strict=True):
+        assert part.dtype == torch.float32
+        assert torch.equal(part, of)
 
 
 def test_llama3_stretches_slow_rotations_only():

@@ -16,11 +16,13 @@ from tests import checkpoint_files
 from tests.unit.test_engine import PROMPTS, tiny_model
 
 CPU, META = torch.device("cpu"), torch.device("meta")
+TWO_BASES = {"rope_local_base_freq": 50, "rope_indices": [1, 0, 1, 1, 0], "rope_adjustments": {"factor": 4.0}}
 WINDOWS = {"n_layer": 5, "sliding_window_size": 12, "sliding_window_indices": [1, 0, 1, 1, 0]}
 
 
-def test_an_engine_batches_over_several_devices(monkeypatch):
-    model = tiny_model(**WINDOWS)
+@pytest.mark.parametrize("bases", [{}, TWO_BASES], ids=["one RoPE base", "two"])
+def test_an_engine_batches_over_several_devices(bases, monkeypatch):
+    model = tiny_model(**WINDOWS, **bases)
     requests = [Request(prompt, 30, Sampling(0.8), seed=index) for index, prompt in enumerate(PROMPTS)]
     expected = Engine(model).complete(requests)
     copies, calls, blocks = Counter(), [], []
@@ -35,14 +37,19 @@ def test_an_engine_batches_over_several_devices(monkeypatch):
     assert len(blocks) == len(calls)
 
 
-def test_activations_weights_keys_and_values_are_on_the_blocks_device():
-    model = tiny_model(**WINDOWS)
+@pytest.mark.parametrize("bases", [{}, TWO_BASES], ids=["one RoPE base", "two"])
+def test_activations_weights_keys_and_values_are_on_the_blocks_device(bases):
+    model = tiny_model(**WINDOWS, **bases)
     places = [0, 0, 0, 1, 1]
     for block in model.transformer["h"][3:]:
         block.to(META)
     connect_blocks(model, places, [CPU, META])
     cache = model.new_cache(2, 32)
     assert [layer.tensors[0].device.type for layer in cache.layers] == ["cpu"] * 3 + ["meta"] * 2
+    alone = tiny_model(**WINDOWS, **bases).new_cache(2, 32)
+    assert [[t.shape for t in layer.tensors] for layer in cache.layers] == [
+        [t.shape for t in layer.tensors] for layer in alone.layers
+    ]
     assert {ring.table.device for ring in cache.rings.values()} == {CPU}
     seen = []
     for block in model.transformer["h"]:
