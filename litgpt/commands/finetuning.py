@@ -289,7 +289,7 @@ class Finetuning:
 
         flops = flops_per_token(gpt, self.tokens)
         checkpoint_blocks(gpt, train.activation_checkpointing)
-        compile_blocks(gpt, self.backend)
+        compile_blocks(gpt, self.backend, console.print)
         loss_module = loss(gpt)
         add_noise(loss_module, train.neftune_noise_alpha)
         model = fabric.setup_module(loss_module)

@@ -191,7 +191,7 @@ def setup(
     console.print(f"Number of non-trainable parameters: {gpt.num_parameters() - gpt.num_parameters(True):,}")
     flops = flops_per_token(gpt, tokens)
     checkpoint_blocks(gpt, train.activation_checkpointing)
-    compile_blocks(gpt, backend)
+    compile_blocks(gpt, backend, console.print)
     loss = NextTokenLoss(gpt)
     add_noise(loss, train.neftune_noise_alpha)
     model = fabric.setup_module(loss)

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -54,13 +55,22 @@ def decoder(model: GPT, say: Callable[[str], None] | None = None) -> Callable[..
 
     Args:
         model: In eval mode, on its device, with its weights. They may change in place, but not be put elsewhere.
-        say: Is told, once, why nothing is compiled; default: prints to stderr.
+        say: Is told what is being compiled, or why nothing is; default: prints to stderr.
     """
     device = model.transformer["wte"].weight.device
     if device.type == "cpu":
         return CompiledDecoder(model, say=say)
     # On a GPU launching the kernels one by one takes longest: as a graph they are launched together.
-    return torch.compile(model, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else "default")
+    compiled = torch.compile(model, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else "default")
+    known: set[int] = set()
+
+    def decode(tokens: Tensor, positions: Tensor, *, cache: KVCache) -> Tensor:
+        if tokens.size(0) not in known:
+            known.add(tokens.size(0))
+            (say or _print)(f"Compiling {_purpose(tokens.size(0))} with torch.compile: its first tokens wait for that.")
+        return compiled(tokens, positions, cache=cache)
+
+    return decode
 
 
 class CompiledDecoder:
@@ -69,7 +79,7 @@ class CompiledDecoder:
     Args:
         model: As for `decoder`.
         after: How many steps of a number of rows are made before its compilation begins.
-        say: As for `decoder`.
+        say: As for `decoder`, in another thread.
     """
 
     def __init__(self, model: GPT, *, after: int = AFTER, say: Callable[[str], None] | None = None) -> None:
@@ -173,8 +183,14 @@ class CompiledDecoder:
                 program = self._load(path)
                 if program is None:  # not there, or damaged
                     path.unlink(missing_ok=True)
+                    purpose, began = _purpose(kind[0]), time.monotonic()
+                    self._say(
+                        f"Compiling {purpose}: C++ for this CPU, in the background. It takes a minute or two, once; "
+                        "later runs find the code."
+                    )
                     compile_elsewhere(specification(self.model, *kind), path)
                     program = Program(path, self.model)
+                    self._say(f"Compiled {purpose} ({time.monotonic() - began:.0f} s).")
                 self._programs[kind] = program
             except (OSError, RuntimeError, ValueError) as error:
                 reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
@@ -191,6 +207,13 @@ class CompiledDecoder:
         self._failed = self._failed or not reading
         what = "Reading prompts" if reading else "Decoding"
         self._say(f"{what} is not compiled: {reason.rstrip('.')}. It goes on uncompiled, at a lower speed.")
+
+
+def _purpose(rows: int) -> str:
+    """What the code for so many rows is for."""
+    if rows == READING:
+        return "the reading of prompts"
+    return f"the writing of {rows} answers at a time" if rows > 1 else "the writing of one answer at a time"
 
 
 class Program:

@@ -61,8 +61,16 @@ def choose_compiler(compile: bool, compiler: str | None) -> Backend | None:
         ) from error
 
 
-def compile_blocks(gpt: GPT, backend: Backend | None) -> None:
-    """Have a backend compile each block when it first runs; None compiles nothing. All names stay what they are."""
+def compile_blocks(gpt: GPT, backend: Backend | None, say: Callable[[str], object] = lambda text: None) -> None:
+    """Have a backend compile each block when it first runs; None compiles nothing. All names stay what they are.
+
+    Args:
+        gpt: The model.
+        backend: What compiles.
+        say: Is told what is compiled.
+    """
     if backend is not None:
+        by = f"torch.compile, {backend}" if isinstance(backend, str) else getattr(backend, "__name__", "its backend")
+        say(f"Compiling the model's blocks ({by}): the first step waits for that, which can take minutes.")
         for block in gpt.transformer["h"]:
             block.compile(backend=backend)

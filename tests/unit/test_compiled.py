@@ -1,6 +1,7 @@
 """The compiled decode step: the model's logits and the model's cache, kept on disk, and done without where it must be."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from litgpt.generation.compiled import (
     READING,
     CompiledDecoder,
     compile_elsewhere,
+    decoder,
     path_of,
     reads_compiled,
     specification,
@@ -141,7 +143,9 @@ def test_compiled_reading_is_the_models(tmp_path, monkeypatch):
     with torch.inference_mode():
         decoder.hidden_states(torch.ones(1, 5, dtype=torch.int64), None, cache=model.new_cache(1, 64))
         assert decoder.wait()
-        assert said == []
+        assert said[0].startswith("Compiling the reading of prompts: C++ for this CPU, in the background.")
+        assert re.fullmatch(r"Compiled the reading of prompts \(\d+ s\)\.", said[1])
+        assert len(said) == 2
         plain, fast = model.new_cache(4, 200), model.new_cache(4, 200)
         for cache in (plain, fast):
             model(torch.arange(4 * 30).view(4, 30) % 96, cache=cache)  # what requests before have left
@@ -237,7 +241,11 @@ def test_damaged_code_is_made_anew(compiled, damage, monkeypatch):
     decoder = decoder_of(model, said)
     largest_difference(model, decoder)
     assert decoder.wait()
-    assert (asked, said) == ([compiled], [])
+    assert asked == [compiled]
+    assert [line.split(" (")[0].split(":")[0] for line in said] == [
+        "Compiling the writing of 2 answers at a time",
+        "Compiled the writing of 2 answers at a time",
+    ]
     assert largest_difference(model, decoder) < 1e-5
 
 
@@ -250,8 +258,9 @@ def test_without_a_compiler_the_model_goes_on(monkeypatch, tmp_path):
     for _ in range(2):
         assert largest_difference(model, decoder) == 0
         assert not decoder.wait()
-    assert len(said) == 1
-    assert said[0].startswith("Decoding is not compiled: there is no C++ compiler. Install g++")
+    assert len(said) == 2
+    assert said[0].startswith("Compiling the writing of 2 answers at a time")
+    assert said[1].startswith("Decoding is not compiled: there is no C++ compiler. Install g++")
     assert not list(tmp_path.rglob("*.pt2"))
 
 
@@ -286,3 +295,17 @@ def test_a_prompt_and_a_short_answer_start_nothing(monkeypatch, tmp_path):
     assert largest_difference(model, decoder) == 0
     assert not decoder.wait()
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_gpu_waits_for_is_said_once_for_each_number_of_rows(monkeypatch):
+    """On a device of fake memory, with a compiler that does nothing."""
+    model = GPT(CONFIG).eval().to("meta")
+    monkeypatch.setattr(torch, "compile", lambda model, **_: lambda tokens, positions, *, cache: tokens)
+    said: list[str] = []
+    decode = decoder(model, said.append)
+    for rows in (1, 4, 1, 4):
+        decode(torch.ones(rows, 1), torch.zeros(rows, 1), cache=None)
+    assert said == [
+        "Compiling the writing of one answer at a time with torch.compile: its first tokens wait for that.",
+        "Compiling the writing of 4 answers at a time with torch.compile: its first tokens wait for that.",
+    ]

@@ -48,7 +48,9 @@ def test_one_that_a_package_offers_compiles_every_block(offers):
     expected = gpt(idx)
     names = list(gpt.state_dict())
     torch.compiler.reset()
-    compile_blocks(gpt, backend)
+    said: list[str] = []
+    compile_blocks(gpt, backend, said.append)
+    assert said == ["Compiling the model's blocks (mine): the first step waits for that, which can take minutes."]
     torch.testing.assert_close(gpt(idx), expected)
     assert sys.modules["some_compiler"].graphs
     assert list(gpt.state_dict()) == names
