@@ -1,6 +1,7 @@
 """Every way of finetuning: exact resume, any micro-batch size, any number of ranks, and what it leaves behind."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import torch
 
 from litgpt.__main__ import main
 from litgpt.adapter import ADAPTER_V2_WEIGHTS, ADAPTER_WEIGHTS
-from litgpt.checkpoint import WEIGHTS, save_model
+from litgpt.checkpoint import WEIGHTS, copy_companion_files, save_model
 from litgpt.cli.flat import flattened
 from litgpt.commands import finetune_adapter, finetune_adapter_v2, finetune_full, finetune_lora, finetuning
+from litgpt.config import Config
 from litgpt.convert import load_model, open_checkpoint
 from litgpt.data import JSON
 from litgpt.lora import LORA_WEIGHTS, apply_lora, read_lora
+from litgpt.model import GPT
 from litgpt.training.arguments import EvalArgs, TrainArgs
 from litgpt.training.metrics import read_metrics
 from tests import checkpoint_files
@@ -78,6 +81,31 @@ def test_resumed_equals_uninterrupted(method, base, records, tmp_path, monkeypat
     assert_same_run(tmp_path / "whole", tmp_path / "parts", rows=12, file=METHODS[method][2])
 
 
+def test_a_resume_on_something_else_is_refused(base, records, tmp_path):
+    out = tmp_path / "out"
+    run("lora", base, records, out, max_steps=2)
+    others, other_base = tmp_path / "others.json", tmp_path / "base"
+    others.write_text(records.read_text().replace("Count to 1", "Count up to 1"))
+    shutil.copytree(base, other_base)
+    again = {"max_steps": 3, "resume": "auto"}
+    run("lora", other_base, records, out, **again)  # where it is, is no matter
+    model = load_model(other_base)
+    model.init_weights()
+    save_model(other_base, model, model.config)
+    for line, arguments, changed in (
+        ("the training data: 32 samples, ", (base, others), {}),
+        ("the training data: ", (base, records), {"data": {"prompt_style": "default"}}),
+        ("the frozen weights: another", (other_base, records), {}),
+        ("--lora_alpha: 16 then, 32 now", (base, records), {"lora_alpha": 32}),
+        ("--quantize: none then, bnb.nf4 now", (base, records), {"quantize": "bnb.nf4"}),
+        ("--seed: 1337 then, 1 now", (base, records), {"seed": 1}),
+    ):
+        with pytest.raises(ValueError, match=rf"was started with something else:\n(.*\n)*  {line}"):
+            run("lora", *arguments, out, **again, **changed)
+    run("full", base, records, tmp_path / "full", max_steps=2)
+    run("full", other_base, records, tmp_path / "full", max_steps=3, resume="auto")  # all its weights are its own
+
+
 @pytest.mark.parametrize("method", ["full", "dora", "adapter", "adapter v2"])
 def test_one_by_eight_equals_eight_by_one(method, base, records, tmp_path):
     """Ragged samples: the loss is that per target token of the whole step, however it is divided."""
@@ -105,6 +133,30 @@ def test_two_ranks_equal_one(method, strategy, base, records, tmp_path):
     run(method, base, records, tmp_path / "one", max_steps=6, micro_batch_size=2)
     on_two_ranks(ON_TWO_RANKS, tmp_path, method, base, records, tmp_path / "two", strategy)
     assert_close_runs(tmp_path / "one", tmp_path / "two", range(1, 7), METHODS[method][2])
+
+
+GEMMA = {
+    "mlp_class_name": "GemmaMLP",
+    "norm_unit_offset": True,
+    "scale_embeddings": True,
+    "post_attention_norm": True,
+    "post_mlp_norm": True,
+    "tie_embeddings": True,
+}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_lora_on_norms_after_the_layers_on_two_ranks_with_activations_computed_again(strategy, base, records, tmp_path):
+    model = GPT(Config(**{**vars(Config.from_checkpoint(base)), **GEMMA}))
+    torch.manual_seed(0)
+    model.init_weights()
+    (tmp_path / "gemma").mkdir()
+    save_model(tmp_path / "gemma", model, model.config)
+    copy_companion_files(base, tmp_path / "gemma")
+    run("lora", tmp_path / "gemma", records, tmp_path / "one", max_steps=3, micro_batch_size=2, lora_dropout=0.0)
+    again = ON_TWO_RANKS.replace("max_steps=6", "max_steps=3, lora_dropout=0.0, activation_checkpointing='full'")
+    on_two_ranks(again, tmp_path, "lora", tmp_path / "gemma", records, tmp_path / "two", strategy)
+    assert_close_runs(tmp_path / "one", tmp_path / "two", range(1, 4), LORA_WEIGHTS)
 
 
 def test_packed_rows_train_too(base, records, tmp_path):
