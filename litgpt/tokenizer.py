@@ -826,7 +826,7 @@ def _generation_settings(file: Path) -> dict[str, Any]:
             raise _damaged(file, ValueError(f"text_config is {shown(holder)}"))
         for name in ("bos_token_id", "eos_token_id"):
             ids = holder.get(name)
-            if not all(is_count(abs(i) if type(i) is int else i, MAX_ID) for i in _id_list(ids)):
+            if not all(is_count(token_id, MAX_ID) for token_id in _id_list(ids)):
                 raise _damaged(file, ValueError(f"{name} is {shown(ids)}"))
     return settings
 
@@ -872,7 +872,9 @@ def _named_tokens(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _id_list(value: int | list[int] | None) -> list[int]:
-    return [] if value is None else value if isinstance(value, list) else [value]
+    """Ids that are given one alone, in a list, or not; -1 is none, as in some configurations."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    return [token_id for token_id in ids if type(token_id) is not int or token_id >= 0]
 
 
 def _as_ints(ids: Iterable[int] | torch.Tensor) -> Iterable[int]:

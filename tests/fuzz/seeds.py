@@ -1,5 +1,6 @@
 """Small valid checkpoints of every kind, which tests then damage."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ def make(folder: Path) -> dict[str, Path]:
     kinds["sentencepiece"] = tokenizer_files.sentencepiece_model(folder / "sentencepiece", {"bos_token": "<s>"})
     kinds["fallback"] = tokenizer_files.byte_fallback(folder / "fallback")
     kinds["metaspace"] = tokenizer_files.metaspace(folder / "metaspace")
+    kinds["vocabulary"] = vocabulary(folder / "vocabulary", kinds["hf"])
     kinds["chunks"] = folder / "chunks"
     kinds["chunks"].mkdir()
     return kinds
@@ -40,6 +42,17 @@ def lit(directory: Path) -> Path:
     (directory / "generation_config.json").write_text('{"eos_token_id": [0, 2], "temperature": 0.6}')
     (directory / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|im_end|>", "lstrip": false}}')
     save_prompt_style("alpaca", directory)
+    return directory
+
+
+def vocabulary(directory: Path, base: Path) -> Path:
+    """A byte-level tokenizer as GPT-2 has it, without a tokenizer.json."""
+    directory.mkdir()
+    model = json.loads((base / "tokenizer.json").read_text())["model"]
+    (directory / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (directory / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in model["merges"]))
+    (directory / "added_tokens.json").write_text(json.dumps({"<x>": len(model["vocab"])}))
+    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": true}')
     return directory
 
 

@@ -168,6 +168,14 @@ def test_tokens_are_texts_with_ids(copy, refused, name, changes):
     assert name in refused(directory)
 
 
+def test_a_negative_id_is_none(copy):
+    directory = copy("hf")
+    edit(directory / "generation_config.json", eos_token_id=[-1, 2], bos_token_id=-1)
+    tokenizer = Tokenizer(directory)
+    assert tokenizer.stop_ids == {0, 2}
+    assert tokenizer.bos_id is None
+
+
 @pytest.mark.parametrize("template", [[1, 2], {"default": 3}, [{"name": "default"}], 7])
 def test_chat_templates_are_texts(copy, refused, template):
     directory = copy("hf")
