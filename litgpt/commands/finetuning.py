@@ -269,8 +269,9 @@ class Finetuning:
         options, train, fabric, console = self.options, self.options.train, self.fabric, self.console
         distributed.store_frozen_matrices(gpt, distributed.precision_of(fabric))
         trained = gpt.num_parameters(trainable_only=True)
-        console.print(f"Number of trainable parameters: {trained:,}")
-        console.print(f"Number of non-trainable parameters: {num_parameters(gpt) - trained:,}")
+        everything = num_parameters(gpt)
+        console.print(f"Number of trainable parameters: {trained:,} ({trained / everything:.2%} of all)")
+        console.print(f"Number of non-trainable parameters: {everything - trained:,}")
         varies = not self.data.pack
         per_sample = self.tokens * self.data.rows_per_sample
         steps = train.total_steps(None if varies else per_sample, self.batches.samples_per_epoch)
