@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 import litgpt
+from litgpt.slow_imports import announce
 from litgpt.secret import command_line, hide
 
 
@@ -158,6 +159,7 @@ def dispatch(argv: list[str]) -> int:
         load(command.listing)()
         return 0
     silence_third_parties()
+    announce()
     from litgpt import cli
 
     function = load(command.target)

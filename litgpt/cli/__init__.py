@@ -9,8 +9,17 @@ function. `classes.py` finds classes by name, `help.py` writes the help, `record
 
 from litgpt.cli.errors import UsageError
 from litgpt.cli.flat import Flat, spread
-from litgpt.cli.record import resolved_settings, save_hyperparameters
+from litgpt.cli.record import describe_settings, resolved_settings, save_hyperparameters
 from litgpt.cli.run import run
 from litgpt.cli.signature import ConfigOverrides
 
-__all__ = ["ConfigOverrides", "Flat", "UsageError", "resolved_settings", "run", "save_hyperparameters", "spread"]
+__all__ = [
+    "ConfigOverrides",
+    "Flat",
+    "UsageError",
+    "describe_settings",
+    "resolved_settings",
+    "run",
+    "save_hyperparameters",
+    "spread",
+]

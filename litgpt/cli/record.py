@@ -2,7 +2,7 @@
 
 import dataclasses
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -16,11 +16,18 @@ FILE = "hyperparameters.yaml"
 # Of the command that runs now: what was typed before its options, and its settings. No context variable: a thread
 # that saves a checkpoint sees it too.
 _current: tuple[str, dict[str, Any]] | None = None
+_given: tuple[dict[str, Any], dict[str, Any]] = ({}, {})  # those that the user gave, and the defaults, in their places
 
 
-def remember(prog: str, settings: dict[str, Any]) -> None:
-    """Keep the settings of the command that runs now."""
-    global _current
+def remember(
+    prog: str,
+    settings: dict[str, Any],
+    given: dict[str, Any] | None = None,
+    defaults: dict[str, Any] | None = None,
+) -> None:
+    """Keep the settings of the command that runs now, which of them were given, and the defaults."""
+    global _current, _given
+    _given = given or {}, defaults or {}
     settings = plain(settings)
     learn(settings)
     _current = prog, without_secrets(settings)
@@ -38,6 +45,45 @@ def resolved_settings() -> dict[str, Any] | None:
     None where the function was not started from the command line.
     """
     return _current and _current[1]
+
+
+def describe_settings(file: Path | None) -> str | None:
+    """Those of the running command's settings that differ from the defaults, for people to read.
+
+    Args:
+        file: Where all of them are.
+
+    Returns:
+        Lines of `name: value`; None where the function was not started from the command line.
+    """
+    if _current is None:
+        return None
+    lines = [f"  {name}: {_short(value)}" for name, value in _dotted(_given[0], _current[1], _given[1])]
+    where = f"; all are in {file}" if file else ""
+    return "\n".join([f"Settings (the others are the defaults{where}):", *lines])
+
+
+def _dotted(
+    given: dict[str, Any], settings: dict[str, Any], defaults: Any, prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """(name as one types it, value) of the settings that were given and differ from the defaults."""
+    for name in settings:
+        default = defaults.get(name) if isinstance(defaults, dict) else None
+        if name not in given or settings[name] == default:
+            continue
+        value = given[name]
+        if name == "class_path":
+            yield prefix.removesuffix("."), settings[name].rpartition(".")[2]
+        elif isinstance(value, dict) and isinstance(settings[name], dict):
+            yield from _dotted(value, settings[name], default, prefix if name == "init_args" else f"{prefix}{name}.")
+        else:
+            yield prefix + name, settings[name]
+
+
+def _short(value: Any) -> str:
+    """A value in one line, as YAML has it."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.removesuffix("\n...\n").strip()
 
 
 def save_hyperparameters(out_dir: Path) -> None:

@@ -47,7 +47,8 @@ def run(function: Callable[..., Any], argv: list[str], prog: str) -> Any:
     if arguments.print_config:
         print(record.as_yaml(prog, record.without_secrets(record.plain(settings))), end="")
         return None
-    record.remember(prog, settings)
+    defaults = {p.name: None if p.required else record.plain(p.default) for p in signature.parameters.values()}
+    record.remember(prog, settings, layer, defaults)
     try:
         return function(**values)
     finally:

@@ -180,7 +180,8 @@ class Finetuning:
         self.console = Console(self.fabric.global_rank == 0)
         if options.log.save_logs and not options.dry_run:
             self.console.save_to(self.out_dir / LOGS_FILE, append=self.checkpoint is not None)
-        self.console.print(pprint.pformat(dict(sorted(settings.items()))))
+        file = None if options.dry_run else self.out_dir / "hyperparameters.yaml"
+        self.console.print(cli.describe_settings(file) or pprint.pformat(dict(sorted(settings.items()))))
         distributed.seed_everything(options.seed)
         self.console.print(f"Seed set to {options.seed}\n{distributed.describe_devices(self.fabric)}")
         self.checkpoint = self.fabric.broadcast(self.checkpoint)

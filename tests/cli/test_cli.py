@@ -173,6 +173,29 @@ def test_wrong_types_name_option_value_and_type():
     assert refused("dir", "--optimizer.lr", "x").startswith("--optimizer.lr: expected a number")
 
 
+def test_the_settings_that_differ_from_the_defaults_are_few(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("train: {max_steps: 7, micro_batch_size: 4}\noptimizer: {init_args: {lr: 0.0004}}\n")
+    shown = []
+
+    def function(
+        checkpoint_dir: Path,
+        data: Data | None = None,
+        train: TrainArgs = TrainArgs(),  # noqa: B008
+        access_token: str | None = None,
+        optimizer: Spec = Spec(init_args={"lr": 0.0004}),  # noqa: B008
+    ) -> None:
+        shown.append(cli.describe_settings(tmp_path))
+
+    data = ("--data", "Text", "--data.path", "x", "--data.api_key", "hidden")
+    run("dir", "--config", file, *data, "--train.learning_rate", "1e-4", "--access_token", "abc", function=function)
+    assert shown == [
+        f"Settings (the others are the defaults; all are in {tmp_path}):\n  checkpoint_dir: dir\n  data: Text\n"
+        "  data.path: x\n  train.max_steps: 7\n  train.learning_rate: 0.0001"
+    ]
+    assert cli.describe_settings(None) is None
+
+
 def test_names_that_other_programs_have():
     assert refused("dir", "--lr", "1") == "--lr: unknown setting. Here it is --train.learning_rate."
     assert refused("dir", "--steps", "1").endswith(" Here it is --train.max_steps.")
