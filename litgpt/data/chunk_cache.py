@@ -73,6 +73,15 @@ class ChunkCache:
                     make(temporary)
         return path
 
+    def discard(self, name: str, descriptor: int) -> None:
+        """Take a damaged chunk away, and close its descriptor; who asks for it next makes it again."""
+        path = self.folder / name
+        with _locked(self.folder / f"{name}.lock", True):
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):  # and no process has done so already
+                    path.unlink()
+            os.close(descriptor)
+
     def make_room(self, size: int) -> bool:
         """Remove what was used least recently until there is room for `size` bytes; whether there is."""
         self.directory.mkdir(parents=True, exist_ok=True)

@@ -73,15 +73,30 @@ class ChunkStore:
                 check_sum(path, info, str(path))
                 self._checked.add(number)
         else:
-            path, held = self._cache.hold(info.filename, info.num_bytes, lambda path: self._fetch(info, path, True))
-            ids = open_chunk(path, info, self.index.dtype)
-            self._held[number] = held
+            ids, self._held[number] = self._cached_chunk(info, number in self._checked)
+            self._checked.add(number)
         self._open[number] = ids
         while len(self._open) > OPEN_CHUNKS:
             last, _ = self._open.popitem(last=False)
             if (held := self._held.pop(last, None)) is not None:
                 os.close(held)
         return ids
+
+    def _cached_chunk(self, info: ChunkInfo, was_checked: bool) -> tuple[np.ndarray, int]:
+        """A chunk in the cache and the descriptor that keeps it there; one that lies there damaged is fetched again."""
+        for attempt in (1, 2):
+            path, held = self._cache.hold(info.filename, info.num_bytes, lambda path: self._fetch(info, path, True))
+            try:
+                ids = open_chunk(path, info, self.index.dtype)
+                if not was_checked:
+                    check_sum(path, info, str(path))
+            except ValueError:
+                self._cache.discard(info.filename, held)
+                if attempt == 2:
+                    raise
+            else:
+                return ids, held
+        raise AssertionError("unreachable")
 
     def prefetch(self, numbers: Iterable[int]) -> None:
         """Have chunks fetched in the background that are not in the cache yet, in this order."""

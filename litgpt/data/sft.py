@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from litgpt.checkpoint import atomic_directory
 from litgpt.data.base import DataModule, LengthGroupedSampler, StreamSampler, stream_loader
+from litgpt.data.cache_sums import is_whole, write_sums
 from litgpt.data.packing import Collate, Rows, pack
 from litgpt.data.record_files import content_hash, read_records
 from litgpt.data.records import Conversation, Message, read_conversations
@@ -142,7 +143,7 @@ class SFTData(DataModule):
     def prepare_data(self) -> None:
         self.download()
         directory = self._directory()
-        if (directory / CHOICE).is_file():
+        if is_whole(directory, CHOICE, "sample cache"):
             return
         splits = self._split()
         is_chat = any(conversation.is_chat for split in splits.values() for conversation in split)
@@ -161,6 +162,7 @@ class SFTData(DataModule):
                 self._write(temporary / name, conversations, encoded, encoder)
             choice = {"is_chat": is_chat, "mask_prompt": mask_prompt, "end": encoder.end}
             (temporary / CHOICE).write_text(json.dumps(choice), encoding="utf-8")
+            write_sums(temporary)
 
     def setup(self, stage: str = "") -> None:
         directory = self._directory()

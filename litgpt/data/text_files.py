@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from litgpt.data.base import DataModule, stream_loader
+from litgpt.data.cache_sums import is_whole
 from litgpt.data.document_marks import DocumentMarks
 from litgpt.data.text_reading import Piece, encode_texts, hold_out, read_chunks, spelled_tokens, whole
 from litgpt.data.token_stream import TokenBlocks, TokenFile
@@ -160,7 +161,7 @@ class TextFiles(DataModule):
         for piece in pieces:
             digest.update(f"{piece.start} {content_hash(piece)}".encode())
         directory = Path(self.cache_dir or cache_directory()).expanduser() / "tokens" / digest.hexdigest()[:32]
-        if make and not (directory / "index.json").is_file():
+        if make and not is_whole(directory, "index.json", "token cache"):
             start = time.perf_counter()
             tokens = TokenFile.write(directory, tokenize(pieces, self._tokenizer), self._tokenizer.vocab_size)
             size, seconds = sum(piece.size for piece in pieces) / 1e6, time.perf_counter() - start

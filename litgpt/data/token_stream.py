@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from litgpt.checkpoint import atomic_directory
+from litgpt.data.cache_sums import write_sums
 from litgpt.data.document_marks import DocumentMarks
 
 TOKENS_FILE = "tokens.bin"
@@ -45,6 +46,7 @@ class TokenFile:
                     count += len(piece)
             index = {"dtype": dtype.str, "count": count, "vocab_size": vocab_size}
             (temporary / INDEX_FILE).write_text(json.dumps(index), encoding="utf-8")
+            write_sums(temporary)
         return cls(directory)
 
     def __len__(self) -> int:

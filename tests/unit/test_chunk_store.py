@@ -12,6 +12,7 @@ from litgpt.data.chunk_cache import ChunkCache
 from litgpt.data.chunk_store import ChunkStore
 from litgpt.data.object_store import StoreError, read_small
 from litgpt.training.batches import BatchStream
+from tests.data_damage import flip
 from tests.s3_server import connect, serve_s3
 from tests.token_data import write_tokens
 
@@ -57,6 +58,20 @@ def test_chunks_of_a_bucket_are_fetched_once(s3, tmp_path, cache):
             assert (store.open(number) == expected).all()
     assert s3.gets["chunk-0-0.bin"] == 1
     assert not list((tmp_path / "cache").rglob(".*"))
+
+
+def test_a_chunk_that_is_damaged_in_the_cache_is_fetched_again(s3, tmp_path, cache):
+    address, ids = uploaded(s3, tmp_path, [50_000, 700])
+    first = ChunkStore(address, cache)  # it goes on with what it has open
+    assert (first.open(0) == ids[0]).all()
+    (chunk,) = (tmp_path / "cache").rglob("chunk-0-0.bin")
+    flip(chunk, 70_000)
+    for _ in range(2):
+        assert (ChunkStore(address, cache).open(0) == ids[0]).all()
+    assert s3.gets["chunk-0-0.bin"] == 2
+    chunk.write_bytes(b"")
+    assert (ChunkStore(address, cache).open(0) == ids[0]).all()
+    assert s3.gets["chunk-0-0.bin"] == 3
 
 
 def test_a_connection_that_breaks_in_a_chunk_is_taken_up_again(s3, tmp_path, cache):

@@ -9,14 +9,17 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import litgpt.data.cache_sums as cache_sums
 import litgpt.data.text_files as text_files
 import litgpt.data.text_reading as text_reading
 from litgpt.data import DataModule, StreamSampler, TextFiles, stream_loader
+from litgpt.data.cache_sums import damage_in, write_sums
 from litgpt.data.token_stream import TokenBlocks, TokenFile
 from litgpt.data.tokenizer_training import train_tokenizer
 from litgpt.resources import cache_directory
 from litgpt.tokenizer import Tokenizer
 from litgpt.training.batches import BatchStream, micro_batch
+from tests.data_damage import flip
 
 TEXT = Path(__file__).parents[2] / "config_hub/pretrain/data/shakespeare.txt"
 
@@ -225,8 +228,42 @@ def test_a_broken_tokenisation_leaves_no_cache(folder, tokenizer, cache, monkeyp
     module(folder, tokenizer)
 
 
-def test_a_damaged_cache_is_named(folder, tokenizer, cache):
+@pytest.mark.parametrize("name", ["tokens.bin", "index.json", "sums.json"])
+def test_a_damaged_cache_is_made_again(name, folder, tokenizer, cache, capsys):
+    tokens, places = module(folder, tokenizer)._train.tokens.tolist(), sorted(cache.glob("tokens/*"))
+    for file in cache.glob(f"tokens/*/{name}"):
+        flip(file, file.stat().st_size // 2, bit=7)
+    capsys.readouterr()
+    assert module(folder, tokenizer)._train.tokens.tolist() == tokens
+    assert sorted(cache.glob("tokens/*")) == places
+    assert capsys.readouterr().out.count(f"is damaged ({name} is not as it was written") == 2
     module(folder, tokenizer)
+    assert "damaged" not in capsys.readouterr().out
+
+
+def test_a_large_cache_is_looked_at_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_sums, "_PART", 1000)
+    monkeypatch.setattr(cache_sums, "_BLOCK", 500)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/b").write_bytes(bytes(2500))
+    (tmp_path / "empty").write_bytes(b"")
+    write_sums(tmp_path)
+    assert damage_in(tmp_path) is None
+    flip(tmp_path / "a/b", 2400)
+    assert damage_in(tmp_path) == "a/b is not as it was written"
+    (tmp_path / "a/b").write_bytes(bytes(2400))
+    assert damage_in(tmp_path) == "a/b has 2,400 bytes, not 2,500"
+    (tmp_path / "a/b").unlink()
+    assert damage_in(tmp_path) == "b is missing"
+
+
+def test_a_cache_of_before_there_were_sums_is_taken_by_its_size(folder, tokenizer, cache, monkeypatch):
+    module(folder, tokenizer)
+    for file in cache.glob("tokens/*/sums.json"):
+        file.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(text_files, "tokenize", lambda *args: 1 / 0)
+        module(folder, tokenizer)
     for file in cache.glob("tokens/*/tokens.bin"):
         file.write_bytes(file.read_bytes()[:-2])
     with pytest.raises(ValueError, match=r"token cache .* is damaged"):
