@@ -174,7 +174,7 @@ def setup(
         hosts = ["*"]
     service.requests.write = say if access_log else None
     app = create_app(service, api_path=path, stream=stream, api_key=api_key, hosts=hosts, origins=origins)
-    server = Server(app, service, load, grace=shutdown_timeout)
+    server = Server(app, service, load, grace=shutdown_timeout, say=say)
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     say(f"Listening on {where} ({path}, /v1, /health, /metrics, /docs, the chat page at /)")
     if api_key is None and not is_loopback(host):

@@ -37,6 +37,7 @@ class Server(uvicorn.Server):
         load: Loads the models, in a thread of its own, and may take its time.
         limits: What clients may take.
         grace: How many seconds what is running has to finish.
+        say: Is told what the end waits for.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Server(uvicorn.Server):
         load: Callable[[], list[ServedModel]],
         limits: Limits | None = None,
         grace: float = GRACE,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
         limits = limits or Limits()
         # Not what else may be installed (uvloop, httptools): it was not quicker, and has no limit on headers. Requests
@@ -62,7 +64,7 @@ class Server(uvicorn.Server):
                 timeout_keep_alive=limits.idle,
             )
         )
-        self.service, self.grace, self._load = service, grace, load
+        self.service, self.grace, self._load, self._say = service, grace, load, say
         self.connections = Connections(limits, service.requests.note)
         service.capacity = min(service.capacity, max(1, self.connections.most - SPARE))
         self._failure: BaseException | None = None
@@ -125,6 +127,8 @@ class Server(uvicorn.Server):
         """A signal has come; called in a thread of its own, which nothing holds up."""
         if not self.should_exit:
             self.stop()
+            if count := self.service.taken:
+                self._say(f"Finishing {count} answers, for at most {self.grace:g} seconds. Ctrl-C ends it at once.")
             self._end_process_after(self.grace + 3 * SECOND, code=0)
         elif sig == signal.SIGINT:
             self._is_interrupted = True
@@ -152,6 +156,8 @@ class Server(uvicorn.Server):
 
     async def _end_in_time(self) -> None:
         await asyncio.sleep(self.grace)
+        if count := self.service.taken:
+            self._say(f"{count} answers were not finished within {self.grace:g} seconds (--shutdown_timeout).")
         self.service.stop()
         await asyncio.sleep(SECOND)
         self._end_at_once()

@@ -226,7 +226,10 @@ def test_whatever_it_is_busy_with_a_signal_ends_it(chat_directory, place, leaves
         connection.close()
 
 
-@pytest.mark.parametrize("place", [("served.ServedModel", "encode"), ("service.Service", "model")])
+ENTERED = ("served.Worker", "submit")  # counts as being answered
+
+
+@pytest.mark.parametrize("place", [("served.ServedModel", "encode"), ("service.Service", "model"), ENTERED])
 def test_two_interrupts_end_it_at_once(chat_directory, place):
     (module, _, name), method = place[0].partition("."), place[1]
     with stuck(chat_directory, module, name, method, "--shutdown_timeout", "100000") as (process, url):
@@ -234,6 +237,8 @@ def test_two_interrupts_end_it_at_once(chat_directory, place):
         with connect(url, POST):
             until(process, "stuck")
             process.send_signal(signal.SIGINT)
+            if method == "submit":
+                until(process, "Finishing 1 answers, for at most 100000 seconds. Ctrl-C ends it at once.")
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(1)
             process.send_signal(signal.SIGINT)
