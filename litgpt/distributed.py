@@ -286,6 +286,17 @@ def whole_parameters(module: nn.Module) -> Iterator[None]:
             part.reshard()
 
 
+def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters by name, each as an optimizer has it: of one that `shard_module` has sharded, the sharded one. (A
+    forward pass without a backward one leaves whole ones in its place.)"""
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+    return list(module.named_parameters())
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether some parameters are spread over devices."""
     from torch.distributed.tensor import DTensor

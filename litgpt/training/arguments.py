@@ -21,7 +21,8 @@ class TrainArgs:
     save_interval: int | None = 1000
     """Optimizer steps between checkpoints; null saves only the final one"""
     log_interval: int = 1
-    """Optimizer steps between log lines; between them the device is never waited for"""
+    """Optimizer steps between log lines; between them the device is not waited for, unless the optimizer is none of
+    torch's fused ones"""
     global_batch_size: int = 64
     """Sequences per optimizer step, over all devices; the last step of an epoch has what is left"""
     micro_batch_size: int = 4
@@ -45,6 +46,9 @@ class TrainArgs:
     """Whether the output head shares the token embedding's weights; null takes what the model or checkpoint has"""
     max_norm: float | None = None
     """Gradients are scaled down to at most this norm; null does not clip"""
+    skip_nonfinite: int | None = None
+    """Steps in a row whose gradient may be NaN or infinite: they are passed over without an update, and counted, and
+    one more ends the run; null ends it at the first. (With 16-mixed, the loss scaler passes over them)"""
     lr_schedule: LRSchedule = "cosine"
     """How the learning rate goes on after the warmup: down to min_lr along half a cosine or a line, constant, or
     constant and then down along a line (warmup-stable-decay)"""
@@ -81,7 +85,7 @@ class TrainArgs:
             _check_at_least(f"train.{name}", getattr(self, name), 1)
         for name in (
             *("save_interval", "max_tokens", "max_steps", "max_seq_length"),
-            *("lr_decay_iters", "gradient_accumulation_iters", "keep_last"),
+            *("lr_decay_iters", "gradient_accumulation_iters", "keep_last", "skip_nonfinite"),
         ):
             _check_at_least(f"train.{name}", getattr(self, name), 1)
         if self.epochs is not None and not 0 < self.epochs < math.inf:

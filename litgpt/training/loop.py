@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from litgpt.checkpoint import SaveError, atomic_directory
-from litgpt.distributed import draw_apart, gathered, gathered_objects
+from litgpt.distributed import draw_apart, gathered_objects
 from litgpt.training.arguments import EvalArgs, TrainArgs
 from litgpt.training.batches import BatchStream, MicroBatch
 from litgpt.training.criterion import LOSS, Criterion
+from litgpt.training.gradients import Gradients
 from litgpt.training.loss import NATS_PER_TOKEN
 from litgpt.training.metrics import val_column
 from litgpt.training.recorder import Recorder, figures_in_words, metrics_in_words
@@ -36,7 +37,7 @@ NEVER = 1 << 62
 
 
 class TrainingDiverged(ValueError):
-    """The loss is no longer a number."""
+    """The loss or its gradient is no longer a number."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def fit(
         run: Settings, and where results go.
 
     Raises:
-        TrainingDiverged: The loss is NaN or infinite; no such state is saved.
+        TrainingDiverged: The loss or its gradient is NaN or infinite; nothing of that reaches the weights.
         SaveError: A checkpoint could not be written; earlier ones are untouched.
     """
     train, evaluation, recorder = run.train, run.evaluation, run.recorder
@@ -121,6 +122,7 @@ def fit(
             f"--eval.patience {evaluation.patience}: there is no validation data. Add some, or leave it out."
         )
     watch = LossWatch(fabric)
+    gradients = Gradients(fabric, loss_module, inner, train.skip_nonfinite or 0, progress)
     count = TokenCount(fabric, progress, recorder)
 
     def validation() -> dict[str, float]:
@@ -129,7 +131,7 @@ def fit(
 
     def save(directory: Path) -> None:
         with recorder.off_the_clock():
-            watch.check(run.directory)
+            check_finite(watch, gradients, run, progress)
             count.settle()
             progress.seconds = recorder.seconds
             save_checkpoint(fabric, gpt, inner, progress, run, directory)
@@ -146,13 +148,15 @@ def fit(
             learning_rate = run.schedule.apply(inner, progress.step)
             step_batches = [batch.checked(gpt.config.padded_vocab_size) for batch in batches.next_step(accumulation)]
             sums, terms = accumulate_gradients(fabric, model, step_batches)
-            grad_norm = clip_gradients(fabric, model, optimizer, train.max_norm, wanted=logs)
-            optimizer.step()
-            optimizer.zero_grad()
             progress.step += 1
             progress.iteration += len(step_batches)
             progress.position = batches.position
-            watch.see(sums[:, 0], progress.step, step_batches)
+            grad_norm = gradients.prepare(progress.step, train.max_norm, wanted=logs)
+            losses = torch.where(gradients.left_out, 0, sums[:, 0]) if train.skip_nonfinite else sums[:, 0]
+            watch.see(losses, progress.step, step_batches)
+            if gradients.step(optimizer):
+                check_finite(watch, gradients, run, progress)
+            optimizer.zero_grad()
             count.add(step_batches)
 
             # From here on the device may be waited for, but only in steps that log, validate or save.
@@ -162,10 +166,10 @@ def fit(
             final = stop == FINISHED and evaluation.final_validation
             validates = bool(val_batches) and (progress.step % evaluation.interval == 0 or final)
             if logs or validates or stop:
-                watch.check(run.directory)
+                check_finite(watch, gradients, run, progress)
                 count.settle()
                 loss, *figures = (sum_over_ranks(fabric, sums.sum(dim=0)) / terms).tolist()
-                norm = None if grad_norm is None else gathered(grad_norm).item()
+                norm = None if grad_norm is None else grad_norm.item()
                 row = recorder.step(progress, batches.epoch, loss=loss, learning_rate=learning_rate, grad_norm=norm)
                 row |= zip(loss_module.figures, figures, strict=True)
                 if validates:
@@ -183,6 +187,8 @@ def fit(
         checkpoint = run.directory.final if interrupted is None else run.directory.step(progress.step)
         if started_as is None or checkpoint != run.resume:
             save(checkpoint)
+    if progress.skipped:
+        recorder.console.print(f"Steps without an update, since their gradient was not finite: {progress.skipped}")
     if progress.best_step is not None and run.directory.best.is_dir():
         recorder.console.print(best_line(run, progress))
     return Outcome(progress, checkpoint, interrupted)
@@ -212,16 +218,6 @@ def accumulate_gradients(fabric: Fabric, model: nn.Module, batches: list[MicroBa
             fabric.backward(batch_sums[0] * scale)
         sums.append(batch_sums.detach().float())
     return torch.stack(sums), terms
-
-
-def clip_gradients(
-    fabric: Fabric, model: nn.Module, optimizer: Any, max_norm: float | None, wanted: bool
-) -> Tensor | None:
-    """Scale the gradients down to `max_norm`; the norm before that, if it was computed."""
-    if max_norm is None and not wanted:
-        return None
-    limit = math.inf if max_norm is None else max_norm
-    return fabric.clip_gradients(model, optimizer, max_norm=limit, error_if_nonfinite=False)
 
 
 def stop_reason(
@@ -335,13 +331,32 @@ class LossWatch:
             return
         step, batch = self.unchecked[int(first)]
         culprits = gathered_objects(self.fabric, batch if int(self.first_bad) == int(first) else None)
-        newest = directory.newest()
-        last = f"The last good checkpoint is {newest}; resume from it" if newest else "There is no checkpoint; restart"
         raise TrainingDiverged(
             f"The loss became NaN or infinite at step {step}, in the {' and the '.join(filter(None, culprits))}. "
-            f"{last} with a smaller --optimizer.lr, a longer --train.lr_warmup_steps, or clipped "
-            "gradients (--train.max_norm 1.0)."
+            f"{what_to_do(directory)}"
         )
+
+
+def check_finite(watch: LossWatch, gradients: Gradients, run: Run, progress: Progress) -> None:
+    """Stop training where a loss, or too many gradients, seen so far were no numbers. Every rank must call this."""
+    failure = gradients.failure()
+    if failure is None:
+        note = gradients.settle()
+        if note is not None:
+            run.recorder.console.print(f"step {progress.step} | {note}")
+    watch.check(run.directory)  # it knows the samples
+    if failure is not None:
+        raise TrainingDiverged(f"{failure} {what_to_do(run.directory)}")
+
+
+def what_to_do(directory: RunDirectory) -> str:
+    """The ways out for a run that cannot go on."""
+    newest = directory.newest()
+    last = f"The last good checkpoint is {newest}; resume from it" if newest else "There is no checkpoint; restart"
+    return (
+        f"{last} with a smaller --optimizer.lr, a longer --train.lr_warmup_steps, clipped gradients (--train.max_norm "
+        "1.0), or leave to pass over a few such steps (--train.skip_nonfinite 5)."
+    )
 
 
 def validate_and_tell(

@@ -40,6 +40,10 @@ class Progress:
     """What decides which samples these are; None in checkpoints of before it was noted"""
     seconds: float = 0.0
     """Time spent training"""
+    skipped: int = 0
+    """Steps without an update, since their gradient was not finite"""
+    skipped_in_row: int = 0
+    """Of these, the last ones, if the last step is one"""
     val_loss: float | None = None
     """The last validation loss"""
     best_by: str = LOSS

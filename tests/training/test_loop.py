@@ -11,10 +11,12 @@ from litgpt.config import Config
 from litgpt.model import GPT
 from litgpt.training.arguments import EvalArgs
 from litgpt.training.batches import micro_batch
-from litgpt.training.loop import TrainingDiverged, accumulate_gradients, clip_gradients
+from litgpt.training.gradients import Gradients
+from litgpt.training.loop import TrainingDiverged, accumulate_gradients
 from litgpt.training.loss import NextTokenLoss
 from litgpt.training.metrics import COLUMNS, flops_per_token
 from litgpt.training.optimizers import OptimizerSpec
+from litgpt.training.state import Progress
 from tests.training.conftest import SHAPE, deterministic
 
 
@@ -67,15 +69,15 @@ def test_gradient_is_that_of_the_mean_over_target_tokens():
         torch.testing.assert_close(whole[name], parameter.grad, msg=name)
 
 
-def test_clipping():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_clipping(dtype):
     fabric = Fabric(accelerator="cpu", devices=1)
-    model = torch.nn.Linear(3, 1, bias=False)
-    wrapped, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=1.0))
-    for max_norm, wanted, norm, after in ((1.0, False, 5.0, 1.0), (9.0, False, 5.0, 5.0), (None, True, 5.0, 5.0)):
-        model.weight.grad = torch.tensor([[3.0, 4.0, 0.0]])
-        assert clip_gradients(fabric, wrapped, optimizer, max_norm, wanted).item() == norm
-        assert model.weight.grad.norm().item() == pytest.approx(after, rel=1e-5)
-    assert clip_gradients(fabric, wrapped, optimizer, None, False) is None
+    model = torch.nn.Linear(3, 1, bias=False, dtype=dtype)
+    gradients = Gradients(fabric, model, torch.optim.SGD(model.parameters(), lr=1.0), 0, Progress())
+    for max_norm, norm, after in ((1.0, 5.0, 1.0), (9.0, 5.0, 5.0), (None, 5.0, 5.0)):
+        model.weight.grad = torch.tensor([[3.0, 4.0, 0.0]], dtype=dtype)
+        assert gradients.prepare(1, max_norm, wanted=True).item() == norm
+        assert model.weight.grad.norm().item() == pytest.approx(after, rel=1e-5 if dtype != torch.bfloat16 else 1e-2)
 
 
 @pytest.mark.parametrize(
