@@ -11,8 +11,8 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 import litgpt
-from litgpt.slow_imports import announce
 from litgpt.secret import command_line, hide
+from litgpt.slow_imports import announce
 
 
 class Command(NamedTuple):
@@ -118,6 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(command_line() if argv is None else argv)
     debug = "--debug" in argv or os.environ.get("LITGPT_DEBUG", "0") not in ("", "0")
     argv = [argument for argument in argv if argument != "--debug"]
+    code = 1
     try:
         code = dispatch(argv)
         sys.stdout.flush()  # a closed pipe shows here and not in the interpreter's own exit
@@ -126,11 +127,13 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(exit.code, str):
             print(exit.code, file=sys.stderr)
             return 1
-        return exit.code or 0
-    except KeyboardInterrupt:
+        code = exit.code or 0
+        return code
+    except KeyboardInterrupt as interrupt:
         if debug:
             print_traceback()
-        print("\nInterrupted.", file=sys.stderr)
+        if first_cause(interrupt) is not None:
+            print("\nInterrupted.", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output (`| head`) has gone. Nothing more can be written, not even at exit.
@@ -141,6 +144,15 @@ def main(argv: list[str] | None = None) -> int:
         return 141
     except Exception as error:
         return report(error, debug)
+    finally:
+        if "litgpt.launcher" in sys.modules:
+            sys.modules["litgpt.launcher"].end(failed=code != 0)
+
+
+def first_cause(error: BaseException) -> BaseException | None:
+    """What to say of an error; None where this is one of several processes, and another one says it."""
+    launcher = sys.modules.get("litgpt.launcher")  # only a run on several devices has imported it
+    return error if launcher is None else launcher.first_cause(error)
 
 
 def dispatch(argv: list[str]) -> int:
@@ -203,17 +215,22 @@ def load(target: str) -> Callable[..., Any]:
 
 def report(error: Exception, debug: bool) -> int:
     """Say on stderr what went wrong, as fits its cause, and return the exit code."""
+    if debug:
+        print_traceback()
+    cause = first_cause(error)
+    if cause is None:
+        return getattr(error, "exit_code", 1)
+    error = cause
     message = user_message(error)
     if message is None:
-        print_traceback()
+        if not debug:
+            print_traceback()
         print(
             f"error: {type(error).__name__}: {hide(str(error))}\nThis looks like a bug in litgpt, not a mistake of "
             "yours: please report it with the traceback above.",
             file=sys.stderr,
         )
         return 1
-    if debug:
-        print_traceback()
     print(f"error: {hide(message)}", file=sys.stderr)
     return getattr(error, "exit_code", 1)
 

@@ -355,7 +355,19 @@ def describe_devices(fabric: Fabric) -> str:
     else:
         name = f"CPU process with {torch.get_num_threads()} thread(s)"
     strategy = {"ModelParallelStrategy": ", FSDP2", "DDPStrategy": ", DDP"}.get(type(fabric.strategy).__name__, "")
-    return f"{fabric.world_size} x {name}, {precision_of(fabric)}{strategy}"
+    line = f"{fabric.world_size} x {name}, {precision_of(fabric)}{strategy}"
+    here, cores = len(getattr(fabric.strategy, "parallel_devices", None) or [0]), usable_cores()
+    if device.type == "cpu" and here > cores:
+        line += (
+            f"\nNote: {here} processes share {cores} CPU core(s) here, and each holds what a device would: that is "
+            f"slower than --devices {cores} or fewer, and takes more memory. It shows what as many GPUs would do."
+        )
+    return line
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def precision_of(fabric: Fabric) -> str:

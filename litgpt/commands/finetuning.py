@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from litgpt import cli, distributed
+from litgpt import cli, distributed, launcher
 from litgpt.checkpoint import copy_companion_files, resolve_checkpoint_dir
 from litgpt.commands.download import download
 from litgpt.commands.pretrain import choose_logger, plan_lines, sequence_length, stop_early
@@ -176,7 +176,7 @@ class Finetuning:
         self.tokens = sequence_length(train, self.config)
 
         self.fabric = distributed.make_fabric(options.devices, options.num_nodes, precision, options.strategy)
-        self.fabric.launch()
+        launcher.launch(self.fabric)
         self.console = Console(self.fabric.global_rank == 0)
         if options.log.save_logs and not options.dry_run:
             self.console.save_to(self.out_dir / LOGS_FILE, append=self.checkpoint is not None)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from litgpt import cli, distributed
+from litgpt import cli, distributed, launcher
 from litgpt.checkpoint import copy_companion_files, resolve_checkpoint_dir, save_model
 from litgpt.cli import ConfigOverrides
 from litgpt.commands.download import download
@@ -139,7 +139,7 @@ def setup(
         tokenizer_dir = data.tokenizer_dir()
 
     fabric = distributed.make_fabric(devices, num_nodes, precision, strategy)
-    fabric.launch()
+    launcher.launch(fabric)
     checkpoint = fabric.broadcast(checkpoint)
     console = Console(fabric.global_rank == 0)
     if log.save_logs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from litgpt.data.order import ORDER_VERSION, KeyedPermutation
+from litgpt.distributed import usable_cores
 from litgpt.secret import is_secret
 
 if TYPE_CHECKING:
@@ -194,11 +194,7 @@ def stream_loader(
     return DataLoader(
         dataset,
         batch_sampler=sampler,
-        num_workers=min(num_workers, _cores()),
+        num_workers=min(num_workers, usable_cores()),
         collate_fn=collate_fn,
         pin_memory=torch.cuda.is_available(),
     )
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -56,8 +56,7 @@ def serve() -> None:
 
     for line in sys.stdin:
         job = json.loads(line)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         ranks = {}
         for rank in (0, 1):
             pid = os.fork()
@@ -72,6 +71,12 @@ def serve() -> None:
                 for pid in ranks:
                     os.kill(pid, signal.SIGKILL)
         print(json.dumps(codes), flush=True)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
 
 
 def become(rank: int, port: int, argv: list[str], environment: dict[str, str], output: str) -> None:
