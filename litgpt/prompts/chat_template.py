@@ -1,22 +1,18 @@
-"""A checkpoint's own Jinja chat template, rendered in Jinja's sandbox as `transformers` renders it."""
+"""A checkpoint's own Jinja chat template, rendered as `transformers` renders it."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 from litgpt.prompts.call_form import CallForm, find_call_form
+from litgpt.prompts.rendering import check_template, render_template
 from litgpt.prompts.styles import Message, PromptStyle, Tokenizer
 from litgpt.suggest import did_you_mean
 from litgpt.untrusted import FETCH_AGAIN, read_json_object, read_text
-
-if TYPE_CHECKING:
-    import jinja2
 
 DEFAULT = "default"
 END_MARK = "\ufdd2 "  # a Unicode noncharacter and a space: tells where a message ends in the text of a conversation
@@ -51,7 +47,7 @@ class ChatTemplate(PromptStyle):
         self.special_tokens = dict(special_tokens or {})
         self.chosen = chosen
         for source in self.templates.values():
-            _compile(source)
+            check_template(source)
 
     def named(self, name: str) -> ChatTemplate:
         """The same with one of its templates, whether tools are given or not.
@@ -198,15 +194,8 @@ def _without_nulls(message: Message) -> dict[str, Any]:
 
 
 def _render(source: str, messages: Sequence[Message], add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
-    template = _compile(source)
-    try:
-        return template.render(
-            messages=[dict(message) for message in messages],
-            add_generation_prompt=add_generation_prompt,
-            **{"tools": None, "documents": None, **variables},
-        )
-    except Exception as error:  # of Jinja, or of what the template does with values of other types than it expects
-        raise ValueError(f"The checkpoint's chat template refuses this conversation: {error}") from error
+    given = {"messages": [dict(message) for message in messages], "add_generation_prompt": add_generation_prompt}
+    return render_template(source, {"tools": None, "documents": None, **variables, **given})
 
 
 @lru_cache
@@ -223,55 +212,3 @@ def _closing(source: str, special_tokens: tuple[tuple[str, str], ...]) -> str:
         return _render(source, messages, False, dict(special_tokens)).rpartition(ANSWER)[2]
     except ValueError:
         return ""
-
-
-# -- the sandbox
-
-
-@lru_cache
-def _compile(source: str) -> jinja2.Template:
-    import jinja2
-
-    try:
-        return _environment().from_string(source)
-    except (jinja2.TemplateError, RecursionError, SyntaxError, ArithmeticError, TypeError, ValueError) as error:
-        # Jinja makes a Python program of it, nested as deep, and computes what is constant in it.
-        raise ValueError(f"The checkpoint's chat template is not valid Jinja: {error}") from None
-
-
-@lru_cache
-def _environment() -> jinja2.Environment:
-    """What the templates on the Hub are written for: the options and names that `transformers` gives them."""
-    from jinja2 import nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class GenerationBlock(Extension):
-        """`{% generation %}...{% endgeneration %}` marks what the model wrote; for rendering it is just its content."""
-
-        tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
-
-        def parse(self, parser: Any) -> nodes.Node:
-            line = next(parser.stream).lineno
-            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationBlock]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    return environment
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-):
-    """Plain JSON: Jinja's own filter escapes for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    import jinja2
-
-    raise jinja2.TemplateError(message)

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from litgpt.llm import LLM
-from tests import checkpoint_files
+from litgpt.prompts import rendering
+from tests import checkpoint_files, tokenizer_files
 
 CODE = "planted.Planted"
 OUTSIDE = "../outside"
@@ -94,3 +95,21 @@ def test_a_model_config(litgpt, directory):
     assert (result.code, "norm_class_name" in result.err) == (1, True)
     Path("model_config.yaml").write_text(f"{content}name: !!python/object/apply:planted.Planted []\n")
     assert litgpt("generate", ".").code == 1
+
+
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+AFTER_A_WORD = "{% if messages[0].content == 'Hello' %}" + LOOPS + "{% endif %}" + tokenizer_files.CHATML
+
+
+@pytest.mark.parametrize("template", [LOOPS, AFTER_A_WORD])
+def test_a_template_that_does_not_end(template, litgpt, tmp_path, monkeypatch):
+    monkeypatch.setattr(rendering, "SECONDS", 0.3)
+    monkeypatch.chdir(tmp_path)
+    checkpoint_files.chat_model(tmp_path / "model", template=template)
+    Path("data.json").write_text(json.dumps([{"instruction": "Hello", "output": "Hello"}] * 100))
+    data = ("--data", "JSON", "--data.json_path", "data.json", "--dry_run", "true")
+    for command in (("generate", "model", "--prompt", "Hello"), ("finetune_lora", "model", *data)):
+        result = litgpt(*command)
+        assert result.code == 1
+        assert "chat template takes more than 0.3 seconds of processor time" in result.err
+        assert "Traceback" not in result.err
