@@ -75,8 +75,17 @@ class Console:
             self.print(line)
             return
         self.bar.set_postfix_str(", ".join(f"{name} {value}" for name, value in figures.items()), refresh=False)
-        self.bar.update(step - self.bar.n)
+        self._move(step)
         self._record(line)
+
+    def within_step(self, step: int, done: int, of: int) -> None:
+        """Move the bar between the end of `step` and that of the next, of whose parts so many are done."""
+        if self.bar is not None and done < of:
+            self._move(round(step + done / of, 2))
+
+    def _move(self, place: float) -> None:
+        self.bar.n = place
+        self.bar.update(0)
 
     def close_bar(self) -> None:
         if self.bar is not None:

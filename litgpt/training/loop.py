@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,7 +140,10 @@ def fit(
     for loader in (batches.loader, val_batches):
         shield_workers(loader)
     model.train()
-    with StopSignals() as signals, recorder.running(progress, run.total_steps, resumed=run.resume is not None):
+    with (
+        StopSignals(recorder.console.active) as signals,
+        recorder.running(progress, run.total_steps, resumed=run.resume is not None),
+    ):
         if evaluation.initial_validation and val_batches and progress.step == 0:
             recorder.write({"step": 0, **validation()}, None)
         stop = started_as = stop_reason(fabric, run, progress, batches, signals)
@@ -147,7 +151,8 @@ def fit(
             logs = (progress.step + 1) % train.log_interval == 0
             learning_rate = run.schedule.apply(inner, progress.step)
             step_batches = [batch.checked(gpt.config.padded_vocab_size) for batch in batches.next_step(accumulation)]
-            sums, terms = accumulate_gradients(fabric, model, step_batches)
+            moved = partial(recorder.console.within_step, progress.step, of=len(step_batches))
+            sums, terms = accumulate_gradients(fabric, model, step_batches, moved)
             progress.step += 1
             progress.iteration += len(step_batches)
             progress.position = batches.position
@@ -194,9 +199,17 @@ def fit(
     return Outcome(progress, checkpoint, interrupted)
 
 
-def accumulate_gradients(fabric: Fabric, model: nn.Module, batches: list[MicroBatch]) -> tuple[Tensor, Tensor | int]:
+def accumulate_gradients(
+    fabric: Fabric, model: nn.Module, batches: list[MicroBatch], moved: Callable[[int], None] | None = None
+) -> tuple[Tensor, Tensor | int]:
     """Add up the gradient of one optimizer step: that of the loss per term (target token) over all micro-batches and
     ranks.
+
+    Args:
+        fabric: The devices.
+        model: A `LossModule`, set up by `fabric`.
+        batches: This rank's micro-batches of the step.
+        moved: Told how many of them are done, after each.
 
     Returns:
         The loss and the further figures of each micro-batch, summed over this rank's terms, (micro-batches, 1 + F)
@@ -217,6 +230,8 @@ def accumulate_gradients(fabric: Fabric, model: nn.Module, batches: list[MicroBa
             batch_sums = model(on_device.idx, on_device.targets, **on_device.inputs).reshape(-1)  # (1 + F,)
             fabric.backward(batch_sums[0] * scale)
         sums.append(batch_sums.detach().float())
+        if moved is not None:
+            moved(number)
     return torch.stack(sums), terms
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -15,16 +17,22 @@ from litgpt.training.console import let_go_of_lost_terminal
 
 # By what the run says that has stopped. SIGHUP comes when a terminal is closed or its connection lost.
 STOP_SIGNALS = {"SIGTERM": "SIGTERM", "SIGINT": "Ctrl-C", "SIGHUP": "SIGHUP"}
+FINISHING = "finishing this step, then saving a checkpoint. Ctrl-C again stops now, without one."
 
 
 class StopSignals:
     """Within `with`, SIGTERM (SLURM, docker stop), SIGHUP and Ctrl-C only ask for a stop, which the loop does after its
     step.
 
-    A second Ctrl-C does not wait for that. A SIGHUP that is ignored, as by nohup, stays so.
+    It is answered at once, since a step may take minutes. A second Ctrl-C does not wait for its end. A SIGHUP that is
+    ignored, as by nohup, stays so.
+
+    Args:
+        answers: Whether this process says so; one of several does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, answers: bool = True) -> None:
+        self.answers = answers
         self.received: str | None = None
         self._before: dict[int, Any] = {}
 
@@ -45,7 +53,11 @@ class StopSignals:
         name = signal.Signals(number).name
         if name == "SIGHUP":
             let_go_of_lost_terminal()
-        self.received = STOP_SIGNALS[name]
+        first, self.received = self.received is None, STOP_SIGNALS[name]
+        if self.answers and first and name != "SIGHUP":  # whose terminal is gone
+            # Not print: what the signal interrupts may be printing.
+            with suppress(OSError):
+                os.write(sys.stderr.fileno(), f"\n{self.received}: {FINISHING}\n".encode())
 
 
 def shield_workers(loader: Any) -> None:

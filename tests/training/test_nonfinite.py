@@ -20,8 +20,8 @@ def break_gradients(patch: pytest.MonkeyPatch, *steps: int, rank: int = 0) -> li
     as they were before each of them."""
     real, calls, before = loop.accumulate_gradients, [], []
 
-    def accumulate(fabric, model, batches):
-        result = real(fabric, model, batches)
+    def accumulate(fabric, model, *others):
+        result = real(fabric, model, *others)
         calls.append(None)
         if len(calls) in steps:
             gpt = getattr(model, "module", model).gpt
