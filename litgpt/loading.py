@@ -10,6 +10,7 @@ from pathlib import Path
 from litgpt.checkpoint import WEIGHTS, hf_weight_files, resolve_checkpoint_dir
 from litgpt.convert import Source, open_checkpoint
 from litgpt.convert.adapted_source import adapt, base_of, holds_adaptation, is_lora
+from litgpt.convert.peft import is_peft_alone
 from litgpt.download import download
 from litgpt.lora import LORA_WEIGHTS
 from litgpt.secret import Secret
@@ -55,8 +56,8 @@ def expect_checkpoint(name_or_path: Path | str) -> None:
 def open_model(name_or_path: Path | str, access_token: Secret | str | None = None) -> Source:
     """Opens the checkpoint that a user means.
 
-    A directory of LoRA or adapter weights beside which there are no merged ones is opened on the model that it says it
-    belongs to.
+    A directory of LoRA or adapter weights beside which there are no merged ones, also of PEFT's, is opened on the model
+    that it says it belongs to.
 
     Raises:
         FileNotFoundError: There is no such checkpoint, or it, or the model it belongs to, lacks something.
@@ -65,6 +66,8 @@ def open_model(name_or_path: Path | str, access_token: Secret | str | None = Non
     path = find_checkpoint(name_or_path, access_token)
     if holds_adaptation(path) and not (path / WEIGHTS).is_file() and not hf_weight_files(path):
         command = "merge_lora DIR --pretrained_checkpoint_dir" if is_lora(path) else "generate_adapter"
+        if is_peft_alone(path):
+            command = f"convert {path} --to litgpt --pretrained_checkpoint_dir"
         remedy = f"If it is elsewhere, `litgpt {command}` takes its place."
         return adapt(open_base(base_of(path), None, path, remedy, access_token), path)
     return open_checkpoint(path)
@@ -96,10 +99,17 @@ def open_base(
     if recorded is None:
         raise ValueError(f"'{adapter}' does not say which model it belongs to. {remedy}")
     try:
-        found = find(recorded)
+        found = find(_recorded_path(recorded, adapter))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"{error} It is the model that '{adapter}' belongs to. {remedy}") from None
     return open_checkpoint(found)
+
+
+def _recorded_path(recorded: str, adapter: Path) -> Path | str:
+    """What is recorded; a path from the adapter's own directory where it is one, and none from here."""
+    near = (adapter if adapter.is_dir() else adapter.parent) / recorded
+    here = (Path(recorded).expanduser(), Path("checkpoints") / recorded)
+    return near if near.exists() and not any(path.exists() for path in here) else recorded
 
 
 def find_lora(path: Path) -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from litgpt.checkpoint.names import COMPANION_FILES, COMPANION_PATTERNS, CONFIG, WEIGHTS
+from litgpt.checkpoint.names import COMPANION_FILES, COMPANION_PATTERNS, CONFIG, PEFT_CONFIG, WEIGHTS
 from litgpt.config import Config
 from litgpt.models import find_known, known_checkpoints
 from litgpt.suggest import did_you_mean, nearly
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from litgpt.checkpoint.weights import Release
     from litgpt.model import GPT
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+_OF_THE_MODEL = ("config.json", "generation_config.json")
 FILES = (".gguf", ".pth", ".safetensors", ".bin", ".json", ".yaml")  # what ends so is no id of the Hub
 
 
@@ -107,17 +109,19 @@ def _complete(path: Path) -> Path:
 def missing_files(path: Path, weights: bool = False) -> list[str]:
     """What a directory lacks to be a checkpoint directory, in words; empty if nothing.
 
-    A directory with just a tokenizer lacks nothing (it serves as `--tokenizer_dir`), unless `weights` are asked for.
+    A directory with just a tokenizer lacks nothing (it serves as `--tokenizer_dir`), nor does one with just a PEFT
+    adapter, unless `weights` are asked for.
     """
     if (path / WEIGHTS).is_file():
         return [] if (path / CONFIG).is_file() else [f"{CONFIG} (the shape of the model in {WEIGHTS})"]
     files = hf_weight_files(path)
+    if not files and (path / PEFT_CONFIG).is_file():
+        remedy = f"`litgpt convert {path} --to litgpt` and then `litgpt merge_lora {path}` put it into its model"
+        return [f"the weights of a model: it holds a PEFT adapter alone ({remedy})"] if weights else []
     if files:
         lost = [f"the weight file {file.name}" for file in files if not file.is_file()]
         return lost + ([] if (path / "config.json").is_file() else ["config.json (the shape of the model)"])
-    if not weights and any(
-        (path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
-    ):
+    if not weights and any((path / name).is_file() for name in _TOKENIZERS):
         return []
     weights_names = f"weights ({WEIGHTS}, *.safetensors or pytorch_model*.bin)"
     if any((path / name).is_file() for name in (CONFIG, "config.json")):
@@ -153,6 +157,20 @@ def copy_companion_files(source: str | Path, destination: str | Path) -> None:
         # A Hub cache holds links; what is copied is the file behind them.
         if (source / name).is_file() and not (destination / name).exists():
             (destination / name).parent.mkdir(exist_ok=True)
+            shutil.copy(source / name, destination / name)
+
+
+def fill_companion_files(source: str | Path, destination: str | Path) -> None:
+    """Copies what an adapter's directory lacks from that of its model.
+
+    The tokenizer's files and its chat template come from one place: files of two tokenizers make none.
+    """
+    source, destination = Path(source), Path(destination)
+    if not any((destination / name).is_file() for name in _TOKENIZERS):
+        copy_companion_files(source, destination)
+        return
+    for name in _OF_THE_MODEL:
+        if (source / name).is_file() and not (destination / name).exists():
             shutil.copy(source / name, destination / name)
 
 

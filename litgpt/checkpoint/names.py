@@ -5,6 +5,7 @@ LORA_WEIGHTS = "lit_model.pth.lora"
 TRAINING_STATE = "training_state.pth"
 CONFIG = "model_config.yaml"
 HYPERPARAMETERS = "hyperparameters.yaml"
+PEFT_CONFIG = "adapter_config.json"
 
 # What belongs to a checkpoint beside weights and model_config.yaml, and follows it when it is finetuned or exported.
 COMPANION_FILES = (

@@ -5,7 +5,8 @@ from pathlib import Path
 from litgpt.checkpoint import resolve_checkpoint_dir
 from litgpt.convert import open_checkpoint
 from litgpt.convert.options import dtype_from_name
-from litgpt.export.lit import is_peft_alone, save_lit
+from litgpt.convert.peft import is_peft_alone
+from litgpt.export.lit import save_lit
 from litgpt.export.peft import save_lora_of_peft
 
 

@@ -9,9 +9,12 @@ from pathlib import Path
 from torch import Tensor
 
 from litgpt.adapter import ADAPTER_FILES, load_adapter, read_adapter
+from litgpt.checkpoint import copy_companion_files, fill_companion_files
+from litgpt.convert import peft
+from litgpt.convert.kept import kept_directory
 from litgpt.convert.quantised_parts import Parts
 from litgpt.convert.source import HEAD, Named, Source, Watch
-from litgpt.lora import LORA_WEIGHTS, merged_weights, read_lora
+from litgpt.lora import LORA_WEIGHTS, LoRASettings, merged_weights, read_lora
 from litgpt.model import GPT
 
 
@@ -38,11 +41,17 @@ class AdaptedSource(Source):
 
 
 class LoRASource(AdaptedSource):
-    """LoRA, merged tensor by tensor as the weights are read."""
+    """LoRA, merged tensor by tensor as the weights are read.
 
-    def __init__(self, base: Source, directory: Path) -> None:
+    Args:
+        base, directory: As for `AdaptedSource`.
+        update: The LoRA matrices by our names.
+        settings: What they are.
+    """
+
+    def __init__(self, base: Source, directory: Path, update: dict[str, Tensor], settings: LoRASettings) -> None:
         super().__init__(base, directory)
-        self.update, self.settings, _ = read_lora(directory)
+        self.update, self.settings = update, settings
         if f"{HEAD.removesuffix('weight')}lora_A" in self.update:
             self.config.tie_embeddings = False  # the embedding has not learned what the head has
 
@@ -67,8 +76,9 @@ class AdapterSource(AdaptedSource):
 
 
 def holds_adaptation(directory: Path) -> bool:
-    """Whether there are weights of LoRA or of an adapter, merged ones beside them or not."""
-    return is_lora(directory) or any((directory / name).is_file() for name in ADAPTER_FILES)
+    """Whether there are weights of LoRA or of an adapter, merged ones beside them or not; also as PEFT holds them."""
+    names = (LORA_WEIGHTS, *ADAPTER_FILES)
+    return any((directory / name).is_file() for name in names) or peft.is_peft_alone(directory)
 
 
 def is_lora(directory: Path) -> bool:
@@ -82,13 +92,27 @@ def base_of(directory: Path) -> str | None:
     Raises:
         ValueError: The adaptation is damaged.
     """
-    return read_lora(directory)[2] if is_lora(directory) else read_adapter(directory)[1]
+    if is_lora(directory):
+        return read_lora(directory)[2]
+    return peft.base_of(directory) if peft.is_peft_alone(directory) else read_adapter(directory)[1]
 
 
 def adapt(base: Source, directory: Path) -> AdaptedSource:
     """The base with what was finetuned.
 
     Raises:
-        ValueError: The adaptation is damaged.
+        ValueError: The adaptation is damaged, or belongs to another model.
     """
-    return (LoRASource if is_lora(directory) else AdapterSource)(base, directory)
+    if is_lora(directory):
+        update, settings, _ = read_lora(directory)
+        return LoRASource(base, directory, update, settings)
+    if not peft.is_peft_alone(directory):
+        return AdapterSource(base, directory)
+    notes: list[str] = []
+    update, settings = peft.import_peft(directory, base, notes)
+    files = kept_directory("litgpt-peft-")  # an adapter may come with its tokenizer, and without all else
+    copy_companion_files(directory, files)
+    fill_companion_files(base.files, files)
+    source = LoRASource(base, files, update, settings)
+    source.note = " ".join(filter(None, (source.note, *notes))) or None
+    return source

@@ -89,7 +89,7 @@ def export_config(config: Config, files: Path, dtype: torch.dtype) -> dict[str, 
     except ValueError:
         unchanged = False
     if unchanged:
-        written = {**original, "architectures": [architecture_of(original).name]}
+        written = original
     else:
         architecture = (original.get("architectures") or [None])[0]
         written = config_to_hf(config, architecture) | _special_tokens(files, original)
@@ -98,12 +98,16 @@ def export_config(config: Config, files: Path, dtype: torch.dtype) -> dict[str, 
 
 
 def original_config(files: Path) -> dict[str, Any]:
-    """What a checkpoint's own `config.json` says of its text model; {} where there is none."""
+    """What a checkpoint's own `config.json` says of its text model, under the name of the class that it is read as; {}
+    where there is none."""
     try:
         content = read_config_json(files / "config.json")
     except (OSError, ValueError):
         return {}
-    return {key: value for key, value in text_model(content).items() if key != "quantization_config"}
+    original = {key: value for key, value in text_model(content).items() if key != "quantization_config"}
+    with suppress(ValueError):
+        original["architectures"] = [architecture_of(original).name]
+    return original
 
 
 def _special_tokens(files: Path, original: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ is in `gguf_export.py`.
 
 import json
 import re
-import tempfile
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -22,12 +21,12 @@ from litgpt.convert.gguf_architectures import GGUF_ARCHITECTURES, GGUFArchitectu
 from litgpt.convert.gguf_file import GGUFFile, GGUFTensor
 from litgpt.convert.gguf_tokenizer import write_tokenizer
 from litgpt.convert.hf_config import config_from_hf
+from litgpt.convert.kept import kept_directory
 from litgpt.convert.source import EMBEDDING, HEAD, Named, Source, compare_shapes, excess, misfit, shapes_of
 from litgpt.model import stretch_by_parts
 from litgpt.models import find_known
 
 ROPE_FACTORS = "rope_freqs.weight"
-_KEPT: list[tempfile.TemporaryDirectory] = []  # removed at exit: a tokenizer reads its files when it needs them
 
 
 class GGUFSource(Source):
@@ -55,9 +54,7 @@ class GGUFSource(Source):
     @cached_property
     def files(self) -> Path:
         """A directory with the tokenizer and JSON files, made from the metadata; it lives as long as the process."""
-        temporary = tempfile.TemporaryDirectory(prefix="litgpt-gguf-")
-        _KEPT.append(temporary)
-        directory = Path(temporary.name)
+        directory = kept_directory("litgpt-gguf-")
         tokens = write_tokenizer(self.metadata.get, directory, self.path, self.config.block_size)
         config_json = self.config_json | tokens
         (directory / "config.json").write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")

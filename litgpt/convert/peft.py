@@ -5,6 +5,10 @@ Hugging Face model its `lora_A` (r, in), `lora_B` (out, r) and, of DoRA, `lora_m
 theirs is which of ours, and which of its rows, says the architecture's rule table: the rows of B go the way of the
 weight's rows. An update of ours that has several parts (queries, keys, values) and is one module there becomes one
 update of their joint rank, with the parts' A one below the other and their B in columns of their own.
+
+Experts have updates of their own, each under its name, as transformers 4 had them, or all of a layer in one pair of
+matrices (`target_parameters`), as transformers 5 holds their weights: `lora_A` (E * r, in), expert after expert, and
+`lora_B` (out, r * E), rank after rank. Of a multimodal model the modules are those of its text model.
 """
 
 from __future__ import annotations
@@ -23,21 +27,26 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from litgpt.checkpoint import read_state_dict
+from litgpt.checkpoint import hf_weight_files, read_state_dict
+from litgpt.checkpoint.names import PEFT_CONFIG
 from litgpt.config import Config
 from litgpt.convert.architectures import ARCHITECTURES
 from litgpt.convert.export import export_config
+from litgpt.convert.recognition import text_name
 from litgpt.convert.rules import Family, RuleTable
 from litgpt.convert.safetensors_file import read_safetensors, write_safetensors
 from litgpt.convert.source import Source, meta_model, shapes_of
 from litgpt.lora import TARGETS, LoRASettings, adapted_rows
 from litgpt.untrusted import is_slow, read_json_object, shown
 
-ADAPTER_CONFIG, ADAPTER_MODEL, ADAPTER_BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+ADAPTER_MODEL, ADAPTER_BIN = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 MAGNITUDE = "lora_magnitude_vector"
 # Modules that transformers 5 calls other than its files do: by their name in the files.
 IN_MEMORY = {"embed_out": "lm_head"}
+# What holds all experts of a layer; around it the wrapper of another such tensor.
+EXPERTS = re.compile(r"\.experts(\.base_layer)*$")
+LAYERS_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 # Entries of adapter_config.json that change what is computed, and the values with which they do not.
 NEUTRAL = {
     "peft_type": ("LORA",),
@@ -48,7 +57,6 @@ NEUTRAL = {
     "use_bdlora": (None,),
     "modules_to_save": (None, []),
     "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
     "layer_replication": (None, []),
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
@@ -63,31 +71,31 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @dataclass
 class Part:
-    """The update of some rows: `scaling * B A`."""
+    """The update of some rows: `scaling * B A`; or those of all experts of a layer."""
 
     a: Tensor
-    """(r, in)"""
+    """(r, in), or (E, r, in)"""
     b: Tensor
-    """(rows, r)"""
+    """(rows, r), or (E, rows, r)"""
     magnitude: Tensor | None
     """(rows,) of DoRA"""
 
 
 @dataclass
 class Update:
-    """The update of one module of theirs."""
+    """The update of one module of theirs, or of a tensor of all experts in a layer."""
 
     part: Part
     alpha: float
 
     @property
     def rank(self) -> int:
-        return len(self.part.a)
+        return self.part.a.shape[-2]
 
 
-def is_peft(path: Path) -> bool:
-    """Whether a directory holds a PEFT adapter."""
-    return (path / ADAPTER_CONFIG).is_file()
+def is_peft_alone(path: Path) -> bool:
+    """Whether a directory holds a PEFT adapter and no model beside it."""
+    return (path / PEFT_CONFIG).is_file() and not hf_weight_files(path)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -100,6 +108,7 @@ def export_peft(
     architecture: str,
     base: str,
     destination: Path,
+    inside: str | None = None,
 ) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors` into a directory.
 
@@ -110,12 +119,15 @@ def export_peft(
         architecture: Its class in transformers.
         base: What PEFT is to know as the name or path of the model.
         destination: An existing directory.
+        inside: What the text model is called in the multimodal model that the adapter is for; see `text_attribute`.
 
     Raises:
         ValueError: PEFT cannot hold the update of a layer; names it.
     """
     table = ARCHITECTURES[architecture].weights
     updates = _to_theirs(weights, settings, config, table)
+    if inside is not None:
+        updates = {_within(module, inside): update for module, update in updates.items()}
     tensors: dict[str, Tensor] = {}
     for module, update in updates.items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = update.part.a
@@ -124,9 +136,16 @@ def export_peft(
             tensors[f"{PREFIX}{module}.{MAGNITUDE}"] = update.part.magnitude
     tensors = {name: tensor.float().contiguous() for name, tensor in sorted(tensors.items())}
     names = [name.removesuffix(".weight") for name, _ in table.to_theirs(shapes_of(config).items(), config)]
-    adapter_config = _adapter_config(updates, settings, base, [IN_MEMORY.get(name, name) for name in names])
-    (destination / ADAPTER_CONFIG).write_text(json.dumps(adapter_config, indent=2) + "\n", encoding="utf-8")
+    # The other parts of a multimodal model may have modules of the same names.
+    others = None if inside else [IN_MEMORY.get(name, name) for name in names]
+    adapter_config = _adapter_config(updates, settings, base, others)
+    (destination / PEFT_CONFIG).write_text(json.dumps(adapter_config, indent=2) + "\n", encoding="utf-8")
     write_safetensors(destination / ADAPTER_MODEL, tensors, tensors.items())
+
+
+def _within(module: str, inside: str) -> str:
+    """The name that a module of a text model has in a multimodal one."""
+    return module if module == "lm_head" else f"model.{inside}.{module.partition('.')[2]}"
 
 
 def _to_theirs(
@@ -138,6 +157,13 @@ def _to_theirs(
         name: rows for name, layer in model.named_modules() if (rows := adapted_rows(name, layer, config, settings))
     }
     families = dict.fromkeys(_family(table, f"{name}.weight", config, True) for name in layers)
+    experts = next((family.ours[0] for family in families if any(".experts." in name for name in family.ours)), None)
+    if experts is not None:
+        raise ValueError(
+            f"PEFT cannot hold the update of {experts}: transformers has all experts of a layer in one tensor. "
+            "Merge the weights with merge_lora and export the model with convert_from_litgpt; or finetune with "
+            "--lora_mlp false."
+        )
     updates: dict[str, Update] = {}
     for family in families:
         pieces = [name.removesuffix(".weight") for name in family.ours]
@@ -166,12 +192,6 @@ def _family(table: RuleTable, name: str, config: Config, ours: bool) -> Family:
     family = table.family(name, config, ours)
     if family is None:
         raise ValueError(f"PEFT adapter: {name} is no layer of this model that can be adapted.")
-    if any(".experts." in name for name in family.ours):
-        raise ValueError(
-            f"PEFT cannot hold the update of {family.ours[0]}: transformers has all experts of a layer in one tensor. "
-            "Merge the weights with merge_lora and export the model with convert_from_litgpt; or finetune with "
-            "--lora_mlp false."
-        )
     return family
 
 
@@ -207,13 +227,13 @@ def _columns(rows: list[list[tuple[int, bool]]], blocks: list[Part], rank: int) 
 
 
 def _adapter_config(
-    updates: dict[str, Update], settings: LoRASettings, base: str, modules: Sequence[str]
+    updates: dict[str, Update], settings: LoRASettings, base: str, modules: Sequence[str] | None
 ) -> dict[str, Any]:
     by_name: dict[str, tuple[int, float]] = {}
     for module, update in updates.items():
         by_name[_last(module)] = update.rank, update.alpha
     rank, alpha = Counter(by_name[_last(module)] for module in updates).most_common(1)[0][0]
-    alone = all(module in updates for module in modules if _last(module) in by_name)
+    alone = modules is not None and all(module in updates for module in modules if _last(module) in by_name)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -251,7 +271,7 @@ def base_of(path: Path) -> str | None:
     return _read_config(path).get("base_model_name_or_path") or None
 
 
-def import_peft(path: Path, base: Source) -> tuple[dict[str, Tensor], LoRASettings]:
+def import_peft(path: Path, base: Source, notes: list[str] | None = None) -> tuple[dict[str, Tensor], LoRASettings]:
     """The LoRA matrices of a PEFT adapter by our names, and what they are.
 
     Ours have one rank, one alpha and the same targets in all layers: what is smaller is filled up, with an update that
@@ -260,6 +280,7 @@ def import_peft(path: Path, base: Source) -> tuple[dict[str, Tensor], LoRASettin
     Args:
         path: The directory.
         base: The model that it belongs to. Its weights are read only for DoRA that leaves out some layers.
+        notes: Gets a line for everything in it that is left out, or that was wanted and is not in it.
 
     Raises:
         FileNotFoundError: There are no weights.
@@ -268,7 +289,9 @@ def import_peft(path: Path, base: Source) -> tuple[dict[str, Tensor], LoRASettin
     adapter_config, config = _read_config(path), base.config
     _check_config(adapter_config)
     table = ARCHITECTURES[export_config(config, base.files, base.dtype)["architectures"][0]].weights
-    updates = _read_updates(path, adapter_config)
+    notes = [] if notes is None else notes
+    updates = _of_text_model(_read_updates(path, adapter_config, config), notes)
+    _check_experts(updates, adapter_config, config, notes)
     first = next(iter(updates.values()))
     scaling = _scaling(first, adapter_config)
     parts = _to_ours(updates, scaling, adapter_config, config, table)
@@ -277,7 +300,7 @@ def import_peft(path: Path, base: Source) -> tuple[dict[str, Tensor], LoRASettin
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    content = read_json_object(path / ADAPTER_CONFIG)
+    content = read_json_object(path / PEFT_CONFIG)
     alphas = content.get("alpha_pattern") or {}
     wrong = [
         key
@@ -291,7 +314,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     ]
     if wrong:
         given = ", ".join(f"{key}={shown(content[key])}" for key in wrong)
-        raise ValueError(f"'{path / ADAPTER_CONFIG}' describes no adapter: {given}. Download it again.")
+        raise ValueError(f"'{path / PEFT_CONFIG}' describes no adapter: {given}. Download it again.")
     return content
 
 
@@ -315,15 +338,15 @@ def _check_config(adapter_config: dict[str, Any]) -> None:
         )
 
 
-def _read_updates(path: Path, adapter_config: dict[str, Any]) -> dict[str, Update]:
-    """Updates by the name of the module of theirs."""
+def _read_updates(path: Path, adapter_config: dict[str, Any], config: Config) -> dict[str, Update]:
+    """Updates by the name of the module of theirs, or of the tensor that holds all experts of a layer."""
     file = next((path / name for name in (ADAPTER_MODEL, ADAPTER_BIN) if (path / name).is_file()), None)
     if file is None:
         raise FileNotFoundError(f"'{path}' holds neither {ADAPTER_MODEL} nor {ADAPTER_BIN}. Download it again.")
     tensors = read_safetensors(file) if file.suffix == ".safetensors" else read_state_dict(file)
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        if ".base_layer." in name:  # of an adapted head or embedding, peft writes the frozen weight, too
+        if ".base_layer." in name and ".lora_" not in name:  # peft writes the weight of an adapted head, too
             continue
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.(lora_A|lora_B|{MAGNITUDE})(\.default)?(\.weight)?", name)
         if match is None:
@@ -336,10 +359,35 @@ def _read_updates(path: Path, adapter_config: dict[str, Any]) -> dict[str, Updat
         if tensors["lora_A"].dim() != 2 or tensors["lora_B"].dim() != 2 or 0 in tensors["lora_A"].shape:
             raise ValueError(f"'{file}': lora_A and lora_B of {module} are no matrices.")
         part = Part(tensors["lora_A"], tensors["lora_B"], tensors.get(MAGNITUDE))
+        if EXPERTS.search(module):
+            module, part = _of_all_experts(module, part, config)
         updates[module] = Update(part, _alpha_of(module, adapter_config))
     if not updates:
         raise ValueError(f"'{file}' is empty.")
     return updates
+
+
+def _of_text_model(updates: dict[str, Update], notes: list[str]) -> dict[str, Update]:
+    """The updates of the text model in a multimodal one, by its names alone; others as they are."""
+    named = {module: text_name(f"{module}.") for module in updates}
+    if not any(name is not None and module != "lm_head" for module, name in named.items()):
+        return updates
+    text = {name.removesuffix("."): updates[module] for module, name in named.items() if name is not None}
+    others = len(updates) - len(text)
+    if others:
+        notes.append(f"Of the adapter, {others} updates of other parts than the text model are left out.")
+    return text
+
+
+def _check_experts(
+    updates: dict[str, Update], adapter_config: dict[str, Any], config: Config, notes: list[str]
+) -> None:
+    """A mixture that was adapted by the names of its experts' layers, where transformers 5 has no layers of that name,
+    has learned nothing in them, and nothing has said so."""
+    targets = adapter_config.get("target_modules")
+    wanted = [name for name in targets if name in LAYERS_OF_EXPERTS] if isinstance(targets, list) else []
+    if config.mlp_class_name == "LLaMAMoE" and wanted and not any(".experts" in module for module in updates):
+        notes.append(f"The adapter was to have updates of the experts ({', '.join(wanted)}), and has none.")
 
 
 def _alpha_of(module: str, adapter_config: dict[str, Any]) -> float:
@@ -363,14 +411,23 @@ def _to_ours(
 ) -> dict[tuple[str, int], Part]:
     """Parts by the name of our layer and their number in it, all with the same scaling."""
     model = meta_model(config)
-    shapes = dict(table.to_theirs(shapes_of(config).items(), config))
+    weights = model.state_dict()
+    shapes = dict(table.to_theirs(weights.items(), config))
     families: dict[Family, dict[str, Part]] = {}
+    stacks = {module: update for module, update in updates.items() if update.part.a.dim() == 3}
     for module, update in updates.items():
+        if module in stacks:
+            continue
         name = _name_in_files(module, table, config)
         family = _family(table, name, config, False)
         _check_shapes(name, update.part, shapes[name])
         families.setdefault(family, {})[name] = _scaled(update.part, _scaling(update, adapter_config) / scaling)
     parts: dict[tuple[str, int], Part] = {}
+    for module, update in stacks.items():
+        for name, part in _of_each_expert(module, update.part, config, table).items():
+            if f"{name}.weight" not in weights:
+                raise ValueError(f"The PEFT adapter belongs to another model: there is no {name} here.")
+            parts[name, 0] = _scaled(part, _scaling(update, adapter_config) / scaling)
     for family, adapted in families.items():
         blocks = [adapted[name] for name in family.theirs if name in adapted]
         rank = max(len(block.a) for block in blocks)
@@ -391,6 +448,48 @@ def _to_ours(
                 if part is not None and len(part.a):
                     parts[name.removesuffix(".weight"), number] = part
     return parts
+
+
+def _of_all_experts(module: str, part: Part, config: Config) -> tuple[str, Part]:
+    """The tensor that holds all experts of a layer, whose name only the shapes tell, and its update for each of them.
+
+    Earlier versions of PEFT took a weight's rows for its input; then A and B are exchanged.
+    """
+    count, width, inner = config.n_expert or 1, config.n_embd, config.moe_intermediate_size or config.intermediate_size
+    kinds = {(width, 2 * inner): "gate_up_proj", (inner, width): "down_proj"}
+    rank, shape = len(part.a), (part.a.shape[1], part.b.shape[0])
+    if config.n_expert is None or rank % count or part.b.shape[1] != rank or not {shape, shape[::-1]} & kinds.keys():
+        raise ValueError(
+            f"The PEFT adapter belongs to another model: {module} is no tensor of {count} experts here, with lora_A "
+            f"{list(part.a.shape)} and lora_B {list(part.b.shape)}."
+        )
+    a = part.a.unflatten(0, (count, -1))  # (E, r, in)
+    b = part.b.unflatten(1, (-1, count)).permute(2, 0, 1)  # (E, out, r)
+    if shape not in kinds:
+        a, b, shape = b.mT, a.mT, shape[::-1]
+    return f"{EXPERTS.sub('.experts', module)}.{kinds[shape]}", Part(a, b, None)
+
+
+def _of_each_expert(module: str, part: Part, config: Config, table: RuleTable) -> dict[str, Part]:
+    """The update of each expert's layers, by our names, from that of the tensor that holds all of a layer's."""
+    layer = re.search(r"\.layers\.(\d+)\.", module)
+    if layer is None:
+        raise ValueError(f"PEFT adapter: {module} is no layer of this model that can be adapted.")
+    layers = ("fc_1", "fc_2") if module.endswith("gate_up_proj") else ("proj",)
+    name, count = f"transformer.h.{layer[1]}.mlp.experts.{{}}.{{}}", len(part.a)
+    family = _family(table, name.format(0, layers[0]) + ".weight", config, True)
+    if len(family.theirs) == 1 and len(family.ours) > 1:  # one tensor in the files, too, maybe in an order of its own
+        rows = family.transform.to_ours([part.b.mT], config)
+        return {
+            ours.removesuffix(".weight"): Part(part.a[number % count], each, None)
+            for number, (ours, each) in enumerate(zip(family.ours, rows, strict=True))
+        }
+    halves = part.b.chunk(len(layers), dim=1)
+    return {
+        name.format(expert, ours): Part(part.a[expert], half[expert], None)
+        for ours, half in zip(layers, halves, strict=True)
+        for expert in range(count)
+    }
 
 
 def _name_in_files(module: str, table: RuleTable, config: Config) -> str:

@@ -10,6 +10,8 @@ _TEXT_KEYS = ("text_config", "llm_config")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 # What the whole says for its text model too, as in transformers.
 _SHARED_KEYS = (*_DTYPE_KEYS, "quantization_config", "bos_token_id", "eos_token_id", "pad_token_id")
+# Where the text model is called `text_model`; elsewhere it is `language_model`.
+_TEXT_MODEL = ("idefics2", "idefics3", "smolvlm")
 # `language_model.model.layers` is `model.layers`, and so is `model.language_model.layers` (transformers since 4.52).
 _WHOLE, _INSIDE = re.compile(r"(language_model|text_model)\."), re.compile(r"model\.(language_model|text_model)\.")
 # Entries that only models with some feature have, which none of our architectures has.
@@ -39,7 +41,7 @@ def architecture_of(config_json: dict[str, Any]) -> Architecture:
         return architecture
     model_type = config_json.get("model_type")
     inner = _text_config(config_json) or {}
-    given = ", ".join(_classes(config_json)) or (f"model_type '{model_type}'" if model_type else "none named")
+    given = ", ".join(class_names(config_json)) or (f"model_type '{model_type}'" if model_type else "none named")
     if inner:
         given += f", whose text model is '{inner.get('model_type', 'not named')}'"
     features = dict.fromkeys(feature for key, feature in _FEATURES.items() if (inner or config_json).get(key))
@@ -71,6 +73,14 @@ def text_model(config_json: dict[str, Any]) -> dict[str, Any]:
     return {**architecture.defaults, **inner, **shared, **names, "tie_word_embeddings": tied}
 
 
+def text_attribute(config_json: dict[str, Any]) -> str | None:
+    """What the text model is called in the class of transformers that a multimodal `config.json` describes; None where
+    it describes no other parts."""
+    if text_model(config_json) is config_json:
+        return None
+    return "text_model" if config_json.get("model_type") in _TEXT_MODEL else "language_model"
+
+
 def text_name(name: str) -> str | None:
     """The name of a multimodal checkpoint's tensor in the text model alone; None if it belongs to another part."""
     if name.startswith("lm_head."):
@@ -87,11 +97,12 @@ def _text_config(config_json: dict[str, Any]) -> dict[str, Any] | None:
 
 def alias_in(config_json: dict[str, Any]) -> str | None:
     """The class that `architectures` names where the model is read as another one; None where it is that one."""
-    classes = _classes(config_json)
+    classes = class_names(config_json)
     return None if not classes or architecture_of(config_json).name in classes else classes[0]
 
 
-def _classes(config_json: dict[str, Any]) -> list[str]:
+def class_names(config_json: dict[str, Any]) -> list[str]:
+    """What `architectures` names."""
     names = config_json.get("architectures")
     return [names] if isinstance(names, str) else list(map(str, names)) if isinstance(names, list) else []
 
@@ -100,5 +111,5 @@ def _find(config_json: dict[str, Any]) -> Architecture | None:
     """By `model_type`, as the reference does it: `architectures` may hold an alias, or the class for another task. By
     that, where `model_type` is missing or unknown."""
     model_type = config_json.get("model_type")
-    named = (ARCHITECTURES[name] for name in _classes(config_json) if name in ARCHITECTURES)
+    named = (ARCHITECTURES[name] for name in class_names(config_json) if name in ARCHITECTURES)
     return next((each for each in ARCHITECTURES.values() if each.model_type == model_type), next(named, None))

@@ -36,7 +36,7 @@ from litgpt.convert.quantised_parts import (
     weight_name,
 )
 from litgpt.convert.quantised_weights import Quantised, Weights, dequantised_type, is_stale, read_quantised, unscaled
-from litgpt.convert.recognition import alias_in, architecture_of, text_model, text_name
+from litgpt.convert.recognition import alias_in, architecture_of, class_names, text_model, text_name
 from litgpt.convert.safetensors_file import read_safetensors
 from litgpt.huge_pages import Pages
 from litgpt.model import GPT, RotaryEmbedding
@@ -442,7 +442,7 @@ class HFSource(Source):
     def _text_alone(self, tensors: dict[str, Tensor], whole: dict[str, Any], notes: list[str]) -> dict[str, Tensor]:
         named = [(text_name(name), tensor) for name, tensor in tensors.items()]
         text = {name: tensor for name, tensor in named if name is not None}
-        of = (whole.get("architectures") or [whole.get("model_type")])[0]
+        of = (class_names(whole) or [whole.get("model_type")])[0]
         notes.append(
             f"Of {of}, only the text model is used ({self.architecture.name}); "
             f"{len(tensors) - len(text)} tensors of its other parts are left out."

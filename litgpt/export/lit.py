@@ -9,20 +9,13 @@ from litgpt.checkpoint import (
     atomic_additions,
     atomic_directory,
     copy_companion_files,
-    hf_weight_files,
     save_model,
 )
 from litgpt.convert import Source
 from litgpt.convert.options import Progress, dtype_from_name, tell_note
-from litgpt.convert.peft import is_peft
 from litgpt.convert.quantised_parts import quantised_stream
 from litgpt.convert.source import kind_for, meta_model
 from litgpt.quantize import check_quantize
-
-
-def is_peft_alone(path: Path) -> bool:
-    """Whether a directory holds a PEFT adapter and no model beside it."""
-    return path.is_dir() and is_peft(path) and not hf_weight_files(path)
 
 
 def check_form(dtype: str | None, quantize: str | None) -> torch.dtype | None:

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import torch
 
-from litgpt.checkpoint import CONFIG, atomic_additions, atomic_directory, copy_companion_files
+from litgpt.checkpoint import CONFIG, atomic_additions, atomic_directory, copy_companion_files, fill_companion_files
 from litgpt.config import Config
+from litgpt.convert.config_json import read_config_json
 from litgpt.convert.export import export_config
 from litgpt.convert.peft import ADAPTER_MODEL, base_of, export_peft, import_peft
+from litgpt.convert.recognition import text_attribute
 from litgpt.loading import find_lora, open_base
 from litgpt.lora import LORA_WEIGHTS, read_lora, save_lora
 from litgpt.prompts import STYLE_FILE
@@ -19,15 +21,19 @@ def save_peft(checkpoint_dir: Path, directory: Path, access_token: Secret | str 
     """Write the LoRA weights of a checkpoint as a PEFT adapter, in float32 as they are trained."""
     file = find_lora(checkpoint_dir)
     weights, settings, base = read_lora(file)
-    if (file.parent / CONFIG).is_file():
-        config = Config.from_checkpoint(file.parent)
+    files = file.parent
+    if (files / CONFIG).is_file():
+        config = Config.from_checkpoint(files)
     else:
-        config = open_base(base, None, file, access_token=access_token).config
-    architecture = export_config(config, file.parent, torch.float32)["architectures"][0]
+        source = open_base(base, None, file, access_token=access_token)
+        config, files = source.config, source.files
+    architecture = export_config(config, files, torch.float32)["architectures"][0]
+    whole = files / "config.json"
+    inside = text_attribute(read_config_json(whole)) if whole.is_file() else None
     # What was downloaded by its id is called by it again.
     name = re.sub(r"^checkpoints/([\w.-]+/[\w.-]+)/?$", r"\1", base or "")
     with atomic_directory(directory) as place:
-        export_peft(weights, settings, config, architecture, name, place)
+        export_peft(weights, settings, config, architecture, name, place, inside)
     if (file.parent / STYLE_FILE).is_file():
         print(
             f"An adapter does not carry the prompt format of the training, which {file.parent / STYLE_FILE} names: "
@@ -52,11 +58,14 @@ def save_lora_of_peft(
     """
     recorded = base_of(adapter)
     base = open_base(recorded, pretrained_checkpoint_dir, adapter, access_token=access_token)
-    weights, settings = import_peft(adapter, base)
+    notes: list[str] = []
+    weights, settings = import_peft(adapter, base, notes)
+    for note in notes:
+        print(note)
     in_place = directory.resolve() == adapter.resolve()
     with atomic_additions(directory) if in_place else atomic_directory(directory) as place:
         copy_companion_files(adapter, place)
-        copy_companion_files(base.files, place)
+        fill_companion_files(base.files, place)
         base.config.save(place)
         save_lora(place, weights, settings, str(pretrained_checkpoint_dir or recorded))
     print(f"Saved {LORA_WEIGHTS} to {directory}. To put it into the model, run:\nlitgpt merge_lora {directory}")

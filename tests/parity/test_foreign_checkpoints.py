@@ -15,6 +15,7 @@ from litgpt.checkpoint import WEIGHTS, save_model
 from litgpt.commands.checkpoint_checks import examine
 from litgpt.config import Config
 from litgpt.convert import config_from_hf, export_hf, load_model, open_checkpoint
+from litgpt.convert.export import original_config
 from litgpt.model import GPT
 
 from . import test_architectures as architectures
@@ -83,6 +84,7 @@ def test_the_model_type_says_the_architecture(directory, names, said):
     assert (note is None) if said is None else f"{said} is read as LlamaForCausalLM (model_type 'llama')" in note
     export_hf(directory, directory / "out")
     assert json.loads((directory / "out" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert original_config(directory)["architectures"] == ["LlamaForCausalLM"]
 
 
 def test_of_two_known_architectures_the_model_type_counts(tmp_path):
