@@ -15,6 +15,7 @@ NAME = re.compile(
     r"(?!(.*_)?(bos|eos|eot|pad|unk|sep|cls|mask|stop|special)_token)(.*_)?(token|key|password|secret)", re.IGNORECASE
 )
 """What settings and variables of the environment are called that hold one; `eos_token` is a token of another kind."""
+ENDS = ("TOKEN", "KEY", "PASSWORD", "SECRET")
 MIN_LENGTH = 6  # of what is looked for in texts: "none" or "test" stand for no secret
 IN_ADDRESS = re.compile(
     r"""(?<=://)[^/\s@'"]+(?=@) | (?<=[?&])((?:[\w-]*(?:token|key|secret|signature|password))=)[^&\s'"]+""",
@@ -97,7 +98,12 @@ def hide(text: str) -> str:
 
 
 def _of_environment() -> Iterator[str]:
-    return (value for name, value in os.environ.items() if NAME.fullmatch(name))
+    """What variables hold that are named so; what is short there, or a path, is rather a setting."""
+    for name in os.environ:
+        if name.upper().endswith(ENDS) and NAME.fullmatch(name):  # the former is quick
+            value = os.environ[name]
+            if len(value) >= 2 * MIN_LENGTH and not value.startswith(("/", "~")):
+                yield value
 
 
 # -- the command line, which every user of the machine can read

@@ -132,8 +132,7 @@ def setup(
         raise ValueError(f"--adapter: two have the same name ({', '.join(adapter)}). Give each its own.")
     hosts, origins = _split(allowed_hosts), [_origin(text) for text in _split(cors_origins)]
     expect_checkpoint(checkpoint_dir)
-    if api_key is None and os.environ.get(API_KEY):
-        api_key = Secret(os.environ[API_KEY])
+    api_key = api_key or (Secret(os.environ[API_KEY]) if os.environ.get(API_KEY) else None)
     service = Service(max_batch_size, max_queue, timeout)
     on_one_cpu = placement.device.type == "cpu" and generate_strategy is None
 

@@ -85,10 +85,11 @@ def test_every_option_for_a_secret_is_of_that_type():
 )
 def test_texts_for_people(text, expected, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "wandb_of_the_environment")
-    monkeypatch.setenv("ANY_TOKEN", "none")  # too short for one
+    monkeypatch.setenv("ANY_TOKEN", "default")  # too short for one
+    monkeypatch.setenv("TLS_KEY", "/etc/none/of/them")
     Secret(TOKEN)
     assert hide(text) == expected
-    assert hide("none of them") == "none of them"
+    assert hide("the default is /etc/none/of/them") == "the default is /etc/none/of/them"
 
 
 def test_a_finetuning_run(tmp_path, monkeypatch, capfd):
