@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import litgpt
 from litgpt.secret import command_line, hide
 from litgpt.slow_imports import announce
+from litgpt.threads import settle_threads
 
 
 class Command(NamedTuple):
@@ -172,6 +173,7 @@ def dispatch(argv: list[str]) -> int:
         return 0
     silence_third_parties()
     announce()
+    settle_threads()
     from litgpt import cli
 
     function = load(command.target)

@@ -15,7 +15,7 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
 
 
 def nearly(word: str, candidates: Iterable[str]) -> str | None:
-    """The candidate that differs from a word in case and punctuation only (`phi2`, `phi-2`); None where there is none."""
+    """The candidate that differs in case and punctuation only (`phi2`, `phi-2`); None where there is none."""
     wanted = _letters(word)
     return next((candidate for candidate in candidates if _letters(candidate) == wanted), None)
 
