@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from litgpt.serving.connections import Limits, Phase
-from tests.serving.conftest import PATIENCE, Brake, connect, running, wait_for, wait_until_ready
+from tests.serving.conftest import PATIENCE, Brake, connect, raw_request, running, wait_for, wait_until_ready
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "temperature": 0}
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
@@ -141,6 +141,33 @@ def test_the_oldest_that_owes_a_request_goes_for_a_new_one(chat_directory):
             brake.release()
             asked.settimeout(PATIENCE)
             assert asked.recv(12) == b"HTTP/1.1 200"  # what is being answered stays
+
+
+def test_a_crowded_server_keeps_no_connection_alive(chat_directory):
+    two = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 2
+    with running(chat_directory, limits=Limits(connections=1)) as server:
+        answers = raw_request(server.url, two)
+        assert answers.count(b"HTTP/1.1 200") == 1
+        assert b"connection: close" in answers
+    with running(chat_directory) as server, connect(server.url, two) as connection:
+        answers = b""
+        while answers.count(b"HTTP/1.1 200") < 2:
+            answers += connection.recv(65536)
+        assert b"connection: close" not in answers
+
+
+def test_who_does_not_read_goes_for_a_new_one(chat_directory):
+    with running(chat_directory, limits=Limits(fresh=0.1)) as server, connect(server.url) as unread:
+        unread.settimeout(1)
+        with contextlib.suppress(OSError):
+            while True:
+                unread.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 500)
+        [connection] = server.server.server_state.connections
+        wait_for(lambda: connection.owes_since < connection.loop.time() - 0.1)
+        assert connection.phase is Phase.ANSWER
+        server.server.connections.most = 1
+        assert httpx.get(f"{server.url}/health", timeout=PATIENCE).status_code == 200
+        assert connection not in server.server.server_state.connections
 
 
 def test_unfinished_bodies_take_so_much_memory_together(chat_directory):
