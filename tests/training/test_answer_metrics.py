@@ -42,7 +42,7 @@ UNKNOWN = {"Colour of a lemon?": "yellow", "Colour of blood?": "red"}
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    directory = checkpoint_files.chat_model(tmp_path_factory.mktemp("base"), template=None)
+    directory = checkpoint_files.chat_model(tmp_path_factory.mktemp("base"))
     model = load_model(directory)
     torch.manual_seed(0)
     model.init_weights()
@@ -61,7 +61,7 @@ def colours(tmp_path_factory) -> Path:
 
 
 def finetune(method: str, base: Path, records: Path, out_dir: Path, eval: EvalArgs, **options) -> list[dict]:
-    data = {"val_split_fraction": None, **options.pop("data", {})}
+    data = {"val_split_fraction": None, "prompt_style": "alpaca", **options.pop("data", {})}
     return run(method, base, records, out_dir, data, eval=eval, **options)
 
 
@@ -126,13 +126,13 @@ from pathlib import Path
 from litgpt.training.arguments import EvalArgs
 from tests.training.test_finetune import run
 base, records, out_dir, metrics = sys.argv[1:]
-settings = {"max_steps": 4, "devices": 2}
+settings, data = {"max_steps": 4, "devices": 2}, {"prompt_style": "alpaca"}
 evaluation = EvalArgs(interval=2, max_iters=3, max_new_tokens=4)
-run("lora", Path(base), Path(records), Path(out_dir) / "plain", **settings, eval=evaluation)
+run("lora", Path(base), Path(records), Path(out_dir) / "plain", data, **settings, eval=evaluation)
 assert not {"torchmetrics", "transformers"} & set(sys.modules)  # nobody has asked for a metric
 for method, strategy in (("dora", "ddp"), ("full", "fsdp")):
     evaluation = EvalArgs(**json.loads(metrics))
-    run(method, Path(base), Path(records), Path(out_dir) / method, **settings, strategy=strategy, eval=evaluation)
+    run(method, Path(base), Path(records), Path(out_dir) / method, data, **settings, strategy=strategy, eval=evaluation)
 """
 
 
@@ -146,7 +146,8 @@ def test_two_ranks_equal_one(base, tmp_path):
     evaluation["max_answers"] = 5
     on_two_ranks(ON_TWO_RANKS, tmp_path, base, records, tmp_path / "two", json.dumps(evaluation))
     for method in ("dora", "full"):
-        run(method, base, records, tmp_path / "one" / method, max_steps=4, eval=EvalArgs(**evaluation))
+        data = {"prompt_style": "alpaca"}
+        run(method, base, records, tmp_path / "one" / method, data, max_steps=4, eval=EvalArgs(**evaluation))
         one, two = (read_metrics(tmp_path / ranks / method / "metrics.csv") for ranks in ("one", "two"))
         for single, double in zip(one, two, strict=True):
             assert float(single["loss"]) == pytest.approx(float(double["loss"]), rel=1e-5)
