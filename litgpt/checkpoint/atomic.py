@@ -33,16 +33,16 @@ def atomic_directory(final: str | Path, overwrite: bool = False) -> Iterator[Pat
 
     Raises:
         ValueError: `final` exists and `overwrite` is false.
-        SaveError: The disk is full (or a quota or file-size limit is reached).
+        SaveError: The disk is full (or a quota or file-size limit is reached), or nothing can be written there.
     """
     final = Path(final)
-    with _saving(final):
+    with _saving(final), _making_room(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale_siblings(final)
     if final.exists() and not overwrite and not (final.is_dir() and not any(final.iterdir())):
         raise ValueError(f"'{final}' exists already. Remove it, or choose another directory.")
     temporary = _sibling(final, "tmp")
-    with _saving(final):
+    with _saving(final), _making_room(final):
         temporary.mkdir()
     try:
         with _saving(final):
@@ -63,10 +63,10 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yields a hidden sibling path to write to; when the block ends well it is flushed and replaces `path`.
 
     Raises:
-        SaveError: The disk is full. A file that stood at `path` is untouched.
+        SaveError: The disk is full, or nothing can be written there. A file that stood at `path` is untouched.
     """
     path = Path(path)
-    with _saving(path):
+    with _saving(path), _making_room(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale_siblings(path)
     temporary = _sibling(path, "tmp")
@@ -89,11 +89,11 @@ def atomic_additions(directory: str | Path) -> Iterator[Path]:
     the rest too.
 
     Raises:
-        SaveError: The disk is full. Nothing in `directory` has changed.
+        SaveError: The disk is full, or nothing can be written there. Nothing in `directory` has changed.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with _saving(directory):
+    with _saving(directory), _making_room(directory):
+        directory.mkdir(parents=True, exist_ok=True)
         _remove_stale_siblings(directory / "new")
         temporary = _sibling(directory / "new", "tmp")
         temporary.mkdir()
@@ -184,6 +184,19 @@ def _saving(final: Path) -> Iterator[None]:
         raise SaveError(
             f"Could not save '{final}': no space left to write ({_reason(error)}; {free / 1e6:,.1f} MB free there). "
             "What was saved before is untouched. Free some space, or choose another output directory."
+        ) from error
+
+
+@contextmanager
+def _making_room(final: Path) -> Iterator[None]:
+    """Says of a place that nothing can be written to that it is one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise SaveError(
+            f"'{final}' cannot be written ({_reason(error)}). Choose another place, or change who may write there."
         ) from error
 
 

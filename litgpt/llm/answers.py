@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -95,6 +95,11 @@ class Answering(Assistant):
         Raises:
             ValueError: The prompt format refuses the conversation; and as for `generate`.
         """
+        if isinstance(messages, str) or not all(isinstance(message, Mapping) for message in messages):
+            raise ValueError(
+                f"messages is {_short(messages)}: give a list of messages, as [{{'role': 'user', 'content': 'Hello'}}]; "
+                "a prompt alone is for generate."
+            )
         sampling = Sampling(temperature, top_k, top_p, min_p)
         reply = self._reply(messages, max_new_tokens, sampling, stop, seed)
         if stream:
@@ -163,6 +168,9 @@ class Answering(Assistant):
         seed: int | None = None,
     ) -> list[Reply]:
         """The replies to one prompt or to several, to be completed; arguments as for `generate`."""
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, Sequence) or not all(isinstance(text, str) for text in prompts):
+            raise ValueError(f"prompt is {_short(prompt)}: give a text, or a list of texts; chat takes messages.")
         sampling = Sampling(temperature, top_k, top_p, min_p)
         system: list[Message] = [] if sys_prompt is None else [{"role": "system", "content": sys_prompt}]
         return [
@@ -173,7 +181,7 @@ class Answering(Assistant):
                 stop,
                 None if seed is None else seed + index,
             )
-            for index, text in enumerate([prompt] if isinstance(prompt, str) else prompt)
+            for index, text in enumerate(prompts)
         ]
 
     def _reply(
@@ -206,6 +214,12 @@ class Answering(Assistant):
                     yield from ids
                 elif text:
                     yield text
+
+
+def _short(value: Any) -> str:
+    """A value as it was given, as far as a line has room."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 class Reply:

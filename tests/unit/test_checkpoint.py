@@ -13,6 +13,7 @@ import torch
 from litgpt.checkpoint import (
     CONFIG,
     WEIGHTS,
+    SaveError,
     atomic_additions,
     atomic_directory,
     atomic_file,
@@ -224,6 +225,14 @@ def test_a_full_disk_leaves_the_previous_checkpoint_good(tmp_path, how):
         assert_still_good(final, run(FULL, 0, how, final))
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("save", [atomic_directory, atomic_file, atomic_additions])
+def test_a_place_that_cannot_be_written_is_named(tmp_path, save):
+    (tmp_path / "file").touch()
+    place = tmp_path / "file" / "below"
+    with pytest.raises(SaveError, match=f"'{place}' cannot be written \\(.*\\). Choose another place"), save(place):
+        pass
 
 
 def test_other_errors_of_a_save_are_not_called_a_full_disk(tmp_path):

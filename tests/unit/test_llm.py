@@ -135,6 +135,8 @@ def test_a_stream_that_is_left_frees_its_slot(llm):
         ({"prompt": "word " * 600}, "model's context of 512 tokens"),
         ({"prompt": ["Hi", "word " * 600]}, "model's context of 512 tokens"),
         ({"prompt": ["Hi"], "stream": True}, "stream=True takes one prompt"),
+        ({"prompt": None}, "prompt is None: give a text, or a list of texts"),
+        ({"prompt": [{"role": "user", "content": "Hi"}]}, "give a text, or a list of texts; chat takes messages"),
     ],
 )
 def test_what_cannot_be_answered_is_refused(llm, options, message):
@@ -297,6 +299,12 @@ def test_without_a_change_what_is_known_is_not_read_again(llm):
     with torch.no_grad():
         llm(torch.tensor([request.prompt]))
     assert llm.engine is engine
+
+
+@pytest.mark.parametrize("messages", ["Hi", ["Hi"]])
+def test_chat_says_what_messages_are(llm, messages):
+    with pytest.raises(ValueError, match=r"give a list of messages, as \[\{'role': 'user', 'content': 'Hello'\}\]"):
+        llm.chat(messages)
 
 
 def test_a_long_answer_is_asked_for_piece_by_piece(llm, monkeypatch):
