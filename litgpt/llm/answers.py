@@ -97,8 +97,8 @@ class Answering(Assistant):
         """
         if isinstance(messages, str) or not all(isinstance(message, Mapping) for message in messages):
             raise ValueError(
-                f"messages is {_short(messages)}: give a list of messages, as [{{'role': 'user', 'content': 'Hello'}}]; "
-                "a prompt alone is for generate."
+                f"messages is {_short(messages)}: "
+                "give a list of messages, as [{'role': 'user', 'content': 'Hello'}]; a prompt alone is for generate."
             )
         sampling = Sampling(temperature, top_k, top_p, min_p)
         reply = self._reply(messages, max_new_tokens, sampling, stop, seed)
