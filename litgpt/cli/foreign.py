@@ -9,6 +9,9 @@ from typing import Any
 
 import yaml
 
+from litgpt.cli.errors import UsageError
+from litgpt.untrusted import ExcessError, load_yaml
+
 OWN = ("litgpt", "torch", "torchmetrics")  # packages whose classes the options choose from
 DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 CLASS = "class_path"
@@ -42,20 +45,26 @@ def _texts(name: str, value: Any) -> Iterator[tuple[str, str]]:
     elif isinstance(value, list | tuple):
         for entry in value:
             yield from _texts(name, entry)
-    elif isinstance(value, str) and (held := _held(value)) is not None:
+    elif isinstance(value, str) and (held := _held(name, value)) is not None:
         yield from _texts(name, held)
     elif isinstance(value, str):
         yield name, value.strip()
 
 
-def _held(text: str) -> Any:
-    """The mapping or list that a text writes out; None where it is just a text."""
+def _held(name: str, text: str) -> Any:
+    """The mapping or list that a text writes out; None where it is just a text.
+
+    Raises:
+        UsageError: It stands for more than the parser of values can go through.
+    """
     if not any(mark in text for mark in ":{["):
         return None
     try:
-        held = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError):
-        return None
+        held = load_yaml(text)
+    except ExcessError:
+        raise UsageError(f"{name}: this text is nested or repeated too much for a setting.") from None
+    except (yaml.YAMLError, ValueError, TypeError):
+        return None  # nobody else can read it either
     return held if isinstance(held, dict | list) else None
 
 

@@ -287,6 +287,14 @@ def test_an_address_may_lead_to_another():
         assert run("dir", "--config", first).prompt == "fetched"
 
 
+def test_a_bomb_within_a_text_from_an_address():
+    levels = ", ".join(f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30))
+    with web({"/a.yaml": f"prompt: '[&a0 [x], {levels}]'\n".encode()}) as url:
+        assert refused("dir", "--config", f"{url}/a.yaml").startswith(
+            "prompt: this text is nested or repeated too much"
+        )
+
+
 def test_a_server_that_goes_on_for_ever(monkeypatch, capsys):
     monkeypatch.setattr(config_files, "TOTAL_TIMEOUT", 0.5)
     monkeypatch.setattr(config_files, "PATIENCE", 0.1)
