@@ -1098,19 +1098,28 @@ class KVCache:
                     for tensor in layer.tensors:
                         tensor[target, slots] = tensor[source, slots]
 
-    def grow(self, batch_size: int, max_length: int) -> None:
-        """Makes room for more rows, and for more positions in each; what is held stays."""
-        # The slot of a position stays the same: positions wrap around in windows only, which stay as long as they are.
+    def resize(self, rows: Sequence[int], batch_size: int, max_length: int) -> None:
+        """Makes it larger or smaller, layer by layer.
+
+        Args:
+            rows: Those that stay, in the order in which they are to stand first; none holds more than `max_length`.
+            batch_size: How many rows there are then.
+            max_length: How many positions each of them has.
+        """
+        # The slot of a position stays the same: positions wrap around in windows only, which stay as long as they are
+        # unless they have room for every position.
         device = self.lengths.device
         rings = self._rings(batch_size, max_length, device)
         for window, ring in self.rings.items():
-            put_first(ring.table, rings[window].table)
+            new = put_rows(ring.table, rows, rings[window].table)
+            if new.size(1) < ring.table.size(1):
+                new.masked_fill_(new >= rings[window].length, -1)
         for window, layer in zip(self.windows, self.layers, strict=True):
             for index, old in enumerate(layer.tensors):
-                layer.tensors[index] = put_first(old, old.new_zeros(*rings[window].table.shape, *old.shape[2:]))
+                layer.tensors[index] = put_rows(old, rows, old.new_zeros(*rings[window].table.shape, *old.shape[2:]))
             layer.ring = rings[window]
         self.rings = rings
-        self.lengths = put_first(self.lengths, torch.full((batch_size, 1), max_length, device=device))
+        self.lengths = put_rows(self.lengths, rows, torch.full((batch_size, 1), max_length, device=device))
         self.batch_size, self.max_length = batch_size, max_length
 
     def tensors(self) -> Iterator[Tensor]:
@@ -1129,7 +1138,10 @@ class KVCache:
             self.rings[None].read_length = length
 
 
-def put_first(old: Tensor, new: Tensor) -> Tensor:
-    """Puts a tensor at the beginning of a larger one, in the first two dimensions, and returns that."""
-    new[: old.size(0), : old.size(1)] = old
+def put_rows(old: Tensor, rows: Sequence[int], new: Tensor) -> Tensor:
+    """Puts some rows of a tensor first in another of other first two sizes, as much of them as that has room for, and
+    returns it."""
+    width = min(old.size(1), new.size(1))
+    for target, source in enumerate(rows):
+        new[target, :width] = old[source, :width]
     return new

@@ -43,6 +43,7 @@ def setup(
     timeout: float = 600,
     max_batch_size: int = 32,
     max_queue: int = 256,
+    kv_cache_memory_bytes: str | None = None,
     adapter: list[str] | None = None,
     generate_strategy: Literal["sequential", "tensor_parallel"] | None = None,
     prompt_style: str | None = None,
@@ -84,6 +85,9 @@ def setup(
             or with an error as the last event of a stream. 0 for no limit.
         max_batch_size: How many answers are generated at a time.
         max_queue: How many more may wait; a request beyond that is refused with 429.
+        kv_cache_memory_bytes: The most memory for keys and values, such as 2GB, of all adapters together. Requests wait
+            while others need it; one that needs more than all of it is refused. By default nine tenths of what the
+            device has left once the model is loaded, half of it on a CPU.
         adapter: NAME=DIR, once or several times: a LoRA directory finetuned from this checkpoint, which requests choose
             by the model name NAME. The weights of the base are shared; each adapter has a batch of its own.
         generate_strategy: How several devices share the model. sequential: each has some blocks, for a model that is
@@ -120,16 +124,17 @@ def setup(
             raise ValueError(f"--{name} {value} is not possible: give {least} or more.")
     if generate_strategy is not None and str(devices) == "1":
         raise ValueError(f"--generate_strategy {generate_strategy} cannot act on one device. Give --devices as well.")
+    most_bytes = None if kv_cache_memory_bytes is None else _bytes(kv_cache_memory_bytes)
     placement = place(accelerator, devices, generate_strategy)
     if adapter and placement.is_split:
         raise ValueError("--adapter cannot act with tensor_parallel. Take sequential, or merge it (litgpt merge_lora).")
     path = "/" + (api_path or "/predict").strip("/")
     if path == "/" or path.startswith(("/v1/", "/static/", "/health", "/metrics", "/docs", "/openapi.json")):
         raise ValueError(f"--api_path {api_path} is taken. Choose another, such as /predict.")
-    style = format_of_options(prompt_style, chat_template)
     adapters = dict(_named_directory(spec) for spec in adapter or ())
     if len(adapters) < len(adapter or ()):
         raise ValueError(f"--adapter: two have the same name ({', '.join(adapter)}). Give each its own.")
+    style = format_of_options(prompt_style, chat_template)
     hosts, origins = _split(allowed_hosts), [_origin(text) for text in _split(cors_origins)]
     expect_checkpoint(checkpoint_dir)
     api_key = api_key or (Secret(os.environ[API_KEY]) if os.environ.get(API_KEY) else None)
@@ -163,7 +168,9 @@ def setup(
             aliases=(str(checkpoint_dir),),
         )
         models = [model, *(adapted_model(llm, model, name, path, style) for name, path in adapters.items())]
-        share_memory([each.worker.engine for each in models])
+        engines = [each.worker.engine for each in models]
+        share_memory(engines, most_bytes)
+        say(_memory_line(engines))
         say(f"{', '.join(each.name for each in models)} {'is' if len(models) == 1 else 'are'} ready.")
         return models
 
@@ -208,6 +215,32 @@ def _origin(text: str) -> str:
             "https://example.com or http://localhost:3000; or * for all."
         )
     return origin
+
+
+def _bytes(text: str) -> float:
+    """A number of bytes as people write it.
+
+    Raises:
+        ValueError: It is none.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt])(i?)b?|b)?\s*", text.lower())
+    if match is None or not float(match[1]):
+        raise ValueError(
+            f"--kv_cache_memory_bytes {text} is no amount of memory. Write it as 2GB, 512MiB or 2000000000."
+        )
+    unit = 1024 if match[3] else 1000
+    return float(match[1]) * unit ** (" kmgt".index(match[2]) if match[2] else 0)
+
+
+def _memory_line(engines: list[Engine]) -> str:
+    """What the requests of all engines may take together."""
+    engine, total = engines[0], sum(engine.cache_bytes for engine in engines)
+    each = f", {len(engines)} models an equal part each" if len(engines) > 1 else ""
+    whole = engine.bytes_needed(engine.context)
+    return (
+        f"Keys and values may take {total / 1e9:.2f} GB{each} (--kv_cache_memory_bytes); a request as long as the "
+        f"context of {engine.context:,} tokens needs {whole / 1e9:.2f} GB."
+    )
 
 
 def _named_directory(spec: str) -> tuple[str, Path]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litgpt.distributed import memory_free
+from litgpt.distributed import give_back, memory_free
 from litgpt.generation.compiled import CompiledDecoder, decoder
 from litgpt.generation.request import Output, Progress, Request, TokenLogprob
 from litgpt.generation.sampling import Sampler
@@ -34,7 +34,10 @@ CACHE_STEP = 128  # attention reads the cache in multiples of this, so that few 
 PREFILL_CHUNK = 1024  # tokens of prompts that are read in a step
 MOST_PADDING = 0.25  # of the tokens of prompts that are read together
 FREE_PADDING = 128  # tokens of padding that cost less than another call
-CACHE_SHARE = 0.9  # of the memory that is left: the rest is for what a step computes
+# Of the memory that is left, for keys and values; the rest is for what a step computes. That of a CPU is not for one
+# program alone.
+CACHE_SHARE, CACHE_SHARE_ON_CPU = 0.9, 0.5
+KEPT_BYTES = 256 * 2**20  # of keys and values that no request needs any more, and another may go on from
 WORTH_COPYING = 16  # a beginning that another slot holds is copied from this many tokens on
 SCORED_AT_ONCE = 256  # tokens of prompts whose logits are there at a time
 
@@ -49,8 +52,10 @@ class Engine:
             long it holds up the requests that are running.
         compile: compile the decode step: on a CPU in the background, on a GPU the first tokens wait for it.
         autocast: a dtype to compute in where the weights are kept in another (mixed precision).
-        cache_bytes: the most memory for keys and values; by default nine tenths of what the device has left. Requests
-            wait where it is not enough for all of them.
+        cache_bytes: the most memory for keys and values; by default nine tenths of what the device has left, half of
+            it on a CPU. Requests wait where it is not enough for all of them.
+        kept_bytes: how much of it is not given back when no request needs it, so that a prompt that begins as an
+            earlier one need not be read again; by default 256 MiB on a CPU, all of it on other devices.
         fixed_length: how many tokens prompt and answer may have together, at most the model's context. The cache has
             room for so many from the start, and does not grow.
     """
@@ -64,6 +69,7 @@ class Engine:
         compile: bool = False,
         autocast: torch.dtype | None = None,
         cache_bytes: float | None = None,
+        kept_bytes: float | None = None,
         fixed_length: int | None = None,
     ) -> None:
         self.model = model
@@ -87,9 +93,14 @@ class Engine:
         self._writing: list[Slot] = []  # get a token each step
         self._slots: list[Slot] = []
         self._cache: KVCache | None = None
+        self._sizes: dict[tuple[int, int], int] = {}
         self.cache_bytes = cache_bytes
         if cache_bytes is None:
             share_memory([self])
+        # What others could use is given back. A new shape of the cache costs nothing there, either.
+        shared = self.device.type == "cpu" and not fixed_length
+        self.kept_bytes = kept_bytes if kept_bytes is not None else KEPT_BYTES if shared else math.inf
+        self._may_shrink = False  # a request is done that perhaps was the last to need so much
         self._batch: Batch | None = None  # that of the last step
 
     # -- one by one
@@ -97,7 +108,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether a step has anything to do."""
-        return bool(self._waiting or self._reading or self._writing)
+        return bool(self._waiting or self._reading or self._writing or self._may_shrink)
 
     @property
     def running(self) -> int:
@@ -140,6 +151,8 @@ class Engine:
         self._admit()
         outputs = self._write()
         outputs += self._read()
+        if self._may_shrink:
+            self._shrink()
         return outputs
 
     def forget(self) -> None:
@@ -216,6 +229,16 @@ class Engine:
             )
         return min(request.max_new_tokens, self.context - length)
 
+    def bytes_needed(self, length: int) -> int:
+        """Memory for the keys and values of one request of so many tokens, answer included. Safe from any thread."""
+        return self._size(1, min(self.context, _rounded(length)))
+
+    @property
+    def cache_size(self) -> int:
+        """Bytes of memory that keys and values take now."""
+        cache = self._cache
+        return 0 if cache is None else self._size(cache.batch_size, cache.max_length)
+
     def _admit(self) -> None:
         """Gives slots to those who wait, in their order.
 
@@ -229,8 +252,9 @@ class Engine:
                 delayed += 1
                 continue
             request = progress.request
-            sources.pop(progress.number, None)
-            kept = {slot.row for slot in sources.values() if slot.progress is None}
+            if (source := sources.pop(progress.number, None)) is not None and source.progress is None:
+                source.released = next(self._numbers)  # used again: the last to go
+            kept = {slot for slot in sources.values() if slot.progress is None}
             length = request.num_to_read + progress.room
             if not self._make_room(length, len(kept)):
                 return
@@ -269,37 +293,99 @@ class Engine:
     def _make_room(self, length: int, kept: int = 0) -> bool:
         """Sees to it that there is a free slot, and that slots hold so many tokens. False where that takes too much
         memory as long as others run. Where there is memory, so many idle slots besides keep what they hold."""
-        used = self.running + kept
-        rows = len(self._slots) if used < len(self._slots) else _power_of_two(used + 1)
-        rows = min(rows, self.most_slots)
-        longest = min(self.context, _power_of_two(max(length, self._shortest)))
-        longest = max(longest, self._cache.max_length if self._cache else 0)
-        if self._cache is not None and (rows, longest) == (len(self._slots), self._cache.max_length):
-            return True
+        shape = self._shape_for(length, kept)
+        if shape is None:
+            return False
+        if self._cache is None or shape != (self._cache.batch_size, self._cache.max_length):
+            self._resize(*shape)
+        return True
+
+    def _shape_for(self, length: int, kept: int) -> tuple[int, int] | None:
+        """How many slots of how many tokens the cache is to have; None where others have to end before."""
+        running, most = self.running, self.most_slots
+        longest_running = max((slot.length for slot in self._slots if slot.progress is not None), default=0)
+        needed = max(length, longest_running, self._shortest)
+        held_rows, held_length = len(self._slots), self._cache.max_length if self._cache is not None else 0
+
+        def rows(used: int) -> int:
+            return min(_power_of_two(used), most)
+
+        longest = min(self.context, _power_of_two(needed))
+        # What is there already, and more of it where that takes hardly any memory: everybody keeps what he holds.
+        wide = rows(running + kept + 1) if running + kept >= held_rows else held_rows, max(longest, held_length)
+        if self._size(*wide) <= min(max(self.kept_bytes, self.cache_size), self.cache_bytes):
+            return wide
+        # Beyond that, what requests need; the others' memory is for them.
+        exact = max(length, longest_running)
+        shapes = [
+            (rows(running + kept + 1), longest),
+            (rows(running + 1), longest),
+            (running + 1, min(self.context, _rounded(exact))),
+        ]
+        if not running:
+            shapes.append((1, length))  # the last resort: the device says whether it has the memory
+        fitting = (shape for shape in shapes if self._size(*shape) <= self.cache_bytes)
+        return next(fitting, None if running else shapes[-1])
+
+    def _resize(self, rows: int, longest: int) -> None:
+        """Gives the cache another shape. Busy slots stay, and idle ones as far as there is room."""
         self._batch = None
-        if self._size(rows, longest) > self.cache_bytes:
-            if kept:
-                return self._make_room(length)
-            if self.running:
-                return False
-            rows, longest = 1, min(self.context, -(-length // CACHE_STEP) * CACHE_STEP)
-            if self._size(rows, longest) > self.cache_bytes:
-                longest = length  # the last resort: the device says whether it has the memory
-            self._cache, self._slots = None, []
-        if self._cache is None:
+        busy = [slot for slot in self._slots if slot.progress is not None]
+        idle = [slot for slot in self._slots if slot.progress is None and len(slot.tokens) <= longest]
+        idle = sorted(idle, key=lambda slot: -slot.released)[: rows - len(busy)]
+        slots = sorted((*busy, *idle), key=lambda slot: slot.row)
+        before = self.cache_size
+        if self._cache is None or not (busy or any(slot.tokens for slot in slots)):
+            self._cache = None  # its memory is free before the next one's
             self._cache = self.model.new_cache(rows, longest, dtype=self.autocast)
         else:
-            self._cache.grow(rows, longest)
-        self._slots += [Slot(row) for row in range(len(self._slots), rows)]
-        return True
+            self._cache.resize([slot.row for slot in slots], rows, longest)
+        self._slots = slots + [Slot(-1) for _ in range(rows - len(slots))]
+        for row, slot in enumerate(self._slots):
+            slot.row = row
+        if self.cache_size < before:
+            give_back()
+
+    def _shrink(self) -> None:
+        """Gives memory back that no request needs, but for `kept_bytes`, and what is little of what they need."""
+        self._may_shrink = False
+        size = self.cache_size
+        if size <= self.kept_bytes or self._waiting:
+            return
+        busy = [slot for slot in self._slots if slot.progress is not None]
+        rows, longest = len(busy), max((slot.length for slot in busy), default=0)
+        needed = self._shape(rows, longest)
+        if size <= 2 * self._size(*needed):
+            return
+        most, shape = max(self.kept_bytes, self._size(*needed)), needed if busy else None
+        idle = [slot for slot in self._slots if slot.progress is None and slot.tokens]
+        for slot in sorted(idle, key=lambda slot: -slot.released):
+            rows, longest = rows + 1, max(longest, len(slot.tokens))
+            if self._size(*self._shape(rows, longest)) > most:
+                break
+            shape = self._shape(rows, longest)
+        if shape is not None:
+            self._resize(*shape)
+        else:
+            self._batch, self._cache, self._slots = None, None, []
+            give_back()
+
+    def _shape(self, rows: int, longest: int) -> tuple[int, int]:
+        """Of a cache, of the few that there are."""
+        return (
+            min(_power_of_two(max(rows, 1)), self.most_slots),
+            min(self.context, _power_of_two(max(longest, self._shortest))),
+        )
 
     def _size(self, rows: int, length: int) -> int:
         """Bytes of a cache."""
-        cache = self.model.new_cache(rows, length, device="meta", dtype=self.autocast)
-        return sum(tensor.numel() * tensor.itemsize for tensor in cache.tensors())
+        if (rows, length) not in self._sizes:
+            cache = self.model.new_cache(rows, length, device="meta", dtype=self.autocast)
+            self._sizes[rows, length] = sum(tensor.numel() * tensor.itemsize for tensor in cache.tensors())
+        return self._sizes[rows, length]
 
-    def _slot_for(self, request: Request, length: int, kept: set[int]) -> tuple[Slot, int]:
-        """A free slot and how many tokens of the prompt it holds already; if possible none of the rows `kept`.
+    def _slot_for(self, request: Request, length: int, kept: set[Slot]) -> tuple[Slot, int]:
+        """A free slot and how many tokens of the prompt it holds already; if possible none of those `kept`.
 
         The last token is always read anew: the answer begins with what the model says after it.
         """
@@ -312,7 +398,7 @@ class Engine:
         def span(slot: Slot) -> int:  # decoding runs all rows from the first busy one to the last
             return max([*busy, slot.row]) - min([*busy, slot.row])
 
-        slot = min(free, key=lambda slot: (slot.row in kept, span(slot), slot.released))
+        slot = min(free, key=lambda slot: (slot in kept, span(slot), slot.released))
         if known < WORTH_COPYING:
             slot.tokens = []
             return slot, 0
@@ -342,6 +428,7 @@ class Engine:
 
     def _release(self, slot: Slot) -> None:
         """Its request is done; what it holds stays."""
+        self._may_shrink = True
         slot.progress = None
         slot.released = next(self._numbers)
         if slot in self._reading:
@@ -565,15 +652,17 @@ class Batch:
         self.is_full = self.rows.tolist() == list(range(self.tokens.size(0)))
 
 
-def share_memory(engines: Sequence[Engine]) -> None:
-    """Gives each of some engines on one device an equal part of what it has left for keys and values.
+def share_memory(engines: Sequence[Engine], total: float | None = None) -> None:
+    """Gives each of some engines on one device an equal part of what it has left for keys and values, or of `total`
+    bytes.
 
-    Equal, not first come, first served: a cache keeps its size, so that one engine's busy hour would leave the others
-    without any.
+    Equal, not first come, first served: one engine's busy hour would leave the others without any.
     """
-    free = memory_free(engines[0].device) or math.inf
+    if total is None:
+        share = CACHE_SHARE_ON_CPU if engines[0].device.type == "cpu" else CACHE_SHARE
+        total = share * (memory_free(engines[0].device) or math.inf)
     for engine in engines:
-        engine.cache_bytes = CACHE_SHARE * free / len(engines)
+        engine.cache_bytes = total / len(engines)
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:
@@ -586,6 +675,11 @@ def common_length(a: Sequence[int], b: Sequence[int]) -> int:
         if a[index] != b[index]:
             return index
     return limit
+
+
+def _rounded(length: int) -> int:
+    """Up to where attention reads."""
+    return -(-length // CACHE_STEP) * CACHE_STEP
 
 
 def _power_of_two(number: int) -> int:

@@ -43,6 +43,11 @@ class Request:
     """Tokens whose log-probabilities are asked for in the place of the prompt's last one, besides its own."""
 
     @property
+    def does_nothing(self) -> bool:
+        """Whether neither an answer nor a score is asked for."""
+        return self.max_new_tokens == 0 and self.score_from is None
+
+    @property
     def num_to_read(self) -> int:
         """How many tokens of the prompt the model has to see: not the last one, where nothing follows it."""
         return len(self.prompt) - (self.max_new_tokens == 0)
@@ -80,6 +85,8 @@ class Output:
     output."""
     cached_tokens: int = 0
     """How many tokens of the prompt were known from before."""
+    stop_logprobs: list[TokenLogprob] = field(default_factory=list)
+    """As `logprobs`, of the tokens of the stop sequence that ended it."""
 
 
 class Progress:
@@ -149,16 +156,17 @@ class Progress:
         else:
             count = len(ids) - self._held_back(ids)
         released, self.pending = self.pending[:count], self.pending[count:]
-        return self._output([held for held, _ in released], [logprob for _, logprob in released if logprob is not None])
+        of_stop = self.pending if stop is not None else []
+        return self._output([held for held, _ in released], _known(released), _known(of_stop))
 
     def finish_reading(self) -> Output:
         """The only output of a request that asks for no new tokens."""
         self.finish_reason = "length"
-        return self._output([], [])
+        return self._output([], [], [])
 
-    def _output(self, token_ids: list[int], logprobs: list[TokenLogprob]) -> Output:
+    def _output(self, token_ids: list[int], logprobs: list[TokenLogprob], of_stop: list[TokenLogprob]) -> Output:
         of_prompt, self.prompt_logprobs = self.prompt_logprobs, []
-        return Output(self.number, token_ids, self.finish_reason, logprobs, of_prompt, self.cached)
+        return Output(self.number, token_ids, self.finish_reason, logprobs, of_prompt, self.cached, of_stop)
 
     def _held_back(self, ids: list[int]) -> int:
         """Length of the longest end of `ids` that begins a stop sequence."""
@@ -167,3 +175,7 @@ class Progress:
             if any(list(stop[:length]) == ids[-length:] for stop in self.request.stops if len(stop) > length):
                 return length
         return 0
+
+
+def _known(tokens: Sequence[tuple[int, TokenLogprob | None]]) -> list[TokenLogprob]:
+    return [logprob for _, logprob in tokens if logprob is not None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -82,5 +82,16 @@ class ServedModel:
         return ids
 
     def check(self, request: Request) -> None:
-        """Raises ValueError where the engine cannot serve the request."""
-        self.worker.engine.check(request)
+        """Raises ValueError where the engine cannot serve the request, or it needs more memory than there ever is."""
+        engine = self.worker.engine
+        if request.does_nothing:  # but its prompt must be one all the same
+            request = replace(request, max_new_tokens=1) if len(request.prompt) < 2 else replace(request, score_from=1)
+        length = request.num_to_read + engine.check(request)
+        needed = engine.bytes_needed(length)
+        if needed > engine.cache_bytes:
+            raise ValueError(
+                f"A prompt of {len(request.prompt):,} tokens with an answer of up to {length - request.num_to_read:,} "
+                f"needs {needed / 1e6:,.1f} MB for keys and values, and this server has "
+                f"{engine.cache_bytes / 1e6:,.1f} MB for them (--kv_cache_memory_bytes). "
+                "Shorten the prompt, or ask for fewer tokens (max_tokens)."
+            )

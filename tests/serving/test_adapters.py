@@ -79,11 +79,14 @@ def test_models_of_one_server_share_the_memory_for_their_caches(chat_directory, 
             listener.close()
             served.extend(self._load())
 
+        def leave(self):
+            """The process goes on."""
+
     monkeypatch.setattr("litgpt.serving.server.Server", Caught)
     monkeypatch.setattr("litgpt.generation.engine.memory_free", lambda device: 3000)
     words = [word for name, path in adapted[0].items() for word in ("--adapter", f"{name}={path}")]
     assert main(["serve", str(chat_directory), "--port", "0", *words]) == 0
-    assert [model.worker.engine.cache_bytes for model in served] == [900] * 3
+    assert [model.worker.engine.cache_bytes for model in served] == [500] * 3
     for model in served:
         model.worker.close()
 

@@ -55,6 +55,11 @@ def model() -> GPT:
 
 
 @pytest.fixture(scope="module")
+def roomy() -> GPT:
+    return tiny_model(block_size=1024)
+
+
+@pytest.fixture(scope="module")
 def windowed() -> GPT:
     return tiny_model(sliding_window_size=12, sliding_window_indices=[1, 0, 1])
 
@@ -357,9 +362,11 @@ def test_requests_wait_where_the_cache_would_need_too_much_memory(model):
 def test_engines_of_one_device_share_what_memory_it_has_left(model, monkeypatch):
     monkeypatch.setattr("litgpt.generation.engine.memory_free", lambda device: 1000)
     engines = [Engine(model) for _ in range(4)]
-    assert [engine.cache_bytes for engine in engines] == [900] * 4
+    assert [engine.cache_bytes for engine in engines] == [500] * 4
     share_memory(engines)
-    assert [engine.cache_bytes for engine in engines] == [225] * 4
+    assert [engine.cache_bytes for engine in engines] == [125] * 4
+    share_memory(engines, 800)
+    assert [engine.cache_bytes for engine in engines] == [200] * 4
     monkeypatch.setattr("litgpt.generation.engine.memory_free", lambda device: None)
     share_memory(engines)
     assert engines[0].cache_bytes == math.inf
@@ -552,3 +559,81 @@ def test_a_scored_prompt_may_be_continued_and_may_fill_the_context(model):
     for wrong in (Request([*longest, 1], 0, score_from=1), Request([1], 0, score_from=1), Request([1, 2], 0)):
         with pytest.raises(ValueError, match=r"context|score_from|max_new_tokens"):
             Engine(model).check(wrong)
+
+
+def sizes(model, *shapes: tuple[int, int]) -> list[int]:
+    """Bytes of caches of so many rows and tokens."""
+    return [sum(t.numel() * t.itemsize for t in model.new_cache(*shape).tensors()) for shape in shapes]
+
+
+def test_memory_is_given_back_once_no_request_needs_it(roomy):
+    """What a long request has made of the cache does not stay, and what short ones go on from does."""
+    [kept, most] = sizes(roomy, (2, 128), (1, 512))
+    engine, seen = Engine(roomy, kept_bytes=kept), []
+    handle = roomy.transformer["wte"].register_forward_hook(lambda *_: seen.append(engine.cache_size))
+    try:
+        short = [Request(prompt, 20, GREEDY) for prompt in PROMPTS * 2]
+        expected = engine.complete(short)
+        assert engine.cache_size <= kept < max(seen)
+        long = Request(list(range(90)) * 3, 150, GREEDY)
+        seen.clear()
+        assert engine.complete([long]) == [plain(roomy, long.prompt, 150)]
+        assert kept < max(seen) == most  # not as many rows as there were, each as long
+        assert engine.cache_size <= kept
+        outputs = list(engine.generate(short))
+        assert [[t for o in outputs if o.request == i for t in o.token_ids] for i in range(len(short))] == expected
+        assert engine.cache_size <= kept
+    finally:
+        handle.remove()
+
+
+def test_what_runs_on_is_the_same_while_the_cache_shrinks_and_grows_around_it(roomy):
+    """Rows move in the memory while they are written to; idle ones keep what they hold as far as there is room."""
+    [kept] = sizes(roomy, (4, 128))
+    engine = Engine(roomy, kept_bytes=kept)
+    long = [Request([7 * i % 90 for i in range(200 + 40 * n)], 6, GREEDY) for n in range(3)]
+    steady = Request(PROMPTS[0], 110, GREEDY)
+    expected, shapes = plain(roomy, steady.prompt, 110), set()
+    number, given = engine.submit(steady), []
+    later = {10: long[:1], 30: long[1:], 60: [Request(prompt, 5, GREEDY) for prompt in PROMPTS]}
+    wanted = {}
+    step = 0
+    while len(given) < 110 or engine.busy:
+        for request in later.pop(step, ()):
+            wanted[engine.submit(request)] = request, []
+        for output in engine.step():
+            (given if output.request == number else wanted[output.request][1]).extend(output.token_ids)
+        shapes.add((len(engine._slots), engine._cache.max_length if engine._cache else 0))
+        step += 1
+    assert given == expected
+    for request, tokens in wanted.values():
+        assert tokens == plain(roomy, request.prompt, request.max_new_tokens)
+    assert len(shapes) > 3
+    assert engine.cache_size <= kept
+    # A conversation goes on from what has stayed of it.
+    [again] = [o for o in engine.generate([Request([*PROMPTS[1], 3], 1, GREEDY)]) if o.finish_reason]
+    assert again.cached_tokens == len(PROMPTS[1])
+
+
+def test_a_cancelled_request_leaves_no_memory_behind(roomy):
+    [kept] = sizes(roomy, (1, 128))
+    engine = Engine(roomy, kept_bytes=kept)
+    number = engine.submit(Request(list(range(90)) * 3, 200, GREEDY))
+    engine.step()
+    assert engine.cache_size > kept
+    engine.cancel(number)
+    assert engine.busy  # so that its thread makes one more step
+    assert engine.step() == []
+    assert not engine.busy
+    assert engine.cache_size <= kept
+
+
+def test_a_sliding_window_stays_right_in_a_smaller_cache():
+    model = tiny_model(block_size=1024, sliding_window_size=16, sliding_window_indices=[1, 0])
+    [kept] = sizes(model, (2, 128))
+    engine = Engine(model, kept_bytes=kept)
+    long = Request([7 * i % 90 for i in range(300)], 5, GREEDY)
+    steady = Request(PROMPTS[0], 90, GREEDY)
+    alone = [Engine(model).complete([request])[0] for request in (steady, long)]
+    assert engine.complete([steady, long]) == alone
+    assert engine.complete([steady])[0] == alone[0]
