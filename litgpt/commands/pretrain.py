@@ -203,6 +203,11 @@ def setup(
     for line in plan_lines(train, schedule, total_steps, tokens, batches, optimizer):
         console.print(line)
     logger = None
+    if source is not None and optimizer.init_args.get("lr") == (scratch := OPTIMIZER.init_args["lr"]):
+        console.print(
+            f"Note: the peak learning rate, {scratch:g}, is the default for a model from scratch, and may undo what "
+            f"this one has learned. A tenth is usual for going on: --optimizer.lr {scratch / 10:g}."
+        )
     if fabric.global_rank == 0:
         cli.save_hyperparameters(out_dir)
         logger = make_logger(logger_name, out_dir / LOGGERS_DIR, log, cli.resolved_settings() or {})

@@ -153,6 +153,9 @@ def test_continued_pretraining_on_another_text(place, capsys, tokenizer):
     texts = [(p / "final/tokenizer.json").read_text() for p in (place / "out/pretrain", place / "second")]
     assert texts[0] == texts[1]
     assert read_metrics(place / "second/metrics.csv")[-1]["tokens"] == str(8 * 128)  # 1,000 rounded up to a step
+    capsys.readouterr()
+    assert run(*words, "--out_dir", "with the default", "--optimizer.lr", "4e-4") == 0
+    assert "A tenth is usual for going on: --optimizer.lr 4e-05." in capsys.readouterr().out
     Path("other.yaml").write_text(TINY.replace("n_embd: 32", "n_embd: 64"))
     error = fails(capsys, *words[:5], "--out_dir", "third", "--model_config.n_embd", "64", *words[7:])
     assert "does not fit the model" in error
