@@ -89,7 +89,7 @@ def test_an_overfitted_model_answers_exactly(base, colours, tmp_path, capsys):
         for name in FIGURES:
             assert float(row[f"val_{name}"]) == pytest.approx(float(expected[name]), abs=1e-6), (step, name)
             distinct.add(row[f"val_{name}"])
-    assert len(distinct) > 8
+    assert len(distinct) > 5
     best = max(scored, key=lambda step: float(scored[step]["val_rougeL"]))
     progress = read_training_state(tmp_path / "best")["progress"]
     assert (progress["best_step"], progress["best_by"]) == (best, "rougeL")
