@@ -89,6 +89,10 @@ class Connection(H11Protocol):
         self._ended = False
         self._noted: Any = None  # the request that `phase` is about
 
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.everyone.coming -= 1
+
     def data_received(self, data: bytes) -> None:
         if self._ended:
             return
@@ -207,9 +211,10 @@ class Connections:
         self.limits, self.note = limits, note
         self.most = limits.connections or _most_connections()
         self.open: set[Connection] = set()
+        self.coming = 0  # taken, and not open yet
         self._held = 0  # bytes of bodies that have not come to their end
         self._tasks: list[asyncio.Task[None]] = []
-        self._coming: set[asyncio.Task[None]] = set()
+        self._connecting: set[asyncio.Task[None]] = set()
 
     def listen(self, listener: socket.socket, make: Callable[[], Connection], known: set[Connection]) -> None:
         """Begins to take connections.
@@ -257,11 +262,12 @@ class Connections:
                 has_room = error.errno in EXHAUSTED and self._make_room()
                 await asyncio.sleep(0 if has_room else 0.05)  # what is wrong now is wrong in the next moment, too
                 continue
-            while sum(not one._ended for one in self.open) + len(self._coming) >= self.most and self._make_room():
+            while sum(not one._ended for one in self.open) + self.coming >= self.most and self._make_room():
                 pass
-            coming = asyncio.ensure_future(self._connect(client, make))
-            self._coming.add(coming)
-            coming.add_done_callback(self._coming.discard)
+            self.coming += 1
+            task = asyncio.ensure_future(self._connect(client, make))
+            self._connecting.add(task)
+            task.add_done_callback(self._connecting.discard)
             taken += 1
             if taken % BURST == 0:
                 await asyncio.sleep(0)  # the others' turn
@@ -270,6 +276,7 @@ class Connections:
         try:
             await asyncio.get_running_loop().connect_accepted_socket(make, client)
         except OSError:  # it is gone already
+            self.coming -= 1
             client.close()
 
     def _make_room(self) -> bool:
