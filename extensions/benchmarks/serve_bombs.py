@@ -65,6 +65,8 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "3 MB of empty tools": (CHAT, lambda: repeated('{"messages": [], "tools": [', "{}", "]}", 3e6)),
     "3 MB of stop strings": (TEXT, lambda: repeated('{"prompt": "x", "stop": [', "7", "]}", 3e6)),
     "16 MB of empty lists": (CHAT, lambda: repeated('{"messages": [], "metadata": {"x": [', "[]", "]}}", 16.7e6)),
+    "500,000 negative ids, which are not too many": (TEXT, lambda: repeated('{"prompt": [', "-1", "]}", 1.5e6)),
+    "250,000 empty messages, as many": (CHAT, lambda: repeated('{"messages": [', "{}", "]}", 0.75e6)),
     "15 MB of words": (TEXT, lambda: body(prompt="word and " * 1_666_666)),
     "15 MB without a space": (TEXT, lambda: body(prompt="abc" * 5_000_000)),
     "15 MB of spaces": (TEXT, lambda: body(prompt=" " * 15_000_000)),

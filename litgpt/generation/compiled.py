@@ -31,6 +31,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +93,8 @@ class CompiledDecoder:
         self._programs: dict[tuple[int, torch.dtype], Program] = {}
         self._turn = threading.Lock()  # one compilation at a time
         self._failed = False
-        self._state: tuple[KVCache | None, list[Tensor]] = (None, [])
+        # Weakly: a cache that the engine has let go of is not to stay in memory.
+        self._states: WeakKeyDictionary[KVCache, list[Tensor]] = WeakKeyDictionary()
         self._fits = why_not(model)
         self._reads = self._fits is None and reads_compiled(model)
         if self._fits is not None:
@@ -143,12 +145,12 @@ class CompiledDecoder:
         """What the step changes, of the rows that the call is about; None where the step is not for such a call."""
         if self._fits is not None or cache.is_empty or torch.is_autocast_enabled("cpu"):
             return None
-        if self._state[0] is not cache:
+        if (state := self._states.get(cache)) is None:
             chosen = next(iter(cache.rings.values())).chosen
             if not isinstance(chosen, slice):
                 return None
-            self._state = cache, [cache.lengths, *(tensor[chosen] for tensor in cache.tensors())]
-        return self._state[1]
+            state = self._states[cache] = [cache.lengths, *(tensor[chosen] for tensor in cache.tensors())]
+        return state
 
     # -- in the background
 

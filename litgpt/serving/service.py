@@ -42,6 +42,7 @@ class Service:
         self.requests = RequestLog(self.metrics)
         self.metrics.gauge("running", "Answers being generated", lambda: self._sum("running"))
         self.metrics.gauge("waiting", "Answers that wait for a slot", lambda: max(0, self.taken - self._sum("running")))
+        self.metrics.gauge("kv_cache_bytes", "Memory that keys and values take now", lambda: self._sum("cache_size"))
         self.metrics.gauge("ready", "1 once the model is loaded", lambda: float(bool(self.models)))
 
     # -- the models

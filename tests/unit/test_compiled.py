@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -295,6 +296,20 @@ def test_a_prompt_and_a_short_answer_start_nothing(monkeypatch, tmp_path):
     assert largest_difference(model, decoder) == 0
     assert not decoder.wait()
     assert not list(tmp_path.iterdir())
+
+
+@torch.inference_mode()
+def test_a_cache_that_the_engine_has_let_go_of_is_freed():
+    model = make()
+    decoder, cache = CompiledDecoder(model, after=100), model.new_cache(2, 64)
+    model.hidden_states(torch.tensor([[1, 2], [3, 4]]), cache=cache)
+    rows = cache.select(slice(0, 1))
+    decoder(torch.tensor([[5]]), torch.tensor([[2]]), cache=rows)
+    assert decoder._states
+    held = weakref.ref(cache.layers[0].tensors[0])
+    assert held() is not None
+    del cache, rows
+    assert held() is None
 
 
 def test_what_a_gpu_waits_for_is_said_once_for_each_number_of_rows(monkeypatch):
