@@ -29,6 +29,10 @@ class Piece:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     """Of the tokens whose text begins in this piece or before it."""
     finish_reason: str | None = None
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Of the prompt's tokens from the second on, where they are asked for; with the first piece."""
+    stop_logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Of the tokens that ended it, which have no text."""
 
 
 class Answers:
@@ -98,7 +102,12 @@ class Answers:
         service.stops.add(stop)
         try:
             for index, request in enumerate(self.requests):
-                running[index] = self.model.worker.submit(request, _deliverer(loop, outputs, index))
+                deliver = _deliverer(loop, outputs, index)
+                if request.does_nothing:
+                    running[index] = Ticket(self.model.worker)
+                    deliver(Output(-1, [], "length"))
+                else:
+                    running[index] = self.model.worker.submit(request, deliver)
             while running:
                 index, output = await outputs.get()
                 if isinstance(output, ApiError):
@@ -118,7 +127,7 @@ class Answers:
                     service.leave()
                     service.metrics.answers.labels(piece.finish_reason).inc()
                     service.metrics.duration.observe(time.monotonic() - began)
-                if piece.text or piece.logprobs or piece.finish_reason:
+                if piece.text or piece.logprobs or piece.prompt_logprobs or piece.finish_reason:
                     yield piece
         except RuntimeError as error:  # the engine was shut down before all were handed in
             raise engine_error(error) from error
@@ -183,11 +192,11 @@ class AnswerText:
             if output.logprobs:
                 self._waiting.append((start, output.logprobs[place]))
             if self._constraint is not None and self._constraint.complete_at == self._tokens:
-                if self._constraint.error:
-                    message = f"The schema is too complex: {self._constraint.error}."
-                    raise ApiError(400, message, param="response_format", code="invalid_value")
                 reason = "stop"
                 break
+        if reason is not None and self._constraint is not None and self._constraint.error:
+            message = f"The answer cannot keep to the schema: {self._constraint.error}."
+            raise ApiError(400, message, param="response_format", code="invalid_value")
         if reason is not None:
             text += self._stream.finish()
             if self._stream.stopped:
@@ -196,7 +205,7 @@ class AnswerText:
         whole = reason is not None and not self._stream.stopped
         known = [logprob for start, logprob in self._waiting if whole or start < self._length]
         self._waiting = [(start, logprob) for start, logprob in self._waiting if not whole and start >= self._length]
-        return Piece(index, text, known, reason)
+        return Piece(index, text, known, reason, output.prompt_logprobs, output.stop_logprobs)
 
 
 def several(request: Request, count: int) -> list[Request]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from litgpt.serving.json_schema import allows_something
 from litgpt.tokenizer import Tokenizer
 
 # Models write JSON with these spaces. Free white space invites small ones to write nothing else.
@@ -16,7 +17,18 @@ JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separat
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:
-    """The right side of a rule that matches what a JSON schema describes."""
+    """The right side of a rule that matches what a JSON schema describes.
+
+    Raises:
+        ValueError: that is nothing.
+    """
+    try:
+        if not allows_something(schema):
+            raise ValueError(
+                "No value keeps to the schema: it refers to itself without a way out, or asks for one of nothing."
+            )
+    except RecursionError:
+        raise ValueError("The schema is not possible: it is too deep.") from None
     return "%json " + json.dumps({**schema, "x-guidance": JSON_STYLE})
 
 
@@ -58,7 +70,12 @@ class Grammars:
         matcher = self.library.LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise ValueError(f"The schema is not possible: {' '.join(matcher.get_error().split())[:500]}")
-        return GrammarConstraint(matcher, self.size, self.ends)
+        constraint = GrammarConstraint(matcher, self.size, self.ends)
+        trial = constraint.copy()
+        trial.mask()
+        if trial.error:
+            raise ValueError("The schema is not possible: no answer keeps to it.")
+        return constraint
 
 
 class GrammarConstraint:
@@ -70,7 +87,8 @@ class GrammarConstraint:
         self.complete_at: int | None = None
         """How many tokens make a whole answer that nothing can be added to, once there are so many."""
         self.error = ""
-        """Why the answer could not be followed further: it is too complex for the library's limits."""
+        """Why the answer could not be followed further: it is too complex for the library's limits, or nothing can
+        follow."""
 
     def copy(self) -> GrammarConstraint:
         """The same for another answer."""
@@ -80,8 +98,9 @@ class GrammarConstraint:
         """(V,) bool."""
         if not self._matcher.is_stopped():
             allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8) != 0
-            if not self._matcher.is_error():
+            if not self._matcher.is_error() and allowed.any():
                 return allowed[: self._size]
+            self.error = self.error or "nothing can follow what was written"
         self._note_error()
         only_ends = torch.zeros(self._size, dtype=torch.bool)
         only_ends[self._ends] = True

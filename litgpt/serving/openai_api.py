@@ -26,6 +26,8 @@ from litgpt.serving.service import Service
 from litgpt.serving.streaming import DONE, Stream, begun, event, unless_gone, with_errors
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
+MOST_LOGPROBS = 2**18  # in a response: about 50 MB, which take a second
+LONG = 1000  # tokens with log-probabilities, whose response takes a while to write
 ALL = 0  # top_k
 MEDIA = "text/event-stream"
 
@@ -111,6 +113,28 @@ def engine_request(
     return EngineRequest(prompt, most, sampling_of(body, model), stops, body.seed, logprobs, constraint)
 
 
+def check_logprobs(model: ServedModel, requests: Sequence[EngineRequest], each: int | None) -> None:
+    """Raises ApiError where a response might have more log-probabilities than are of use.
+
+    Args:
+        model: What answers.
+        requests: Those that the response is to.
+        each: How many of the likeliest are asked for with each token; None asks for none.
+    """
+    if each is None:
+        return
+    tokens = 0
+    for request in requests:
+        tokens += min(request.max_new_tokens, max(0, model.context - len(request.prompt)))
+        tokens += len(request.prompt) if request.score_from is not None else 0
+    if tokens * (1 + each) > MOST_LOGPROBS:
+        message = (
+            f"The response may have {tokens:,} tokens with {1 + each} log-probabilities each; {MOST_LOGPROBS:,} "
+            "log-probabilities are the most. Ask for fewer tokens (max_tokens), answers or logprobs at a time."
+        )
+        raise ApiError(400, message, param="logprobs", code="invalid_value")
+
+
 def prepare_chat(service: Service, body: ChatRequest) -> ChatKind:
     """Everything before the engine: the prompt, the tools, the constraint.
 
@@ -123,8 +147,8 @@ def prepare_chat(service: Service, body: ChatRequest) -> ChatKind:
     functions, form = _functions(body, model)
     described = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if functions else []
     prompt = conversation.encode(model, body, described)
-    grammar = _grammar(body, model, functions, form)
     try:
+        grammar = _grammar(body, model, functions, form)
         constraint = model.grammars.constraint(grammar) if grammar else None
     except ValueError as error:
         param = "response_format" if body.response_format and body.response_format.type != "text" else "tools"
@@ -134,6 +158,7 @@ def prepare_chat(service: Service, body: ChatRequest) -> ChatKind:
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     service.check_size(body.n or 1)
     request = engine_request(body, model, prompt, most, logprobs, constraint)
+    check_logprobs(model, [request] * (body.n or 1), logprobs)
     answers = Answers(
         service,
         model,
@@ -198,9 +223,6 @@ def _grammar(
 def prepare_completion(service: Service, body: CompletionRequest) -> CompletionKind:
     """The same for a text completion."""
     model = service.model(body.model)
-    if body.echo and body.logprobs is not None:
-        message = "echo with logprobs is not possible: a prompt has no log-probabilities here."
-        raise ApiError(400, message, param="echo", code="unsupported_value")
     prompts = body.prompt if isinstance(body.prompt, list) else [body.prompt]
     if prompts and isinstance(prompts[0], int):
         prompts = [prompts]
@@ -213,12 +235,14 @@ def prepare_completion(service: Service, body: CompletionRequest) -> CompletionK
         ]
     except ValueError as error:
         raise prompt_error(error, "prompt") from None
-    most = body.max_tokens or model.defaults.max_new_tokens
-    requests = [
-        choice
-        for prompt in encoded
-        for choice in several(engine_request(body, model, prompt, most, body.logprobs), body.n or 1)
-    ]
+    most = model.defaults.max_new_tokens if body.max_tokens is None else body.max_tokens
+    requests = []
+    for prompt in encoded:
+        request = engine_request(body, model, prompt, most, body.logprobs)
+        if body.echo and body.logprobs is not None and len(prompt) > 1:
+            request.score_from = 1
+        requests += several(request, body.n or 1)
+    check_logprobs(model, requests, body.logprobs)
     answers = Answers(service, model, requests, prompts=len(encoded), stops=body.stops, joins=True)
     echo = [""] * len(requests)
     if body.echo:
@@ -238,6 +262,8 @@ class Choice:
     calls: list[tools.Call] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    stop_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 class Kind:
@@ -274,7 +300,15 @@ class Kind:
                 choice.text += new.text
                 choice.calls += new.calls
                 choice.logprobs += new.logprobs
+                choice.prompt_logprobs += new.prompt_logprobs
+                choice.stop_logprobs += new.stop_logprobs
                 choice.finish_reason = new.finish_reason
+        size = sum(len(choice.logprobs) + len(choice.prompt_logprobs) for choice in choices)
+        if size < LONG:
+            return self._whole(choices)
+        return await self.answers.service.aside(lambda: self._whole(choices), size)
+
+    def _whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
         return {
             **self.head,
             "object": self.whole_object,
@@ -303,7 +337,8 @@ class Kind:
                 yield piece.index, self.part(piece)
 
     def part(self, piece: Piece) -> Choice:
-        return Choice([piece.text] if piece.text else [], [], piece.logprobs, piece.finish_reason)
+        text = [piece.text] if piece.text else []
+        return Choice(text, [], piece.logprobs, piece.finish_reason, piece.prompt_logprobs, piece.stop_logprobs)
 
     def choice(self, index: int, choice: Choice) -> dict[str, Any]:
         """A whole choice."""
@@ -396,29 +431,46 @@ class CompletionKind(Kind):
         self.offsets = [0] * len(echo)
 
     def choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        return self._choice(index, self.echo[index] + "".join(choice.text), choice)
+        return self._choice(index, choice, True)
 
     def deltas(self, index: int, new: Choice, first: bool) -> list[dict[str, Any]]:
-        return [self._choice(index, (self.echo[index] if first else "") + "".join(new.text), new)]
+        return [self._choice(index, new, first)]
 
-    def _choice(self, index: int, text: str, choice: Choice) -> dict[str, Any]:
-        logprobs = self._logprobs(index, choice.logprobs) if self.body.logprobs is not None else None
+    def _choice(self, index: int, choice: Choice, first: bool) -> dict[str, Any]:
+        text = (self.echo[index] if first else "") + "".join(choice.text)
+        logprobs = self._logprobs(index, choice, first) if self.body.logprobs is not None else None
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
-    def _logprobs(self, index: int, logprobs: list[TokenLogprob]) -> dict[str, Any]:
-        tokens = [self._text(one.token) for one in logprobs]
-        offsets = []
-        for token in tokens:
-            offsets.append(self.offsets[index])
-            self.offsets[index] += len(token)
-        return {
-            "tokens": tokens,
-            "token_logprobs": [max(one.logprob, LEAST_LOGPROB) for one in logprobs],
-            "top_logprobs": [
-                {self._text(token): max(logprob, LEAST_LOGPROB) for token, logprob in one.likeliest} for one in logprobs
-            ],
-            "text_offset": offsets,
-        }
+    def _logprobs(self, index: int, choice: Choice, first: bool) -> dict[str, Any]:
+        written: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+
+        def write(token: int, width: int, known: TokenLogprob | None) -> None:
+            written["tokens"].append(self._text(token))
+            written["token_logprobs"].append(None if known is None else max(known.logprob, LEAST_LOGPROB))
+            written["top_logprobs"].append(None if known is None else self._likeliest(known))
+            written["text_offset"].append(self.offsets[index])
+            self.offsets[index] += width
+
+        if first and self.body.echo:
+            echo, prompt = self.echo[index], self.answers.requests[index].prompt
+            for token, known in zip(prompt, [None, *choice.prompt_logprobs], strict=True):
+                text = self._text(token)
+                # What a tokenizer puts before a text is no part of it.
+                is_seen = not self.model.tokenizer.is_control(token) or echo.startswith(text, self.offsets[index])
+                write(token, len(text) if is_seen else 0, known)
+            self.offsets[index] = len(echo)
+        for known in choice.logprobs:
+            write(known.token, len(self._text(known.token)), known)
+        for known in choice.stop_logprobs:
+            write(known.token, 0, known)
+        return written
+
+    def _likeliest(self, known: TokenLogprob) -> dict[str, float]:
+        """With the token itself, which need not be one of them; of tokens of one text the likeliest."""
+        found: dict[str, float] = {}
+        for token, logprob in (*known.likeliest, (known.token, known.logprob)):
+            found.setdefault(self._text(token), max(logprob, LEAST_LOGPROB))
+        return found
 
     def _text(self, token: int) -> str:
         return self.model.tokenizer.token_bytes(token).decode("utf-8", "replace")

@@ -190,7 +190,12 @@ class ChatRequest(OpenAIRequest):
 
 
 class CompletionRequest(OpenAIRequest):
+    max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(
+        None, description="0 generates nothing: with `echo` and `logprobs` it is the prompt that is scored"
+    )
     prompt: str | Ids | Prompts[str] | Prompts[Ids]
-    echo: bool = False
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool = Field(False, description="Begin the text with the prompt")
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
+        None, description="Of each token, and the so many likeliest in its place; with `echo` of the prompt's, too"
+    )
     best_of: Annotated[int, Field(ge=1, le=1, description="Only 1: the best of several is not chosen")] | None = None

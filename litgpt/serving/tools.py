@@ -81,36 +81,29 @@ class ToolForm:
             token_id = _control_token(tokenizer, text)
             return f"<[{token_id}]>" if token_id is not None else json.dumps(text)
 
+        rules, opener = [], literal(self.opener)
+        for index, function in enumerate(functions):
+            # A rule of its own for the arguments: references within a function's schema are to that schema.
+            rules.append(f"arguments_{index}: {json_rule(function.parameters)}")
+            if self.arguments_marker:
+                call = f"{opener} {json.dumps(function.name)} {literal(self.arguments_marker)} arguments_{index}"
+            else:
+                start = f'{{"name": {json.dumps(function.name)}, "{self.arguments}": '
+                call = f'{json.dumps(start)} arguments_{index} "}}"'
+            rules.append(f"call_{index}: {call}")
+        rules.append(f"call: {' | '.join(f'call_{index}' for index in range(len(functions)))}")
         if self.arguments_marker:
-            rules = [f"calls: call{'+' if parallel else ''}"]
-            names = [f"call_{index}" for index in range(len(functions))]
-            rules.append(f"call: {' | '.join(names)}")
-            for index, function in enumerate(functions):
-                rules.append(
-                    f"call_{index}: {literal(self.opener)} {json.dumps(function.name)} "
-                    f"{literal(self.arguments_marker)} arguments_{index}"
-                )
-                rules.append(f"arguments_{index}: {json_rule(function.parameters)}")
-            return "\n".join(rules)
-        call = {"anyOf": [self._schema(function) for function in functions]}
-        if self.as_list:
-            several = {"type": "array", "items": call, "minItems": 1, **({} if parallel else {"maxItems": 1})}
-            return f"calls: {literal(self.opener)} body\nbody: {json_rule(several)}"
-        if self.starts_bare:
-            return f"calls: body\nbody: {json_rule(call)}"
-        more = ' ("\\n" call)*' if parallel else ""
-        return (
-            f"calls: call{more}\n"
-            f'call: {literal(self.opener)} "\\n" body "\\n" {literal(self.closer)}\nbody: {json_rule(call)}'
-        )
-
-    def _schema(self, function: Function) -> dict[str, Any]:
-        return {
-            "type": "object",
-            "properties": {"name": {"const": function.name}, self.arguments: function.parameters},
-            "required": ["name", self.arguments],
-            "additionalProperties": False,
-        }
+            rules.append(f"calls: call{'+' if parallel else ''}")
+        elif self.as_list:
+            more = ' (", " call)*' if parallel else ""
+            rules.append(f'calls: {opener} "[" call{more} "]"')
+        elif self.starts_bare:
+            rules.append("calls: call")
+        else:
+            more = ' ("\\n" block)*' if parallel else ""
+            rules.append(f'block: {opener} "\\n" call "\\n" {literal(self.closer)}')
+            rules.append(f"calls: block{more}")
+        return "\n".join(rules)
 
 
 HERMES = ToolForm("<tool_call>", "</tool_call>")
