@@ -21,8 +21,8 @@ class TrainArgs:
     save_interval: int | None = 1000
     """Optimizer steps between checkpoints; null saves only the final one"""
     log_interval: int = 1
-    """Optimizer steps between log lines; between them the device is not waited for, unless the optimizer is none of
-    torch's fused ones"""
+    """Optimizer steps between log lines; between them a GPU is not waited for, with torch's fused optimizers on CUDA or
+    ROCm"""
     global_batch_size: int = 64
     """Sequences per optimizer step, over all devices; the last step of an epoch has what is left"""
     micro_batch_size: int = 4

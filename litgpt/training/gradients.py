@@ -23,10 +23,11 @@ class Gradients:
     A step with such a gradient changes nothing: neither weights nor the optimizer's state. Its samples are passed over,
     and its step counts. More than `allowed` of them in a row end the run.
 
-    On a GPU, nothing is waited for: the optimizers of torch that are fused leave their update out on the device, by the
-    flag that a GradScaler gives them, and all later ones, too, once the run is to end; `failure` and `settle` say so
-    where the device is waited for anyway. With any other optimizer, each step is waited for. Where the precision has a
-    scaler of its own (16-mixed), which leaves out such steps itself, only norms are computed here.
+    On CUDA and ROCm, nothing is waited for: the optimizers of torch that are fused leave their update out on the
+    device, by the flag that a GradScaler gives them, and all later ones, too, once the run is to end; `failure` and
+    `settle` say so where the device is waited for anyway. With any other optimizer or device, each step is waited for.
+    Where the precision has a scaler of its own (16-mixed), which leaves out such steps itself, only norms are computed
+    here.
 
     Args:
         fabric: The devices.

@@ -10,11 +10,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from litgpt import distributed
+from litgpt import distributed, launcher
 from tests.training.conftest import SHAPE, TEXT
+from tests.training.two_ranks import free_port
 
 ROOT = Path(__file__).parents[2]
 SHAPE_OPTIONS = [f"--model_config.{name}={value}" for name, value in SHAPE.items()]
@@ -114,6 +117,29 @@ def test_a_rank_that_was_killed_is_called_lost(start):
     assert "Traceback" not in printed
 
 
+@pytest.mark.parametrize(
+    ("code", "kills", "said"),
+    [
+        (-signal.SIGKILL, 1, "SIGKILL ended it, since the machine has run out of memory."),
+        (-signal.SIGKILL, 0, "SIGKILL ended it (the system does so where memory runs out; `dmesg` would say it)."),
+        (-signal.SIGSEGV, 0, "SIGSEGV ended it."),
+        (3, 0, "it ended with exit code 3."),
+        (130, 0, None),
+        (0, 0, None),
+        (None, 0, None),
+    ],
+)
+def test_how_a_rank_was_lost_is_said(monkeypatch, code, kills, said):
+    monkeypatch.setattr(launcher, "_out_of_memory_kills", lambda: 5)
+    ranks = launcher.Ranks(4, 0, 2, 6, started_here=True)
+    ranks.children = {5: SimpleNamespace(poll=lambda: code, pid=77)}
+    monkeypatch.setattr(launcher, "_out_of_memory_kills", lambda: 5 + kills)
+    lost = ranks._lost()
+    assert (lost or "").startswith(f"Rank 5 of 6 (process 77) was lost: {said} " if said else "")
+    assert (lost is None) == (said is None)
+    ranks.folder.rmdir()
+
+
 @pytest.mark.slow
 @needs_proc
 def test_the_others_end_where_the_first_rank_was_killed(start):
@@ -142,9 +168,6 @@ def test_nodes_that_do_not_come_are_named_and_ctrl_c_ends_the_wait(start):
 @pytest.mark.slow
 def test_two_nodes_meet(tmp_path):
     """By hand: the second waits for the first, and then both train."""
-    from litgpt.launcher import _is_open
-    from tests.training.two_ranks import free_port
-
     port = str(free_port())
     places = [tmp_path / name for name in ("first", "second")]
     nodes = []
@@ -154,17 +177,13 @@ def test_two_nodes_meet(tmp_path):
         nodes.append(Started(place, "--devices", 1, "--num_nodes", 2, "--train.max_steps", 2, **variables))
         if rank:
             nodes[-1].wait_for("Rank 1 of 2 waits for rank 0, at 127.0.0.1")
-            assert not _is_open("127.0.0.1", int(port))
+            assert not launcher._is_open("127.0.0.1", int(port))
     for node in nodes:
         assert node.end(120)[0] == 0, node.lines
     assert "2 x CPU process" in "".join(nodes[1].lines)
 
 
 def test_more_processes_than_cores_are_said(monkeypatch):
-    from types import SimpleNamespace
-
-    import torch
-
     strategy = SimpleNamespace(parallel_devices=[0] * 8, precision=SimpleNamespace(precision="32-true"))
     fabric = SimpleNamespace(device=torch.device("cpu"), strategy=strategy, world_size=8)
     monkeypatch.setattr(distributed, "usable_cores", lambda: 2)
