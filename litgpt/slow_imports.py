@@ -1,4 +1,4 @@
-"""A line on the terminal while a large library is being imported, which takes seconds on a slow disk or a busy machine."""
+"""A line on the terminal while a large library is imported: seconds, on a slow disk or a busy machine."""
 
 import sys
 import threading

@@ -40,7 +40,8 @@ def clear_errors(repo_id: str, access_token: Secret | str | None, revision: str 
     except (http_error_class(), ConnectionError, TimeoutError) as error:
         raise HubError(
             f"{repo_id} cannot be downloaded: no connection to {constants.ENDPOINT} ({_cause(error)})."
-            f"{_meant(repo_id)} Check the network (and HF_ENDPOINT, HTTPS_PROXY); the same command goes on where this one stopped."
+            f"{_meant(repo_id)} Check the network (and HF_ENDPOINT, HTTPS_PROXY); the same command goes on where this "
+            "one stopped."
         ) from None
     except OSError as error:
         if error.errno == errno.ENOSPC:

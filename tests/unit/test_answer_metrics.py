@@ -75,7 +75,10 @@ def test_classes_with_arguments():
         ("SQuAD", "--eval.metrics SQuAD does not score a list of texts by a list of texts: "),
         ("torchmetrics.classification.MulticlassExactMatch", "--eval.metrics.num_classes is missing"),
         ({"class_path": "bleu", "init_args": {"ngram": 2}}, "BLEUScore has no such setting. Did you mean 'n_gram'?"),
-        ({"class_path": "BLEUScore", "init_args": {"n_gram": "two"}}, "--eval.metrics.n_gram: expected an integer, got 'two'."),
+        (
+            {"class_path": "BLEUScore", "init_args": {"n_gram": "two"}},
+            "--eval.metrics.n_gram: expected an integer, got 'two'.",
+        ),
         ({"class_path": "BLEUScore", "n_gram": 2}, "a metric is a name, or a class_path with init_args"),
         ({"class_path": "rouge", "name": "r"}, "name r is for a single figure, but it gives rouge1_fmeasure, "),
     ],
