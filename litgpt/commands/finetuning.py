@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from litgpt import cli, distributed, launcher
-from litgpt.checkpoint import copy_companion_files, resolve_checkpoint_dir
+from litgpt.checkpoint import WEIGHTS, copy_companion_files, resolve_checkpoint_dir
 from litgpt.commands.download import download
 from litgpt.commands.pretrain import choose_logger, plan_lines, sequence_length, stop_early
 from litgpt.commands.validation_answers import ValidationAnswers
@@ -40,6 +40,7 @@ from litgpt.training.batches import BatchStream
 from litgpt.training.compilers import choose_compiler, compile_blocks
 from litgpt.training.console import Console
 from litgpt.training.criterion import choose_criterion
+from litgpt.training.inputs import Inputs, new_digest, sampled
 from litgpt.training.loggers import make_logger
 from litgpt.training.loop import Outcome, Run, fit
 from litgpt.training.loss import IGNORE_INDEX, LossModule, NextTokenLoss
@@ -136,6 +137,7 @@ class Finetuning:
         on_pairs: bool = False,
         trains_all: bool = False,
     ) -> None:
+        self.settings = settings
         self.options = options = replace(options, train=replace(options.train))  # the batch is settled below
         self.out_dir = out_dir
         self.data = chosen_data(options.data, on_pairs)
@@ -177,6 +179,7 @@ class Finetuning:
 
         self.fabric = distributed.make_fabric(options.devices, options.num_nodes, precision, options.strategy)
         launcher.launch(self.fabric)
+        self.checkpoint = self.fabric.broadcast(self.checkpoint)
         self.console = Console(self.fabric.global_rank == 0)
         if options.log.save_logs and not options.dry_run:
             self.console.save_to(self.out_dir / LOGS_FILE, append=self.checkpoint is not None)
@@ -184,20 +187,19 @@ class Finetuning:
         self.console.print(cli.describe_settings(file) or pprint.pformat(dict(sorted(settings.items()))))
         distributed.seed_everything(options.seed)
         self.console.print(f"Seed set to {options.seed}\n{distributed.describe_devices(self.fabric)}")
-        self.checkpoint = self.fabric.broadcast(self.checkpoint)
         note = self.source.note if self.quantize else self.source.note_on_plain
         if note:
             self.console.print(note)
         if self.quantize != quantize:
             self.console.print(f"The frozen weights stay as they are in the checkpoint: {self.quantize}")
+        for line in self.directory.notes:
+            self.console.print(line)
         if self.checkpoint is not None:
             self.console.print(f"Resuming from {str(self.checkpoint)!r}")
         self._prepare_data()
 
     def _prepare_data(self) -> None:
         train = self.options.train
-        for line in self.directory.notes:
-            self.console.print(line)
         own_style = choose_prompt_style(
             self.source.files,
             explicit=format_of_options(None, self.options.chat_template),
@@ -242,7 +244,27 @@ class Finetuning:
         dtype, _ = distributed.PRECISIONS[distributed.precision_of(self.fabric)]
         # Quantising is work for the device; whole weights go there when they are sharded.
         device = self.fabric.device if self.quantize else "cpu"
-        return load_model(self.source, dtype=dtype, device=device, quantize=self.quantize, plain=not self.quantize)
+        digest = new_digest()
+        watch = partial(sampled, digest=digest)
+        kind = self.quantize
+        gpt = load_model(self.source, dtype=dtype, device=device, quantize=kind, plain=not kind, watch=watch)
+        self.base_digest = digest.hexdigest()
+        return gpt
+
+    def _inputs(self, saved: Saved) -> Inputs:
+        """What a resumed run must go on with, and what is said where it has changed."""
+        # Weights that are trained are in the checkpoints, whatever they began as; but DPO compares with those.
+        counts = saved.file != WEIGHTS or self.data.rows_per_sample > 1
+        return Inputs.of(
+            self.settings,
+            {**self.data.content(), "seed": self.data.seed},
+            self.config,
+            self.tokenizer,
+            self.optimizer,
+            self.world_size,
+            length_of_a_packed_row=self.tokens if self.data.pack else None,
+            frozen_weights=self.base_digest if counts else None,
+        )
 
     def train(
         self,
@@ -323,6 +345,7 @@ class Finetuning:
             criterion=self.criterion,
             resume=self.checkpoint,
             saved=saved,
+            inputs=self._inputs(saved),
         )
         try:
             if prepare is not None:

@@ -28,6 +28,7 @@ from litgpt.training.batches import BatchStream
 from litgpt.training.compilers import choose_compiler, compile_blocks
 from litgpt.training.console import Console
 from litgpt.training.criterion import choose_criterion
+from litgpt.training.inputs import Inputs
 from litgpt.training.loggers import check_logger, make_logger
 from litgpt.training.loop import Generated, Outcome, Run, fit
 from litgpt.training.loss import NextTokenLoss
@@ -202,12 +203,12 @@ def setup(
     schedule = Schedule.of(train, total_steps)
     for line in plan_lines(train, schedule, total_steps, tokens, batches, optimizer):
         console.print(line)
-    logger = None
     if source is not None and optimizer.init_args.get("lr") == (scratch := OPTIMIZER.init_args["lr"]):
         console.print(
             f"Note: the peak learning rate, {scratch:g}, is the default for a model from scratch, and may undo what "
             f"this one has learned. A tenth is usual for going on: --optimizer.lr {scratch / 10:g}."
         )
+    logger = None
     if fabric.global_rank == 0:
         cli.save_hyperparameters(out_dir)
         logger = make_logger(logger_name, out_dir / LOGGERS_DIR, log, cli.resolved_settings() or {})
@@ -230,6 +231,15 @@ def setup(
         save=partial(save_checkpoint_files, config=config, tokenizer_dir=tokenizer_dir),
         generate=sample if tokenizer and eval.max_new_tokens else None,
         resume=checkpoint,
+        inputs=Inputs.of(
+            settings,
+            {**data.content(), "seed": data.settings().get("seed")},
+            config,
+            tokenizer,
+            optimizer,
+            world_size,
+            length_of_a_sequence=tokens,
+        ),
     )
     try:
         outcome = fit(fabric, model, fabric_optimizer, batches, val_batches, run)

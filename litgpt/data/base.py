@@ -79,6 +79,13 @@ class DataModule:
         """A line to print once the data is set up."""
         return f"Data: {self!r}"
 
+    def content(self) -> dict[str, str]:
+        """Words for the data of `train` and of `val`, once it is set up: the same where their samples are the same.
+
+        A run is resumed on the same data alone. Where nothing is said here, only the order of samples is compared.
+        """
+        return {}
+
     def settings(self) -> dict[str, Any]:
         """The options that this module was made with, as plain values, without secrets."""
         public = {k: v for k, v in vars(self).items() if not k.startswith("_") and not is_secret(k, v)}

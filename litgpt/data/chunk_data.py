@@ -128,6 +128,10 @@ class ChunkData(DataModule):
     def val_dataloader(self) -> DataLoader | list:
         return [] if self._val is None else DataLoader(self._val, batch_size=self._batch_size)
 
+    def content(self) -> dict[str, str]:
+        splits = {"train": self._train} | ({} if self._val is None else {"val": self._val})
+        return {name: f"{len(blocks):,} blocks ({', '.join(blocks.digests)})" for name, blocks in splits.items()}
+
     def describe(self) -> str:
         """What is trained and validated on, a line each."""
         lines = []

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from litgpt.data.cache_sums import sum_of
 from litgpt.data.records import Conversation, Message
 from litgpt.data.sample_encoding import ConversationEncoder, Encoded
 
@@ -124,6 +125,10 @@ class SampleFile(Sequence[Sample]):
             np.save(directory / name, np.asarray(values, dtype=np.int64))
         (directory / SUMMARY).write_text(json.dumps(asdict(summary)), encoding="utf-8")
         return cls(directory)
+
+    def digest(self) -> str:
+        """The same where the samples are: where they begin and end, their ids, and which of these are learned."""
+        return sum_of([self.directory / name for name in (TOKENS, TARGETS, STARTS)])
 
     def __len__(self) -> int:
         return self.summary.samples

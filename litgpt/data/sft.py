@@ -233,6 +233,12 @@ class SFTData(DataModule):
             return []
         return DataLoader(self._rows(self._val), batch_size=self._batch_size, collate_fn=self._collate(self._val))
 
+    def content(self) -> dict[str, str]:
+        return {
+            name: f"{len(samples):,} samples, {samples.summary.tokens:,} tokens ({samples.digest()})"
+            for name, samples in zip(SPLITS, (self._train, self._val), strict=True)
+        }
+
     def describe(self) -> str:
         """What is trained and validated on, and how."""
         lines = [f"Training data: {describe_samples(self._train.summary, self._limit_name())}"]

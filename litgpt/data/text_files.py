@@ -118,6 +118,10 @@ class TextFiles(DataModule):
         for piece in self._pieces()[0]:
             yield from read_chunks(piece)
 
+    def content(self) -> dict[str, str]:
+        splits = {"train": self._train, "val": self._val}  # text and tokenizer are in the directories' names
+        return {name: f"{len(file):,} tokens ({file.directory.name[:12]})" for name, file in splits.items()}
+
     def describe(self) -> str:
         """One line on what is trained and validated on."""
         train, val = self._pieces()

@@ -21,6 +21,7 @@ from litgpt.training.arguments import EvalArgs, TrainArgs
 from litgpt.training.batches import BatchStream, MicroBatch
 from litgpt.training.criterion import LOSS, Criterion
 from litgpt.training.gradients import Gradients
+from litgpt.training.inputs import Inputs
 from litgpt.training.loss import NATS_PER_TOKEN
 from litgpt.training.metrics import val_column
 from litgpt.training.recorder import Recorder, figures_in_words, metrics_in_words
@@ -74,6 +75,8 @@ class Run:
     """Checkpoint to continue from"""
     saved: Saved = Saved()  # noqa: RUF009 - it does not change
     """Which weights the checkpoints hold"""
+    inputs: Inputs | None = None
+    """What the run works on, for a resumed one to be compared with"""
 
 
 @dataclass
@@ -112,7 +115,9 @@ def fit(
     progress = Progress()
     draw_apart(fabric.global_rank)
     if run.resume is not None:
-        progress = restore(fabric, gpt, inner, run.resume, run.saved)
+        progress, note = restore(fabric, gpt, inner, run.resume, run.saved, run.inputs)
+        if note is not None:
+            recorder.console.print(note)
         batches.seek(progress.position)
         if batches.order != progress.order:
             recorder.console.print(other_order(progress.order, batches.order))
@@ -400,7 +405,7 @@ def save_checkpoint(
     fabric: Fabric, gpt: nn.Module, optimizer: Optimizer, progress: Progress, run: Run, directory: Path
 ) -> None:
     """Save all that a resume needs under `directory`, complete or not at all. Every rank must call this."""
-    weights, state = whole_weights(gpt, run.saved), collect(fabric, optimizer, progress)
+    weights, state = whole_weights(gpt, run.saved), collect(fabric, optimizer, progress, run.inputs)
     run.recorder.console.print(f"Saving checkpoint to {str(directory)!r}")
     error: Exception | None = None
     if fabric.global_rank == 0:

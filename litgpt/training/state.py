@@ -17,6 +17,7 @@ from litgpt.checkpoint.sums import check_archive
 from litgpt.checkpoint.weights import remedy
 from litgpt.distributed import copy_into, draw_apart, gathered, gathered_objects, rng_state, set_rng_state
 from litgpt.training.criterion import LOSS, Criterion
+from litgpt.training.inputs import Inputs
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -141,9 +142,10 @@ def load_optimizer_state(optimizer: Optimizer, saved: dict[int, dict[str, Any]])
                 loaded[key] = value.to(loaded[key].device)
 
 
-def collect(fabric: Fabric, optimizer: Optimizer, progress: Progress) -> dict[str, Any]:
+def collect(fabric: Fabric, optimizer: Optimizer, progress: Progress, inputs: Inputs | None = None) -> dict[str, Any]:
     """Everything beside the weights that a checkpoint needs. Every rank must call this."""
     return {
+        "inputs": inputs and inputs.saved(),
         "progress": asdict(progress),
         "world_size": fabric.world_size,
         "optimizer_class": type(optimizer).__name__,
@@ -153,9 +155,24 @@ def collect(fabric: Fabric, optimizer: Optimizer, progress: Progress) -> dict[st
     }
 
 
-def restore(fabric: Fabric, module: nn.Module, optimizer: Optimizer, checkpoint: Path, saved: Saved) -> Progress:
-    """Bring model, optimizer and random numbers to where a checkpoint was saved."""
+def restore(
+    fabric: Fabric,
+    module: nn.Module,
+    optimizer: Optimizer,
+    checkpoint: Path,
+    saved: Saved,
+    inputs: Inputs | None = None,
+) -> tuple[Progress, str | None]:
+    """Bring model, optimizer and random numbers to where a checkpoint was saved.
+
+    Returns:
+        How far the run has come, and what is to be said of settings that have changed since.
+
+    Raises:
+        ValueError: The checkpoint is damaged, or of a run on something else.
+    """
     state = read_training_state(checkpoint)
+    note = inputs.compare(state.get("inputs"), checkpoint) if inputs is not None else None
     if state["optimizer_class"] != type(optimizer).__name__:
         raise ValueError(
             f"--optimizer {type(optimizer).__name__}, but the run in {checkpoint} was trained with "
@@ -170,7 +187,7 @@ def restore(fabric: Fabric, module: nn.Module, optimizer: Optimizer, checkpoint:
     set_rng_state(states[rank] if rank < len(states) else states[0])
     if rank >= len(states):
         draw_apart(rank)
-    return Progress.from_saved(state["progress"])
+    return Progress.from_saved(state["progress"]), note
 
 
 def read_training_state(checkpoint: Path) -> dict[str, Any]:

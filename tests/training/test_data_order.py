@@ -16,21 +16,23 @@ def test_another_order_of_samples_is_said(train, tmp_path, capsys):
     train(run, max_steps=2)
     train(run, max_steps=3, resume=True)
     assert NOTE not in capsys.readouterr().out
-    train(run, max_steps=4, resume=True, data={"seed": 1})
-    out = capsys.readouterr().out
-    assert NOTE in out
-    assert "shuffled by seed 42 (version 2); now it is" in out
-    train(run, max_steps=5, resume=True, data={"seed": 1})
-    assert NOTE not in capsys.readouterr().out  # it was said once
 
-    saved = torch.load(run / "final" / STATE_FILE, weights_only=True)
-    del saved["progress"]["order"], saved["progress"]["best_by"]  # as they were before these were noted
-    saved["progress"]["best_val_loss"] = saved["progress"].pop("best_value")
-    torch.save(saved, run / "final" / STATE_FILE)
-    train(run, max_steps=6, resume=True, data={"seed": 1})
-    out = capsys.readouterr().out
-    assert "by an earlier version of litgpt" in out
-    assert NOTE in out
+    for step, before, seen in (
+        (4, "8 samples shuffled by seed 1 (version 1)", "8 samples shuffled by seed 1 (version 1); now it is"),
+        (6, None, "by an earlier version of litgpt"),  # as they were before it was noted
+    ):
+        saved = torch.load(run / "final" / STATE_FILE, weights_only=True)
+        saved["progress"]["order"] = before
+        if before is None:
+            del saved["progress"]["order"], saved["progress"]["best_by"], saved["inputs"]
+            saved["progress"]["best_val_loss"] = saved["progress"].pop("best_value")
+        torch.save(saved, run / "final" / STATE_FILE)
+        train(run, max_steps=step, resume=True)
+        out = capsys.readouterr().out
+        assert NOTE in out
+        assert seen in out
+        train(run, max_steps=step + 1, resume=True)
+        assert NOTE not in capsys.readouterr().out  # it was said once
 
 
 RUN = """

@@ -165,7 +165,8 @@ def test_full_computes_the_reference_once(base, records, tmp_path, monkeypatch, 
     calls.clear()
     others = json.loads(records.read_text())[:20]
     (tmp_path / "others.json").write_text(json.dumps(others))
-    run("full", base, tmp_path / "others.json", tmp_path / "out", max_steps=5, resume="auto")
+    with pytest.raises(ValueError, match="the training data: "):
+        run("full", base, tmp_path / "others.json", tmp_path / "out", max_steps=5, resume="auto")
     assert len(calls) == 2
 
 

@@ -15,13 +15,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
+from litgpt.commands import pretrain
 from litgpt.training.arguments import EvalArgs
 from litgpt.training.metrics import read_metrics
 from litgpt.training.run_directory import RunDirectory
 from litgpt.training.signals import StopSignals, shield_workers
 from litgpt.training.state import saved_step
 from tests.data_damage import flip
-from tests.training.conftest import assert_same_run, killed_in_step
+from tests.training.conftest import SHAPE, assert_same_run, killed_in_step
 
 
 @pytest.mark.parametrize(("settings", "workers"), [({}, 0), ({"tie_embeddings": True}, 2)])
@@ -150,15 +151,59 @@ def test_resume_of_a_finished_run_changes_nothing(train, tmp_path, capsys):
     assert [int(r["step"]) for r in read_metrics(tmp_path / "run/metrics.csv")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_resume_with_another_model_or_optimizer_is_refused(train, tmp_path):
+def test_resume_with_another_optimizer_is_refused(train, tmp_path):
     from litgpt.training.optimizers import OptimizerSpec
 
     train(tmp_path / "run", max_steps=2)
     with pytest.raises(ValueError, match="trained with AdamW"):
         train(tmp_path / "run", max_steps=4, resume=True, optimizer=OptimizerSpec("SGD", {"lr": 0.1}))
-    with pytest.raises(ValueError, match=r"belongs to another model.*lm_head"):
-        train(tmp_path / "other", max_steps=4, resume=tmp_path / "run/final", tokenizer_vocab_size=None,
-              tokenizer_dir=bigger_tokenizer(tmp_path))  # fmt: skip
+
+
+def test_a_resume_on_something_else_is_refused(train, text, tmp_path):
+    """All that differs is named at once, and nothing of the run is touched."""
+    run = tmp_path / "run"
+    train(run, max_steps=2)
+    before = (run / "final/training_state.pth").read_bytes()
+    text.write_text(text.read_text().replace("the", "teh", 1))
+    others = {
+        "--seed: 42 then, 43 now": {"seed": 43},
+        "--data.seed: 42 then, 7 now": {"data": {"seed": 7}},
+        "the training data: 27,149 tokens ": {},
+        "the tokenizer: another": {"tokenizer_vocab_size": None, "tokenizer_dir": bigger_tokenizer(tmp_path)},
+        "model_config.norm_eps: 1e-05 then, 0.0001 now": {"shape": {**SHAPE, "norm_eps": 1e-4}},
+        "model_config.n_embd: 32 then, 64 now": {"shape": {**SHAPE, "n_embd": 64}},
+        "the length of a sequence: 32 then, 16 now": {"max_seq_length": 16},
+    }
+    for line, changed in others.items():
+        with pytest.raises(ValueError, match=rf"run/final was started with something else:\n(.*\n)*  {line}"):
+            train(run, max_steps=4, resume="auto", **changed)
+    with pytest.raises(ValueError, match=r"(?s)--data.seed: .*--seed: .*the training data: .*another run"):
+        train(run, max_steps=4, resume="auto", data={"seed": 7}, seed=43)
+    assert (run / "final/training_state.pth").read_bytes() == before
+
+
+def test_what_may_change_is_said_once(train, text, tmp_path, capsys):
+    from litgpt.training.optimizers import OptimizerSpec
+
+    train(tmp_path / "run", max_steps=2)
+    train(tmp_path / "run", max_steps=3, resume=True, save_interval=1000)
+    out = capsys.readouterr().out
+    assert "with other settings than it was saved with:\n  --train.max_steps: 2 then, 3 now\n" in out
+    moved = tmp_path / "moved.txt"  # where the text is, is no matter
+    text.rename(moved)
+    slower = OptimizerSpec("AdamW", {**pretrain.OPTIMIZER.init_args, "lr": 1e-5})
+    changed = {"optimizer": slower, "micro_batch_size": 2, "max_norm": None, "log_interval": 2, "lr_warmup_steps": 1}
+    for step in (4, 5):
+        train(tmp_path / "run", max_steps=step, resume=True, data={"train_data_path": moved}, **changed)
+        lines = capsys.readouterr().out.partition("saved with:\n")[2].splitlines()[:6]
+        said = [line.strip() for line in lines if line.startswith("  --")]
+        assert said == [
+            *(["--optimizer.lr: 0.0004 then, 1e-05 now"] if step == 4 else []),
+            *(["--train.log_interval: 1 then, 2 now"] if step == 4 else []),
+            *(["--train.lr_warmup_steps: 5 then, 1 now", "--train.max_norm: 1.0 then, none now"] if step == 4 else []),
+            f"--train.max_steps: {step - 1} then, {step} now",
+            *(["--train.micro_batch_size: 4 then, 2 now"] if step == 4 else []),
+        ]
 
 
 def bigger_tokenizer(tmp_path: Path) -> Path:
