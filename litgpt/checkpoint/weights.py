@@ -7,10 +7,12 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import _weights_only_unpickler
 
 from litgpt.checkpoint.names import LORA_WEIGHTS, TRAINING_STATE, WEIGHTS
 from litgpt.checkpoint.sums import DamagedFile, check_archive
@@ -91,6 +93,7 @@ def read_state_dict(path: str | Path, check: bool = True) -> MappedTensors:
     mapped = zipfile.is_zipfile(path)
     if mapped:
         _check_records(path)
+    _bound_messages()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is damaged the error says enough
@@ -119,6 +122,22 @@ def check_weights(path: Path) -> None:
         check_archive(path)
     except DamagedFile as error:
         raise ValueError(unreadable(path, str(error))) from error
+
+
+@cache
+def _bound_messages() -> None:
+    """Cuts off what torch's unpickler says of a file: torch searches it for words in a time that grows with the square
+    of its length, and a file may have it repeat megabytes."""
+    unpickler = _weights_only_unpickler.Unpickler
+    load = unpickler.load
+
+    def bounded(self: Any) -> Any:
+        try:
+            return load(self)
+        except pickle.UnpicklingError as error:
+            raise pickle.UnpicklingError(str(error)[:1000]) from None
+
+    unpickler.load = bounded
 
 
 def _check_records(path: Path) -> None:

@@ -414,6 +414,15 @@ def test_records_of_an_archive_are_as_torch_writes_them(copy, refused, compressi
     assert "pytorch_model.bin" in refused(directory)
 
 
+def test_a_pickle_that_torch_quotes_at_length(copy, refused):
+    directory = copy("bin")
+    with zipfile.ZipFile(directory / "pytorch_model.bin", "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02c" + b"a" * 500_000 + b"\nb\n.")
+        archive.writestr("archive/version", b"3\n")
+        archive.writestr("archive/byteorder", b"little")
+    assert "holds other Python objects than tensors" in refused(directory)
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\5\6" + b"\0" * 18, b"\x80\x02" + b"(" * 10**5 + b"t" * 10**5 + b"."])
 def test_a_pickle_may_be_anything(copy, refused, content):
     directory = copy("bin")
