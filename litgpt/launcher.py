@@ -71,8 +71,9 @@ class Ranks:
             MASTER_ADDR=address, MASTER_PORT=str(port), NODE_RANK=str(first // self.local),
             LOCAL_RANK="0", WORLD_SIZE=str(self.world_size),
         )  # fmt: skip
-        words = sys.argv[1:]  # off these, secrets have been taken, for the environment; not off the original ones
-        command = [sys.executable, *sys.orig_argv[1 : len(sys.orig_argv) - len(words)], *words]
+        module = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m litgpt`
+        program = [os.path.abspath(sys.argv[0])] if module is None else ["-m", module.name]
+        command = [sys.executable, *program, *sys.argv[1:]]
         for local_rank in range(1, self.local):
             environment = {**os.environ, "LOCAL_RANK": str(local_rank)}
             environment |= {FOLDER: str(self.folder), PARENT: str(os.getpid())}

@@ -30,6 +30,7 @@ _ELSEWHERE = {  # they change nothing in the numbers, or what they say is compar
     *("train.max_seq_length", "train.tie_embeddings", "train.gradient_accumulation_iters"),
     *("train.learning_rate", "train.weight_decay", "train.beta1", "train.beta2"),  # they are the optimizer's
 }
+_IDLE = ("name", "hf_config", "padding_multiple")  # fields of Config that no number follows from
 _SAMPLED = 64  # values of each weight
 
 
@@ -72,7 +73,7 @@ class Inputs:
         options = {name: value for name, value in _options(without_secrets(given)) if name not in _ELSEWHERE}
         fixed = {f"--{name}": value for name, value in options.items() if _is_fixed(name)}
         free = {f"--{name}": value for name, value in options.items() if not _is_fixed(name)}
-        fixed |= {f"model_config.{name}": value for name, value in plain(asdict(config)).items() if name != "name"}
+        fixed |= {f"model_config.{name}": value for name, value in plain(asdict(config)).items() if name not in _IDLE}
         fixed |= {"the tokenizer": tokenizer and tokenizer.fingerprint()[:16]}
         fixed |= {"the training data": data.get("train")}
         free |= {"the validation data": data.get("val"), "the number of devices": num_devices}
