@@ -122,6 +122,13 @@ def setup(
         work.append(Perplexity(data, max_seq_length, stride, limit))
     elif data is not None or stride is not None or max_seq_length is not None:
         raise ValueError("--data, --stride and --max_seq_length are for --tasks perplexity. Add it, or leave them out.")
+    if out_dir is not None:  # before the work, and not after it
+        try:
+            out_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"--out_dir {out_dir} cannot be written to ({error.strerror}). Choose another directory."
+            ) from error
     with load_replicas(
         checkpoint_dir,
         devices=devices,

@@ -52,9 +52,15 @@ class WandbLogger(Logger):
         wandb = _need("wandb", "wandb")
         directory.mkdir(parents=True, exist_ok=True)
         self.wandb = wandb
-        self.run = wandb.init(
-            project=log.project or "litgpt", name=log.run, group=log.group, dir=str(directory), config=settings
-        )
+        try:
+            self.run = wandb.init(
+                project=log.project or "litgpt", name=log.run, group=log.group, dir=str(directory), config=settings
+            )
+        except wandb.errors.UsageError as error:
+            raise ValueError(
+                f"--logger_name wandb: {str(error).strip()} Run `wandb login`, set WANDB_API_KEY, or set "
+                "WANDB_MODE=offline to send it later."
+            ) from None
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         self.run.log(metrics, step=step)

@@ -86,6 +86,15 @@ def test_what_cannot_act_is_refused_by_name(tiny_llama, tasks, tmp_path, capsys,
     assert not (tmp_path / "results.json").exists()
 
 
+def test_a_place_for_results_that_cannot_be_is_named_before_the_work(tiny_llama, tasks, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    words = ["--tasks", "choices", "--include_path", str(tasks), "--out_dir", str(tmp_path / "file/below")]
+    assert main(["evaluate", str(tiny_llama), *words]) == 1
+    printed = capsys.readouterr()
+    assert f"--out_dir {tmp_path / 'file/below'} cannot be written to" in printed.err
+    assert "Scoring" not in printed.err
+
+
 def test_without_the_harness_the_command_that_installs_it_is_named(tiny_llama, tasks, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert main(["evaluate", str(tiny_llama), "--tasks", "choices", "--include_path", str(tasks)]) == 1

@@ -33,6 +33,17 @@ def test_mlflow(train, tmp_path, monkeypatch):
     assert "bard/lit_model.pth" in [a.path for a in client.list_artifacts(run.info.run_id, "bard")]
 
 
+def test_wandb_without_a_login_says_what_to_do(train, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**_):
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(ValueError, match=r"^--logger_name wandb: No API key configured\. Run `wandb login`"):
+        train(tmp_path / "run", max_steps=1, logger_name="wandb", log=LogArgs())
+
+
 def test_wandb(train, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
