@@ -47,11 +47,11 @@ def resolved_settings() -> dict[str, Any] | None:
     return _current and _current[1]
 
 
-def describe_settings(file: Path | None) -> str | None:
+def describe_settings(out_dir: Path | None) -> str | None:
     """Those of the running command's settings that differ from the defaults, for people to read.
 
     Args:
-        file: Where all of them are.
+        out_dir: Where `save_hyperparameters` writes all of them, if it does.
 
     Returns:
         Lines of `name: value`; None where the function was not started from the command line.
@@ -59,7 +59,7 @@ def describe_settings(file: Path | None) -> str | None:
     if _current is None:
         return None
     lines = [f"  {name}: {_short(value)}" for name, value in _dotted(_given[0], _current[1], _given[1])]
-    where = f"; all are in {file}" if file else ""
+    where = f"; all are in {out_dir / FILE}" if out_dir else ""
     return "\n".join([f"Settings (the others are the defaults{where}):", *lines])
 
 

@@ -183,8 +183,8 @@ class Finetuning:
         self.console = Console(self.fabric.global_rank == 0)
         if options.log.save_logs and not options.dry_run:
             self.console.save_to(self.out_dir / LOGS_FILE, append=self.checkpoint is not None)
-        file = None if options.dry_run else self.out_dir / "hyperparameters.yaml"
-        self.console.print(cli.describe_settings(file) or pprint.pformat(dict(sorted(settings.items()))))
+        described = cli.describe_settings(None if options.dry_run else self.out_dir)
+        self.console.print(described or pprint.pformat(dict(sorted(settings.items()))))
         distributed.seed_everything(options.seed)
         self.console.print(f"Seed set to {options.seed}\n{distributed.describe_devices(self.fabric)}")
         note = self.source.note if self.quantize else self.source.note_on_plain

@@ -145,7 +145,7 @@ def setup(
     console = Console(fabric.global_rank == 0)
     if log.save_logs:
         console.save_to(out_dir / LOGS_FILE, append=checkpoint is not None)
-    console.print(cli.describe_settings(out_dir / "hyperparameters.yaml") or pprint.pformat(settings))
+    console.print(cli.describe_settings(out_dir) or pprint.pformat(settings))
     distributed.seed_everything(seed)
     console.print(f"Seed set to {seed}\n{distributed.describe_devices(fabric)}")
     if source is not None and source.note_on_plain:

@@ -190,7 +190,7 @@ def test_the_settings_that_differ_from_the_defaults_are_few(tmp_path):
     data = ("--data", "Text", "--data.path", "x", "--data.api_key", "sk-0815-4711-0815")
     run("dir", "--config", file, *data, "--train.learning_rate", "1e-4", "--access_token", "hf_0815", function=function)
     assert shown == [
-        f"Settings (the others are the defaults; all are in {tmp_path}):\n  checkpoint_dir: dir\n  data: Text\n"
+        f"Settings (the others are the defaults; all are in {tmp_path / 'hyperparameters.yaml'}):\n  checkpoint_dir: dir\n  data: Text\n"
         "  data.path: x\n  train.max_steps: 7\n  train.learning_rate: 0.0001"
     ]
     assert cli.describe_settings(None) is None
