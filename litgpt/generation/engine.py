@@ -31,6 +31,8 @@ __all__ = ["Engine", "Output", "Request", "share_memory"]
 
 SLOTS = 32  # requests that run at a time
 CACHE_STEP = 128  # attention reads the cache in multiples of this, so that few distinct shapes occur
+AHEAD = 1024  # tokens of an answer that the cache has room for before it grows; few answers are as long as they may be
+AHEAD_COMPILED = 4096  # the same where each shape is compiled
 PREFILL_CHUNK = 1024  # tokens of prompts that are read in a step
 MOST_PADDING = 0.25  # of the tokens of prompts that are read together
 FREE_PADDING = 128  # tokens of padding that cost less than another call
@@ -83,6 +85,7 @@ class Engine:
             self._hidden_states = self._decoder.hidden_states
             self._decoder.load(sorted({min(1 << power, slots) for power in range(slots.bit_length() + 1)}))
         self._shortest = self.context if fixed_length else 1024 if self._one_shape else CACHE_STEP  # of caches
+        self._ahead = AHEAD_COMPILED if self._one_shape else AHEAD
         self.most_slots = slots
         self.prefill_chunk = prefill_chunk
         self.autocast = autocast
@@ -149,6 +152,7 @@ class Engine:
         After an exception in the middle of it (Ctrl-C, too little memory) the requests that took part are gone.
         """
         self._admit()
+        self._grow()
         outputs = self._write()
         outputs += self._read()
         if self._may_shrink:
@@ -256,8 +260,10 @@ class Engine:
                 source.released = next(self._numbers)  # used again: the last to go
             kept = {slot for slot in sources.values() if slot.progress is None}
             length = request.num_to_read + progress.room
-            if not self._make_room(length, len(kept)):
+            shape = self._shape_for(len(kept), progress)
+            if shape is None:
                 return
+            self._resize(*shape)
             del self._waiting[delayed]
             slot, known = self._slot_for(request, length, kept)
             self._cache.rewind(slot.row, known)
@@ -290,56 +296,71 @@ class Engine:
                 return self._can_share(slot, other.num_to_read, known + gain, length)
         return False
 
-    def _make_room(self, length: int, kept: int = 0) -> bool:
-        """Sees to it that there is a free slot, and that slots hold so many tokens. False where that takes too much
-        memory as long as others run. Where there is memory, so many idle slots besides keep what they hold."""
-        shape = self._shape_for(length, kept)
-        if shape is None:
-            return False
-        if self._cache is None or shape != (self._cache.batch_size, self._cache.max_length):
-            self._resize(*shape)
-        return True
+    def _grow(self) -> None:
+        """Makes the cache longer where an answer has come to its end."""
+        if self._writing and max(slot.progress.length for slot in self._writing) > self._cache.max_length:
+            self._resize(*self._shape_for())
 
-    def _shape_for(self, length: int, kept: int) -> tuple[int, int] | None:
-        """How many slots of how many tokens the cache is to have; None where others have to end before."""
-        running, most = self.running, self.most_slots
-        longest_running = max((slot.length for slot in self._slots if slot.progress is not None), default=0)
-        needed = max(length, longest_running, self._shortest)
+    def _soon(self, progress: Progress) -> int:
+        """How many tokens of a request the cache is to have room for now."""
+        return progress.request.num_to_read + min(progress.room, progress.produced + self._ahead)
+
+    def _shape_for(self, kept: int = 0, new: Progress | None = None) -> tuple[int, int] | None:
+        """How many slots of how many tokens the cache is to have for those that run and perhaps a new request.
+
+        A request is let in where there is memory for all that it and the others may come to, so that each can be
+        finished; the cache grows as they do. None where others have to end before. Where there is memory, so many idle
+        slots besides keep what they hold.
+        """
+        slots = [slot for slot in self._slots if slot.progress is not None]
+        requests = [slot.progress for slot in slots] + ([new] if new is not None else [])
+        running, most = len(requests), self.most_slots
+        whole = max(progress.request.num_to_read + progress.room for progress in requests)
+        if running > 1 and self._size(running, min(self.context, _rounded(whole))) > self.cache_bytes:
+            return None
+        soon = max(map(self._soon, requests))
         held_rows, held_length = len(self._slots), self._cache.max_length if self._cache is not None else 0
 
         def rows(used: int) -> int:
             return min(_power_of_two(used), most)
 
-        longest = min(self.context, _power_of_two(needed))
+        longest = min(self.context, _power_of_two(max(soon, self._shortest)))
         # What is there already, and more of it where that takes hardly any memory: everybody keeps what he holds.
-        wide = rows(running + kept + 1) if running + kept >= held_rows else held_rows, max(longest, held_length)
+        wide = rows(running + kept) if running + kept > held_rows else held_rows, max(longest, held_length)
         if self._size(*wide) <= min(max(self.kept_bytes, self.cache_size), self.cache_bytes):
             return wide
         # Beyond that, what requests need; the others' memory is for them.
-        exact = max(length, longest_running)
         shapes = [
-            (rows(running + kept + 1), longest),
-            (rows(running + 1), longest),
-            (running + 1, min(self.context, _rounded(exact))),
+            (rows(running + kept), longest),
+            (rows(running), longest),
+            (running, min(self.context, _rounded(soon))),
         ]
-        if not running:
-            shapes.append((1, length))  # the last resort: the device says whether it has the memory
         fitting = (shape for shape in shapes if self._size(*shape) <= self.cache_bytes)
-        return next(fitting, None if running else shapes[-1])
+        return next(
+            fitting, (running, soon)
+        )  # for one alone, the last resort: the device says whether it has the memory
 
     def _resize(self, rows: int, longest: int) -> None:
-        """Gives the cache another shape. Busy slots stay, and idle ones as far as there is room."""
+        """Gives the cache a shape. Busy slots stay, and idle ones as far as there is room."""
+        if self._cache is not None and (rows, longest) == (self._cache.batch_size, self._cache.max_length):
+            return
         self._batch = None
         busy = [slot for slot in self._slots if slot.progress is not None]
         idle = [slot for slot in self._slots if slot.progress is None and len(slot.tokens) <= longest]
         idle = sorted(idle, key=lambda slot: -slot.released)[: rows - len(busy)]
         slots = sorted((*busy, *idle), key=lambda slot: slot.row)
         before = self.cache_size
-        if self._cache is None or not (busy or any(slot.tokens for slot in slots)):
-            self._cache = None  # its memory is free before the next one's
-            self._cache = self.model.new_cache(rows, longest, dtype=self.autocast)
-        else:
-            self._cache.resize([slot.row for slot in slots], rows, longest)
+        try:
+            if self._cache is None or not (busy or any(slot.tokens for slot in slots)):
+                self._cache = None  # its memory is free before the next one's
+                self._cache = self.model.new_cache(rows, longest, dtype=self.autocast)
+            else:
+                self._cache.resize([slot.row for slot in slots], rows, longest)
+        except BaseException:  # too little memory: some layers have the new shape, others have not
+            for slot in busy:
+                self._release(slot)
+            self._cache, self._slots = None, []
+            raise
         self._slots = slots + [Slot(-1) for _ in range(rows - len(slots))]
         for row, slot in enumerate(self._slots):
             slot.row = row
@@ -353,7 +374,7 @@ class Engine:
         if size <= self.kept_bytes or self._waiting:
             return
         busy = [slot for slot in self._slots if slot.progress is not None]
-        rows, longest = len(busy), max((slot.length for slot in busy), default=0)
+        rows, longest = len(busy), max((self._soon(slot.progress) for slot in busy), default=0)
         needed = self._shape(rows, longest)
         if size <= 2 * self._size(*needed):
             return

@@ -111,11 +111,12 @@ class Worker:
 
     def _run(self) -> None:
         self._finishing = False
+        stuck = False  # a step has failed though nobody waited for it: the next would, too, until something is asked
         while True:
-            while not self._commands.empty() or not self.engine.busy:
-                if self._finishing and not self.engine.busy and self._commands.empty():
+            while not self._commands.empty() or stuck or not self.engine.busy:
+                if self._finishing and (stuck or not self.engine.busy) and self._commands.empty():
                     return
-                command = self._commands.get()
+                command, stuck = self._commands.get(), False
                 if command is None:
                     self._fail(RuntimeError("The engine has been shut down."))
                     return
@@ -123,6 +124,7 @@ class Worker:
             try:
                 outputs = self.engine.step()
             except Exception as error:  # too little memory, for example: these requests fail, others are served
+                stuck = not self._deliveries
                 self._fail(error)
                 continue
             for output in outputs:

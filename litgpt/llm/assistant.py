@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from litgpt.prompts import PromptStyle
 from litgpt.prompts.styles import Message, with_input
 from litgpt.tokenizer import Tokenizer
 
-AT_A_TIME = 1024  # new tokens that the engine is asked for: its cache grows with an answer, and is not reserved whole
 CONTINUATION = 256  # new tokens where a model has no format in which its answer ends
 
 
@@ -125,22 +123,11 @@ class Assistant(nn.Module):
         Returns:
             Why it ended: "stop" or "length", as in `Output.finish_reason`.
         """
-        total, done = request.max_new_tokens, []
-        # Parts of a stop sequence must not come to lie in two requests.
-        step = total if any(len(stop) > 1 for stop in request.stops) else AT_A_TIME
-        while True:
-            seed = None if request.seed is None else request.seed + len(done)
-            part = replace(
-                request, prompt=[*request.prompt, *done], max_new_tokens=min(step, total - len(done)), seed=seed
-            )
-            reason = "length"
-            for output in self._live.run([part], lambda _, output: (output, False)):
-                done += output.token_ids
-                reason = output.finish_reason or reason
-                yield from output.token_ids
-            room = self.engine.context - len(request.prompt) - len(done)
-            if reason == "stop" or len(done) >= total or room < 1:
-                return reason
+        reason = "length"
+        for output in self._live.run([request], lambda _, output: (output, False)):
+            reason = output.finish_reason or reason
+            yield from output.token_ids
+        return reason
 
     def text(self, ids: Iterable[int], prompt: Sequence[int], joins: bool = False) -> Iterator[str]:
         """The answer's text as it comes. Where it `joins` the prompt's text, as after a bare prompt, it keeps the space

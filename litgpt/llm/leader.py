@@ -77,10 +77,11 @@ class Leader:
 
     def check(self) -> None:
         if not self._end.alive:
-            raise self.others[0].failure or RanksLost("The processes that share this model have been ended.")
+            failure = self.others[0].failure or RanksLost("The processes that share this model have been ended.")
+            raise failure.with_traceback(None)  # each time it is raised, its traceback would grow
         for process in self.others:
             if process.failure is not None:
-                raise process.failure
+                raise process.failure.with_traceback(None)
 
     def lost(self, error: BaseException) -> RanksLost:
         for process in self.others:  # where one has ended, that is the cause, and perhaps not known yet

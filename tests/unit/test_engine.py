@@ -4,11 +4,13 @@ import math
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
+from litgpt import model as model_module
 from litgpt.config import Config
 from litgpt.generation import engine as engine_module
 from litgpt.generation.engine import Engine, Request, share_memory
@@ -467,6 +469,31 @@ def test_what_goes_wrong_in_a_step_ends_its_requests_and_no_others(model):
     closing.join()
 
 
+def test_an_engine_that_only_fails_is_not_asked_again_and_again(model, monkeypatch):
+    """As one whose other ranks are gone: it still has memory to give back, and cannot."""
+    engine, steps, idle = Engine(model, kept_bytes=0), [], threading.Event()
+
+    def fail():
+        steps.append(None)
+        raise MemoryError("no more")
+
+    worker = Worker(engine)
+    stream = worker.stream(Request([1], 100, GREEDY))
+    next(stream)
+    monkeypatch.setattr(engine, "step", fail)
+    with pytest.raises(MemoryError):
+        list(stream)
+    for _ in range(3):
+        with pytest.raises(MemoryError):
+            list(worker.stream(Request([1], 5, GREEDY)))
+    worker._commands.put(idle.set)
+    assert idle.wait(60)
+    assert engine.busy  # with what cannot be done
+    assert len(steps) <= 2 * 5  # one for each request, and at most one more before the next command
+    worker.close(finish=True)
+    assert not worker._thread.is_alive()
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_decode_step_is_compiled_once_and_gives_the_same_tokens(monkeypatch, backend):
     torch._dynamo.reset()
@@ -613,6 +640,69 @@ def test_what_runs_on_is_the_same_while_the_cache_shrinks_and_grows_around_it(ro
     # A conversation goes on from what has stayed of it.
     [again] = [o for o in engine.generate([Request([*PROMPTS[1], 3], 1, GREEDY)]) if o.finish_reason]
     assert again.cached_tokens == len(PROMPTS[1])
+
+
+@pytest.mark.parametrize("kind", ["roomy", "windowed"])
+def test_the_cache_grows_with_answers(request, kind, monkeypatch):
+    """What an answer may come to is not taken at once, and several that grow at different times are right."""
+    model = request.getfixturevalue(kind)
+    most = model.config.block_size
+    monkeypatch.setattr(engine_module, "CACHE_STEP", most // 16)
+    monkeypatch.setattr(engine_module, "AHEAD", most // 8)
+    engine = Engine(model, kept_bytes=0)
+    counts = [most - len(prompt) for prompt in PROMPTS]  # to the end of the context
+    counts[1] = 5
+    asked = [Request(prompt, count, GREEDY) for prompt, count in zip(PROMPTS, counts, strict=True)]
+    lengths, found = [], [[] for _ in asked]
+    for output in engine.generate(asked):
+        found[output.request] += output.token_ids
+        lengths.append(engine._cache.max_length if engine._cache else 0)
+    for request_, tokens in zip(asked, found, strict=True):
+        assert tokens == plain(model, request_.prompt, request_.max_new_tokens)
+    assert lengths[0] <= most / 2
+    assert sorted(set(lengths[:-1])) == [length for length in (most >> 2, most >> 1, most) if length >= lengths[0]]
+    shapes = []
+    for output in engine.generate([replace(asked[0], stops=[[found[0][5]]])]):
+        shapes.append(engine._cache.max_length if engine._cache else 0)
+    assert output.finish_reason == "stop"
+    assert 0 < max(shapes) <= most / 2  # what it might have come to was never there
+
+
+def test_a_device_without_memory_for_more_ends_what_runs_and_no_more(roomy, monkeypatch):
+    """Half of the layers have grown when it happens."""
+    monkeypatch.setattr(engine_module, "AHEAD", 64)
+    engine = Engine(roomy, kept_bytes=math.inf)
+    long, short = Request(PROMPTS[0], 400, GREEDY), Request(PROMPTS[1], 20, GREEDY)
+    put_rows, calls = model_module.put_rows, []
+
+    def fails_at_the_second_layer(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise MemoryError("no more")
+        return put_rows(*args)
+
+    monkeypatch.setattr(model_module, "put_rows", fails_at_the_second_layer)
+    with pytest.raises(MemoryError):
+        engine.complete([long])
+    assert len(calls) == 4
+    assert (engine.running, engine.waiting) == (0, 0)
+    assert engine.complete([long, short]) == [plain(roomy, one.prompt, one.max_new_tokens) for one in (long, short)]
+
+
+def test_what_is_let_in_can_grow_to_its_end(roomy, monkeypatch):
+    """Short now, long later: one that could not be finished beside the others waits, though there is room for now."""
+    monkeypatch.setattr(engine_module, "AHEAD", 64)
+    [two] = sizes(roomy, (2, 512))
+    engine = Engine(roomy, kept_bytes=math.inf, cache_bytes=two)
+    asked = [Request(prompt, 500 - len(prompt), GREEDY) for prompt in PROMPTS[:3]]
+    running, found = [], [[] for _ in asked]
+    for output in engine.generate(asked):
+        found[output.request] += output.token_ids
+        running.append(engine.running)
+        assert engine.cache_size <= two
+    assert max(running) == 2
+    for request, tokens in zip(asked, found, strict=True):
+        assert tokens == plain(roomy, request.prompt, request.max_new_tokens)
 
 
 def test_a_cancelled_request_leaves_no_memory_behind(roomy):

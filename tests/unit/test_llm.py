@@ -307,31 +307,20 @@ def test_chat_says_what_messages_are(llm, messages):
         llm.chat(messages)
 
 
-def test_a_long_answer_is_asked_for_piece_by_piece(llm, monkeypatch):
+def test_a_stream_says_why_it_ended(llm):
     ids = llm.encode([{"role": "user", "content": "Hello there"}])
 
-    def stream(sampling, stops=None):
-        request = llm.request(ids, 30, sampling, 5)
-        stream, tokens = llm.stream(replace(request, stops=request.stops if stops is None else stops)), []
+    def stream(**changes):
+        stream, tokens = llm.stream(replace(llm.request(ids, 30, Sampling(0), 5), **changes)), []
         while True:
             try:
                 tokens.append(next(stream))
             except StopIteration as end:
                 return tokens, end.value
 
-    whole, drawn = stream(Sampling(0)), stream(Sampling(1.5))
-    assert whole[1] == "length"
-    assert len(whole[0]) == 30
-    asked = []
-    monkeypatch.setattr("litgpt.llm.assistant.AT_A_TIME", 7)
-    run = llm._live.run
-    monkeypatch.setattr(llm._live, "run", lambda requests, take: asked.append(requests[0]) or run(requests, take))
-    assert stream(Sampling(0)) == whole
-    assert [request.max_new_tokens for request in asked] == [7, 7, 7, 7, 2]
-    assert len(set(stream(Sampling(1.5))[0])) > 7  # no piece draws as another did
-    assert drawn == stream(Sampling(1.5), stops=[[1, 1]])  # whole: the end might lie in two pieces
-    stop = whole[0][17]
-    assert stream(Sampling(0), stops=[[stop]]) == (whole[0][: whole[0].index(stop)], "stop")
+    whole, reason = stream()
+    assert (len(whole), reason) == (30, "length")
+    assert stream(stops=[[whole[17]]]) == (whole[: whole.index(whole[17])], "stop")
 
 
 def test_answers_are_given_in_evaluation_mode_and_training_goes_on(trained):

@@ -57,7 +57,7 @@ def kept_for_backward(model: GPT, compute: torch.dtype | None) -> int:
     kept: weakref.WeakSet[Kept] = weakref.WeakSet()  # what only a part of the graph kept that is gone does not count
 
     def keep(tensor: Tensor) -> Kept:
-        packed = Kept(tensor)
+        packed = Kept(tensor.detach())  # with its graph, a result that is kept would keep itself, for ever
         if tensor.untyped_storage().data_ptr() not in own:
             kept.add(packed)
         return packed
