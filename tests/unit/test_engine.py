@@ -661,10 +661,11 @@ def test_the_cache_grows_with_answers(request, kind, monkeypatch):
         assert tokens == plain(model, request_.prompt, request_.max_new_tokens)
     assert lengths[0] <= most / 2
     assert sorted(set(lengths[:-1])) == [length for length in (most >> 2, most >> 1, most) if length >= lengths[0]]
-    shapes = []
+    shapes, reasons = [], []
     for output in engine.generate([replace(asked[0], stops=[[found[0][5]]])]):
         shapes.append(engine._cache.max_length if engine._cache else 0)
-    assert output.finish_reason == "stop"
+        reasons.append(output.finish_reason)
+    assert reasons[-1] == "stop"
     assert 0 < max(shapes) <= most / 2  # what it might have come to was never there
 
 
