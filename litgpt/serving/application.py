@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from starlette.middleware.cors import CORSMiddleware
 
 import litgpt
 from litgpt.secret import Secret
 from litgpt.serving import description, errors, openai_api, page, predict
 from litgpt.serving.guard import LARGEST_BODY, Guard, HostCheck
+from litgpt.serving.origins import OriginCheck, Origins
 from litgpt.serving.request_log import LogRequests
 from litgpt.serving.service import Service
 from litgpt.serving.streaming import ClientGone
@@ -45,18 +45,14 @@ def create_app(
         docs_url=None,  # FastAPI's page loads its scripts from elsewhere
         redoc_url=None,
     )
-    errors.install(app)
+    # The last is the first that sees a request.
     app.add_middleware(Guard, api_key=api_key, largest_body=largest_body)
-    if origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(origins),
-            allow_methods=["GET", "HEAD", "POST"],
-            allow_headers=["*"],
-            expose_headers=["Retry-After"],
-        )
+    app.state.origins = Origins(origins)
+    app.add_middleware(OriginCheck, origins=app.state.origins)
     app.add_middleware(HostCheck, hosts=hosts)
-    app.add_middleware(LogRequests, log=service.requests)  # the last is the first that sees a request
+    errors.install(app)
+    app.add_middleware(app.state.origins.cors)
+    app.add_middleware(LogRequests, log=service.requests)
 
     @app.exception_handler(ClientGone)
     async def gone(_: Request, __: ClientGone) -> Response:

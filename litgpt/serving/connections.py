@@ -19,11 +19,13 @@ from enum import Enum
 from typing import Any
 
 import h11
+from starlette.datastructures import Headers
 from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from litgpt.serving.errors import ApiError
 from litgpt.serving.guard import LARGEST_BODY
+from litgpt.serving.origins import Origins
 
 try:
     import resource
@@ -169,8 +171,10 @@ class Connection(H11Protocol):
             self.end(ApiError(408, message, code="timeout"))
 
     def _answer(self, error: ApiError) -> None:
-        response = error.response
-        response.headers["Connection"] = "close"
+        response, origin = error.response, None
+        if self.cycle is not None and (self.phase is Phase.BODY or not self.cycle.response_complete):
+            origin = Headers(scope=self.scope).get("origin")  # which the script of a page is to read it
+        response.headers.update({"Connection": "close", **self.everyone.origins.headers(origin)})
         answer = h11.Response(
             status_code=error.status, headers=response.raw_headers, reason=STATUS_PHRASES[error.status]
         )
@@ -205,10 +209,16 @@ class Connections:
     Args:
         limits: What clients may take.
         note: Called with the status that ended what never became a request, and the seconds that it was waited for.
+        origins: The web pages that may read what is answered.
     """
 
-    def __init__(self, limits: Limits, note: Callable[[int, float], None] = lambda status, seconds: None) -> None:
-        self.limits, self.note = limits, note
+    def __init__(
+        self,
+        limits: Limits,
+        note: Callable[[int, float], None] = lambda status, seconds: None,
+        origins: Origins | None = None,
+    ) -> None:
+        self.limits, self.note, self.origins = limits, note, origins or Origins()
         self.most = limits.connections or _most_connections()
         self.open: set[Connection] = set()
         self.coming = 0  # taken, and not open yet

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from litgpt.generation.ranks import RanksLost
 from litgpt.suggest import did_you_mean
@@ -103,8 +104,32 @@ def validation_error(problems: Sequence[Mapping[str, Any]], known: Sequence[str]
     return ApiError(422, "; ".join(parts), param=params[0] if params else None, code="invalid_request")
 
 
+class Unforeseen:
+    """ASGI middleware: what nobody has foreseen is answered with 500. (FastAPI's own answer to that is made outside of
+    all middleware: it would not be logged, and no web page could read it.) An answer that has begun is broken off."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noted)
+        except Exception as error:
+            if has_begun or scope["type"] != "http":
+                raise
+            await internal_error(error).response(scope, receive, send)
+
+
 def install(app: FastAPI) -> None:
     """Every error of the application leaves in this form."""
+    app.add_middleware(Unforeseen)
 
     async def ours(_: Request, error: ApiError) -> JSONResponse:
         return error.response
@@ -113,13 +138,9 @@ def install(app: FastAPI) -> None:
         code = "not_found" if error.status_code == 404 else None
         return ApiError(error.status_code, str(error.detail), code=code, headers=error.headers).response
 
-    async def unforeseen(_: Request, error: Exception) -> JSONResponse:
-        return internal_error(error).response
-
     async def lost(_: Request, error: Exception) -> JSONResponse:
         return engine_error(error).response
 
     app.add_exception_handler(ApiError, ours)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RanksLost, lost)
-    app.add_exception_handler(Exception, unforeseen)

@@ -38,6 +38,7 @@ class Server(uvicorn.Server):
         limits: What clients may take.
         grace: How many seconds what is running has to finish.
         say: Is told what the end waits for.
+        announce: Called once the models are there and requests are answered.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Server(uvicorn.Server):
         limits: Limits | None = None,
         grace: float = GRACE,
         say: Callable[[str], None] = lambda text: None,
+        announce: Callable[[], None] = lambda: None,
     ) -> None:
         limits = limits or Limits()
         # Not what else may be installed (uvloop, httptools): it was not quicker, and has no limit on headers. Requests
@@ -64,8 +66,8 @@ class Server(uvicorn.Server):
                 timeout_keep_alive=limits.idle,
             )
         )
-        self.service, self.grace, self._load, self._say = service, grace, load, say
-        self.connections = Connections(limits, service.requests.note)
+        self.service, self.grace, self._load, self._say, self._announce = service, grace, load, say, announce
+        self.connections = Connections(limits, service.requests.note, getattr(app.state, "origins", None))
         service.capacity = min(service.capacity, max(1, self.connections.most - SPARE))
         self._failure: BaseException | None = None
         self._is_interrupted = False
@@ -175,6 +177,7 @@ class Server(uvicorn.Server):
     def _load_models(self) -> None:
         try:
             self.service.ready(self._load())
+            self._announce()
         except BaseException as error:  # SystemExit, too: the main thread is to end with it
             self.fail(error)
 

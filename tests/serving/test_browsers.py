@@ -1,9 +1,18 @@
 """What browsers ask: under which name (DNS rebinding), from which page (CORS), and with HEAD."""
 
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
 import httpx
 import pytest
 
+from litgpt.serving.connections import Limits
 from litgpt.serving.guard import HostCheck, host_name
+from litgpt.serving.origins import Origins
 from tests.serving.conftest import PATIENCE, raw_request, running
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "temperature": 0}
@@ -121,3 +130,107 @@ def test_what_is_no_origin_is_refused(chat_directory, capsys, origin):
 
     assert main(["serve", str(chat_directory), "--cors_origins", origin]) in (1, 2)
     assert f"--cors_origins {origin} is no origin" in capsys.readouterr().err
+
+
+# -- every answer, from whatever place in the server, can be read by a page that may
+
+
+def fails_for_nobody(*_):
+    raise RuntimeError("nobody has foreseen this")
+
+
+@pytest.mark.parametrize("allowed", [PAGE, "*"])
+def test_every_answer_says_who_may_read_it(chat_directory, monkeypatch, allowed):
+    log, limits = [], Limits(body=0.2, body_rate=1e9)
+    options = {"hosts": [], "origins": [allowed], "largest_body": 5000, "limits": limits, "log": log}
+    origin = f"\r\nOrigin: {PAGE}\r\n".encode()
+    post = b"POST /predict HTTP/1.1" + origin + b"Host: localhost\r\n"
+    requests = {
+        200: b"GET /health HTTP/1.0" + origin + b"\r\n",
+        400: post + b"Transfer-Encoding: chunked\r\n\r\nno length\r\n",
+        403: post.replace(b"localhost", b"evil.example") + b"Content-Length: 0\r\n\r\n",
+        404: b"GET /nothing HTTP/1.0" + origin + b"\r\n",
+        405: post.replace(b"/predict", b"/health") + b"Content-Length: 0\r\n\r\n",
+        408: post + b"Content-Length: 5\r\n\r\n",
+        413: post + b"Content-Length: 6000\r\n\r\n",
+        422: post + b"Content-Length: 2\r\n\r\n[]",
+        500: post + b'Content-Length: 15\r\n\r\n{"prompt": "x"}',
+    }
+    with running(chat_directory, **options) as server:
+        monkeypatch.setattr(server.service, "model", fails_for_nobody)
+        for status, request in requests.items():
+            answer = raw_request(server.url, request.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
+            assert answer.startswith(b"HTTP/1.1 %d" % status), answer
+            headers = answer.lower().partition(b"\r\n\r\n")[0].split(b"\r\n")
+            assert headers.count(b"access-control-allow-origin: " + allowed.encode()) == 1, answer
+            assert headers.count(b"access-control-expose-headers: retry-after") == 1, answer
+    assert any("POST /predict 500" in line for line in log), log
+
+
+# -- a page of others makes it do nothing, though browsers send some of its requests without asking
+
+
+@pytest.mark.parametrize("kind", ["application/json", "text/plain", "application/x-www-form-urlencoded", None])
+@pytest.mark.parametrize("path", ["/predict", "/v1/chat/completions", "/v1/completions"])
+def test_a_page_of_others_is_not_answered(served, guarded, kind, path):
+    headers = {"Origin": "https://evil.example"} | ({"Content-Type": kind} if kind else {})
+    for server in (served, guarded):
+        answer = httpx.post(server.url + path, content=b'{"prompt": "x"}', headers=headers, timeout=PATIENCE)
+        assert answer.status_code == 403
+        assert answer.json()["error"]["code"] == "origin_not_allowed"
+        assert "--cors_origins https://evil.example" in answer.json()["error"]["message"]
+        assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("headers", "is_answered"),
+    [
+        ({}, True),
+        ({"origin": PAGE}, True),
+        ({"origin": "https://app.example.evil.example"}, False),
+        ({"origin": "http://app.example"}, False),
+        ({"origin": "null"}, False),  # of a file, or of a frame that hides where it is from
+        ({"origin": "http://localhost:8000", "host": "localhost:8000"}, True),
+        ({"origin": "http://localhost:8000", "host": "LOCALHOST:8000"}, True),
+        ({"origin": "http://localhost:3000", "host": "localhost:8000"}, False),
+        ({"origin": "http://127.0.0.1:8000", "host": "localhost:8000"}, False),
+        ({"origin": "https://models.example", "host": "models.example"}, True),  # behind a proxy
+        ({"origin": "https://models.example", "host": "models.example:443"}, True),
+        ({"origin": "https://models.example", "host": "models.example:80"}, False),
+        ({"origin": "http://[::1]:8000", "host": "[::1]:8000"}, True),
+        ({"origin": "http://[::1:8000", "host": "[::1]:8000"}, False),
+        ({"origin": "http://x:99999", "host": "x:99999"}, False),
+        ({"origin": "", "host": ""}, False),
+        ({"origin": "app://x", "host": "x"}, False),
+        ({"origin": "https://models.example", "host": "127.0.0.1:8000", "sec-fetch-site": "same-origin"}, True),
+        ({"sec-fetch-site": "none"}, True),
+        ({"sec-fetch-site": "cross-site"}, False),
+        ({"sec-fetch-site": "same-site"}, False),
+    ],
+)
+def test_the_page_that_a_request_comes_from(headers, is_answered):
+    assert Origins([PAGE]).allow(headers) == is_answered
+    assert Origins(["*"]).allow(headers)
+
+
+def test_curl_needs_no_header(served):
+    """The line of the page, as curl sends it: it calls the body a form."""
+    page = (Path(__file__).parents[2] / "tutorials" / "deploy.md").read_text()
+    (line,) = re.findall(r"^curl .*", page, re.MULTILINE)
+    words = shlex.split(line.replace("http://127.0.0.1:8000", served.url))
+    assert words[:3] == ["curl", f"{served.url}/predict", "-d"]
+    if shutil.which("curl"):
+        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, check=True)
+        answer = json.loads(done.stdout)
+    else:
+        headers = {"Content-Type": "application/x-www-form-urlencoded"}
+        answer = httpx.post(words[1], content=words[3], headers=headers, timeout=PATIENCE).json()
+    assert set(answer) == {"output"}
+
+
+@pytest.mark.parametrize("kind", [None, "application/x-www-form-urlencoded", "text/plain; charset=utf-8", "x"])
+def test_json_is_taken_whatever_it_is_called(served, kind):
+    for path, body in (("/v1/chat/completions", CHAT), ("/predict", {"prompt": "x", "max_new_tokens": 2})):
+        headers = {"Content-Type": kind} if kind else {}
+        answer = httpx.post(served.url + path, content=json.dumps(body), headers=headers, timeout=PATIENCE)
+        assert answer.status_code == 200, answer.text

@@ -108,7 +108,7 @@ def test_no_body_makes_an_error_of_ours(served, name, capfd):
 def test_other_mistakes_of_clients(served):
     form = httpx.post(f"{served.url}/predict", data={"prompt": "x"})
     assert form.status_code == 422
-    assert "Content-Type: application/json" in form.json()["error"]["message"]
+    assert "The body is not valid JSON" in form.json()["error"]["message"]
     assert httpx.get(f"{served.url}/nothing").json()["error"]["code"] == "not_found"
     assert httpx.get(f"{served.url}/predict").status_code == 405
     assert httpx.post(f"{served.url}/v1/embeddings", json={}).status_code == 404
