@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 HIDDEN = "***"
 NAME = re.compile(
@@ -95,6 +97,48 @@ def hide(text: str) -> str:
         if len(secret) >= MIN_LENGTH:
             text = text.replace(secret, HIDDEN)
     return text
+
+
+class HidingStream:
+    """A stream for text that passes it on, by whole lines, without secrets."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._begun, self._lock = stream, "", threading.RLock()
+
+    def write(self, text: str) -> int:
+        with self._lock:
+            whole, end, rest = (self._begun + text).rpartition("\n")
+            self._begun = rest
+            if end:
+                self._stream.write(hide(whole + end))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """Passes on what has begun of a line, too."""
+        with self._lock:
+            begun, self._begun = self._begun, ""
+            self._stream.write(hide(begun))
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def hidden_secrets() -> Iterator[None]:
+    """Whatever is printed or logged meanwhile, of libraries and of threads that fail too, shows no secrets."""
+    out, err = HidingStream(sys.stdout), HidingStream(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            yield
+        finally:
+            for stream in (out, err):
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
 
 
 def _of_environment() -> Iterator[str]:

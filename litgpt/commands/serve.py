@@ -16,7 +16,7 @@ from litgpt.llm.placement import place
 from litgpt.loading import expect_checkpoint
 from litgpt.lora import LORA_WEIGHTS, adapted_copy, read_lora
 from litgpt.prompts import NamedTemplate, choose_prompt_style, format_of_options
-from litgpt.secret import Secret
+from litgpt.secret import Secret, hidden_secrets
 from litgpt.serving.served import Defaults, ServedModel
 
 API_KEY = "LITGPT_API_KEY"
@@ -171,8 +171,21 @@ def setup(
         engines = [each.worker.engine for each in models]
         share_memory(engines, most_bytes)
         say(_memory_line(engines))
-        say(f"{', '.join(each.name for each in models)} {'is' if len(models) == 1 else 'are'} ready.")
         return models
+
+    def announce() -> None:
+        names = [each.name for each in service.models]
+        say(
+            f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} ready. Listening on {where} ({path}, /v1, "
+            "/health, /metrics, /docs, the chat page at /)"
+        )
+        if api_key is None and not is_loopback(host):
+            say("Anybody who reaches this address can use it: --api_key or LITGPT_API_KEY asks for a key.")
+        if service.capacity < max_batch_size + max_queue:
+            say(
+                f"At most {service.capacity} answers run or wait at a time: the system lets a program have only so "
+                "many files open. `ulimit -n 4096` before it starts makes room for more."
+            )
 
     listener = listen(host, port)
     host, port = listener.getsockname()[:2]
@@ -180,21 +193,15 @@ def setup(
         hosts = ["*"]
     service.requests.write = say if access_log else None
     app = create_app(service, api_path=path, stream=stream, api_key=api_key, hosts=hosts, origins=origins)
-    server = Server(app, service, load, grace=shutdown_timeout, say=say)
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    say(f"Listening on {where} ({path}, /v1, /health, /metrics, /docs, the chat page at /)")
-    if api_key is None and not is_loopback(host):
-        say("Anybody who reaches this address can use it: --api_key or LITGPT_API_KEY asks for a key.")
-    if service.capacity < max_batch_size + max_queue:
-        say(
-            f"At most {service.capacity} answers run or wait at a time: the system lets a program have only so many "
-            "files open. `ulimit -n 4096` before it starts makes room for more."
-        )
-    try:
-        server.serve_on(listener)
-    finally:
-        placement.close()
-    server.leave()
+    with hidden_secrets():
+        server = Server(app, service, load, grace=shutdown_timeout, say=say, announce=announce)
+        say(f"Loading {checkpoint_dir}; {where} answers 503 until it is there.")
+        try:
+            server.serve_on(listener)
+        finally:
+            placement.close()
+        server.leave()
 
 
 def _split(given: list[str] | None) -> list[str]:

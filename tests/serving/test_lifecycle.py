@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -325,3 +326,64 @@ def test_a_checkpoint_that_is_not_there_ends_the_command(tmp_path, capsys):
     assert "nothing" in error
     assert "Listening" not in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("damaged", ["lit_model.pth", "tokenizer.json"])
+def test_what_only_loading_finds_is_all_that_is_said(chat_directory, tmp_path, capsys, damaged):
+    from litgpt.__main__ import main
+
+    shutil.copytree(chat_directory, tmp_path / "chat")
+    content = (tmp_path / "chat" / damaged).read_bytes()
+    (tmp_path / "chat" / damaged).write_bytes(content[: len(content) // 2])
+    assert main(["serve", str(tmp_path / "chat"), "--port", "0"]) == 1
+    loading, *rest = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"Loading \S+; http://127.0.0.1:\d+ answers 503 until it is there.", loading)
+    assert rest[0].startswith("error: ")
+    assert not [line for line in rest if "Listening" in line or "Traceback" in line or "ready" in line]
+
+
+FAILING = """
+import asyncio, logging, os, sys, threading
+from litgpt.serving.service import Service
+
+key = os.environ["LITGPT_API_KEY"]
+
+def fail():
+    raise RuntimeError(f"failed, with {key}")
+
+def state(_):
+    threading.Thread(target=fail).start()
+    logging.getLogger("anything").error("logged, with %s", key)
+    asyncio.get_running_loop().call_soon(fail)
+    print("printed, with", key, file=sys.stderr)
+    raise RuntimeError(f"in a request, with {key}")
+
+Service.state = property(state)
+from litgpt.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_no_key_is_in_what_the_server_prints(chat_directory):
+    """Whatever goes wrong, and whoever writes of it: Python itself, uvicorn, asyncio, or a library."""
+    key = "sk-1234567890abcdef"
+    process = subprocess.Popen(
+        [sys.executable, "-c", FAILING, "serve", str(chat_directory), "--precision", "32-true", "--port", "0"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "LITGPT_API_KEY": key},
+    )
+    try:
+        url = re.search(r"http://[\d.:]+", process.stderr.readline())[0]
+        until(process, "Listening")
+        assert httpx.get(f"{url}/health", timeout=PATIENCE).status_code == 500
+        httpx.get(f"{url}/static/{key}", timeout=PATIENCE)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=PATIENCE)[1]
+    finally:
+        process.kill()
+        process.wait()
+    assert key not in said
+    for what in ("in a request, with ***", "logged, with ***", "printed, with ***", "/static/***"):
+        assert what in said
+    assert said.count("RuntimeError: failed, with ***") == 2  # of the thread, and of asyncio

@@ -1,7 +1,9 @@
 """Tokens and keys are in no output: not printed, written, recorded or shown by `ps`."""
 
+import contextlib
 import copy
 import inspect
+import io
 import json
 import pickle
 import pprint
@@ -183,3 +185,16 @@ def test_where_the_command_line_cannot_be_changed(monkeypatch, capsys):
     monkeypatch.setenv("LITGPT_SECRET_0", "")
     assert secret.command_line()[-1] == TOKEN
     assert "can see --access_token in its list of processes. HF_TOKEN" in capsys.readouterr().err
+
+
+def test_a_stream_without_secrets():
+    """However a line comes: in parts, with others, or without an end."""
+    reveal("sk-of-the-stream")
+    written = io.StringIO()
+    with contextlib.redirect_stderr(written), secret.hidden_secrets():
+        print("one", "sk-of-the-stream", file=sys.stderr)
+        sys.stderr.write("two sk-of-")
+        sys.stderr.writelines(["the-stream\nthree ", "sk-of-the-stream\nfour sk-of-the-stream"])
+        assert written.getvalue() == "one ***\ntwo ***\nthree ***\n"
+        assert not sys.stderr.isatty()
+    assert written.getvalue() == "one ***\ntwo ***\nthree ***\nfour ***"
