@@ -331,6 +331,12 @@ def gathered_objects(fabric: Fabric, value: Any) -> list[Any]:
     return values
 
 
+def store_of_ranks() -> torch.distributed.Store:
+    """The keys and values on the host of rank 0 over which the processes have met: words between them that go past the
+    devices."""
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
 def once_per_node(fabric: Fabric, work: Callable[[], object]) -> None:
     """Do some work in one process of each node, while the others wait for it. Every rank must call this.
 

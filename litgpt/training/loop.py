@@ -22,12 +22,13 @@ from litgpt.training.batches import BatchStream, MicroBatch
 from litgpt.training.criterion import LOSS, Criterion
 from litgpt.training.gradients import Gradients
 from litgpt.training.inputs import Inputs
+from litgpt.training.last_step import LastStep
 from litgpt.training.loss import NATS_PER_TOKEN
 from litgpt.training.metrics import val_column
 from litgpt.training.recorder import Recorder, figures_in_words, metrics_in_words
 from litgpt.training.run_directory import RunDirectory
 from litgpt.training.schedule import Schedule
-from litgpt.training.signals import STOP_SIGNALS, StopSignals, shield_workers
+from litgpt.training.signals import StopSignals, shield_workers
 from litgpt.training.state import STATE_FILE, Progress, Saved, collect, restore, whole_weights
 from litgpt.training.validation import validate
 
@@ -145,13 +146,14 @@ def fit(
     for loader in (batches.loader, val_batches):
         shield_workers(loader)
     model.train()
+    last_step = LastStep(progress.step) if fabric.world_size > 1 else None
     with (
-        StopSignals(recorder.console.active) as signals,
+        StopSignals(recorder.console.active, last_step.ask_to_stop if last_step else None) as signals,
         recorder.running(progress, run.total_steps, resumed=run.resume is not None),
     ):
         if evaluation.initial_validation and val_batches and progress.step == 0:
             recorder.write({"step": 0, **validation()}, None)
-        stop = started_as = stop_reason(fabric, run, progress, batches, signals)
+        stop = started_as = stop_reason(run, progress, batches, signals, last_step)
         while stop is None:
             logs = (progress.step + 1) % train.log_interval == 0
             learning_rate = run.schedule.apply(inner, progress.step)
@@ -172,7 +174,7 @@ def fit(
             # From here on the device may be waited for, but only in steps that log, validate or save.
             if logs or fabric.world_size == 1:
                 count.settle()
-            stop = stop_reason(fabric, run, progress, batches, signals, ranks_agree=logs)
+            stop = stop_reason(run, progress, batches, signals, last_step)
             final = stop == FINISHED and evaluation.final_validation
             validates = bool(val_batches) and (progress.step % evaluation.interval == 0 or final)
             if logs or validates or stop:
@@ -241,16 +243,11 @@ def accumulate_gradients(
 
 
 def stop_reason(
-    fabric: Fabric,
-    run: Run,
-    progress: Progress,
-    batches: BatchStream,
-    signals: StopSignals,
-    ranks_agree: bool = True,
+    run: Run, progress: Progress, batches: BatchStream, signals: StopSignals, last_step: LastStep | None
 ) -> str | None:
     """Why training stops here: FINISHED, the name of a signal, or None to go on.
 
-    Clocks and signals differ between ranks, so these count only in steps in which the ranks talk (`ranks_agree`).
+    Clocks and signals differ between ranks, which agree by `last_step`.
     """
     train = run.train
     if batches.has_ended or (run.last_step is not None and progress.step >= run.last_step):
@@ -259,17 +256,14 @@ def stop_reason(
         return FINISHED
     if out_of_patience(run, progress):
         return FINISHED
-    if fabric.world_size > 1 and not ranks_agree:
-        return None
-    reasons = [None, FINISHED, *STOP_SIGNALS.values()]
-    found = 0
-    if train.max_time is not None and run.recorder.seconds >= train.max_time:
-        found = 1
-    if signals.received is not None:
-        found = reasons.index(signals.received)
-    if fabric.world_size > 1:
-        found = int(fabric.all_reduce(torch.tensor(found, device=fabric.device), reduce_op="max"))
-    return reasons[found]
+    reason = signals.received
+    if reason is None and train.max_time is not None and run.recorder.seconds >= train.max_time:
+        reason = FINISHED
+    if last_step is None:
+        return reason
+    if reason is not None:
+        last_step.ask_to_stop(reason)
+    return last_step.begin(progress.step + 1)
 
 
 def other_order(saved: str | None, now: str | None) -> str:

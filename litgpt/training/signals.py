@@ -29,10 +29,13 @@ class StopSignals:
 
     Args:
         answers: Whether this process says so; one of several does.
+        then: Told by what the run is asked to stop, at once, so that other ranks hear of it before they begin another
+            step.
     """
 
-    def __init__(self, answers: bool = True) -> None:
+    def __init__(self, answers: bool = True, then: Callable[[str], None] | None = None) -> None:
         self.answers = answers
+        self.then = then
         self.received: str | None = None
         self._before: dict[int, Any] = {}
 
@@ -58,6 +61,9 @@ class StopSignals:
             # Not print: what the signal interrupts may be printing.
             with suppress(OSError):
                 os.write(sys.stderr.fileno(), f"\n{self.received}: {FINISHING}\n".encode())
+        if first and self.then is not None:
+            with suppress(RuntimeError):  # another rank is lost: the loop will meet that, too
+                self.then(self.received)
 
 
 def shield_workers(loader: Any) -> None:
