@@ -77,6 +77,19 @@ class ConversationEncoder:
     def sequences(self, conversation: Conversation) -> list[Encoded]:
         """The sequences of one conversation."""
         messages, fields = self.placed(conversation)
+        with self.style.ahead(self._texts(messages), **protected(self.tokenizer, fields)):
+            return self._sequences(conversation, messages, fields)
+
+    def _texts(self, messages: list[Message]) -> Iterator[tuple[list[Message], bool]]:
+        """What is to be rendered: the conversation before each reply, and with it."""
+        messages = protected(self.tokenizer, messages)
+        for turn, message in enumerate(messages):
+            if message["role"] == "assistant":
+                if turn:
+                    yield messages[:turn], True
+                yield messages[: turn + 1], False
+
+    def _sequences(self, conversation: Conversation, messages: list[Message], fields: dict[str, Any]) -> list[Encoded]:
         samples: list[Encoded] = []
         ids: list[int] = []
         targets: list[bool] = []

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from litgpt.prompts.call_form import CallForm, find_call_form
-from litgpt.prompts.rendering import check_template, render_template
+from litgpt.prompts.rendering import check_template, render_template, rendered_ahead
 from litgpt.prompts.styles import Message, PromptStyle, Tokenizer
 from litgpt.suggest import did_you_mean
 from litgpt.untrusted import FETCH_AGAIN, read_json_object, read_text
@@ -99,11 +100,20 @@ class ChatTemplate(PromptStyle):
                 raise ValueError("The checkpoint's chat template does not write the reply that is to be continued.")
             keeps_spaces = after.startswith(END_MARK[len(mark) :])  # many templates trim what a message ends with
             return text if keeps_spaces else text.rstrip()
-        source = self.source_for(kwargs.get("tools"))
+        return render_template(*self._request(messages, add_generation_prompt, kwargs))
+
+    def ahead(self, texts: Iterable[tuple[Sequence[Message], bool]], **kwargs: Any) -> AbstractContextManager[None]:
+        return rendered_ahead(self._request(messages, opens, kwargs) for messages, opens in texts)
+
+    def _request(
+        self, messages: Sequence[Message], add_generation_prompt: bool, variables: Mapping[str, Any]
+    ) -> tuple[str, dict[str, Any]]:
+        """The template that writes a conversation, and its variables."""
+        source = self.source_for(variables.get("tools"))
         messages = [_without_nulls(message) for message in messages]
         if any(message.get("tool_calls") for message in messages):
             messages = _call_form(source, tuple(self.special_tokens.items())).apply(messages)
-        return _render(source, messages, add_generation_prompt, {**self.special_tokens, **kwargs})
+        return source, _variables(messages, add_generation_prompt, {**self.special_tokens, **variables})
 
     @property
     def end(self) -> str:
@@ -193,15 +203,17 @@ def _without_nulls(message: Message) -> dict[str, Any]:
     return given if reasoning is None else {"thinking": reasoning, **given, REASONING[0]: reasoning}
 
 
-def _render(source: str, messages: Sequence[Message], add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
+def _variables(
+    messages: Sequence[Message], add_generation_prompt: bool, variables: Mapping[str, Any]
+) -> dict[str, Any]:
     given = {"messages": [dict(message) for message in messages], "add_generation_prompt": add_generation_prompt}
-    return render_template(source, {"tools": None, "documents": None, **variables, **given})
+    return {"tools": None, "documents": None, **variables, **given}
 
 
 @lru_cache
 def _call_form(source: str, special_tokens: tuple[tuple[str, str], ...]) -> CallForm:
     """How a template takes calls of tools."""
-    return find_call_form(lambda messages: _render(source, messages, False, dict(special_tokens)))
+    return find_call_form(lambda messages: render_template(source, _variables(messages, False, dict(special_tokens))))
 
 
 @lru_cache
@@ -209,6 +221,7 @@ def _closing(source: str, special_tokens: tuple[tuple[str, str], ...]) -> str:
     """What a template writes after a reply; nothing where it refuses a question and an answer."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
     try:
-        return _render(source, messages, False, dict(special_tokens)).rpartition(ANSWER)[2]
+        text = render_template(source, _variables(messages, False, dict(special_tokens)))
     except ValueError:
         return ""
+    return text.rpartition(ANSWER)[2]

@@ -13,9 +13,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from litgpt.prompts import sandbox
 
@@ -26,6 +26,8 @@ MEMORY_PER_BYTE = 16
 CHARACTERS = 16 << 20  # of the text, and so many for each byte of the conversation:
 CHARACTERS_PER_BYTE = 8
 PROCESSES = 2  # at a time; each takes 20 MB
+PIPE = 1 << 18  # bytes that a process may be sent before it reads, where the system lets a pipe have so many
+LEAST_PIPE = 1 << 14  # and elsewhere
 # What a process gets of the environment: what time it is where, and no tokens.
 ENVIRONMENT = ("TZ", "TZDIR", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
 REMEDY = "--prompt_style takes another format."
@@ -50,6 +52,25 @@ def render_template(source: str, variables: Mapping[str, Any]) -> str:
     return _processes.ask(source, dict(variables))
 
 
+@contextlib.contextmanager
+def rendered_ahead(requests: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[None]:
+    """What this thread asks for within, of these templates and variables, has been rendered at once, as far as a pipe
+    holds it: for short texts it is the way to the process and back that takes the time."""
+    before = _ahead.texts
+    _ahead.texts = _processes.ask_ahead(_pickled((source, dict(variables))) for source, variables in requests)
+    try:
+        yield
+    finally:
+        _ahead.texts = before
+
+
+class _Ahead(threading.local):
+    """What this thread has had rendered already, by its request."""
+
+    def __init__(self) -> None:
+        self.texts: dict[bytes, str] = {}
+
+
 class _Process:
     """A process that renders."""
 
@@ -64,21 +85,20 @@ class _Process:
             start_new_session=True,  # Ctrl-C is for this process
         )
         self.answers = self.process.stdout.fileno()
+        self.at_once = _pipe_size(self.process.stdin) // 2  # a pipe counts in pages
         self.poll = select.poll()
         self.poll.register(self.answers, select.POLLIN | select.POLLHUP)
 
-    def ask(self, request: bytes) -> tuple[bytes, str]:
-        """What it answers, kind and text."""
-        deadline = time.monotonic() + PATIENCE
-        size = len(request)
-        head = sandbox.REQUEST.pack(
-            size, SECONDS, MEMORY + MEMORY_PER_BYTE * size, CHARACTERS + CHARACTERS_PER_BYTE * size
-        )
+    def ask(self, *requests: bytes) -> Iterator[tuple[bytes, str]]:
+        """What it answers to each, kind and text. Several must not have more than `at_once` bytes together, or both
+        sides might wait until the other reads."""
         with contextlib.suppress(BrokenPipeError):  # why it has ended is seen below
-            self.process.stdin.write(head + request)
+            self.process.stdin.write(b"".join(_head(request) + request for request in requests))
             self.process.stdin.flush()
-        kind, length = sandbox.ANSWER.unpack(self._read(sandbox.ANSWER.size, deadline))
-        return kind, self._read(length, deadline).decode("utf-8", "surrogatepass")
+        for _ in requests:
+            deadline = time.monotonic() + PATIENCE
+            kind, length = sandbox.ANSWER.unpack(self._read(sandbox.ANSWER.size, deadline))
+            yield kind, self._read(length, deadline).decode("utf-8", "surrogatepass")
 
     def _read(self, count: int, deadline: float) -> bytes:
         parts = []
@@ -121,20 +141,12 @@ class _Processes:
 
     def ask(self, source: str, variables: dict[str, Any] | None) -> str:
         request = _pickled((source, variables))
-        with self._places:
-            try:
-                process = self._idle.pop()
-            except IndexError:
-                process = _Process()
-            try:
-                kind, text = process.ask(request)
-            except BaseException:  # Ctrl-C, too: what it answers later is no answer to the next request
-                process.end()
-                raise
+        if request in _ahead.texts:
+            return _ahead.texts[request]
+        with self._process() as process:
+            ((kind, text),) = process.ask(request)
             if kind == sandbox.TOO_LARGE:
-                process.end()
                 raise TemplateLimitError(_too_much(f"{MEMORY >> 20} MB of memory"))
-            self._idle.append(process)
         if kind == sandbox.TOO_LONG:
             raise TemplateLimitError(_too_much(f"{CHARACTERS >> 20} million characters"))
         if kind == sandbox.INVALID:
@@ -142,6 +154,35 @@ class _Processes:
         if kind == sandbox.REFUSED:
             raise ValueError(f"The checkpoint's chat template refuses this conversation: {text}")
         return text
+
+    def ask_ahead(self, requests: Iterable[bytes]) -> dict[bytes, str]:
+        """The texts of these requests, as far as there are: what becomes of another is seen when it is asked for."""
+        # Before a process is taken, since making them may need one, too.
+        first = _fitting(requests, PIPE)
+        texts: dict[bytes, str] = {}
+        with contextlib.suppress(TemplateLimitError), self._process() as process:
+            fitting = _fitting(first, process.at_once)
+            for request, (kind, text) in zip(fitting, process.ask(*fitting), strict=True):
+                if kind == sandbox.TOO_LARGE:
+                    raise TemplateLimitError
+                if kind == sandbox.TEXT:
+                    texts[request] = text
+        return texts
+
+    @contextlib.contextmanager
+    def _process(self) -> Iterator[_Process]:
+        """One that nobody else asks meanwhile."""
+        with self._places:
+            try:
+                process = self._idle.pop()
+            except IndexError:
+                process = _Process()
+            try:
+                yield process
+            except BaseException:  # Ctrl-C, too: what it answers later is no answer to the next request
+                process.end()
+                raise
+            self._idle.append(process)
 
     def end(self) -> None:
         """Ends those that are idle."""
@@ -153,6 +194,36 @@ class _Processes:
         for process in self._idle:
             process.forget()
         self.__init__()
+
+
+def _pipe_size(pipe: BinaryIO) -> int:
+    """The bytes that one holds; it is made larger where the system lets it."""
+    try:
+        import fcntl
+
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE)
+        return fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ)
+    except (ImportError, AttributeError, OSError):  # Linux alone knows it
+        return LEAST_PIPE
+
+
+def _fitting(requests: Iterable[bytes], room: int) -> list[bytes]:
+    """The first ones, as many as have room together."""
+    fitting = []
+    for request in requests:
+        room -= sandbox.REQUEST.size + len(request)
+        if room < 0:
+            break
+        fitting.append(request)
+    return fitting
+
+
+def _head(request: bytes) -> bytes:
+    """What goes before a request: its length, and the bounds for it."""
+    size = len(request)
+    memory, characters = MEMORY + MEMORY_PER_BYTE * size, CHARACTERS + CHARACTERS_PER_BYTE * size
+    return sandbox.REQUEST.pack(size, SECONDS, memory, characters)
 
 
 def _too_much(bound: str) -> str:
@@ -181,6 +252,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
+_ahead = _Ahead()
 _processes = _Processes()
 atexit.register(_processes.end)
 if hasattr(os, "register_at_fork"):

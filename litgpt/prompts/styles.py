@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -110,6 +111,11 @@ class PromptStyle(ABC):
             return tokenizer.encode_ids(self.render(messages, **kwargs), bos=bos, room=room)
         text = self.render(protected(tokenizer, messages), **protected(tokenizer, kwargs))
         return tokenizer.encode_ids(text, bos=bos, allow_special=True, room=room)
+
+    def ahead(self, texts: Iterable[tuple[Sequence[Message], bool]], **kwargs: Any) -> AbstractContextManager[None]:
+        """Within this, these conversations, to be rendered with an opening of the next reply or without, are rendered
+        sooner than one by one; `kwargs` as for `render`. Where one costs little, nothing is done."""
+        return nullcontext()
 
     @staticmethod
     def from_name(name: str) -> PromptStyle:

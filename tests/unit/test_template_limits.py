@@ -5,16 +5,22 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from decimal import Decimal
 from pathlib import Path
 from types import MappingProxyType
 
 import pytest
 
+from litgpt.data.records import Conversation
+from litgpt.data.sample_encoding import ConversationEncoder
 from litgpt.prompts import ChatTemplate, rendering
-from litgpt.prompts.rendering import TemplateLimitError, render_template
+from litgpt.prompts.rendering import TemplateLimitError, render_template, rendered_ahead
+from litgpt.tokenizer import Tokenizer
+from tests import tokenizer_files
 
 HELLO = [{"role": "user", "content": "Hello"}]
 GOOD = "{% for message in messages %}{{ message.role }}: {{ message.content }}{% endfor %}"
@@ -162,3 +168,79 @@ def test_the_process_has_no_secrets_and_ends_with_its_parent():
     while child.exists():
         assert time.monotonic() < deadline, "it stays"
         time.sleep(0.01)
+
+
+@pytest.fixture
+def ways(monkeypatch) -> list[int]:
+    """How many requests each way to a process takes along."""
+    taken: list[int] = []
+    ask = rendering._Process.ask
+
+    def counted(process, *requests):
+        taken.append(len(requests))
+        return ask(process, *requests)
+
+    monkeypatch.setattr(rendering._Process, "ask", counted)
+    return taken
+
+
+def test_several_are_rendered_at_once(ways):
+    asked = [(GOOD, {"messages": [{"role": i, "content": "x" * i}]}) for i in range(50)]
+    with rendered_ahead(asked):
+        assert ways == [50]
+        for source, variables in asked[::-1]:
+            (said,) = variables["messages"]
+            assert render_template(source, variables) == f"{said['role']}: {said['content']}"
+        assert ways == [50]
+        assert render_template(GOOD, {"messages": HELLO}) == "user: Hello"  # not among them
+    assert render_template(*asked[1]) == "1: x"  # a template may say what time it is
+    assert ways == [50, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["loops", "list", "text"])
+def test_a_bomb_among_several_is_found_when_it_is_asked_for(name):
+    good = (GOOD, {"messages": HELLO})
+    with rendered_ahead([good, (BOMBS[name], {"messages": HELLO}), ("{{ 1 // 0 }}", {}), good]):
+        assert render_template(*good) == "user: Hello"
+        with pytest.raises(TemplateLimitError):
+            render_template(BOMBS[name], {"messages": HELLO})
+        with pytest.raises(ValueError, match="refuses"):
+            render_template("{{ 1 // 0 }}", {})
+
+
+def test_more_than_a_pipe_holds(ways):
+    """Requests and answers: neither side waits until the other reads."""
+    asked = [("{{ text * 20 }}", {"text": str(i) * 10_000}) for i in range(9)] * 9
+    with rendered_ahead(iter(asked)):
+        for source, variables in asked[:12]:
+            assert render_template(source, variables) == variables["text"] * 20
+    assert ways[0] < 81
+    with rendered_ahead([("{{ text }}", {"text": "x" * 10**6})]):
+        assert render_template("{{ text }}", {"text": "x" * 10**6}) == "x" * 10**6
+
+
+def test_a_conversation_takes_one_way(ways, tmp_path, monkeypatch):
+    tokenizer = Tokenizer(tokenizer_files.byte_level(tmp_path, {}))
+    style = ChatTemplate(GOOD)
+    said = [
+        {"role": role, "content": f"<|im_end|> {i}"} for i, role in enumerate(("system", *("user", "assistant") * 3))
+    ]
+    encoder = ConversationEncoder(tokenizer, style, True, None)
+    encoded = encoder.encode(Conversation(said, "messages", "here"))  # asks once whether it writes a system message
+    ways.clear()
+    assert encoder.encode(Conversation(said, "messages", "here")) == encoded
+    assert ways == [6]
+    monkeypatch.setattr(ChatTemplate, "ahead", lambda *_, **__: nullcontext())
+    assert encoder.encode(Conversation(said, "messages", "here")) == encoded
+    assert ways == [6] + [1] * 9
+
+
+def test_what_is_rendered_ahead_may_need_a_rendering_itself(monkeypatch, ways):
+    monkeypatch.setattr(rendering._processes, "_places", threading.BoundedSemaphore(1))
+
+    def asked():
+        yield GOOD, {"messages": [{"role": "x", "content": render_template(GOOD, {"messages": HELLO})}]}
+
+    with rendered_ahead(asked()):
+        assert render_template(*next(asked())) == "x: user: Hello"
+    assert ways == [1, 1, 1]
