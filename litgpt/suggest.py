@@ -1,16 +1,22 @@
 """What a mistyped name may have meant."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
-def did_you_mean(word: str, candidates: Iterable[str]) -> str:
-    """`" Did you mean 'x' or 'y'?"` with the nearest candidates, or `""` where none is near."""
+def did_you_mean(word: str, candidates: Iterable[str], written: Callable[[str], str] = str) -> str:
+    """`" Did you mean 'x' or 'y'?"` with the nearest candidates, or `""` where none is near.
+
+    Args:
+        word: What was typed.
+        candidates: What there is.
+        written: How a candidate is typed, where that is not its mere name: `--x`.
+    """
     by_lower = {candidate.lower(): candidate for candidate in candidates}
     close = difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=0.6)
     if not close:
         return ""
-    quoted = [repr(by_lower[match]) for match in close]
+    quoted = [repr(written(by_lower[match])) for match in close]
     return f" Did you mean {', '.join(quoted[:-1])}{' or ' if quoted[1:] else ''}{quoted[-1]}?"
 
 

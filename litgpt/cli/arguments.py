@@ -59,7 +59,8 @@ class _Splitter:
             elif self.positionals:
                 self.found.settings.append((self.positionals.pop(0), word))
             else:
-                raise UsageError(f"unexpected argument {word!r}: options are written `--name value`.")
+                hint = f' For a prompt: --prompt "{word}"' if "prompt" in self.signature.parameters else ""
+                raise UsageError(f"unexpected argument {word!r}: options are written `--name value`.{hint}")
         return self.found
 
     def option(self, name: str, value: str | None) -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -120,13 +121,15 @@ def takes_anything(cls: type) -> bool:
     return inspect.Parameter.VAR_KEYWORD in kinds and not accepted(cls)
 
 
-def unknown_init_args(option: str, cls: type, init_args: dict[str, Any]) -> list[str]:
-    """One message for each init arg that the class does not take."""
+def unknown_init_args(
+    option: str, cls: type, init_args: dict[str, Any], written: Callable[[str], str] = str
+) -> list[str]:
+    """One message for each init arg that the class does not take; `written` is how one is typed."""
     if takes_anything(cls):
         return []
     known = accepted(cls)
     return [
-        f"{option}.{name}: {cls.__name__} has no such setting.{did_you_mean(name, known)}"
+        f"{option}.{name}: {cls.__name__} has no such setting.{did_you_mean(name, known, written)}"
         for name in init_args
         if name not in known
     ]

@@ -51,10 +51,11 @@ class Collector:
         name = ".".join(path)
         elsewhere = getattr(self.signature.function, "options_elsewhere", {})  # prefix -> the command that has them
         hint = "".join(f" `{command}` has it." for prefix, command in elsewhere.items() if name.startswith(prefix))
-        hint = hint or here_called(name, self.signature) or did_you_mean(name, known)
+        dashes = f"--{parent}" if self.origin == "--" else ""  # as it is typed, there or in a file
+        hint = hint or here_called(name, self.signature) or did_you_mean(name, known, dashes.__add__)
         if not hint:  # `micro_batchsize` is close to `train.micro_batch_size` without its group
             last = {entry.rpartition(".")[2]: entry for entry in reversed(known)}
-            hint = did_you_mean(path[-1], last)
+            hint = did_you_mean(path[-1], last, lambda name: dashes + last[name])
         self.problems.append(f"{self.origin}{parent}{name}: unknown setting.{hint}")
 
     def _add_value(self, path: tuple[str, ...], value: Any) -> None:
@@ -179,7 +180,7 @@ def settle_classes(layer: Layer, signature: Signature) -> list[str]:
         except UsageError as error:
             problems.append(f"--{parameter.name}: {error}")
         else:
-            problems += unknown_init_args(f"--{parameter.name}", cls, init_args)
+            problems += unknown_init_args(f"--{parameter.name}", cls, init_args, f"--{parameter.name}.".__add__)
     return problems
 
 
@@ -189,7 +190,7 @@ def _which_class(parameter: Parameter, init_args: list[str], takers: list[str]) 
     choice = parameter.choice
     names = takers or choice.names()
     every = {setting for name in names for setting in accepted(choice.resolve(name)[1])}
-    hint = "".join(did_you_mean(name, every) for name in init_args if name not in every)
+    hint = "".join(did_you_mean(name, every, f"--{parameter.name}.".__add__) for name in init_args if name not in every)
     return f"{given} needs --{parameter.name} NAME beside it, one of: {', '.join(names)}.{hint}"
 
 

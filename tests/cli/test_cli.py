@@ -218,7 +218,9 @@ def test_a_groups_own_check_is_heard():
 
 def test_missing_and_surplus_words():
     assert "missing: checkpoint_dir. Usage: litgpt command CHECKPOINT_DIR" in refused()
-    assert "unexpected argument 'b'" in refused("a", "b")
+    assert """unexpected argument 'b': options are written `--name value`. For a prompt: --prompt "b\"""" in refused(
+        "a", "b"
+    )
     assert "--prompt needs a value" in refused("dir", "--prompt")
     assert "--prompt needs a value" in refused("dir", "--prompt", "--multiline")
 
@@ -253,11 +255,11 @@ def test_settings_without_their_group():
 
 def test_unknown_names_all_at_once():
     message = refused("dir", "--train.max_step", 1, "--outdir", "x", "--model_config.n_layr", 2, "--zzzzqq", 3)
-    assert "--train.max_step: unknown setting. Did you mean 'max_steps'" in message
-    assert "--outdir: unknown setting. Did you mean 'out_dir'" in message
-    assert "--model_config.n_layr: unknown setting. Did you mean 'n_layer'" in message
+    assert "--train.max_step: unknown setting. Did you mean '--train.max_steps'" in message
+    assert "--outdir: unknown setting. Did you mean '--out_dir'" in message
+    assert "--model_config.n_layr: unknown setting. Did you mean '--model_config.n_layer'" in message
     assert "--zzzzqq: unknown setting.\n" in message + "\n"
-    assert "Did you mean 'train.micro_batch_size'" in refused("dir", "--micro_batchsize", 2)
+    assert "Did you mean '--train.micro_batch_size'" in refused("dir", "--micro_batchsize", 2)
 
 
 # --- classes --------------------------------------------------------------------------------------------------------
@@ -278,7 +280,7 @@ def test_class_by_name_in_any_order():
 def test_class_that_only_one_can_be():
     assert run("dir", "--data.rows", "3").data == Table(rows=3)
     assert "needs --data NAME beside it, one of: Table, Text" in refused("dir", "--data.seed", "3")
-    assert "Did you mean 'rows'" in refused("dir", "--data.row", "3")
+    assert "Did you mean '--data.rows'" in refused("dir", "--data.row", "3")
 
 
 def test_class_of_ones_own(tmp_path, monkeypatch):
@@ -306,7 +308,7 @@ def test_a_broken_module_of_ones_own_is_not_hidden(tmp_path, monkeypatch):
 def test_wrong_class_and_wrong_init_args():
     message = refused("dir", "--data", "Txt", "--optimizer.lrr", 1)
     assert "there is no Data 'Txt'. Did you mean 'Text'? Known: Table, Text" in message
-    assert "--optimizer.lrr: AdamW has no such setting. Did you mean 'lr'?" in message
+    assert "--optimizer.lrr: AdamW has no such setting. Did you mean '--optimizer.lr'?" in message
     assert refused("dir", "--data", "Text") == "--data.path is missing."
 
 
@@ -450,7 +452,7 @@ def test_fields_of_a_flat_group_are_options(capsys):
     }  # fmt: skip
     given = cli.run(with_shared, ["there", "--go_speed", "7", "--go_train.max_steps", "9"], "go")
     assert (given["go_speed"], given["go_train"].max_steps) == (7, 9)
-    with pytest.raises(cli.UsageError, match=r"--go_sped: unknown setting\. Did you mean 'go_speed'"):
+    with pytest.raises(cli.UsageError, match=r"--go_sped: unknown setting\. Did you mean '--go_speed'"):
         cli.run(with_shared, ["there", "--go_sped", "7"], "go")
     with pytest.raises(ValueError, match="--go_speed 0: too slow"):
         cli.run(with_shared, ["there", "--go_speed", "0"], "go")
@@ -554,7 +556,7 @@ def test_usage_errors_exit_2(litgpt, monkeypatch):
     raising(ValueError(), monkeypatch)
     result = litgpt("fail", "--valu", "2")
     assert result.code == 2
-    assert result.err == "error: --valu: unknown setting. Did you mean 'value'?\n"
+    assert result.err == "error: --valu: unknown setting. Did you mean '--value'?\n"
 
 
 def python(*words: str, **settings: Any) -> subprocess.CompletedProcess:

@@ -88,8 +88,8 @@ def test_unknown_keys_at_every_depth_at_once(tmp_path):
         ("promt", "'prompt'"),
         ("train.micro_batchsize", "'micro_batch_size'"),
         ("model_config.n_layers", "'n_layer'"),
-        ("--data.row", "'rows'"),
-        ("--optimizer.lrr", "'lr'"),
+        ("--data.row", "'--data.rows'"),
+        ("--optimizer.lrr", "'--optimizer.lr'"),
     ):
         line = next(line for line in message.splitlines() if f"{name}:" in line)
         assert f"Did you mean {hint}" in line

@@ -293,7 +293,7 @@ def test_without_config_json_a_name_is_asked_for(litgpt, hub, llama_files):
         (["microsft/phi-2"], 1, "error: There is no repository 'microsft/phi-2' on the hub (answer 401). Did you mean 'microsoft/phi-2'"),
         (["org/gated"], 1, "error: org/gated is gated: accept its terms"),
         (["org/gguf"], 1, "error: org/gguf holds GGUF files only: a.gguf."),
-        (["org/tiny", "--tokeniser_only"], 2, "error: --tokeniser_only: unknown setting. Did you mean 'tokenizer_only'?"),
+        (["org/tiny", "--tokeniser_only"], 2, "error: --tokeniser_only: unknown setting. Did you mean '--tokenizer_only'?"),
         (["--tokenizer_only"], 2, "error: missing: repo_id."),
         (["org/tiny", "--revision", "v7"], 1, "error: org/tiny has no such revision (--revision v7)"),
         (["org/tiny", "--dtype", "bf17"], 1, "error: --dtype bf17: there is no such type"),

@@ -231,7 +231,7 @@ def test_precisions(place, capsys):
         (["--resume", "true"], "there is no checkpoint of a run in out/pretrain"),
         (["--devices", "many"], "--devices many is no number of devices"),
         (["--strategy", "magic"], "magic"),
-        (["--train.max_step", "1"], "Did you mean 'max_steps'"),
+        (["--train.max_step", "1"], "Did you mean '--train.max_steps'"),
         (["--eval.evaluate_example", "random"], "--eval.evaluate_example is for finetuning"),
         (["--initial_checkpoint_dir", "nowhere"], "nowhere"),
         (["--model_config.n_head", "3"], "n_head"),
