@@ -14,6 +14,11 @@ from litgpt.cli.values import read_attribute_docstrings
 
 def help_text(signature: Signature, prog: str) -> str:
     """What `--help` prints."""
+    return help_parser(signature, prog).format_help().replace("<class 'Path'>", "Path")
+
+
+def help_parser(signature: Signature, prog: str) -> ArgumentParser:
+    """A parser with every option of a command, for its help."""
     documentation = docstring_parser.parse(inspect.getdoc(signature.function) or "")
     texts = {entry.arg_name: entry.description or "" for entry in documentation.params}
     about = "\n\n".join(filter(None, (documentation.short_description, documentation.long_description)))
@@ -37,7 +42,7 @@ def help_text(signature: Signature, prog: str) -> str:
         parser.add_argument(name, default=SUPPRESS, help=text, **settings)
     for action in parser._actions:  # of a list, jsonargparse offers `--name+`, too: here the option is repeated
         action.option_strings = [option for option in action.option_strings if not option.endswith("+")]
-    return parser.format_help().replace("<class 'Path'>", "Path")
+    return parser
 
 
 def usage(signature: Signature, prog: str) -> str:
