@@ -41,6 +41,7 @@ from litgpt.convert.safetensors_file import read_safetensors
 from litgpt.huge_pages import Pages
 from litgpt.model import GPT, RotaryEmbedding
 from litgpt.models import find_known
+from litgpt.plural import counted
 from litgpt.quantize import QuantizedLinear, is_quantized, kind_of, quantized_layers, replace_linears, same_form
 
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
@@ -118,7 +119,7 @@ class Source(ABC):
             problems.append(f"  {HEAD} and {EMBEDDING} differ in the checkpoint; this model ties them (tie_embeddings)")
         if problems:
             raise ValueError(
-                f"The checkpoint does not fit the model ({len(problems)} problems):\n"
+                f"The checkpoint does not fit the model ({counted(len(problems), 'problem')}):\n"
                 + "\n".join(problems)
                 + "\nUse the configuration of the checkpoint, or another checkpoint."
             )
@@ -552,7 +553,7 @@ def _first_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
 
 def misfit(weights: Path, description: str, problems: list[str]) -> str:
     """The message about weights that are not those of the model that a configuration describes."""
-    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    count = counted(len(problems), "problem")
     return (
         f"The weights in '{weights}' are not those of the model in {description} ({count}):\n"
         + "\n".join(problems)

@@ -19,6 +19,7 @@ from litgpt.data.document_marks import DocumentMarks
 from litgpt.data.object_store import fetch, is_remote, join, read_small
 from litgpt.data.streaming import ChunkBlocks, PositionSampler
 from litgpt.data.token_chunks import INDEX_FILE
+from litgpt.plural import counted
 from litgpt.resources import cache_directory
 
 if TYPE_CHECKING:
@@ -140,13 +141,16 @@ class ChunkData(DataModule):
             index = store.index
             share = f" ({weight / total:.1%} of the samples)" if len(self._stores) > 1 else ""
             lines.append(
-                f"Training data: {index.num_tokens:,} tokens in {len(index.chunks):,} chunks of {store.path}{share}, "
-                f"{order.total:,} blocks of {self._block_size:,}."
+                f"Training data: {counted(index.num_tokens, 'token')} in {counted(len(index.chunks), 'chunk')} of "
+                f"{store.path}{share}, "
+                f"{counted(order.total, 'block')} of {self._block_size:,}."
             )
         if self._val is None:
             lines.append("There is no validation data.")
         else:
-            lines.append(f"Validation data: {len(self._val):,} blocks of {self._val.block_size:,} tokens.")
+            lines.append(
+                f"Validation data: {counted(len(self._val), 'block')} of {counted(self._val.block_size, 'token')}."
+            )
         if self.isolate_documents:
             lines.append("Documents do not see each other.")
         return "\n".join(lines)

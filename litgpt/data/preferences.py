@@ -24,6 +24,7 @@ from litgpt.data.records import Conversation
 from litgpt.data.sample_encoding import ConversationEncoder, Encoded
 from litgpt.data.sample_file import Sample, SampleFile, nothing_to_learn
 from litgpt.data.sft import SPLITS, SFTData
+from litgpt.plural import counted
 
 SUMMARY = "pairs.json"
 
@@ -153,7 +154,7 @@ class PreferenceData(SFTData):
     def _why_empty(self) -> str:
         summary = read_summary(self._train)
         dropped, identical = summary.dropped, summary.identical
-        reasons = [f"{dropped:,} pairs are too long"] * bool(dropped)
+        reasons = [f"{counted(dropped, 'pair')} {'is' if dropped == 1 else 'are'} too long"] * bool(dropped)
         reasons += [f"of {identical:,} both replies are the same"] * bool(identical)
         return ", ".join(reasons) or "there are no records"
 
@@ -227,7 +228,8 @@ def describe_pairs(summary: PairSummary, samples: SampleFile, limit: str) -> str
     forms = ", ".join(f"{count:,} x {form}" if several else form for form, count in summary.forms.items())
     rows = samples.summary
     parts = [
-        f"{len(samples) // 2:,} pairs of {summary.records:,} records ({forms}); {rows.tokens:,} tokens, "
+        f"{counted(len(samples) // 2, 'pair')} of {counted(summary.records, 'record')} ({forms}); "
+        f"{counted(rows.tokens, 'token')}, "
         f"{rows.targets:,} of them in replies; {rows.longest:,} the longest prompt with its reply."
     ]
     if summary.truncated:

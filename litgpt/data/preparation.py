@@ -35,6 +35,7 @@ from litgpt.data.token_chunks import (
     write_index,
 )
 from litgpt.data.unit_tokens import WORK_DIR, Job, UnitResult, read_result
+from litgpt.plural import counted
 from litgpt.tokenizer import Tokenizer
 
 CHUNK_BYTES = 16 << 20  # files of units become a chunk when they hold that much together
@@ -166,7 +167,9 @@ def prepare(
             return None
     record, seconds = _finish(job, options, tokenizer), time.perf_counter() - begin
     size = sum(figures["bytes"] for figures in record.sources.values()) / 1e6
-    left_out = f" {record.rows_without_text:,} records without text were left out." if record.rows_without_text else ""
+    left_out = ""
+    if empty := record.rows_without_text:
+        left_out = f" {counted(empty, 'record')} without text {'was' if empty == 1 else 'were'} left out."
     print(f"Prepared {destination}: {_summary(record)}.{left_out} {size:,.1f} MB, {seconds:,.1f} s.")
     return record
 
@@ -510,6 +513,7 @@ def _bodies(files: Sequence[tuple[Path, ChunkInfo]]) -> Iterator[bytes]:
 
 def _summary(record: DatasetRecord) -> str:
     return ", ".join(
-        f"{name} {split.tokens:,} tokens of {split.documents:,} documents in {split.chunks:,} chunk(s)"
+        f"{name} {counted(split.tokens, 'token')} of {counted(split.documents, 'document')} in "
+        f"{counted(split.chunks, 'chunk')}"
         for name, split in record.splits.items()
     )

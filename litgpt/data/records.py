@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from litgpt.data.tool_calls import present, read_calls, read_tools
 from litgpt.data.wording import kind_of, listed
+from litgpt.plural import counted
 from litgpt.untrusted import parse_json
 
 INSTRUCTION, COMPLETION = "instruction/input/output", "prompt/completion"
@@ -107,15 +108,22 @@ def recognise_all(
     Raises:
         ValueError: Records that fit no form; the message names the first of them, and what is missing.
     """
-    found, errors = [], []
+    found: list[Recognised] = []
+    errors: dict[str, list[str]] = {}  # what is wrong -> where
     for record in records:
         try:
             found.append(recognise_one(record, columns))
         except ValueError as error:
-            errors.append(f"{record.where}: {error}")
+            errors.setdefault(str(error), []).append(record.where)
     if errors:
-        more = f" ({len(errors) - SHOWN_ERRORS:,} more such records)" if len(errors) > SHOWN_ERRORS else ""
-        raise ValueError("\n".join(errors[:SHOWN_ERRORS]) + more)
+        shown = list(errors.items())[:SHOWN_ERRORS]
+        lines = [
+            f"{where}: {error}" + (f" ({counted(len(others), 'more such record')})" if others else "")
+            for error, (where, *others) in shown
+        ]
+        if left := sum(map(len, errors.values())) - sum(len(places) for _, places in shown):
+            lines.append(f"Something else is wrong with {counted(left, 'more record')}.")
+        raise ValueError("\n".join(lines))
     return found
 
 

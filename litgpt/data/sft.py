@@ -21,6 +21,7 @@ from litgpt.data.record_files import content_hash, read_records
 from litgpt.data.records import Conversation, Message, read_conversations
 from litgpt.data.sample_encoding import ConversationEncoder, Encoded, class_identity, encode_all, style_identity
 from litgpt.data.sample_file import IGNORE_INDEX, Sample, SampleFile, Summary
+from litgpt.plural import counted
 from litgpt.prompts import ChatTemplate, PromptStyle, choose_prompt_style
 from litgpt.resources import cache_directory
 
@@ -245,7 +246,9 @@ class SFTData(DataModule):
         if self.pack:
             rows = len(self._rows(self._train))
             fill = self._train.summary.tokens / (rows * self._max_tokens())
-            lines.append(f"Packed into {rows:,} rows of {self._max_tokens():,} tokens, {fill:.0%} full.")
+            lines.append(
+                f"Packed into {counted(rows, 'row')} of {counted(self._max_tokens(), 'token')}, {fill:.0%} full."
+            )
         if len(self._val):
             held = "" if self.files()[1] else f"Held out: {self._fraction():.1%}. "
             lines.append(f"Validation data: {held}{describe_samples(self._val.summary, self._limit_name())}")
@@ -320,7 +323,9 @@ class SFTData(DataModule):
     def _why_empty(self) -> str:
         """Why there are no training samples."""
         dropped = self._train.summary.dropped
-        return f"all {dropped:,} samples are too long" if dropped else "there are no records"
+        if not dropped:
+            return "there are no records"
+        return f"all {dropped:,} samples are too long" if dropped > 1 else "the only sample is too long"
 
     def _directory(self) -> Path:
         """Where the samples are cached: what decides them is in its name."""
@@ -388,7 +393,8 @@ def describe_samples(summary: Summary, limit: str) -> str:
     forms = ", ".join(f"{count:,} x {form}" if several else form for form, count in summary.forms.items())
     mean = summary.tokens / max(summary.samples, 1)
     parts = [
-        f"{summary.samples:,} samples of {summary.records:,} records ({forms}); {summary.tokens:,} tokens, "
+        f"{counted(summary.samples, 'sample')} of {counted(summary.records, 'record')} ({forms}); "
+        f"{counted(summary.tokens, 'token')}, "
         f"{summary.targets:,} of them to predict; {mean:.0f} a sample, {summary.longest:,} the longest."
     ]
     if summary.truncated:

@@ -21,6 +21,7 @@ from litgpt.data.document_marks import DocumentMarks
 from litgpt.data.text_reading import Piece, encode_texts, hold_out, read_chunks, spelled_tokens, whole
 from litgpt.data.token_stream import TokenBlocks, TokenFile
 from litgpt.data.word_cache import WordCache
+from litgpt.plural import counted
 from litgpt.resources import cache_directory, find
 
 if TYPE_CHECKING:
@@ -82,9 +83,9 @@ class TextFiles(DataModule):
         self._train, self._val = self._tokens("train", train), self._tokens("val", val)
         if len(self._train) <= self._block_size:
             raise ValueError(
-                f"The training text in {self.train_data_path} is too short: {len(self._train):,} tokens, and one "
-                f"block needs {self._block_size + 1:,}. Add text, or shorten the blocks with "
-                f"--train.max_seq_length {max(1, len(self._train) - 1)}."
+                f"The training text in {self.train_data_path} is too short: "
+                f"{counted(len(self._train), 'token')}, and one block needs {self._block_size + 1:,}. Add text, or "
+                f"shorten the blocks with --train.max_seq_length {max(1, len(self._train) - 1)}."
             )
         if val and len(self._val) < 2:
             raise ValueError(
@@ -125,15 +126,17 @@ class TextFiles(DataModule):
     def describe(self) -> str:
         """One line on what is trained and validated on."""
         train, val = self._pieces()
-        line = f"Training text: {len(self._train):,} tokens of {len({p.path for p in train})} file(s)."
+        line = (
+            f"Training text: {counted(len(self._train), 'token')} of {counted(len({p.path for p in train}), 'file')}."
+        )
         if not val:
             return f"{line} There is no validation text."
         if self.val_data_path is not None:
-            return f"{line} Validation text: {len(self._val):,} tokens of {len(val)} file(s)."
-        what = "the end of each file" if val[0].start else f"{len(val)} file(s)"
+            return f"{line} Validation text: {counted(len(self._val), 'token')} of {counted(len(val), 'file')}."
+        what = "the end of each file" if val[0].start else counted(len(val), "file")
         return (
-            f"{line} Held out for validation: {self.val_split_fraction:.1%} ({what}, {len(self._val):,} tokens); "
-            "--data.val_data_path chooses another text."
+            f"{line} Held out for validation: {self.val_split_fraction:.1%} ({what}, "
+            f"{counted(len(self._val), 'token')}); --data.val_data_path chooses another text."
         )
 
     def _pieces(self) -> tuple[list[Piece], list[Piece]]:
@@ -170,7 +173,7 @@ class TextFiles(DataModule):
             tokens = TokenFile.write(directory, tokenize(pieces, self._tokenizer), self._tokenizer.vocab_size)
             size, seconds = sum(piece.size for piece in pieces) / 1e6, time.perf_counter() - start
             print(
-                f"Tokenised the {name} text: {size:.2f} MB, {len(tokens):,} tokens, {seconds:.1f} s. "
+                f"Tokenised the {name} text: {size:.2f} MB, {counted(len(tokens), 'token')}, {seconds:.1f} s. "
                 f"Cached in {directory}"
             )
         return TokenFile(directory)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -308,9 +309,14 @@ def test_damaged_files_are_named(name, content, message, tmp_path):
 
 def test_records_that_fit_no_form_are_named_with_their_line(tmp_path):
     bad = [{"instruction": "x"}] * 5
-    path = write(tmp_path / "a.jsonl", [*records(2), *bad])
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 3: has no 'output'(.|\n)*line 5.*\(2 more such records\)"):
+    other = [{"messages": [{"role": role, "content": "x"}]} for role in ("a", "b", "c", "d")]
+    path = write(tmp_path / "a.jsonl", [*records(2), *bad, *other])
+    with pytest.raises(ValueError, match=r"line 3: has no 'output'") as failed:
         JSON(json_path=path).conversations("train")
+    lines = str(failed.value).splitlines()  # one for each thing that is wrong, not for each record
+    assert [re.search(r"line (\d+): ", line)[1] for line in lines[:-1]] == ["3", "8", "9"]
+    assert lines[0].endswith("(4 more such records)")
+    assert lines[-1] == "Something else is wrong with 2 more records."
 
 
 # --- what a path stands for
