@@ -69,6 +69,16 @@ class Findings:
         return not any(problem.fails for problem in self.problems)
 
     @property
+    def unchecked(self) -> dict[str, str]:
+        """Groups that could not be looked at, since something else is wrong: why."""
+        if self.source is not None:
+            return {}
+        if self.path.is_file():
+            return dict.fromkeys(GROUPS[1:], "the file cannot be read")
+        wrong = [group for group in ("files", "config") if self.failed(group)]
+        return {} if not wrong else {"weights": f"the errors of {' and '.join(wrong)} stand before them"}
+
+    @property
     def kind(self) -> str:
         """Whose format the weights are in."""
         if self.path.is_file():

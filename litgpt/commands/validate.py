@@ -7,6 +7,7 @@ With --json, one object is printed:
     valid        what the exit code says; null likewise
     problems     a list of {group, fails, message, details}; group is files, config, tokenizer or weights, and what does
                  not fail is a warning
+    unchecked    {group: why} of the groups that could not be looked at
     summary      name, architecture, parameters, dtypes (type: how many values), context, sliding_window, rows (of the
                  embedding), tied_head, tokens (of the tokenizer), prompt_format, special_tokens (bos, eos, pad, stop),
                  lora_weights, quantized, note; null where there is no readable configuration
@@ -34,6 +35,7 @@ from litgpt.lora import LoRASettings, apply_lora
 from litgpt.memory import Usage, estimate_memory
 from litgpt.model import GPT
 from litgpt.models import find_known
+from litgpt.plural import counted
 from litgpt.prompts import ChatTemplate, PromptStyle, WrittenStyle
 from litgpt.tokenizer import Tokenizer
 
@@ -94,6 +96,7 @@ def setup(
         "kind": findings.kind if path else None,
         "valid": findings.valid if path else None,
         "problems": [vars(problem) for problem in findings.problems],
+        "unchecked": findings.unchecked if path else {},
         "summary": None,
         "memory": None,
     }
@@ -105,7 +108,12 @@ def setup(
         report["summary"] = summarise(findings, findings.config)
         kind = findings.source.quantized if findings.source else None
         report["memory"] = estimate(findings.config, device, precision, batch_size, context, lora_r, devices, kind)
-    print(dumps(report, indent=2) if json else "\n".join(as_text(report)))
+    if json:
+        print(dumps(report, indent=2))
+    else:
+        file = checkpoint_dir.name
+        inside = file if path and checkpoint_dir.parent.name == path.name and (path / file).is_file() else None
+        print("\n".join(as_text(report, inside, check_values)))
     if not findings.valid:
         sys.exit(1)
 
@@ -212,16 +220,28 @@ def model_for(method: str, config: Config, dtype: torch.dtype, lora_r: int, kind
 # --- how it is told --------------------------------------------------------------------------------------------------
 
 
-def as_text(report: dict[str, Any]) -> Iterator[str]:
-    """The report for a reader, line by line."""
+def as_text(report: dict[str, Any], inside: str | None = None, values: bool = False) -> Iterator[str]:
+    """The report for a reader, line by line.
+
+    Args:
+        report: What is found.
+        inside: The file that was named, where the directory is looked at in which it is.
+        values: Whether the weights' values were looked at.
+    """
     yield f"{report['checkpoint']} ({report['kind'] or 'known; not on this machine'})"
+    if inside is not None:
+        yield f"A checkpoint is more than one file: the whole directory of {inside} is checked."
     if report["summary"]:
         yield ""
         yield from summary_lines(report["summary"])
     if report["kind"]:
         yield ""
     for group in GROUPS if report["kind"] else ():
-        yield from problem_lines(group, [problem for problem in report["problems"] if problem["group"] == group])
+        problems = [problem for problem in report["problems"] if problem["group"] == group]
+        sound = f"not checked: {report['unchecked'][group]}" if group in report["unchecked"] else "ok"
+        if (group, sound, values) == ("weights", "ok", False):
+            sound = "ok by names and shapes (--check_values true reads the values, too)"
+        yield from problem_lines(group, problems, sound)
     if report["memory"]:
         yield ""
         yield from memory_lines(report["memory"])
@@ -231,11 +251,11 @@ def as_text(report: dict[str, Any]) -> Iterator[str]:
         return
     failures = sum(problem["fails"] for problem in report["problems"])
     warnings = len(report["problems"]) - failures
-    also = f", {count(warnings, 'warning')}" if warnings else ""
+    also = f", {counted(warnings, 'warning')}" if warnings else ""
     yield (
         f"The checkpoint passes{also}."
         if report["valid"]
-        else f"The checkpoint fails: {count(failures, 'error')}{also}."
+        else f"The checkpoint fails: {counted(failures, 'error')}{also}."
     )
 
 
@@ -262,13 +282,13 @@ def summary_lines(summary: dict[str, Any]) -> Iterator[str]:
             yield f"  {name:<16}{value}"
 
 
-def problem_lines(group: str, problems: list[dict[str, Any]]) -> Iterator[str]:
-    """A group's heading, and each of its problems."""
+def problem_lines(group: str, problems: list[dict[str, Any]], sound: str = "ok") -> Iterator[str]:
+    """A group's heading, and each of its problems; `sound` stands where there is none."""
     failures = sum(problem["fails"] for problem in problems)
-    counts = [count(failures, "error")] * bool(failures) + [count(len(problems) - failures, "warning")] * (
+    counts = [counted(failures, "error")] * bool(failures) + [counted(len(problems) - failures, "warning")] * (
         len(problems) > failures
     )
-    yield f"  {group:<16}{', '.join(counts) or 'ok'}"
+    yield f"  {group:<16}{', '.join(counts) or sound}"
     for problem in problems:
         yield f"    {'error' if problem['fails'] else 'warning'}: {problem['message']}"
         yield from (f"      {line}" for line in problem["details"][:SHOWN_DETAILS])
@@ -299,7 +319,3 @@ def memory_lines(memory: dict[str, Any]) -> Iterator[str]:
 
 def in_gigabytes(value: int | None) -> str:
     return "" if value is None else f"{value / 1e9:.2f}"
-
-
-def count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -133,6 +133,31 @@ def test_a_weight_file_and_a_name_below_checkpoints_serve_too(validate, original
     assert validate("org/model")["checkpoint"] == "checkpoints/org/model"
 
 
+def test_it_says_what_is_looked_at(litgpt, originals):
+    directory = originals / "one_file"
+    file = litgpt("validate", directory / "model.safetensors").out
+    named = "A checkpoint is more than one file: the whole directory of model.safetensors is checked."
+    assert file.splitlines()[:2] == [f"{directory} (Hugging Face)", named]
+    assert "  weights         ok by names and shapes (--check_values true reads the values, too)\n" in file
+    whole = litgpt("validate", directory, "--check_values").out
+    assert "more than one file" not in whole
+    assert "  weights         ok\n" in whole
+
+
+def test_what_is_not_looked_at_is_not_called_ok(litgpt, validate, directory, tmp_path):
+    shards(directory)[0].unlink()
+    why = "the errors of files stand before them"
+    assert validate(directory)["unchecked"] == {"weights": why}
+    lines = litgpt("validate", directory).out.splitlines()
+    assert f"  weights         not checked: {why}" in lines
+    assert "  tokenizer       ok" in lines
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    assert [line.split(maxsplit=1)[1] for line in litgpt("validate", file).out.splitlines() if "checked" in line] == [
+        "not checked: the file cannot be read"
+    ] * 3
+
+
 def test_what_a_user_mistypes_is_said_in_a_line(litgpt, directory, tmp_path):
     for options in (("--batch_size", 0), ("--context", 65), ("--precision", "8-true"), ("--devices", 0)):
         result = litgpt("validate", directory, *options)
