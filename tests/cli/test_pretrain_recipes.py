@@ -155,7 +155,7 @@ def test_debug_downloads_tokenises_and_trains(run, hub, place):
     assert texts(data / "val") == STORIES[:40]
     assert sorted(texts(data / "train")) == sorted(STORIES[40:])
     assert not (data / "source/TinyStories_all_data").exists()
-    assert f"tokens in 1 chunks of {Path('data/tinystories/train')}" in result.out
+    assert f"tokens in 1 chunk of {Path('data/tinystories/train')}" in result.out
     asked = len(hub.requests)
     run("--config", "config_hub/pretrain/tinystories.yaml")  # what is there already serves
     run("--data.data_dir", "data/tinystories", "tiny", "--out_dir", "out/other", "--logger_name", "csv")
