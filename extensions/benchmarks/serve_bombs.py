@@ -5,7 +5,8 @@
 starts a server of this tree (or of another, for a comparison), and sends it one such request after the other. While one
 is on its way, /health is asked 20 times. The Markdown table that it prints has, for each: the status and the seconds
 that the request took, the median and the longest of the seconds that /health took, and by how many MB the process's
-peak resident memory, and what it held 3 seconds after the request, were above what it held before.
+peak resident memory, and what it held 3 seconds after the request, were above what it held before. Both are with the
+processes that render templates, whose memory is read with each question. One in a template comes eight times at once.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -90,6 +91,40 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
 }
 
 
+# What a chat template may do, each sent by CLIENTS at once.
+TEMPLATES = {
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "lipsum": "{{ lipsum(n=10**7) }}",
+    "a long date": "{% set n = 10**8 %}{{ strftime_now('%c' * n) }}",
+    "doubling": "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "power": "{% set n = 10**9 %}{{ (9 + messages|length) ** n }}",
+    "output": "{% for a in range(99999) %}{% set n = 10**5 %}{{ 'x' * n }}{% endfor %}",
+}
+CLIENTS = 8
+SAID = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+BOMBS |= {
+    f"template: {name}": (CHAT, lambda name=name: message("x", chat_template_kwargs={"bomb": name}))
+    for name in TEMPLATES
+}
+
+
+def template() -> str:
+    """One with all of them, each where a request says so."""
+    parts = [f"{{% if bomb == '{name}' %}}{source}{{% endif %}}" for name, source in TEMPLATES.items()]
+    return "".join(parts) + SAID + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def renderers(process: psutil.Process) -> float:
+    """Bytes that the processes hold which render templates. (One that is just being started still has its parent's
+    command line, and memory.)"""
+    total = 0
+    for child in process.children():
+        with suppress(psutil.Error):
+            if any(word.endswith("sandbox.py") for word in child.cmdline()):
+                total += child.memory_info().rss
+    return total
+
+
 def peak(process: psutil.Process) -> float:
     """Bytes of the most resident memory since it was last reset."""
     for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
@@ -114,20 +149,27 @@ def tried(name: str, url: str, process: psutil.Process) -> str:
     path, make = BOMBS[name]
     content = make()
     Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # resets the peak
-    idle = process.memory_info().rss
+    idle, idle_renderers = process.memory_info().rss, renderers(process)
     results: list[str] = []
-    thread = threading.Thread(target=send, args=(url, path, content, results))
-    thread.start()
-    seconds = []
+    clients = CLIENTS if name.startswith("template") else 1
+    threads = [threading.Thread(target=send, args=(url, path, content, results)) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    seconds, held = [], [0.0]
     for _ in range(POLLS):
         start = time.perf_counter()
         httpx.get(f"{url}/health", timeout=PATIENCE)
         seconds.append(time.perf_counter() - start)
+        held.append(renderers(process) - idle_renderers)
         time.sleep(0.02)
-    thread.join()
+    for thread in threads:
+        while thread.is_alive():
+            held.append(renderers(process) - idle_renderers)
+            thread.join(0.1)
     time.sleep(3)
-    above = (peak(process) - idle) / MB, (process.memory_info().rss - idle) / MB
-    row = results[0].replace(
+    after = process.memory_info().rss - idle + renderers(process) - idle_renderers
+    above = (peak(process) - idle + max(held)) / MB, after / MB
+    row = results[-1].replace(
         "|", f"| {statistics.median(seconds):.3f} | {max(seconds):.2f} | {above[0]:.0f} | {above[1]:.0f} |"
     )
     return f"| {name} | {row} |"
@@ -179,11 +221,17 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of bombs")
     parser.add_argument("serve", nargs="*", help="options of litgpt serve, after --")
     arguments = parser.parse_args()
-    with started(arguments.root, arguments.checkpoint, arguments.serve) as (url, process):
+    names, options = arguments.only or list(BOMBS), list(arguments.serve)
+    folder = tempfile.TemporaryDirectory()
+    if any(name.startswith("template") for name in names):
+        file = Path(folder.name) / "bombs.jinja"
+        file.write_text(template())
+        options += ["--prompt_style", str(file)]
+    with folder, started(arguments.root, arguments.checkpoint, options) as (url, process):
         httpx.post(f"{url}/predict", json={"prompt": "Hello"}, timeout=PATIENCE)
         print("| | answered | /health, median s | longest s | peak, MB | after, MB | what it says |")
         print("|---|---|---|---|---|---|---|")
-        for name in arguments.only or BOMBS:
+        for name in names:
             print(tried(name, url, process), flush=True)
 
 
