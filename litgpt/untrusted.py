@@ -42,17 +42,20 @@ class ExcessError(ValueError):
     """A text is nested too deep, or stands for more than a reader has time and memory for."""
 
 
-def parse_json(text: str | bytes, unique_keys: bool = False, deep: bool = False) -> Any:
+def parse_json(text: str | bytes, unique_keys: bool = False, deep: bool = False, max_values: int | None = None) -> Any:
     """What a JSON text says, nested at most MAX_DEPTH levels deep; as quick as `json.loads`.
 
     Args:
         text: The text; bytes are UTF-8.
         unique_keys: Refuse an object that has a key twice, of which other readers may take the first.
         deep: Only what Python's reader cannot read is nested too deep; saves a pass over a large file of data.
+        max_values: How many values it may have at most, counted by their commas and brackets before any is made.
 
     Raises:
-        ValueError: It is not valid, or nested too deep.
+        ValueError: It is not valid, nested too deep, or has too many values.
     """
+    if max_values is not None:
+        check_count(text, max_values)
     try:
         value = json.loads(text, object_pairs_hook=_unique if unique_keys else None)
     except RecursionError:
@@ -61,6 +64,18 @@ def parse_json(text: str | bytes, unique_keys: bool = False, deep: bool = False)
     if not deep and sum(map(text.count, brackets)) > MAX_DEPTH:
         _check_depth(value)
     return value
+
+
+def check_count(text: str | bytes, at_most: int = MAX_VALUES) -> None:
+    """Refuses a text that stands for too many values, by its commas and brackets, before any is made.
+
+    Raises:
+        ExcessError: It does.
+    """
+    marks = (",", "[", "{") if isinstance(text, str) else (b",", b"[", b"{")
+    count = sum(map(text.count, marks))
+    if count > at_most:
+        raise ExcessError(f"it has about {count:,} values, where {at_most:,} are the most")
 
 
 def parse_json_object(
@@ -74,7 +89,7 @@ def parse_json_object(
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")  # some editors put a mark before it
-        _check_count(text)
+        check_count(text)
         content = parse_json(text, unique_keys)
     except ValueError as error:
         raise _wrong(name, f"{NO_JSON} ({_short(error)})", remedy) from None
@@ -222,12 +237,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) < len(pairs):
         raise ValueError("it has a key twice")
     return content
-
-
-def _check_count(text: str) -> None:
-    count = text.count(",") + text.count("[") + text.count("{")
-    if count > MAX_VALUES:
-        raise ExcessError(f"it has about {count:,} values, where {MAX_VALUES:,} are the most")
 
 
 def _check_depth(value: Any) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import gzip
 import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 COMPRESSIONS = (".gz", ".zst")
+BLOCK_BYTES = 1 << 18  # of what is in a file, read at a time
 # 4 KiB of what a hostile file holds can become 128 MiB: blocks of 4 bytes that say "128 KiB of zeros".
 INPUT_BYTES = 1 << 12
 MAX_WINDOW = 1 << 27  # what the program zstd accepts without being asked to
@@ -21,7 +25,7 @@ def open_bytes(path: Path) -> BinaryIO:
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     if path.suffix == ".zst":
-        return io.BufferedReader(ZstandardFile(path), 1 << 18)
+        return io.BufferedReader(ZstandardFile(path), BLOCK_BYTES)
     return open(path, "rb")
 
 
@@ -31,6 +35,29 @@ def compressed_position(stream: BinaryIO) -> int:
         return stream.fileobj.tell()
     raw = getattr(stream, "raw", None)
     return raw.compressed_position() if isinstance(raw, ZstandardFile) else stream.tell()
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Names the file in the errors of the libraries that decompress and read it."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, PermissionError) as error:
+        if not type(error).__module__.startswith("pyarrow"):
+            raise
+        raise _damaged(path, error) from None
+    except Exception as error:
+        library = type(error).__module__.startswith(("pyarrow", "zstd", "zstandard"))
+        # pyarrow raises an OSError without a number for a damaged page
+        unnumbered = isinstance(error, OSError) and error.errno is None
+        if library or unnumbered or isinstance(error, EOFError | zlib.error):
+            raise _damaged(path, error) from None
+        raise
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    reason = str(error).partition("\n")[0][:200]
+    return ValueError(f"{path} is damaged or cut off ({reason}). Fetch it again.")
 
 
 class ZstandardFile(io.RawIOBase):

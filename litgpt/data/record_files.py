@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from litgpt.data.compressed_files import COMPRESSIONS, open_bytes
+from litgpt.data.bounded_text import BYTES_PER_VALUE, MAX_RECORD_VALUES, lines, max_whole_bytes, whole_text
+from litgpt.data.compressed_files import COMPRESSIONS
 from litgpt.data.records import Record
 from litgpt.data.table_files import arrow_records, csv_records, parquet_records
-from litgpt.data.text_encoding import encoding_of, not_text
 from litgpt.untrusted import parse_json
 
 LINES = (".jsonl", ".ndjson")
@@ -99,13 +98,9 @@ def _part(content: dict[str, Any], split: str) -> list | None:
 
 def _parsed(path: Path) -> Any:
     """The content of a .json file; None where that is one record per line."""
+    text = whole_text(path)
     try:
-        with _opened(path) as file:
-            text = file.read()
-    except UnicodeDecodeError as error:
-        raise not_text(path, error) from None
-    try:
-        return parse_json(text, deep=True)
+        return parse_json(text, deep=True, max_values=max_whole_bytes() // BYTES_PER_VALUE)
     except json.JSONDecodeError as error:
         first_line = text.partition("\n")[0]
         if error.msg == "Extra data" and _is_json(first_line):
@@ -116,25 +111,17 @@ def _parsed(path: Path) -> Any:
 
 
 def _lines(path: Path) -> Iterator[Record]:
-    with _opened(path) as file:
+    for number, line in enumerate(lines(path), start=1):
+        if not line.strip():
+            continue
         try:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    values = parse_json(line)
-                except json.JSONDecodeError as error:
-                    error.lineno = number
-                    raise _damaged(path, error) from None
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number}: {error}.") from None
-                yield Record(f"{path}, line {number}", values)
-        except UnicodeDecodeError as error:
-            raise not_text(path, error) from None
-
-
-def _opened(path: Path) -> Any:
-    return io.TextIOWrapper(open_bytes(path), encoding=encoding_of(path))
+            values = parse_json(line, max_values=MAX_RECORD_VALUES)
+        except json.JSONDecodeError as error:
+            error.lineno = number
+            raise _damaged(path, error) from None
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}.") from None
+        yield Record(f"{path}, line {number}", values)
 
 
 def _is_json(text: str) -> bool:

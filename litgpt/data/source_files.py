@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from litgpt.data.compressed_files import COMPRESSIONS, compressed_position, open_bytes
+from litgpt.data.bounded_text import MAX_RECORD, MAX_RECORD_VALUES, too_long
+from litgpt.data.compressed_files import BLOCK_BYTES, COMPRESSIONS, compressed_position, open_bytes, reading
 from litgpt.data.record_files import read_records
 from litgpt.data.text_encoding import encoding_of, not_text
 from litgpt.data.text_reading import decode_chunks
-from litgpt.untrusted import parse_json
+from litgpt.untrusted import ExcessError, check_count, parse_json
 
 FORMS = {".txt": "text", ".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".parquet": "parquet"}
 SUFFIXES = (*FORMS, *(form + ending for form in FORMS if form != ".parquet" for ending in COMPRESSIONS))
-BLOCK_BYTES = 1 << 18
-MAX_LINE_BYTES = 1 << 30  # a record is read whole
+LONG_RECORD = 1 << 25  # characters
 
 Report = Callable[[int], None]
 """Is told how many bytes on the disk have been read since it was last called."""
@@ -84,7 +82,7 @@ def describe_file(path: Path, root: Path) -> SourceFile:
 
 def _holds_lines(file: SourceFile) -> bool:
     """Whether a .json file has a record on each line, as many do."""
-    with open_bytes(file.path) as stream, reading(file):
+    with open_bytes(file.path) as stream, reading(file.path):
         head = stream.read(BLOCK_BYTES).lstrip(b"\xef\xbb\xbf \t\r\n")
         if not head.startswith(b"{"):
             return False
@@ -104,7 +102,7 @@ def _is_split_object(content: Any) -> bool:
 
 def row_group_sizes(file: SourceFile) -> list[int]:
     """Bytes of each row group of a parquet file, decompressed."""
-    with reading(file):
+    with reading(file.path):
         metadata = _parquet(file).metadata
         return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
 
@@ -112,7 +110,7 @@ def row_group_sizes(file: SourceFile) -> list[int]:
 def columns_of(file: SourceFile) -> dict[str, bool] | None:
     """The columns of a file, and whether they hold text; None where a record is a bare string."""
     if file.form == "parquet":
-        with reading(file):
+        with reading(file.path):
             schema = _parquet(file).schema_arrow
         return {field.name: _is_text(field.type) for field in schema}
     columns: dict[str, bool] = {}
@@ -146,7 +144,7 @@ def read_records_of(
     elif file.form == "json":
         yield from _json_records(file, report)
     elif file.compression:
-        with reading(file):
+        with reading(file.path):
             yield from _line_records(file, _Blocks(decompressed(file, report)), 0)
     else:
         with open(file.path, "rb") as stream:
@@ -160,7 +158,7 @@ def _line_cut(file: SourceFile, stream: BinaryIO, near: int) -> int:
     if near in (0, file.size):
         return near
     stream.seek(near - 1)
-    if len(line := stream.readline(MAX_LINE_BYTES)) == MAX_LINE_BYTES:
+    if len(line := stream.readline(MAX_RECORD)) == MAX_RECORD:
         raise _line_too_long(file, near)
     return near - 1 + len(line)
 
@@ -169,12 +167,12 @@ def _line_records(
     file: SourceFile, stream: Any, start: int, end: int | None = None, report: Report | None = None
 ) -> Iterator[tuple[str, Any]]:
     position = start
-    while (end is None or position < end) and (line := stream.readline(MAX_LINE_BYTES)):
-        if len(line) == MAX_LINE_BYTES:
+    while (end is None or position < end) and (line := stream.readline(MAX_RECORD)):
+        if len(line) == MAX_RECORD:
             raise _line_too_long(file, position)
         if line.strip(b" \t\r\n\xef\xbb\xbf"):
             try:
-                values = parse_json(line)
+                values = parse_json(line, max_values=MAX_RECORD_VALUES)
             except ValueError as error:
                 raise _bad_line(file, position, error) from None
             yield f"the record at byte {position:,}", values
@@ -198,12 +196,12 @@ def _bad_line(file: SourceFile, position: int, error: Exception) -> ValueError:
 
 
 def _line_too_long(file: SourceFile, position: int) -> ValueError:
-    return ValueError(f"{file.path}: the line at byte {position:,} is longer than {MAX_LINE_BYTES >> 30} GiB.")
+    return too_long(file.path, f"the line at byte {position:,}", "bytes")
 
 
 def _json_records(file: SourceFile, report: Report) -> Iterator[tuple[str, Any]]:
     """The records of a JSON list, read as they come; of an object, read as a whole."""
-    with reading(file):
+    with reading(file.path):
         chunks = decode_chunks(decompressed(file, report), file.path)
         text = next(chunks, "").lstrip()
         if not text.startswith("["):
@@ -219,10 +217,14 @@ def _json_records(file: SourceFile, report: Report) -> Iterator[tuple[str, Any]]
                 if number and not text.startswith(","):
                     raise json.JSONDecodeError("Expecting ',' delimiter", text, 0)
                 begin = re.compile(r",?[ \t\r\n]*").match(text).end() if number else 0
+                if len(text) > LONG_RECORD:  # many short ones never come to that
+                    check_count(text, MAX_RECORD_VALUES)
                 values, end = decoder.raw_decode(text, begin)
                 # A number at the end of what has been read may go on.
                 if end == len(text) and not isinstance(values, dict | list | str):
                     raise json.JSONDecodeError("Expecting more", text, end)
+            except ExcessError as error:
+                raise ValueError(f"{file.path}, record {number + 1:,}: {error}.") from None
             except json.JSONDecodeError as error:
                 more = next(chunks, None)
                 while more is not None and len(more) < len(text):  # long records are not tried again and again
@@ -230,6 +232,8 @@ def _json_records(file: SourceFile, report: Report) -> Iterator[tuple[str, Any]]
                     if following is None:
                         break
                     more += following
+                if len(text) > MAX_RECORD:
+                    raise too_long(file.path, f"record {number + 1:,}") from None
                 if more is None:
                     raise ValueError(f"{file.path}, record {number + 1}: not valid JSON ({error.msg}).") from None
                 text += more
@@ -242,7 +246,7 @@ def _json_records(file: SourceFile, report: Report) -> Iterator[tuple[str, Any]]
 def _parquet_rows(
     file: SourceFile, extent: Extent, report: Report, column: str | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    with reading(file):
+    with reading(file.path):
         parquet = _parquet(file)
         metadata = parquet.metadata
         if column not in parquet.schema_arrow.names:
@@ -278,7 +282,7 @@ def _parquet(file: SourceFile) -> Any:
 def decompressed(file: SourceFile, report: Report) -> Iterator[bytes]:
     """The bytes of a file in blocks; what has been read of the disk is reported."""
     seen = 0
-    with open_bytes(file.path) as stream, reading(file):
+    with open_bytes(file.path) as stream, reading(file.path):
         while block := stream.read(BLOCK_BYTES):
             place = compressed_position(stream)
             report(place - seen)
@@ -309,26 +313,3 @@ class _Blocks:
             self._lines, self._rest = iter([line + b"\n" for line in lines]), rest
             if len(rest) >= limit:
                 return rest[:limit]
-
-
-@contextmanager
-def reading(file: SourceFile) -> Iterator[None]:
-    """Names the file in the errors of the libraries that decompress and read it."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError, PermissionError) as error:
-        if not type(error).__module__.startswith("pyarrow"):
-            raise
-        raise _damaged(file, error) from None
-    except Exception as error:
-        library = type(error).__module__.startswith(("pyarrow", "zstd", "zstandard"))
-        # pyarrow raises an OSError without a number for a damaged page
-        unnumbered = isinstance(error, OSError) and error.errno is None
-        if library or unnumbered or isinstance(error, EOFError | zlib.error):
-            raise _damaged(file, error) from None
-        raise
-
-
-def _damaged(file: SourceFile, error: Exception) -> ValueError:
-    reason = str(error).partition("\n")[0][:200]
-    return ValueError(f"{file.path} is damaged or cut off ({reason}). Fetch it again.")

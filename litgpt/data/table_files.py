@@ -3,41 +3,57 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from litgpt.data.compressed_files import open_bytes
+from litgpt.data.bounded_text import MAX_RECORD, lines, too_long
 from litgpt.data.records import Record
-from litgpt.data.text_encoding import encoding_of, not_text
 
 DELIMITERS = ",;\t|"
-MAX_CELL = 1 << 30  # characters
 ROWS_AT_ONCE = 1024
 
 
 def csv_records(path: Path) -> Iterator[Record]:
     """The rows of a .csv or .tsv file, whose first row names the columns. Every value is a text, as it stands there."""
-    csv.field_size_limit(MAX_CELL)
-    with io.TextIOWrapper(open_bytes(path), encoding=encoding_of(path), newline="") as file:
-        try:
-            header = file.readline()
-            file.seek(0)
-            reader = csv.DictReader(file, delimiter=_delimiter(path, header), strict=True)
-            for values in reader:
-                where = f"{path}, line {reader.line_num}"
-                if None in values:
-                    raise ValueError(
-                        f"{where}: has more fields than the first row, which names the columns. Put fields with "
-                        "commas in them in quotes."
-                    )
-                yield Record(where, values)
-        except csv.Error as error:
-            raise ValueError(f"{path}: not valid CSV ({error}).") from None
-        except UnicodeDecodeError as error:
-            raise not_text(path, error) from None
+    csv.field_size_limit(MAX_RECORD)
+    header = next(lines(path, newline=""), "")
+    row = _RowLines(path)
+    try:
+        reader = csv.DictReader(row, delimiter=_delimiter(path, header), strict=True)
+        for values in reader:
+            row.size = 0
+            where = f"{path}, line {reader.line_num}"
+            if None in values:
+                raise ValueError(
+                    f"{where}: has more fields than the first row, which names the columns. Put fields with "
+                    "commas in them in quotes."
+                )
+            yield Record(where, values)
+    except csv.Error as error:
+        raise ValueError(f"{path}: not valid CSV ({error}).") from None
+
+
+class _RowLines:
+    """The lines of a file, as many as make a row of bounded size: within quotes, a row goes on over any number.
+
+    Attributes:
+        size: Characters of the row so far; whoever has taken a row sets it to 0.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.size, self._path, self._lines, self._number = 0, path, lines(path, newline=""), 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        self.size, self._number = self.size + len(line), self._number + 1
+        if self.size > MAX_RECORD:
+            raise too_long(self._path, f"line {self._number:,}")
+        return line
 
 
 def _delimiter(path: Path, header: str) -> str:

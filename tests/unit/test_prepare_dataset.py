@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from litgpt.__main__ import main
 from litgpt.data import corpus, preparation, source_files, text_reading, unit_tokens
 from litgpt.data import documents as documents_module
 from litgpt.data.dataset_record import DatasetRecord
+from litgpt.data.source_files import Extent, describe_file, read_records_of
 from litgpt.data.token_chunks import ChunkInfo, TokenChunks, document_offsets, open_chunk, write_chunk, write_index
 from litgpt.tokenizer import Tokenizer
 from tests import tokenizer_files
@@ -552,6 +554,32 @@ def test_damaged_files_are_named(tokenizer, documents, tmp_path, capsys):
     content = (tmp_path / "whole.parquet").read_bytes()
     assert "cut.parquet is damaged or cut off" in said("cut.parquet", content[:-500])
     assert "page.parquet is damaged or cut off" in said("page.parquet", content[:3000] + bytes(2000) + content[5000:])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json.gz", "many.json.gz"])
+def test_a_record_without_an_end_is_refused_in_bounded_memory(name, tmp_path, monkeypatch):
+    limit = 1 << 23
+    monkeypatch.setattr("litgpt.data.source_files.MAX_RECORD", limit)
+    monkeypatch.setattr("litgpt.data.source_files.LONG_RECORD", 1 << 20)
+    monkeypatch.setattr("litgpt.data.source_files.MAX_RECORD_VALUES", 1 << 20)
+    monkeypatch.setattr("litgpt.data.bounded_text.MAX_RECORD", limit)
+    compress = {".gz": gzip.compress, ".zst": zstandard.compress}.get((tmp_path / name).suffix, bytes)
+    block = (b"[]," if name == "many.json.gz" else b"x") * (limit // 3)
+    (tmp_path / name).write_bytes(compress(b'{"text": "' if "jsonl" in name else b"[[") + compress(block) * 60)
+    file = describe_file(tmp_path / name, tmp_path)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError) as caught:
+            list(read_records_of(file, Extent(0, 0, file.size, file.size), lambda size: None))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 12 * limit
+    if name == "many.json.gz":
+        assert re.search(r"many\.json\.gz, record 1: it has about [\d,]+ values, where 1,048,576", str(caught.value))
+    else:
+        assert f"{name}, {'the line at byte 0' if 'jsonl' in name else 'record 1'}: one record" in str(caught.value)
+        assert f"more than {limit:,} " in str(caught.value)
 
 
 def test_columns(tokenizer, tmp_path, capsys):

@@ -3,11 +3,13 @@
 import gzip
 import json
 import re
+import tracemalloc
 from pathlib import Path
 
 import pytest
+import zstandard
 
-from litgpt.data import JSON
+from litgpt.data import JSON, bounded_text, record_files, table_files
 from litgpt.data.record_files import read_records
 from litgpt.data.records import Record, read_conversations, recognise
 
@@ -371,6 +373,75 @@ def test_missing_paths_are_explained(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(FileNotFoundError, match=r"holds no \.json or \.jsonl file to train on \(it holds notes\.txt\)"):
         JSON(json_path=tmp_path).files()
+
+
+# --- files that are too much
+
+
+def bomb(path: Path, begin: bytes, filler: bytes, size: int) -> Path:
+    """A small compressed file that holds `size` bytes and more."""
+    block = filler * ((1 << 23) // len(filler))
+    if path.suffix == ".gz":
+        part = gzip.compress(block, 9)
+        path.write_bytes(gzip.compress(begin) + part * (size // len(block) + 1))
+    else:
+        part = zstandard.compress(block)
+        path.write_bytes(zstandard.compress(begin) + part * (size // len(block) + 1))
+    assert path.stat().st_size < size / 200
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.csv.gz", "rows.csv.gz", "a.json.gz", "a.json.zst"])
+def test_what_unpacks_to_far_more_is_refused_in_bounded_memory(name, tmp_path, monkeypatch):
+    """A file of a megabyte that unpacks to hundreds: it says which limit there is, and what to do."""
+    limit = 1 << (20 if name == "rows.csv.gz" else 23)
+    for module in (bounded_text, table_files):
+        monkeypatch.setattr(module, "MAX_RECORD", limit)
+    monkeypatch.setattr(bounded_text, "max_whole_bytes", lambda: limit)
+    filler = b'"\n",' if name == "rows.csv.gz" else b"x"
+    path = bomb(tmp_path / name, b'["' if "json" in name else b"", filler, 40 * limit)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError) as caught:
+            list(read_records([path]))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    said = str(caught.value)
+    assert peak < 80 << 20
+    assert said.startswith(str(path))
+    assert f"more than {limit:,} " in said
+    assert ("Split it into several records" in said) != (".json" in path.suffixes)
+    if ".json" in path.suffixes:
+        assert f"{'gzip' if name.endswith('gz') else 'zstd'} -dc {name} | jq -cn" in said
+        assert said.endswith("> a.jsonl")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json"])
+def test_a_record_of_very_many_values_is_refused_before_they_are_made(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(record_files, "MAX_RECORD_VALUES", 1000)
+    monkeypatch.setattr(record_files, "max_whole_bytes", lambda: 1000 * bounded_text.BYTES_PER_VALUE)
+    assert len(list(read_records([write(tmp_path / name, records(3))]))) == 3
+    path = write(tmp_path / name, [{"a": [[]] * 2000}])
+    with pytest.raises(ValueError, match=r"a\.json.*it has about 4,00\d values, where 1,000 are the most"):
+        list(read_records([path]))
+
+
+def test_a_plain_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(bounded_text, "max_whole_bytes", lambda: 1000)
+    path = write(tmp_path / "a.json", records(100))
+    with pytest.raises(ValueError, match=r"a\.json: more than 1,000 bytes\. .* cat a\.json \| jq .* > a\.jsonl"):
+        list(read_records([path]))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.csv.gz", "a.jsonl.zst"])
+def test_a_compressed_file_that_is_damaged_is_named(name, tmp_path):
+    compress = zstandard.compress if name.endswith("zst") else gzip.compress
+    content = compress(b'{"instruction": "a", "output": "b"}\n' * 10_000)
+    for damaged in (content[: len(content) // 2], b"nonsense"):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(ValueError, match="is damaged or cut off"):
+            list(read_records([tmp_path / name]))
 
 
 # --- files as other programs write them
