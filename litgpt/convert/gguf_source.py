@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 from torch import Tensor
 
@@ -22,11 +23,14 @@ from litgpt.convert.gguf_file import GGUFFile, GGUFTensor
 from litgpt.convert.gguf_tokenizer import write_tokenizer
 from litgpt.convert.hf_config import config_from_hf
 from litgpt.convert.kept import kept_directory
-from litgpt.convert.source import EMBEDDING, HEAD, Named, Source, compare_shapes, excess, misfit, shapes_of
+from litgpt.convert.source import EMBEDDING, HEAD, Named, Source, compare_shapes, excess, left_out, misfit, shapes_of
 from litgpt.model import stretch_by_parts
 from litgpt.models import find_known
 
 ROPE_FACTORS = "rope_freqs.weight"
+# What GGUF has names for and no text model here computes with: other parts of a model, several tokens at once, and
+# rotary tables, which follow from the metadata.
+_OTHER_PARTS = re.compile(r"(v|mm|a|cls|dec|enc)\.|cls$|.*(nextn|rope_freqs|rot_embd)")
 
 
 class GGUFSource(Source):
@@ -47,8 +51,10 @@ class GGUFSource(Source):
             self.config = config_from_hf(self.config_json, name or model_name(path))
         except ValueError as error:
             raise ValueError(f"'{path}': {error}") from None
+        self.note: str | None = None
         self.names = self._names()
-        types = {tensor.dtype for tensor in self.tensors.values() if len(tensor.shape) > 1}
+        used = [self.tensors[name] for name in self.names.values()]
+        types = {tensor.dtype for tensor in used if len(tensor.shape) > 1}
         self.dtype = types.pop() if len(types) == 1 else torch.float32
 
     @cached_property
@@ -107,7 +113,8 @@ class GGUFSource(Source):
         }
 
     def _names(self) -> dict[str, str]:
-        """Hugging Face name -> GGUF name, of every weight, in the file's order; checks names and shapes."""
+        """Hugging Face name -> GGUF name, of every weight, in the file's order; checks names and shapes, and notes what
+        the model has no place for."""
         found = {name: _empty(tensor) for name, tensor in self.tensors.items() if name != ROPE_FACTORS}
         problems = excess(self.config, found.values())
         if problems:
@@ -116,13 +123,25 @@ class GGUFSource(Source):
         tied = self.config.tie_embeddings
         wanted = dict(self.table.to_theirs([pair for pair in ours if not (tied and pair[0] == HEAD)], self.config))
         theirs = self.form.names(wanted, self.config.n_layer)
-        problems = compare_shapes(
-            {theirs[name]: tensor for name, tensor in wanted.items()}, found, "the metadata", "the file"
-        )
+        used = {theirs[name]: tensor for name, tensor in wanted.items()}
+        problems = compare_shapes(used, found, "the metadata", "the file")
+        surplus = [name for name in found if name not in used]
+        if len(problems) == len(surplus) and not any(map(self._belongs, surplus)):
+            self.note, problems = left_out(surplus, self.form.architecture), []
         if problems:
             raise ValueError(misfit(self.path, "its metadata", problems))
         order = {name: place for place, name in enumerate(self.tensors)}
         return dict(sorted(theirs.items(), key=lambda pair: order[pair[1]]))
+
+    def _belongs(self, name: str) -> bool:
+        """Whether a surplus tensor is one that GGUF has a name for in the layers of text models: it would be missed."""
+        block = re.match(r"blk\.(\d+)\.", name)
+        if block is not None and int(block[1]) >= self.config.n_layer:
+            return False
+        plain = re.sub(r"^blk\.\d+\.", "blk.{bid}.", name)
+        return not _OTHER_PARTS.match(plain) and any(
+            plain == known or plain.startswith(f"{known}.") for known in gguf.TENSOR_NAMES.values()
+        )
 
     def _described(self) -> Iterator[Named]:
         for name, gguf_name in self.names.items():

@@ -270,7 +270,7 @@ class LitSource(Source):
         problems = compare_shapes(wanted, self.tensors, CONFIG, weights.name)
         surplus = [name for name in self.tensors if name not in wanted]
         if len(problems) == len(surplus) and not any(map(_of_a_model_of_ours, surplus)):
-            self.note, problems = _left_out(surplus, "the model"), []
+            self.note, problems = left_out(surplus, "the model"), []
             for name in surplus:
                 del self.tensors[name]
         if self.quantized is not None:
@@ -323,7 +323,7 @@ def _of_a_model_of_ours(name: str) -> bool:
     return name.startswith(("transformer.", "lm_head.")) or _LEARNED.search(name) is not None
 
 
-def _left_out(names: Sequence[str], model: str) -> str | None:
+def left_out(names: Sequence[str], model: str) -> str | None:
     """The note about tensors that a model has no place for, by kind, as one of each layer is there."""
     if not names:
         return None
@@ -409,7 +409,7 @@ class HFSource(Source):
         problems = compare_shapes(wanted, self._shapes(), "config.json", "the files")
         surplus = [name for name in self.found if name not in wanted]
         if len(problems) == len(surplus) and not any(map(self._belongs, surplus)):
-            notes += filter(None, [_left_out(surplus, self.architecture.name)])
+            notes += filter(None, [left_out(surplus, self.architecture.name)])
             self.found = {name: self.found[name] for name in self.found if name in wanted}
             problems = unscaled(self.found)
         self._check(problems)

@@ -268,6 +268,42 @@ def test_every_misfit_is_listed(tmp_path, model):
     assert "wrong shape: output_norm.weight is [32] in the file, [64] in the metadata" in str(info.value)
 
 
+SURPLUS = {
+    "blk.0.attn.rot_embd.weight": (8,),
+    "blk.1.attn_rot_embd.weight": (8,),
+    "blk.2.attn_norm.weight": (64,),  # a layer after the last
+    "blk.1.nextn.eh_proj.weight": (64, 128),
+    "mm.0.weight": (64, 64),
+    "v_head.weight": (1, 64),
+}
+
+
+def test_tensors_that_the_model_has_no_place_for_are_left_out_with_a_note(tmp_path, model):
+    expected = load_model(open_checkpoint(write(tmp_path / "plain.gguf", named(model)))).state_dict()
+    tensors = dict(named(model)) | {name: np.ones(shape, dtype=np.float32) for name, shape in SURPLUS.items()}
+    source = open_checkpoint(write(tmp_path / "m.gguf", tensors.items()))
+    assert source.note == (
+        "6 tensors that LlamaForCausalLM does not have are left out (blk.*.attn.rot_embd.weight, "
+        "blk.*.attn_rot_embd.weight, blk.*.attn_norm.weight, blk.*.nextn.eh_proj.weight and 2 other kinds)."
+    )
+    found = load_model(source).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    del tensors["blk.1.ffn_up.weight"]
+    with pytest.raises(ValueError, match=r"missing: blk\.1\.ffn_up\.weight"):
+        open_checkpoint(write(tmp_path / "missing.gguf", tensors.items()))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["blk.0.attn_q.bias", "blk.1.attn_q_norm.weight", "blk.0.ffn_up.scale", "output.bias", "blk.0.attn_sinks.weight"],
+)
+def test_a_surplus_tensor_that_would_be_missed_is_refused(tmp_path, model, name):
+    tensors = dict(named(model)) | {name: np.ones(64, dtype=np.float32)}
+    with pytest.raises(ValueError, match=f"unexpected: {name}"):
+        open_checkpoint(write(tmp_path / "m.gguf", tensors.items()))
+
+
 def test_what_is_not_supported_is_refused_by_name(tmp_path, model):
     with pytest.raises(ValueError, match=r"architecture 'mamba'.*only llama"):
         open_checkpoint(write(tmp_path / "a.gguf", named(model), architecture="mamba"))
