@@ -96,22 +96,27 @@ def config_to_hf(config: Config, architecture: str | None = None) -> dict[str, A
         architecture: The architecture to write, if it is known; otherwise the first that fits.
 
     Raises:
-        ValueError: No architecture can say everything in `config`; says what each one lacks.
+        ValueError: No architecture can say everything in `config`; says what the model's own lacks, or the nearest.
     """
+    known = find_known(config.name) if config.name else None
+    own = architecture if architecture in ARCHITECTURES else known and known.architecture
     candidates = [ARCHITECTURES[architecture]] if architecture in ARCHITECTURES else list(ARCHITECTURES.values())
-    reasons = []
+    lacks: dict[str, tuple[int, str]] = {}
     for candidate in candidates:
-        try:
-            config_json = _write(candidate, config)
-        except ValueError as error:
-            reasons.append(f"{candidate.name}: {error}")
-            continue
+        config_json, problems = _write(candidate, config)
         # What was written must say the same again: nothing that the model computes may be lost on the way.
-        lost = differences(config_from_hf(config_json, config.name), config)
-        if not lost:
+        try:
+            lost = differences(config_from_hf(config_json, config.name), config)
+            distance = len(lost)
+        except ValueError:
+            lost, distance = [], len(asdict(config)) + len(problems)
+        if not problems and not lost:
             return config_json
-        reasons.append(f"{candidate.name}: it cannot express {', '.join(f'{n}={getattr(config, n)!r}' for n in lost)}")
-    raise ValueError("This model cannot be written as a Hugging Face checkpoint.\n  " + "\n  ".join(reasons))
+        values = ", ".join(f"{name}={getattr(config, name)!r}" for name in lost)
+        lacks[candidate.name] = distance, "; ".join(problems) or f"it cannot express {values}"
+    name = own if own in lacks else min(lacks, key=lambda name: lacks[name][0])
+    which = f"It is a {name}:" if name == own else f"No class of transformers fits; the nearest is {name}:"
+    raise ValueError(f"This model cannot be written as a Hugging Face checkpoint. {which}\n  {name}: {lacks[name][1]}")
 
 
 def save_config_json(config: Config, directory: Path) -> None:
@@ -125,11 +130,16 @@ def save_config_json(config: Config, directory: Path) -> None:
         card.unlink(missing_ok=True)
 
 
-def _write(architecture: Architecture, config: Config) -> dict[str, Any]:
+def _write(architecture: Architecture, config: Config) -> tuple[dict[str, Any], list[str]]:
+    """What an architecture's `config.json` can say of a configuration, and what is wrong with the rest."""
     config_json: dict[str, Any] = {"architectures": [architecture.name], "model_type": architecture.model_type}
+    problems = []
     for entry in architecture.config:
-        config_json.update(entry.write(config))
-    return config_json
+        try:
+            config_json.update(entry.write(config))
+        except ValueError as error:
+            problems.append(str(error))
+    return config_json, problems
 
 
 def differences(one: Config, other: Config) -> list[str]:

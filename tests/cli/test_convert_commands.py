@@ -1,5 +1,6 @@
 """convert_to_litgpt, convert_from_litgpt and convert_pretrained_checkpoint, as a user types them."""
 
+import re
 import subprocess
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import (
 
 from litgpt.checkpoint import CONFIG, WEIGHTS, read_state_dict, save_model
 from litgpt.config import Config
-from litgpt.convert import load_model, open_checkpoint
+from litgpt.convert import config_to_hf, load_model, open_checkpoint
 from litgpt.model import GPT
 from tests import tokenizer_files
 
@@ -139,7 +140,29 @@ def test_what_no_architecture_can_express_is_not_exported(litgpt, tmp_path):
     assert result.code == 1
     assert "cannot be written as a Hugging Face checkpoint" in result.err
     assert "scale_embeddings=True" in result.err
+    assert "the nearest is GPTNeoXForCausalLM" in result.err
+    assert re.findall(r"\w+ForCausalLM", result.err) == ["GPTNeoXForCausalLM"] * 2
     assert names(tmp_path) == ["lit"]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "own", "lack"),
+    [
+        ("Llama-3.2-1B", {"scale_embeddings": True}, "LlamaForCausalLM", "scale_embeddings=True"),
+        ("Gemma-2-2b", {"post_mlp_norm": False}, "Gemma2ForCausalLM", "post_mlp_norm=False"),
+        ("my-own", {"final_logit_softcapping": 30.0}, None, "final_logit_softcapping=30.0"),
+    ],
+)
+def test_a_failed_export_speaks_of_the_models_own_class(name, changes, own, lack):
+    config = Config(**{**vars(Config.from_name("Llama-3.2-1B" if own is None else name)), "name": name, **changes})
+    with pytest.raises(ValueError) as info:
+        config_to_hf(config)
+    said = str(info.value)
+    assert lack in said
+    assert f"It is a {own}:" in said if own else "the nearest is LlamaForCausalLM:" in said
+    assert set(re.findall(r"\w+ForCausalLM", said)) == {own or "LlamaForCausalLM"}
+    with pytest.raises(ValueError, match="It is a LlamaForCausalLM"):
+        config_to_hf(config, "LlamaForCausalLM")
 
 
 def test_training_state_is_left_behind(litgpt, hf, tmp_path):
