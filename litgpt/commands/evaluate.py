@@ -122,6 +122,22 @@ def setup(
         work.append(Perplexity(data, max_seq_length, stride, limit))
     elif data is not None or stride is not None or max_seq_length is not None:
         raise ValueError("--data, --stride and --max_seq_length are for --tasks perplexity. Add it, or leave them out.")
+    if not own_names:
+        of_tasks = {
+            "num_fewshot": num_fewshot is not None,
+            "include_path": bool(include_path),
+            "apply_chat_template": apply_chat_template is not False,
+            "fewshot_as_multiturn": fewshot_as_multiturn,
+            "system_instruction": system_instruction is not None,
+            "gen_kwargs": gen_kwargs is not None,
+            "log_samples": log_samples,
+            "predict_only": predict_only,
+        }
+        if given := [f"--{name}" for name, is_given in of_tasks.items() if is_given]:
+            raise ValueError(
+                f"{', '.join(given)}: for tasks of the harness only; --tasks perplexity reads the text as it is. "
+                f"Leave {'it' if len(given) == 1 else 'them'} out."
+            )
     if out_dir is not None:  # before the work, and not after it
         try:
             out_dir.mkdir(parents=True, exist_ok=True)
@@ -139,7 +155,7 @@ def setup(
         access_token=access_token,
     ) as replicas:
         llm = replicas.llm
-        style = chosen_style(llm.prompt_style, apply_chat_template)
+        style = chosen_style(llm.prompt_style, apply_chat_template) if own_names else llm.prompt_style
         model = Evaluated(replicas.run, llm.tokenizer, llm.config, style, llm.name)
         parts, interruption = results_of(work, model)
         if not parts:

@@ -124,8 +124,7 @@ def measure(run: Answers, tokenizer: Tokenizer, documents: list[Document], *, wi
             sequences.append(Scored(tokens, len(tokens) - (end - start)))
             owners.append(document)
             document.windows_left += 1
-    with bar(sum(document.num_tokens for document in documents), "Reading") as progress:
-        progress.unit = "token"
+    with bar(sum(document.num_tokens for document in documents), "Reading", "token") as progress:
         for index, logprobs in score(run, sequences):
             owners[index].loglikelihood += sum(one.logprob for one in logprobs)
             owners[index].windows_left -= 1

@@ -7,7 +7,7 @@ import sys
 from tqdm import tqdm
 
 
-def bar(total: int, what: str) -> tqdm:
+def bar(total: int, what: str, unit: str = "request") -> tqdm:
     """A bar on stderr; where that is a file, a line now and then."""
     seldom = 0.1 if sys.stderr.isatty() else 15
-    return tqdm(total=total, desc=what, unit="request", mininterval=seldom, maxinterval=seldom)
+    return tqdm(total=total, desc=what, unit=unit, mininterval=seldom, maxinterval=seldom)

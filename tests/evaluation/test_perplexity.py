@@ -63,9 +63,32 @@ def test_perplexity_is_that_of_the_reference(tiny_llama, tmp_path, capsys):
     size = sum(len(text.encode()) for text in texts.values())
     assert figures["bits_per_byte,none"] == pytest.approx(nll / math.log(2) / size, rel=1e-4)
     assert results["litgpt"]["bos"] == {"added_to_texts": "<s>", "before_texts_without_context": "<s>"}
-    printed = capsys.readouterr().out
-    assert "|b.txt" in printed
-    assert "|bits_per_byte" in printed
+    printed = capsys.readouterr()
+    assert "|b.txt" in printed.out
+    assert "|bits_per_byte" in printed.out
+    assert "chat_template" not in printed.err  # it has nothing to do with it
+    assert "token/s" in printed.err
+    assert "request/s" not in printed.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--num_fewshot", "2"],
+        ["--apply_chat_template", "true"],
+        ["--system_instruction", "Be brief."],
+        ["--gen_kwargs", "temperature=0", "--log_samples", "true"],
+        ["--predict_only", "true"],
+    ],
+)
+def test_what_does_nothing_to_a_text_is_refused_by_name(tiny_llama, tmp_path, capsys, words):
+    (tmp_path / "text.txt").write_text(SENTENCE)
+    text = ["--tasks", "perplexity", "--data", str(tmp_path / "text.txt"), "--out_dir", str(tmp_path / "out")]
+    assert main(["evaluate", str(tiny_llama), *text, *words]) == 1
+    error = capsys.readouterr().err
+    for option in words[::2]:
+        assert option in error
+    assert "for tasks of the harness only" in error
 
 
 def test_what_is_no_text_is_named(tmp_path):
