@@ -13,7 +13,8 @@ try:
 except ImportError:  # Windows
     termios = None
 
-from litgpt.commands.inference import Stopwatch, clean, cut_line, say
+from litgpt.commands.inference import Stopwatch, announce_compilation, clean, cut_line, say
+from litgpt.generation.compiled import notes_wait
 from litgpt.generation.sampling import Sampling
 from litgpt.llm import LLM, load_llm
 from litgpt.prompts import format_of_options
@@ -25,6 +26,7 @@ HELP = """/reset       forget the conversation
 /save FILE   write the conversation to FILE, as JSON where the name ends in .json
 /help        this list
 /quit        leave, as /exit, an empty prompt or Ctrl-D do
+Enter sends the prompt. With --multiline true a prompt may have several lines; !submit on a line of its own sends it.
 Ctrl-C stops a reply."""
 
 LEAVING = ("!quit", "/quit", "/exit")
@@ -93,6 +95,9 @@ def setup(
     else:
         print("To exit, press 'Enter' on an empty prompt.")
     print(f"\nSeed set to {seed}", flush=True)
+    say("Ctrl-C stops a reply; /help lists what else can be typed.")
+    if compile:
+        announce_compilation(llm)
     Chat(llm, max_new_tokens, sampling, seed, system_prompt).run(read_lines if multiline else read_line)
 
 
@@ -165,12 +170,13 @@ class Chat:
         self.seed += 1
         reply = ""
         stream = self.llm.stream(request)
-        with _unseen_typing(), contextlib.suppress(KeyboardInterrupt), contextlib.closing(stream):
-            print(">> Reply: ", end="", flush=True)
-            for piece in self.llm.text(stopwatch.count(stream), ids):
-                reply += piece
-                print(piece, end="", flush=True)
-        print("\n", flush=True)
+        with notes_wait():
+            with _unseen_typing(), contextlib.suppress(KeyboardInterrupt), contextlib.closing(stream):
+                print(">> Reply: ", end="", flush=True)
+                for piece in self.llm.text(stopwatch.count(stream), ids):
+                    reply += piece
+                    print(piece, end="", flush=True)
+            print("\n", flush=True)
         if line := cut_line(self.llm, stopwatch, len(ids), self.max_new_tokens):
             say(line)
         say(f"Time for inference: {stopwatch.report()}\n")

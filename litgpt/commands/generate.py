@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Annotated
 
 from litgpt import cli
-from litgpt.commands.inference import Stopwatch, clean, cut_line, memory_line, say
+from litgpt.commands.inference import Stopwatch, announce_compilation, clean, cut_line, memory_line, say
+from litgpt.generation.compiled import notes_wait
 from litgpt.generation.sampling import Sampling
 from litgpt.llm import LLM, load_llm
 from litgpt.prompts import format_of_options
@@ -106,6 +107,8 @@ def answer(load: Callable[..., LLM], prompt: str, options: Options, input: str =
     new, context = options.max_new_tokens, llm.config.block_size
     if new is not None and len(ids) + new > context > len(ids):
         say(f"The model's context of {context} tokens leaves room for {context - len(ids)} after the prompt.")
+    if options.compile:
+        announce_compilation(llm)
     for sample in range(options.num_samples):
         _answer(llm, ids, sample + 1, new, sampling, options.seed + sample, options.include_prompt)
     say(memory_line(llm))
@@ -127,10 +130,11 @@ def _answer(
     first = next(pieces, "")  # a prompt that is too long is refused before anything is printed
     if include_prompt:
         print(llm.tokenizer.decode(prompt), end="")
-    print(first, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+    with notes_wait():
+        print(first, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
     if line := cut_line(llm, stopwatch, len(prompt), max_new_tokens):
         say(line)
     say(f"Time for inference {number}: {stopwatch.report()}")

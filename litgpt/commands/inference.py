@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator
 
 from litgpt.distributed import memory_used
 from litgpt.llm import LLM
+from litgpt.plural import counted
 
 
 def clean(text: str) -> str:
@@ -19,6 +20,12 @@ def say(text: str = "") -> None:
     """A line about the work, on stderr: stdout is for what the model says."""
     sys.stdout.flush()
     print(text, file=sys.stderr, flush=True)
+
+
+def announce_compilation(llm: LLM) -> None:
+    """What is compiled before the first answer goes on is said before it: `notes_wait` keeps it from within."""
+    if llm.device.type != "cpu":
+        say("Compiling the decoding with torch.compile: the first answer waits for that after its first token.")
 
 
 class Stopwatch:
@@ -42,7 +49,7 @@ class Stopwatch:
 
     def report(self) -> str:
         seconds = time.perf_counter() - self.started
-        return f"{seconds:.02f} sec total, {self.tokens / seconds:.02f} tokens/sec, {self.tokens} tokens"
+        return f"{seconds:.02f} sec total, {self.tokens / seconds:.02f} tokens/sec, {counted(self.tokens, 'token')}"
 
 
 def cut_line(llm: LLM, stopwatch: Stopwatch, prompt_tokens: int, max_new_tokens: int | None) -> str | None:
@@ -52,9 +59,8 @@ def cut_line(llm: LLM, stopwatch: Stopwatch, prompt_tokens: int, max_new_tokens:
     if prompt_tokens + stopwatch.tokens >= llm.engine.context:
         return f"The answer was cut: the model's context of {llm.engine.context} tokens is full."
     if max_new_tokens is None:
-        return (
-            f"Stopped after {stopwatch.tokens} tokens: a text has no end of its own. --max_new_tokens N asks for more."
-        )
+        made = counted(stopwatch.tokens, "token")
+        return f"Stopped after {made}: a text has no end of its own. --max_new_tokens N asks for more."
     return f"The answer was cut after --max_new_tokens {max_new_tokens}; without this option it goes on to its end."
 
 

@@ -26,7 +26,7 @@ import threading
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -493,8 +493,33 @@ def _locked(path: Path):
         yield
 
 
+_speaking = threading.Lock()
+_waiting: list[str] | None = None  # notes, while an answer is printed
+
+
+@contextmanager
+def notes_wait() -> Iterator[None]:
+    """Within `with` an answer is being printed: a note that goes to stderr would stand in the middle of it, so it waits
+    until the end."""
+    global _waiting
+    with _speaking:
+        _waiting = []
+    try:
+        yield
+    finally:
+        with _speaking:
+            notes, _waiting = _waiting, None
+        sys.stdout.flush()
+        for note in notes:
+            _print(note)
+
+
 def _print(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with _speaking:
+        if _waiting is None:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            _waiting.append(text)
 
 
 def main() -> int:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from litgpt.convert import load_model
+from litgpt.generation import compiled
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
 from litgpt.llm import LLM
@@ -122,8 +123,29 @@ def test_reset_forgets(chat, chat_model):
     ]
 
 
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_notes_on_compiling_do_not_break_a_reply(litgpt, chat, chat_model, monkeypatch, command):
+    waits, pieces = [], LLM.text
+
+    def watched(*args, **how):
+        for piece in pieces(*args, **how):
+            yield piece
+            waits.append(compiled._waiting is not None)  # the piece is printed
+
+    monkeypatch.setattr(LLM, "text", watched)
+    if command == "chat":
+        assert replies(chat(chat_model, "Hello", "").out) == expected_replies(chat_model, ["Hello"])
+    else:
+        assert litgpt("generate", chat_model, *GREEDY, "--max_new_tokens", 8).code == 0
+    assert len(waits) > 3
+    assert all(waits[command == "generate" :])  # of which the first piece comes before anything is printed
+    assert compiled._waiting is None
+
+
 def test_commands_and_their_hints(chat, chat_model):
     result = chat(chat_model, "/help", "/hepl", "/save", "/etc/hosts, what is it?", "")
+    assert "/help lists what else can be typed" in result.err
+    assert "With --multiline true a prompt may have several lines" in result.out
     assert "/save FILE   write the conversation" in result.out
     assert "There is no /hepl. Did you mean '/help'?" in result.err
     assert "/save needs the name of a file." in result.err

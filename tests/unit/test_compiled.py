@@ -16,8 +16,10 @@ from litgpt.config import Config
 from litgpt.generation.compiled import (
     READING,
     CompiledDecoder,
+    _print,
     compile_elsewhere,
     decoder,
+    notes_wait,
     path_of,
     reads_compiled,
     specification,
@@ -44,6 +46,17 @@ CONFIG = Config(
 ROWS, KIND = 2, (2, torch.float32)
 HAS_COMPILER = any(os.access(Path(folder, "g++"), os.X_OK) for folder in os.get_exec_path())
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="there is no g++")
+
+
+def test_notes_wait_for_the_end_of_an_answer(capsys):
+    with notes_wait():
+        print("The answer", end="")
+        _print("Compiling")
+        print(" goes on")
+        assert capsys.readouterr() == ("The answer goes on\n", "")
+    assert capsys.readouterr() == ("", "Compiling\n")
+    _print("Compiled")
+    assert capsys.readouterr().err == "Compiled\n"
 
 
 def make(seed: int = 0) -> GPT:
