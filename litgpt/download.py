@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from litgpt.hub import HubError, Repository, open_repository, tokenizer_files, weight_files
+from litgpt.hub import (
+    ADAPTER_CONFIG,
+    HubError,
+    Repository,
+    adapter_files,
+    open_repository,
+    tokenizer_files,
+    weight_files,
+)
 from litgpt.models import KnownCheckpoint, find_known
 from litgpt.secret import Secret
+from litgpt.untrusted import parse_json_object
 
 if TYPE_CHECKING:
     from litgpt.config import Config
@@ -28,7 +38,8 @@ def download(
 ) -> Path:
     """Fetch a repository's files into `checkpoint_dir/org/name` and return that directory.
 
-    Whether the model is supported is told from its `config.json` before any of its weights is fetched.
+    Whether the model is supported is told from its `config.json` before any of its weights is fetched. Of a repository
+    that holds only an adapter of PEFT's, that is fetched; the model that it belongs to is another repository's.
 
     Args:
         repo_id: `org/name`, or the short name of a known checkpoint.
@@ -48,6 +59,10 @@ def download(
         if not names:
             raise HubError(f"{repo_id} has no tokenizer files.")
         return repository.fetch(names, directory)
+    if adapter := adapter_files(repository.files):
+        given = {"--model_name": model_name, "--dtype": dtype}
+        check_adapter(repository, directory, [option for option, value in given.items() if value is not None])
+        return repository.fetch([*names, *adapter], directory)
     config, stand_in = supported_config(repository, model_name)
     weights = weight_files(repo_id, repository.files, repository.read)
     if not convert:
@@ -69,7 +84,8 @@ def supported_config(repository: Repository, model_name: str | None) -> tuple[Co
     from litgpt.convert import config_from_hf  # imports torch
 
     try:
-        return config_from_hf(read_config_json(repository), model_name or repository.repo_id), None
+        config_json = without_stale_method(read_config_json(repository), repository)
+        return config_from_hf(config_json, model_name or repository.repo_id), None
     except HubError:
         raise
     except ValueError as error:
@@ -90,6 +106,54 @@ def read_config_json(repository: Repository) -> dict[str, Any]:
     from litgpt.convert.config_json import parse_config_json  # imports torch
 
     return parse_config_json(repository.read("config.json"), f"{repository.repo_id}/config.json")
+
+
+def without_stale_method(config_json: dict[str, Any], repository: Repository) -> dict[str, Any]:
+    """A `config.json` without a way of quantisation that is not supported and that the weights do not have, as the
+    headers of their files show: then they load, as from a directory."""
+    from litgpt.convert.quantised_weights import check_method, is_stale
+    from litgpt.convert.recognition import text_model
+    from litgpt.convert.safetensors_file import described
+
+    text = text_model(config_json)
+    try:
+        check_method(text)
+    except ValueError:
+        names = weight_files(repository.repo_id, repository.files, repository.read)
+        shards = [name for name in names if not name.endswith(".index.json")]
+        if all(name.endswith(".safetensors") for name in shards):
+            try:
+                tensors = (described(partial(repository.beginning, name)) for name in shards)
+                if all(is_stale(text, shard) for shard in tensors):
+                    return {key: value for key, value in text.items() if key != "quantization_config"}
+            except HubError:
+                raise
+            except ValueError:  # of a damaged header
+                pass
+    return config_json
+
+
+def check_adapter(repository: Repository, directory: Path, given: list[str]) -> None:
+    """Says which model an adapter of PEFT's belongs to, and refuses options that only a model has.
+
+    Raises:
+        HubError: an option has no effect; its description is damaged; or another model is there in its place.
+    """
+    name = f"{repository.repo_id}/{ADAPTER_CONFIG}"
+    try:
+        base = parse_json_object(repository.read(ADAPTER_CONFIG), name).get("base_model_name_or_path")
+    except HubError:
+        raise
+    except ValueError as error:
+        raise HubError(str(error)) from None
+    if given:
+        raise HubError(
+            f"{repository.repo_id} holds only an adapter (PEFT), which is taken as it is: {' and '.join(given)} would "
+            "have no effect. Leave it out."
+        )
+    check_not_hidden(directory)
+    belongs = f" It belongs to {base}." if isinstance(base, str) and base else ""
+    print(f"{repository.repo_id} holds only an adapter (PEFT).{belongs}", file=sys.stderr, flush=True)
 
 
 def known_instead(repository: Repository, model_name: str | None) -> KnownCheckpoint | None:

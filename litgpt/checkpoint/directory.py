@@ -92,7 +92,8 @@ def _local_checkpoints() -> list[str]:
 def _holds_tokenizer_alone(path: Path) -> bool:
     """Whether a directory has a tokenizer and no weights of any kind, as `litgpt download --tokenizer_only true` leaves
     it."""
-    others = (file for file in path.iterdir() if ".pth" in file.suffixes)  # LoRA's and adapters', which need a base
+    # Weights of LoRA and of adapters, PEFT's too, which need a base.
+    others = (file for file in path.iterdir() if ".pth" in file.suffixes or file.name == PEFT_CONFIG)
     return not missing_files(path) and bool(missing_files(path, weights=True)) and not any(others)
 
 

@@ -50,8 +50,17 @@ def setup(
     if tokenizer_only:
         print(f"Saved the tokenizer to {directory}")
         return
-    if convert_checkpoint:
-        from litgpt.convert import open_checkpoint  # imports torch
+    from litgpt.convert.peft import is_peft_alone  # imports torch
+
+    if is_peft_alone(directory):
+        if not keep_hf_files:
+            raise ValueError(
+                f"--keep_hf_files false has no effect on an adapter (PEFT), which is taken as it is: '{directory}' "
+                "has all its files. Leave it out."
+            )
+        print(f"Saved the adapter to {directory}. Commands open it on its model, which they download if need be.")
+    elif convert_checkpoint:
+        from litgpt.convert import open_checkpoint
         from litgpt.convert.options import dtype_from_name
         from litgpt.export import lit
 

@@ -17,7 +17,7 @@ import mmap
 import os
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,23 @@ def read_safetensors(path: Path, check: bool = True) -> MappedTensors:
         if check:
             tensors.check()
     return tensors
+
+
+def described(beginning: Callable[[int], bytes]) -> dict[str, torch.Tensor]:
+    """The tensors of a file on the meta device, by its header alone.
+
+    Args:
+        beginning: Gives that many of the file's first bytes.
+
+    Raises:
+        ValueError: It is damaged, or no safetensors file.
+    """
+    length = int.from_bytes(beginning(8), "little")
+    if not 0 < length <= _MAX_HEADER:
+        raise ValueError(f"its header would have {length:,} bytes")
+    header = _header(beginning(8 + length)[8:])
+    entries = {name: _entry(name, value) for name, value in header.items() if name != "__metadata__"}
+    return {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape, *_) in entries.items()}
 
 
 def _compare(path: Path, length: int, places: list[tuple[str, int, int]], sums: str) -> None:

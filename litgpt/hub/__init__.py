@@ -6,6 +6,14 @@ the client's cache holds (`HF_HOME`, `HF_HUB_CACHE`) is taken from there, and wi
 
 from litgpt.hub.errors import HubError
 from litgpt.hub.repository import Repository, open_repository
-from litgpt.hub.selection import tokenizer_files, weight_files
+from litgpt.hub.selection import ADAPTER_CONFIG, adapter_files, tokenizer_files, weight_files
 
-__all__ = ["HubError", "Repository", "open_repository", "tokenizer_files", "weight_files"]
+__all__ = [
+    "ADAPTER_CONFIG",
+    "HubError",
+    "Repository",
+    "adapter_files",
+    "open_repository",
+    "tokenizer_files",
+    "weight_files",
+]

@@ -51,6 +51,15 @@ class Repository:
                 self.contents[name] = Path(folder, name).read_bytes()
         return self.contents[name]
 
+    def beginning(self, name: str, count: int) -> bytes:
+        """The first `count` bytes of a file, of which no more is fetched than these."""
+        if (self.cached / name).is_file():
+            with open(self.cached / name, "rb") as file:
+                return file.read(count)
+        with clear_errors(self.repo_id, self.access_token):
+            transfer = self._transfer(tqdm(disable=True))
+            return _patiently(lambda: transfer.beginning(self.files[name], count))
+
     def fetch(self, names: Iterable[str], directory: Path, further_bytes: int = 0) -> Path:
         """Gets files into a checkpoint directory.
 

@@ -28,6 +28,8 @@ WEIGHT_FORMS = (
 # Files of those forms that hold other things than a model's weights under Hugging Face's names.
 OTHER_WEIGHTS = {"adapter": "an adapter for another model", "consolidated": "weights under another program's names"}
 INDEX = ".index.json"
+# What PEFT writes: a description, and the weights in one of these.
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def tokenizer_files(names: Iterable[str]) -> list[str]:
@@ -60,6 +62,14 @@ def weight_files(title: str, names: Collection[str], read: Callable[[str], bytes
         if others:
             return others
     raise HubError(_no_weights(title, names))
+
+
+def adapter_files(names: Collection[str]) -> list[str]:
+    """Of the files of a repository that holds an adapter of PEFT's and no model, those of the adapter; else none."""
+    weights = next((name for name in ADAPTER_WEIGHTS if name in names), None)
+    models = [name for _, _, pattern in WEIGHT_FORMS for name in names if fnmatch(name, pattern) and "/" not in name]
+    alone = all(name.startswith(tuple(OTHER_WEIGHTS)) for name in models)
+    return [ADAPTER_CONFIG, weights] if weights and alone and ADAPTER_CONFIG in names else []
 
 
 def _no_weights(title: str, names: Collection[str]) -> str:

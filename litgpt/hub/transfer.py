@@ -4,8 +4,9 @@ import hashlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,18 +168,34 @@ class Transfer:
 
     def _request(self, file: RemoteFile, partial: "PartialFile") -> None:
         """One request for what is missing of a file."""
-        from huggingface_hub import constants
-        from huggingface_hub.utils import get_session, hf_raise_for_status
-
         last = min(partial.size + REQUEST, file.size) - 1
-        headers = {**self.headers, "Accept-Encoding": "identity", "Range": f"bytes={partial.size}-{last}"}
-        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        with get_session().stream("GET", self.address(file), headers=headers, timeout=timeout) as response:
-            hf_raise_for_status(response)
+        with self._answer(file, partial.size, last) as response:
             if response.status_code != 206:  # not every proxy knows ranges: this is the file from its start
                 partial.restart()
             for chunk in response.iter_bytes():  # as they arrive: what a lost connection has brought is kept
                 partial.append(chunk)
+
+    def beginning(self, file: RemoteFile, count: int) -> bytes:
+        """The first `count` bytes of a file, by one request."""
+        content = bytearray()
+        with self._answer(file, 0, count - 1) as response:
+            for chunk in response.iter_bytes():
+                content += chunk
+                if len(content) >= count:  # the answer may be the whole file
+                    break
+        return bytes(content[:count])
+
+    @contextmanager
+    def _answer(self, file: RemoteFile, first: int, last: int) -> Iterator[Any]:
+        """The answer to a request for the bytes `first` to `last` of a file."""
+        from huggingface_hub import constants
+        from huggingface_hub.utils import get_session, hf_raise_for_status
+
+        headers = {**self.headers, "Accept-Encoding": "identity", "Range": f"bytes={first}-{last}"}
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        with get_session().stream("GET", self.address(file), headers=headers, timeout=timeout) as response:
+            hf_raise_for_status(response)
+            yield response
 
     def advance(self, count: int) -> None:
         if self.stop.is_set():

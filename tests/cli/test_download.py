@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load, save
 
 from litgpt.config import Config
 from litgpt.convert import Source
@@ -276,6 +277,57 @@ def test_a_known_models_figures_stand_in_for_config_json(
     assert litgpt("download", repo_id, *options).code == 0
     answer = litgpt("generate", f"other/{repo_id}", "--prompt", "Hello", "--max_new_tokens", 3)
     assert answer.code == 0, answer.err
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+
+
+def stale(files, method=GPTQ):
+    content = json.loads(files["config.json"]) | {"quantization_config": method}
+    return {**files, "config.json": json.dumps(content).encode()}
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_stale_quantization_config_over_plain_weights_is_downloaded(litgpt, hub, llama_files, sharded):
+    """As from a directory: the headers of the weights show that they are plain, before any is fetched."""
+    files, _, weights = llama_files
+    hub.repositories["org/stale"] = stale(files)
+    if sharded:
+        del hub.repositories["org/stale"]["model.safetensors"]
+        tensors = load(files["model.safetensors"])
+        places = {name: f"model-{number % 2}.safetensors" for number, name in enumerate(tensors)}
+        for shard in set(places.values()):
+            part = {name: tensor for name, tensor in tensors.items() if places[name] == shard}
+            hub.repositories["org/stale"][shard] = save(part)
+        index = json.dumps({"weight_map": places}).encode()
+        hub.repositories["org/stale"]["model.safetensors.index.json"] = index
+    result = litgpt("download", "org/stale")
+    assert result.code == 0, result.err
+    assert "The quantization_config in config.json (quant_method: gptq) is ignored: the weights are plain" in result.err
+    converted = torch.load("checkpoints/org/stale/lit_model.pth", weights_only=True)
+    assert all(torch.equal(converted[name], tensor) for name, tensor in weights.items())
+
+
+def test_weights_that_are_quantised_are_refused_before_they_are_fetched(litgpt, hub, llama_files):
+    files = llama_files[0]
+    tensors = load(files["model.safetensors"])
+    name = next(iter(tensors))
+    quantised = save({**tensors, name.replace(".weight", ".qweight"): torch.zeros(8, 8, dtype=torch.int32)})
+    as_pickle = {key: value for key, value in files.items() if not key.endswith(".safetensors")}
+    for number, repository in enumerate(
+        (
+            stale({**files, "model.safetensors": quantised}),
+            stale(files, {"quant_method": "bitnet"}),  # plain, and rounded in use
+            stale({**files, "model.safetensors": b"\xff" * 100_000}),
+            stale({**as_pickle, "pytorch_model.bin": b"x" * 100_000}),  # it does not say before it is fetched
+        )
+    ):
+        hub.repositories[f"org/quantised-{number}"] = repository
+        result = litgpt("download", f"org/quantised-{number}")
+        assert result.code == 1
+        assert "are not supported" in result.err
+        assert "quant_method" in result.err
+        assert not Path(f"checkpoints/org/quantised-{number}").exists()
 
 
 def test_without_config_json_a_name_is_asked_for(litgpt, hub, llama_files):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from litgpt import LLM
 from litgpt.loading import open_model
 from tests import tokenizer_files
+from tests.hub_server import Hub, connect, serve_hub
 
 GREEDY = ("--prompt", "Hello", "--top_k", "1", "--precision", "32-true", "--max_new_tokens", "12")
 
@@ -150,3 +151,34 @@ def test_where_only_a_model_will_do_it_is_said_what_it_is(litgpt, adapter):
     result = litgpt("finetune_lora", adapter, "--data", "JSON", "--data.json_path", "none.json")
     assert result.code in (1, 2)
     assert f"`litgpt convert {adapter} --to litgpt` and then `litgpt merge_lora {adapter}`" in result.err
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with serve_hub(Hub()) as hub:
+        connect(hub, monkeypatch)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield hub
+
+
+def upload(hub, name, directory):
+    hub.repositories[name] = {file.name: file.read_bytes() for file in directory.iterdir() if file.is_file()}
+    shutil.rmtree(directory)
+
+
+def test_download_of_an_adapter(litgpt, hub, base, tmp_path):
+    upload(hub, "org/adapter", make_adapter(base, tmp_path / "adapter", "org/model"))
+    for option, value in (("--dtype", "bfloat16"), ("--model_name", "pythia-14m"), ("--keep_hf_files", "false")):
+        result = litgpt("download", "org/adapter", option, value)
+        assert result.code == 1
+        assert f"{option}" in result.err.splitlines()[-1]
+    result = litgpt("download", "org/adapter")
+    assert result.code == 0, result.err
+    assert "Saved the adapter to checkpoints/org/adapter" in result.out
+    content = hub.repositories["org/adapter"]
+    for damaged, said in ((b"[]", "is a list"), (b"{", "is no valid JSON")):
+        hub.repositories["org/damaged"] = {**content, "adapter_config.json": damaged}
+        result = litgpt("generate", "org/damaged", *GREEDY)
+        assert (result.code, said in result.err.splitlines()[-1]) == (1, True), result.err
+        assert not (tmp_path / "checkpoints/org/damaged").exists()

@@ -3,12 +3,13 @@
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from litgpt.hub import HubError, open_repository, tokenizer_files, weight_files
+from litgpt.hub import HubError, adapter_files, open_repository, tokenizer_files, weight_files
 from litgpt.hub.cache import snapshot
 from tests.hub_server import Hub, commit_of, serve_hub
 
@@ -78,6 +79,26 @@ def test_weights_prefer_safetensors():
         "part-1.safetensors",
         "part-2.safetensors",
     ]
+
+
+def test_the_files_of_an_adapter_alone():
+    both = ["adapter_config.json", "adapter_model.safetensors"]
+    assert adapter_files([*both, "training_args.bin", "adapter_model.bin", "tokenizer.json"]) == both
+    assert adapter_files(["adapter_config.json", "adapter_model.bin"]) == ["adapter_config.json", "adapter_model.bin"]
+    for files in ([*both, "model.safetensors"], [*both, "pytorch_model.bin"], both[:1], both[1:]):
+        assert adapter_files(files) == []
+
+
+def test_the_beginning_of_a_file_is_all_that_is_fetched(hub):
+    hub.repositories["org/model"] = {"model.safetensors": WEIGHTS}
+    for no_ranges in (False, True):
+        hub.no_ranges = no_ranges
+        assert open_repository("org/model").beginning("model.safetensors", 100) == WEIGHTS[:100]
+        if not no_ranges:
+            until = time.monotonic() + 60
+            while not hub.sent["model.safetensors"] and time.monotonic() < until:  # the server counts afterwards
+                time.sleep(0.01)
+            assert hub.sent["model.safetensors"] == 100
 
 
 @pytest.mark.parametrize(
