@@ -404,7 +404,7 @@ def main() -> None:
                 print(row, flush=True)
                 results.append(equal)
                 differences += details
-    print("\n" + "\n".join([*differences, ""] if differences else []), end="")
+    print("\n" + "\n".join([*differences, "", ""] if differences else []), end="")
     print(f"{sum(results)} of {len(results)} are equal.")
     sys.exit(0 if all(results) else 1)
 
