@@ -51,8 +51,9 @@ sys.exit(main(sys.argv[1:]))
 """
 
 ON_TERMINAL = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests that nohup started have it ignored, and would hand that on
 os.execv(sys.argv[1], sys.argv[1:])
 """
 
@@ -291,13 +292,16 @@ def test_a_closed_terminal_saves_first(text, tmp_path):
     closing = threading.Event()
     reader = threading.Thread(target=read_all, args=(outside, closing), daemon=True)
     reader.start()
-    wait_for_step(run, tmp_path / "run", 5)
-    workers = psutil.Process(run.pid).children(recursive=True)
-    assert len(workers) == min(2, os.cpu_count())
-    closing.set()
-    reader.join()
-    os.close(outside)
-    assert run.wait(120) == 0
+    try:
+        wait_for_step(run, tmp_path / "run", 5)
+        workers = psutil.Process(run.pid).children(recursive=True)
+        assert len(workers) == min(2, os.cpu_count())
+        closing.set()
+        reader.join()
+        os.close(outside)
+        assert run.wait(120) == 0
+    finally:
+        run.kill()
     steps = [int(row["step"]) for row in read_metrics(tmp_path / "run/metrics.csv")]
     assert saved_step(tmp_path / f"run/step-{steps[-1]:08d}") == steps[-1]
     assert f"Stopped by SIGHUP after step {steps[-1]}." in (tmp_path / "run/logs.txt").read_text()

@@ -63,9 +63,13 @@ def test_a_second_ctrl_c_stops_within_the_step(train, tmp_path, interrupt):
 def test_other_signals_are_answered_where_somebody_reads_it(name, said, capfd):
     if not hasattr(signal, name):
         pytest.skip(f"this system has no {name}")
-    with StopSignals() as signals:
-        os.kill(os.getpid(), getattr(signal, name))
-        os.kill(os.getpid(), getattr(signal, name))
+    before = signal.signal(getattr(signal, name), signal.SIG_DFL)  # nohup has SIGHUP ignored, which is respected
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), getattr(signal, name))
+            os.kill(os.getpid(), getattr(signal, name))
+    finally:
+        signal.signal(getattr(signal, name), before)
     assert signals.received == name
     error = capfd.readouterr().err
     assert said in error
