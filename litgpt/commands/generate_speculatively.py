@@ -8,7 +8,6 @@ from litgpt import cli
 from litgpt.commands.generate import DEFAULT_PROMPT, Options, answer
 from litgpt.commands.inference import say
 from litgpt.convert import Source, load_model
-from litgpt.generation.engine import Engine
 from litgpt.generation.speculative import SpeculativeEngine
 from litgpt.llm import load_llm
 from litgpt.loading import open_model
@@ -44,7 +43,7 @@ def setup(
             drafts["draft"] = load_model(draft, **how | {"watch": iter})  # the bar is the larger model's
         return load_model(source, **how)
 
-    def make_engine(model: GPT, **how: Any) -> Engine:
+    def make_engine(model: GPT, **how: Any) -> SpeculativeEngine:
         return SpeculativeEngine(model, **drafts, **how)
 
     if speculative_k < 1:

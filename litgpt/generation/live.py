@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from litgpt.generation.engine import Engine
+from litgpt.generation.interface import GenerationEngine
 from litgpt.generation.request import Output, Request
 from litgpt.generation.worker import Worker
 from litgpt.model import GPT
@@ -34,10 +35,10 @@ class LiveEngine:
         options: Arguments of `Engine`.
     """
 
-    def __init__(self, model: GPT, make: Callable[..., Engine] = Engine, **options: Any) -> None:
+    def __init__(self, model: GPT, make: Callable[..., GenerationEngine] = Engine, **options: Any) -> None:
         self.model, self.make, self.options = model, make, options
         self._lock = threading.Lock()
-        self._engine: Engine | None = None
+        self._engine: GenerationEngine | None = None
         self._worker: Worker | None = None
         self._made_with: tuple[Any, ...] = ()
         self._changes = 0
@@ -48,7 +49,7 @@ class LiveEngine:
         return _restored, (self.model, self.make, self.options)  # a copy begins without engine and thread
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> GenerationEngine:
         """The engine, for one caller at a time."""
         with self._lock:
             return self._current_engine()
@@ -122,7 +123,7 @@ class LiveEngine:
             self._closing = weakref.finalize(self, _close, self._worker)
         return self._worker
 
-    def _current_engine(self) -> Engine:
+    def _current_engine(self) -> GenerationEngine:
         version = (self._changes, *weights_version(self.model))
         if self._engine is None or version != self._made_with:
             if self._worker is not None:
@@ -146,7 +147,7 @@ def weights_version(model: nn.Module) -> tuple[Any, ...]:
     return tuple(versions)
 
 
-def _restored(model: GPT, make: Callable[..., Engine], options: dict[str, Any]) -> LiveEngine:
+def _restored(model: GPT, make: Callable[..., GenerationEngine], options: dict[str, Any]) -> LiveEngine:
     return LiveEngine(model, make, **options)
 
 

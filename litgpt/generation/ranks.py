@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from litgpt.generation.engine import Engine
-from litgpt.generation.request import Output, Request
-from litgpt.generation.sampling import Sampling
+from litgpt.generation.model_runner import ModelRunner
+from litgpt.generation.request import Output, Request, TokenLogprob
+from litgpt.generation.sampling import Sampler, Sampling
+from litgpt.generation.sequence import Sequence
 from litgpt.model import GPT
 from litgpt.process_group import ProcessGroup
 
@@ -41,11 +43,37 @@ class Ranks(Protocol):
         """On rank 0: raises RanksLost where one of the others is gone."""
 
 
+class RankModelRunner(ModelRunner):
+    """The model runner of one rank. Only rank 0 draws tokens, so that no difference in rounding can lead the ranks
+    apart; the others are told.
+
+    Args:
+        model: This rank's part of the model.
+        group: The ranks.
+        autocast: As for `ModelRunner`.
+        max_slots: As for `ModelRunner`.
+    """
+
+    def __init__(self, model: GPT, group: ProcessGroup, *, autocast: torch.dtype | None, max_slots: int) -> None:
+        super().__init__(model, compile=False, autocast=autocast, max_slots=max_slots)
+        self.group = group
+
+    def sample(
+        self, logits: Tensor, sequences: list[Sequence], sampler: Sampler
+    ) -> tuple[Tensor, list[TokenLogprob | None]]:
+        if self.group.rank == 0:
+            tokens, logprobs = super().sample(logits, sequences, sampler)
+        else:
+            tokens = torch.empty(len(sequences), dtype=torch.int64, device=self.device)
+            logprobs = [None] * len(sequences)
+        self.group.hand_out(tokens)
+        return tokens, logprobs
+
+
 class RankEngine(Engine):
     """The engine of one rank. All of them hold the same requests and make the same steps at the same time.
 
-    Rank 0's is used like any engine, while the others `follow`. Only rank 0 draws tokens, so that no difference in
-    rounding can lead the ranks apart.
+    Rank 0's is used like any engine, while the others `follow`.
 
     Args:
         model: This rank's part of the model (`litgpt.tensor_parallel`).
@@ -63,7 +91,10 @@ class RankEngine(Engine):
         super().__init__(model, autocast=autocast, **options)
         in_one_memory = ranks.group.count if self.device.type == "cpu" else 1
         with self._together():  # all must admit the same requests
-            self._most_bytes = ranks.group.least(self.cache_bytes / in_one_memory)
+            self._max_bytes = ranks.group.least(self.cache_bytes / in_one_memory)
+
+    def make_runner(self, max_slots: int) -> ModelRunner:
+        return RankModelRunner(self.model, self.ranks.group, autocast=self.autocast, max_slots=max_slots)
 
     def check(self, request: Request) -> int:
         if self.leads:
@@ -81,16 +112,16 @@ class RankEngine(Engine):
         super().cancel(number)
         self._news.append(("cancel", number))
 
-    def forget(self) -> None:
-        super().forget()
-        self._news.append(("forget", None))
+    def clear_prefix_cache(self) -> None:
+        super().clear_prefix_cache()
+        self._news.append(("clear_prefix_cache", None))
 
     def step(self) -> list[Output]:
         if not self.leads:
             return self._step()
         news, self._news = self._news, []
-        self.cache_bytes = min(self.cache_bytes, self._most_bytes)
-        self.ranks.tell([*news, ("step", (self.most_slots, self.cache_bytes))])
+        self.cache_bytes = min(self.cache_bytes, self._max_bytes)
+        self.ranks.tell([*news, ("step", (self.max_slots, self.cache_bytes))])
         outputs = self._step()
         self.ranks.check()  # what an aborted exchange has left is no output
         return outputs
@@ -122,20 +153,11 @@ class RankEngine(Engine):
             Engine.submit(self, request)
         elif what == "cancel":
             Engine.cancel(self, about)
-        elif what == "forget":
-            Engine.forget(self)
+        elif what == "clear_prefix_cache":
+            Engine.clear_prefix_cache(self)
         else:
-            self.most_slots, self.cache_bytes = about
+            self.max_slots, self.cache_bytes = about
             self.step()
-
-    def _draw(self, logits: Tensor, slots: list, sampler: Any) -> tuple[Tensor, list]:
-        if self.leads:
-            tokens, logprobs = super()._draw(logits, slots, sampler)
-        else:
-            tokens = torch.empty(len(slots), dtype=torch.int64, device=self.device)
-            logprobs = [None] * len(slots)
-        self.ranks.group.hand_out(tokens)
-        return tokens, logprobs
 
 
 def follow(model: GPT, ranks: Ranks) -> None:

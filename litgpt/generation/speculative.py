@@ -9,18 +9,21 @@ Shapes: T tokens, K drafted ones, V the vocabulary.
 
 from __future__ import annotations
 
-import contextlib
-from collections import deque
-from collections.abc import Sequence
+import itertools
+import math
+from collections import abc, deque
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from litgpt.generation.engine import CACHE_STEP, PREFILL_CHUNK, Engine
-from litgpt.generation.request import Output, Progress, Request
+from litgpt.generation.engine import PREFILL_CHUNK
+from litgpt.generation.interface import GenerationEngine
+from litgpt.generation.kv_cache_manager import kv_cache_bytes, limit_attention
+from litgpt.generation.model_runner import precision
+from litgpt.generation.request import Output, Request
 from litgpt.generation.sampling import Filters, Sampling, draw, filtered
+from litgpt.generation.sequence import Sequence
 from litgpt.model import GPT, KVCache
 
 # Last tokens that prompt lookup looks for. What follows a single one is rarely the same (6 % of 162 tokens, measured in
@@ -73,7 +76,7 @@ class PromptLookup:
         self.tokens: list[int] = []
         self._next: dict[tuple[int, ...], int] = {}  # where the text goes on after these tokens, the latest place
 
-    def extend(self, tokens: Sequence[int]) -> None:
+    def extend(self, tokens: abc.Sequence[int]) -> None:
         """Takes the next tokens of the text."""
         for token in tokens:
             end = len(self.tokens)
@@ -90,8 +93,8 @@ class PromptLookup:
         return []
 
 
-class Reader:
-    """One sequence in the KV cache of a model, the last tokens of which can be taken back.
+class RewindableModel:
+    """A model with the KV cache of one sequence, the last tokens of which can be taken back.
 
     Args:
         model: The model.
@@ -108,7 +111,7 @@ class Reader:
         self.length = 0
 
     def __call__(self, tokens: Tensor, last: int) -> Tensor:
-        """Reads (T,) tokens after those it has read, a chunk at a time: (last, V) logits after the last ones."""
+        """Run (T,) tokens after those it has seen, a chunk at a time: (last, V) logits after the last ones."""
         if self.cache is None:
             self.cache = self.new_cache()
         if tokens.numel() > PREFILL_CHUNK:
@@ -117,7 +120,7 @@ class Reader:
                 self._hidden(chunk)
             tokens = end
         hidden = self._hidden(tokens)
-        with self._precision():
+        with precision(self.device, self.autocast):
             return self.model.logits(hidden[-last:])
 
     def rewind(self, length: int) -> None:
@@ -131,39 +134,49 @@ class Reader:
         end = self.length + tokens.numel()
         positions = torch.arange(self.length, end, device=self.device)[None] if self.length else None
         self.length = end
-        whole = self.length > self.cache.max_length - CACHE_STEP
-        self.cache.read_only(None if whole else -(-self.length // CACHE_STEP) * CACHE_STEP)
-        with self._precision():
+        limit_attention(self.cache, self.length)
+        with precision(self.device, self.autocast):
             return self.model.hidden_states(tokens[None], positions, cache=self.cache)[0]
 
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        if self.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.autocast)
 
-
-class SpeculativeEngine(Engine):
-    """An engine that speculates, one request after another.
+class SpeculativeEngine(GenerationEngine):
+    """An engine that speculates, one request after another. It keeps nothing of a request that is finished.
 
     Args:
         model: The model whose answers are wanted, as for `Engine`.
         draft: A smaller one with the same tokens; None drafts by prompt lookup.
         count: How many tokens are drafted at a time.
-        options: As for `Engine`.
+        autocast: As for `Engine`.
+        compile: Is not supported.
+        fixed_length: How many tokens prompt and answer may have together, at most the model's context.
 
     Attributes:
         proposed, accepted: How many tokens were drafted so far, and how many of them stayed.
         calls: How often the model was called.
     """
 
-    def __init__(self, model: GPT, draft: GPT | None = None, *, count: int = 3, **options: Any) -> None:
-        super().__init__(model, **options)
+    max_slots = 1
+    cache_bytes = math.inf
+
+    def __init__(
+        self,
+        model: GPT,
+        draft: GPT | None = None,
+        *,
+        count: int = 3,
+        autocast: torch.dtype | None = None,
+        compile: bool = False,
+        fixed_length: int | None = None,
+    ) -> None:
+        context = min(fixed_length or model.config.block_size, model.config.block_size)
+        super().__init__(model, context=context, autocast=autocast, compiles=compile)
         if count < 1:
             raise ValueError(f"--speculative_k {count} is not possible: give 1 or more.")
         if self.compiles:
             raise ValueError("--compile true cannot act: each length of a draft would be compiled. Leave it out.")
         self.draft, self.count = draft, count
         self.proposed = self.accepted = self.calls = 0
+        self._numbers = itertools.count()
         self._texts: deque[Speculation] = deque()  # the first is being answered
 
     @property
@@ -187,13 +200,13 @@ class SpeculativeEngine(Engine):
         return super().check(request)
 
     def submit(self, request: Request) -> int:
-        room, number = self.check(request), next(self._numbers)
-        progress = Progress(request, number, room, self.device, self.model.config.padded_vocab_size)
-        self._texts.append(Speculation(self.model, self.draft, progress, self.count, self.autocast))
+        max_new_tokens, number = self.check(request), next(self._numbers)
+        sequence = Sequence(request, number, max_new_tokens, self.device, self.model.config.padded_vocab_size)
+        self._texts.append(Speculation(self.model, self.draft, sequence, self.count, self.autocast))
         return number
 
     def cancel(self, number: int) -> None:
-        self._texts = deque(text for text in self._texts if text.progress.number != number)
+        self._texts = deque(text for text in self._texts if text.sequence.number != number)
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
@@ -203,7 +216,7 @@ class SpeculativeEngine(Engine):
         text = self._texts[0]
         try:
             tokens, proposed = text.advance()
-        except BaseException:  # as in the base class
+        except BaseException:  # KeyboardInterrupt too: some layers have stored their keys, others have not
             self._texts.popleft()
             raise
         self.calls += 1
@@ -211,37 +224,54 @@ class SpeculativeEngine(Engine):
         self.accepted += len(tokens) - 1
         outputs = []
         for token in tokens:
-            outputs.append(text.progress.take(token))
+            outputs.append(text.sequence.append(token))
             if outputs[-1].finish_reason is not None:
                 self._texts.popleft()
                 break
         return outputs
 
+    def clear_prefix_cache(self) -> None:
+        """Nothing to do: each request begins anew."""
+
+    @property
+    def cache_size(self) -> int:
+        models = [model for text in self._texts for model in (text.target, text.draft) if model is not None]
+        caches = [model.cache for model in models if model.cache is not None]
+        return sum(tensor.numel() * tensor.itemsize for cache in caches for tensor in cache.tensors())
+
+    def bytes_needed(self, length: int) -> int:
+        models = [self.model, *([] if self.draft is None else [self.draft])]
+        most = min(length, self.context)
+        return sum(
+            kv_cache_bytes(model, 1, min(most, model.config.block_size), self.autocast, spare=self.count)
+            for model in models
+        )
+
 
 class Speculation:
-    """The text of one request, and what the two models have read of it.
+    """The text of one request, and what the two models have seen of it.
 
     Args:
         target: The model whose tokens are wanted.
         draft: The one that drafts; None for prompt lookup.
-        progress: The request.
+        sequence: The request on its way.
         count: How many tokens are drafted at a time.
         autocast: A dtype to compute in, if not that of the weights.
     """
 
     def __init__(
-        self, target: GPT, draft: GPT | None, progress: Progress, count: int, autocast: torch.dtype | None
+        self, target: GPT, draft: GPT | None, sequence: Sequence, count: int, autocast: torch.dtype | None
     ) -> None:
-        self.progress, self.count = progress, count
-        self.sampling, self.generator = progress.request.sampling, progress.generator
-        self.ids = list(progress.request.prompt)
-        length = len(self.ids) + progress.room
-        self.target = Reader(target, length, count, autocast)
+        self.sequence, self.count = sequence, count
+        self.sampling, self.generator = sequence.request.sampling, sequence.generator
+        self.ids = list(sequence.request.prompt)
+        length = len(self.ids) + sequence.max_new_tokens
+        self.target = RewindableModel(target, length, count, autocast)
         self.vocabulary = target.config.padded_vocab_size
         self.draft, self.draft_context = None, length
         if draft is not None:
             self.draft_context = draft.config.block_size
-            self.draft = Reader(draft, min(length, self.draft_context), count, autocast)
+            self.draft = RewindableModel(draft, min(length, self.draft_context), count, autocast)
         self.lookup = PromptLookup()
         self.lookup.extend(self.ids)
 
@@ -253,8 +283,8 @@ class Speculation:
         count, token = accept(probabilities(logits, self.sampling), draft, proposed, self.generator)
         *tokens, token, count = torch.cat((proposed, token[None], count[None])).tolist()
         new = [*tokens[:count], token]
-        for reader in filter(None, (self.target, self.draft)):
-            reader.rewind(len(self.ids) + count)
+        for model in filter(None, (self.target, self.draft)):
+            model.rewind(len(self.ids) + count)
         self.ids += new
         self.lookup.extend(new)
         return new, proposed.numel()
@@ -263,8 +293,8 @@ class Speculation:
         """(K,) tokens and (K, V) what they were drawn from; fewer than wanted where the room or the draft's context
         ends, none before the first token, which does not wait for the draft."""
         device = self.target.device
-        count = min(self.count, self.progress.room - self.progress.produced - 1)
-        count = min(count, self.draft_context - len(self.ids) + 1) if self.progress.produced else 0
+        count = min(self.count, self.sequence.max_new_tokens - self.sequence.num_generated - 1)
+        count = min(count, self.draft_context - len(self.ids) + 1) if self.sequence.num_generated else 0
         if count < 1:
             return torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, self.vocabulary, device=device)
         if self.draft is None:

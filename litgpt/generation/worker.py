@@ -6,7 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 
-from litgpt.generation.engine import Engine
+from litgpt.generation.interface import GenerationEngine
 from litgpt.generation.request import Output, Request
 
 Deliver = Callable[[Output | Exception], None]
@@ -31,7 +31,7 @@ class Worker:
         engine: From now on only this worker uses it.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: GenerationEngine) -> None:
         self.engine = engine
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._deliveries: dict[int, Deliver] = {}
@@ -91,9 +91,9 @@ class Worker:
         for output in self.generate(request):
             yield from output.token_ids
 
-    def forget(self) -> None:
-        """As `Engine.forget`."""
-        self._commands.put(self.engine.forget)
+    def clear_prefix_cache(self) -> None:
+        """As `Engine.clear_prefix_cache`."""
+        self._commands.put(self.engine.clear_prefix_cache)
 
     def close(self, finish: bool = False, timeout: float | None = None) -> None:
         """Stops the thread: at once, or when all that was handed in is finished. The engine may be used again after.

@@ -138,7 +138,7 @@ class Answering(Assistant):
         memory = "Total GPU memory allocated in GB" if self.device.type == "cuda" else "Peak memory in GB"
         figures: dict[str, list[float]] = {}
         for _ in range(num_iterations):
-            self.worker.forget()
+            self.worker.clear_prefix_cache()
             started = time.perf_counter()
             replies = self._asked(prompt, **kwargs)
             self._complete(replies)

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from litgpt.config import Config
-from litgpt.generation.engine import Engine, Request
+from litgpt.generation.interface import GenerationEngine
 from litgpt.generation.live import LiveEngine, Piece, weights_version
-from litgpt.generation.request import Output
+from litgpt.generation.request import Output, Request
 from litgpt.generation.sampling import Sampling
 from litgpt.generation.worker import Worker
 from litgpt.llm.placement import Placement
@@ -68,7 +68,7 @@ class Assistant(nn.Module):
         return self.model.transformer["wte"].weight.device
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> GenerationEngine:
         """The engine, made for the weights as they are now. Not for several threads at a time: see `worker`."""
         return self._live.engine
 

@@ -18,7 +18,7 @@ from litgpt.convert.config_json import read_config_json
 from litgpt.convert.source import Watch, give_memory, kind_for, meta_model
 from litgpt.distributed import accelerator as best_accelerator
 from litgpt.distributed import inference_dtypes, inference_precision
-from litgpt.generation.engine import Engine
+from litgpt.generation.interface import GenerationEngine
 from litgpt.llm.placement import Placement
 from litgpt.loading import find_checkpoint, open_model
 from litgpt.model import GPT
@@ -56,7 +56,7 @@ def load_parts(
     placement: Placement | None = None,
     load: Callable[..., GPT] = load_model,
     finetuned: Path | None = None,
-    make_engine: Callable[..., Engine] | None = None,
+    make_engine: Callable[..., GenerationEngine] | None = None,
     tell: Callable[[float], None] | None = None,
 ) -> Parts:
     """Finds, downloads if need be, and loads a checkpoint: as `LLM.load`, with more to say.

@@ -70,7 +70,7 @@ class Replicas:
             for device in devices[1:]:
                 job = {"checkpoint": str(checkpoint), "device": str(device), "slots": self.slots, "threads": threads}
                 self._others.append(_Replica(job | how, len(self._others) + 1))
-            self.llm.engine.most_slots = self.slots
+            self.llm.engine.max_slots = self.slots
         except BaseException:
             self.close()
             raise

@@ -86,12 +86,12 @@ class ServedModel:
         engine = self.worker.engine
         if request.does_nothing:  # but its prompt must be one all the same
             request = replace(request, max_new_tokens=1) if len(request.prompt) < 2 else replace(request, score_from=1)
-        length = request.num_to_read + engine.check(request)
-        needed = engine.bytes_needed(length)
+        new = engine.check(request)
+        needed = engine.bytes_needed(request.num_to_prefill + new)
         if needed > engine.cache_bytes:
             raise ValueError(
-                f"A prompt of {len(request.prompt):,} tokens with an answer of up to {length - request.num_to_read:,} "
-                f"needs {needed / 1e6:,.1f} MB for keys and values, and this server has "
+                f"A prompt of {len(request.prompt):,} tokens with an answer of up to {new:,} needs "
+                f"{needed / 1e6:,.1f} MB for keys and values, and this server has "
                 f"{engine.cache_bytes / 1e6:,.1f} MB for them (--kv_cache_memory_bytes). "
                 "Shorten the prompt, or ask for fewer tokens (max_tokens)."
             )

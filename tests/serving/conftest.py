@@ -115,7 +115,7 @@ def running(
 ) -> Iterator[Running]:
     """A server for a checkpoint, in float32; `options` go to the application."""
     llm = load_llm(directory, precision="32-true", device="cpu")
-    llm.engine.most_slots = slots
+    llm.engine.max_slots = slots
     service = Service(slots, queue, timeout)
     service.requests.write = None if log is None else log.append
 

@@ -207,7 +207,7 @@ def test_what_goes_wrong_on_one_rank_ends_all(directory, monkeypatch):
     def fail(self: Engine) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(Engine, "_write", fail)
+    monkeypatch.setattr(Engine, "_decode", fail)
     with pytest.raises(RanksLost, match=r"Rank 0 has lost step with the others \(MemoryError\)"):
         llm.generate("Hello", max_new_tokens=4)
     assert not followers()

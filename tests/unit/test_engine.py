@@ -13,6 +13,7 @@ import torch
 from litgpt import model as model_module
 from litgpt.config import Config
 from litgpt.generation import engine as engine_module
+from litgpt.generation import kv_cache_manager, model_runner
 from litgpt.generation.engine import Engine, Request, share_memory
 from litgpt.generation.sampling import Sampling
 from litgpt.generation.worker import Worker
@@ -494,11 +495,26 @@ def test_an_engine_that_only_fails_is_not_asked_again_and_again(model, monkeypat
     assert not worker._thread.is_alive()
 
 
+def test_what_goes_wrong_between_the_model_and_its_tokens_frees_the_slots(model, monkeypatch):
+    engine, one = Engine(model, slots=1), Request(PROMPTS[1], 5, GREEDY)
+
+    def fail(*_):
+        raise MemoryError("no more")
+
+    for owner, name in ((model, "logits"), (engine.runner, "sample")):
+        monkeypatch.setattr(owner, name, fail)
+        with pytest.raises(MemoryError):
+            engine.complete([one])
+        monkeypatch.undo()
+        assert (engine.running, engine.waiting) == (0, 0)
+        assert engine.complete([one]) == [plain(model, one.prompt, 5)]
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_decode_step_is_compiled_once_and_gives_the_same_tokens(monkeypatch, backend):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(engine_module, "decoder", partial(torch.compile, backend=backend, dynamic=False))  # as on a GPU
+    monkeypatch.setattr(model_runner, "decoder", partial(torch.compile, backend=backend, dynamic=False))  # as on a GPU
     model = tiny_model(n_layer=1, block_size=512)
     requests = [Request(prompt * 3, 40, GREEDY) for prompt in PROMPTS[1:3]]
     engine = Engine(model, compile=True)
@@ -547,10 +563,10 @@ def test_tokens_of_a_prompt_are_scored_as_the_plain_model_does(request, kind, ch
 
 def test_what_several_prompts_begin_with_is_read_once(model, monkeypatch):
     engine, read = Engine(model, slots=12), []
-    hidden_states = engine._hidden_states
+    hidden_states = engine.runner.hidden_states
     monkeypatch.setattr(
-        engine,
-        "_hidden_states",
+        engine.runner,
+        "hidden_states",
         lambda idx, positions=None, cache=None: (
             read.append(idx.numel() if positions is None else int((positions >= 0).sum())),
             hidden_states(idx, positions, cache=cache),
@@ -593,6 +609,12 @@ def sizes(model, *shapes: tuple[int, int]) -> list[int]:
     return [sum(t.numel() * t.itemsize for t in model.new_cache(*shape).tensors()) for shape in shapes]
 
 
+def shape_of_cache(engine: Engine) -> tuple[int, int]:
+    """Rows and tokens."""
+    cache = engine.cache_manager.cache
+    return (0, 0) if cache is None else (cache.batch_size, cache.max_length)
+
+
 def test_memory_is_given_back_once_no_request_needs_it(roomy):
     """What a long request has made of the cache does not stay, and what short ones go on from does."""
     [kept, most] = sizes(roomy, (2, 128), (1, 512))
@@ -630,7 +652,7 @@ def test_what_runs_on_is_the_same_while_the_cache_shrinks_and_grows_around_it(ro
             wanted[engine.submit(request)] = request, []
         for output in engine.step():
             (given if output.request == number else wanted[output.request][1]).extend(output.token_ids)
-        shapes.add((len(engine._slots), engine._cache.max_length if engine._cache else 0))
+        shapes.add(shape_of_cache(engine))
         step += 1
     assert given == expected
     for request, tokens in wanted.values():
@@ -647,8 +669,8 @@ def test_the_cache_grows_with_answers(request, kind, monkeypatch):
     """What an answer may come to is not taken at once, and several that grow at different times are right."""
     model = request.getfixturevalue(kind)
     most = model.config.block_size
-    monkeypatch.setattr(engine_module, "CACHE_STEP", most // 16)
-    monkeypatch.setattr(engine_module, "AHEAD", most // 8)
+    monkeypatch.setattr(kv_cache_manager, "CACHE_STEP", most // 16)
+    monkeypatch.setattr(kv_cache_manager, "HEADROOM", most // 8)
     engine = Engine(model, kept_bytes=0)
     counts = [most - len(prompt) for prompt in PROMPTS]  # to the end of the context
     counts[1] = 5
@@ -656,14 +678,14 @@ def test_the_cache_grows_with_answers(request, kind, monkeypatch):
     lengths, found = [], [[] for _ in asked]
     for output in engine.generate(asked):
         found[output.request] += output.token_ids
-        lengths.append(engine._cache.max_length if engine._cache else 0)
+        lengths.append(shape_of_cache(engine)[1])
     for request_, tokens in zip(asked, found, strict=True):
         assert tokens == plain(model, request_.prompt, request_.max_new_tokens)
     assert lengths[0] <= most / 2
     assert sorted(set(lengths[:-1])) == [length for length in (most >> 2, most >> 1, most) if length >= lengths[0]]
     shapes, reasons = [], []
     for output in engine.generate([replace(asked[0], stops=[[found[0][5]]])]):
-        shapes.append(engine._cache.max_length if engine._cache else 0)
+        shapes.append(shape_of_cache(engine)[1])
         reasons.append(output.finish_reason)
     assert reasons[-1] == "stop"
     assert 0 < max(shapes) <= most / 2  # what it might have come to was never there
@@ -671,7 +693,7 @@ def test_the_cache_grows_with_answers(request, kind, monkeypatch):
 
 def test_a_device_without_memory_for_more_ends_what_runs_and_no_more(roomy, monkeypatch):
     """Half of the layers have grown when it happens."""
-    monkeypatch.setattr(engine_module, "AHEAD", 64)
+    monkeypatch.setattr(kv_cache_manager, "HEADROOM", 64)
     engine = Engine(roomy, kept_bytes=math.inf)
     long, short = Request(PROMPTS[0], 400, GREEDY), Request(PROMPTS[1], 20, GREEDY)
     put_rows, calls = model_module.put_rows, []
@@ -692,7 +714,7 @@ def test_a_device_without_memory_for_more_ends_what_runs_and_no_more(roomy, monk
 
 def test_what_is_let_in_can_grow_to_its_end(roomy, monkeypatch):
     """Short now, long later: one that could not be finished beside the others waits, though there is room for now."""
-    monkeypatch.setattr(engine_module, "AHEAD", 64)
+    monkeypatch.setattr(kv_cache_manager, "HEADROOM", 64)
     [two] = sizes(roomy, (2, 512))
     engine = Engine(roomy, kept_bytes=math.inf, cache_bytes=two)
     asked = [Request(prompt, 500 - len(prompt), GREEDY) for prompt in PROMPTS[:3]]

@@ -177,13 +177,13 @@ def test_many_threads_join_one_batch(directory):
 
 def test_the_benchmark_measures_every_iteration_from_the_beginning(llm):
     steps = []
-    read = llm.engine._read
-    llm.engine._read = lambda: (
-        steps.append(sum(len(s.progress.request.prompt) - s.progress.read for s in llm.engine._reading)),
-        read(),
+    prefill = llm.engine._prefill
+    llm.engine._prefill = lambda: (
+        steps.append(sum(len(s.request.prompt) - s.num_prefilled for s in llm.engine._prefilling)),
+        prefill(),
     )[1]
     answer, figures = llm.benchmark(num_iterations=3, prompt="Hello", top_k=1, max_new_tokens=8, stream=True)
-    del llm.engine._read
+    del llm.engine._prefill
     assert answer == greedy(llm)
     assert {len(values) for values in figures.values()} == {3}
     assert figures["Tokens generated"] == [8] * 3
@@ -194,7 +194,7 @@ def test_the_benchmark_measures_every_iteration_from_the_beginning(llm):
         assert speed == pytest.approx(8 / total)
     assert min(figures["Peak memory in GB"]) > 0.05
     length = len(llm.encode([{"role": "user", "content": "Hello"}]))
-    assert [read for read in steps if read] == [length] * 3  # nothing was known from the iteration before
+    assert [step for step in steps if step] == [length] * 3  # nothing was known from the iteration before
     two, figures = llm.benchmark(prompt=["Hello", "Hi"], top_k=1, max_new_tokens=8)
     assert two == [answer, greedy(llm, "Hi")]
     assert figures["Tokens generated"] == [16]
@@ -516,12 +516,12 @@ def test_a_fixed_cache_bounds_prompt_and_answer(directory):
     llm.distribute(precision="32-true", fixed_kv_cache_size=40)
     ids = greedy(llm, "Hi", 400, return_as_token_ids=True)
     assert len(ids) + len(llm.encode([{"role": "user", "content": "Hi"}])) == 40
-    assert llm.engine._cache.max_length == 40
+    assert llm.engine.cache_manager.cache.max_length == 40
     with pytest.raises(ValueError, match="model's context of 40 tokens"):
         greedy(llm, "word " * 40)
     llm.distribute(precision="32-true", fixed_kv_cache_size="max_model_supported")
     greedy(llm)
-    assert llm.engine._cache.max_length == 512
+    assert llm.engine.cache_manager.cache.max_length == 512
 
 
 @pytest.mark.parametrize("quantize", [None, "bnb.nf4"])
