@@ -21,6 +21,9 @@ def _forget_working_directory() -> None:
 _forget_working_directory()
 
 import importlib  # noqa: E402
+from importlib.abc import Loader, MetaPathFinder  # noqa: E402
+from importlib.machinery import ModuleSpec  # noqa: E402
+from types import ModuleType  # noqa: E402
 from typing import Any  # noqa: E402
 
 __version__ = "0.1.0"
@@ -34,6 +37,9 @@ _EXPORTS = {
     "Tokenizer": "litgpt.tokenizer",
 }
 
+# What LitGPT's users import from -> where it is.
+_ALIASES = {"litgpt.api": "litgpt.llm", "litgpt.lora": "litgpt.adaptation.lora"}
+
 __all__ = ["GPT", "LLM", "Config", "PromptStyle", "Tokenizer", "__version__"]
 
 
@@ -43,6 +49,22 @@ def __getattr__(name: str) -> Any:
         globals()[name] = value
         return value
     raise AttributeError(f"module 'litgpt' has no attribute {name!r}")
+
+
+class _Aliases(MetaPathFinder, Loader):
+    """Import the modules of `_ALIASES` under their other names: one module, whatever it was imported as."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name in _ALIASES else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return importlib.import_module(_ALIASES[spec.name])
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass  # it has been, under its own name
+
+
+sys.meta_path.append(_Aliases())
 
 
 def __dir__() -> list[str]:

@@ -11,9 +11,9 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 import litgpt
-from litgpt.secret import command_line, hide
-from litgpt.slow_imports import announce
-from litgpt.threads import settle_threads
+from litgpt.cli.secret import command_line, hide
+from litgpt.cli.slow_imports import announce
+from litgpt.devices.threads import settle_threads
 
 
 class Command(NamedTuple):
@@ -146,13 +146,13 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         return report(error, debug)
     finally:
-        if "litgpt.launcher" in sys.modules:
-            sys.modules["litgpt.launcher"].end(failed=code != 0)
+        if "litgpt.parallel.launcher" in sys.modules:
+            sys.modules["litgpt.parallel.launcher"].end(failed=code != 0)
 
 
 def first_cause(error: BaseException) -> BaseException | None:
     """What to say of an error; None where this is one of several processes, and another one says it."""
-    launcher = sys.modules.get("litgpt.launcher")  # only a run on several devices has imported it
+    launcher = sys.modules.get("litgpt.parallel.launcher")  # only a run on several devices has imported it
     return error if launcher is None else launcher.first_cause(error)
 
 
@@ -199,7 +199,7 @@ options:
 
 
 def unknown_command(name: str) -> int:
-    from litgpt.suggest import did_you_mean
+    from litgpt.cli.suggest import did_you_mean
 
     what = "option" if name.startswith("-") else "subcommand"
     candidates = ["--help", "--version", "--debug"] if what == "option" else COMMANDS

@@ -4,7 +4,6 @@ Nothing here imports torch, so that settings can be checked before anything heav
 """
 
 import copy
-import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from litgpt.models import find_known, unknown_name_message
-from litgpt.suggest import did_you_mean
-from litgpt.untrusted import MAX_INTEGER, read_yaml_mapping, shown
+from litgpt.catalog import find_known, unknown_name_message
+from litgpt.cli.suggest import did_you_mean
+from litgpt.untrusted import is_finite, number_of, read_yaml_mapping, shown
 
 MODEL_CONFIG_FILE = "model_config.yaml"
 
@@ -368,7 +367,7 @@ class Config:
             numbers = value if is_list and isinstance(value, list) else [value]
             least = 0 if key in _MAY_BE_ZERO else 1e-300
             optional = value is None and kind is not None and key in ROPE_ADJUSTMENTS[kind][1]
-            fits = isinstance(value, list) == is_list and all(_is_finite(x) and x >= least for x in numbers)
+            fits = isinstance(value, list) == is_list and all(is_finite(x) and x >= least for x in numbers)
             if not (fits or optional or (key == "truncate" and isinstance(value, bool))):
                 wanted = "one positive number for each frequency" if is_list else "a positive number"
                 raise ValueError(f"Config field rope_adjustments.{key}={shown(value)}: it must be {wanted}.")
@@ -488,7 +487,7 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
     kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     number = value is not None and (int in kinds or float in kinds)
     if number:
-        value = _number(value, float in kinds)
+        value = number_of(value, float in kinds)
     fits = value is not None if number else isinstance(value, tuple(get_origin(each) or each for each in kinds))
     if not fits or (isinstance(value, dict) and not all(isinstance(key, str) for key in value)):
         wanted = " or ".join("null" if each is NoneType else str(getattr(each, "__name__", each)) for each in kinds)
@@ -496,24 +495,3 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
     if isinstance(value, int) and float not in kinds and value > (limit := MAX_SIZES.get(name, MAX_SIZE)):
         raise ValueError(f"Config field {name}={shown(original)} is not possible: it must be {limit:,} at most.")
     return value
-
-
-def _number(value: Any, fractions: bool) -> int | float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        value = float(value) if isinstance(value, str) else value
-    except ValueError:
-        return None
-    if not _is_finite(value):
-        return None
-    if fractions:
-        return value
-    return int(value) if float(value).is_integer() else None
-
-
-def _is_finite(value: Any) -> bool:
-    """Whether it is a number that a float can hold, which neither infinity nor true is."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return abs(value) <= MAX_INTEGER if isinstance(value, int) else math.isfinite(value)

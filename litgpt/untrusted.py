@@ -9,6 +9,7 @@ level (so that brackets alone bring them down), and YAML's aliases and merge key
 from __future__ import annotations
 
 import json
+import math
 import re
 import stat
 from collections.abc import Iterable
@@ -344,3 +345,25 @@ def _end_of_class(pattern: str, start: int) -> int:
                 return i + 1
         i += 1
     return i
+
+
+def number_of(value: Any, fractions: bool) -> int | float | None:
+    """A number that a file holds as one or as text; None where it is none, or has a fraction where it may not."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        value = float(value) if isinstance(value, str) else value
+    except ValueError:
+        return None
+    if not is_finite(value):
+        return None
+    if fractions:
+        return value
+    return int(value) if float(value).is_integer() else None
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it is a number that a float can hold, which neither infinity nor true is."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) <= MAX_INTEGER if isinstance(value, int) else math.isfinite(value)

@@ -18,15 +18,16 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from litgpt.adapter import apply_adapter_v2
+from litgpt.adaptation.adapter import apply_adapter_v2
+from litgpt.adaptation.lora import LoRASettings, apply_lora
 from litgpt.config import Config
-from litgpt.convert.source import give_memory, meta_model
-from litgpt.distributed import PRECISIONS, store_frozen_matrices
+from litgpt.devices.precision import PRECISIONS
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
-from litgpt.lora import LoRASettings, apply_lora
 from litgpt.model import GPT
-from litgpt.quantize import replace_linears
+from litgpt.quantization.layers import replace_linears
+from litgpt.sources.meta import give_memory, meta_model
+from litgpt.training.frozen_weights import store_frozen_matrices
 from litgpt.training.loss import NextTokenLoss
 from litgpt.training.optimizers import OptimizerSpec
 

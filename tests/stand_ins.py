@@ -5,8 +5,8 @@ import json
 import tempfile
 from pathlib import Path
 
+from litgpt.catalog import known_checkpoints
 from litgpt.commands import convert_from_litgpt
-from litgpt.models import known_checkpoints
 from tests import checkpoint_files, tokenizer_files
 from tests.documents import stand_ins
 from tests.hub_server import Hub

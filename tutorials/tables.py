@@ -16,12 +16,12 @@ import torch
 import yaml
 
 from litgpt.__main__ import main
-from litgpt.adapter import apply_adapter, apply_adapter_v2
+from litgpt.adaptation.adapter import apply_adapter, apply_adapter_v2
+from litgpt.adaptation.lora import LoRASettings, apply_lora
 from litgpt.config import Config
-from litgpt.convert.source import meta_model
-from litgpt.lora import LoRASettings, apply_lora
-from litgpt.memory import Usage, cache_bytes, estimate_memory
 from litgpt.model import GPT
+from litgpt.runs.memory_estimate import Usage, cache_bytes, estimate_memory
+from litgpt.sources.meta import meta_model
 
 TUTORIALS = Path(__file__).parent
 CONFIG_HUB = TUTORIALS.parent / "config_hub"

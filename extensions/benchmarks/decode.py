@@ -27,9 +27,10 @@ OURS = ("bf16 eager", "bf16", "int8", "int4")
 def ours(kind: str, directory: str) -> Callable[[int], Iterator[int]]:
     import torch
 
-    from litgpt.convert import load_model, open_checkpoint
     from litgpt.generation.compiled import CompiledDecoder
-    from litgpt.tokenizer import Tokenizer
+    from litgpt.sources.checkpoint import open_checkpoint
+    from litgpt.sources.load import load_model
+    from litgpt.tokenizer.tokenizer import Tokenizer
 
     precision, _, eager = kind.partition(" ")
     source = open_checkpoint(directory)

@@ -17,16 +17,19 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from litgpt.devices.accelerator import accelerator
+from litgpt.devices.memory import memory_used
+from litgpt.parallel.fabric import PEAK_TFLOPS
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from litgpt import distributed
+from litgpt.adaptation.lora import LoRASettings, apply_lora
 from litgpt.config import Config
-from litgpt.convert.source import give_memory, meta_model
-from litgpt.lora import LoRASettings, apply_lora
 from litgpt.model import GPT
-from litgpt.quantize import quantized_layers, replace_linears
+from litgpt.quantization.layers import quantized_layers, replace_linears
+from litgpt.sources.meta import give_memory, meta_model
 from litgpt.training.activation_checkpointing import checkpoint_blocks
 from litgpt.training.loss import NextTokenLoss
 from litgpt.training.metrics import flops_per_token
@@ -99,15 +102,15 @@ def measure(arguments: argparse.Namespace, quantize: str | None, compiled: bool)
         seconds.append(time.perf_counter() - start)
     rate = tokens / statistics.median(seconds[arguments.warmup :])
     name = torch.cuda.get_device_name(device).lower() if on_gpu else ""
-    peak = next((tflops for key, tflops in distributed.PEAK_TFLOPS.items() if key in name), None)
+    peak = next((tflops for key, tflops in PEAK_TFLOPS.items() if key in name), None)
     mfu = None if peak is None else rate * flops / (peak * 1e12)
-    return Figures(rate, mfu, distributed.memory_used(device), (losses[0], losses[-1]))
+    return Figures(rate, mfu, memory_used(device), (losses[0], losses[-1]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="Llama-3.1-8B", help="a known name; its shape is taken")
-    parser.add_argument("--device", default=distributed.accelerator())
+    parser.add_argument("--device", default=accelerator())
     parser.add_argument("--context", type=int, default=4096, help="tokens of a row")
     parser.add_argument("--documents", type=int, default=4, help="in each row; 1 is plain causal attention")
     parser.add_argument("--micro_batch_size", type=int, default=1, help="rows at a time")

@@ -33,7 +33,7 @@ LITGPT = """
 import sys
 from pathlib import Path
 from litgpt.data import TextFiles
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer.tokenizer import Tokenizer
 if __name__ == "__main__":
     data = TextFiles(train_data_path=Path(sys.argv[1]))
     data.connect(tokenizer=Tokenizer(sys.argv[2]), batch_size=1, max_seq_length=2048)

@@ -19,7 +19,7 @@ from typing import Any
 from litgpt.data.records import Conversation
 from litgpt.data.sample_encoding import ConversationEncoder, _encode_chunk
 from litgpt.prompts import ChatTemplate, chat_template, sandbox
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer.tokenizer import Tokenizer
 
 TEXT = "a model learns to write what people ask for in few and plain words because long ones tire those who read them"
 

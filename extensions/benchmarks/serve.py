@@ -28,7 +28,7 @@ import openai
 from side_by_side import ROOT, Program, ours_and
 
 sys.path.insert(0, str(ROOT))
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer.tokenizer import Tokenizer
 
 TEXT = ROOT / "config_hub/pretrain/data/shakespeare.txt"
 PATIENCE = 3600  # seconds that a server may take for anything

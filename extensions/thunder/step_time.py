@@ -12,9 +12,9 @@ import time
 import thunder
 import torch
 
+from litgpt.adaptation.lora import LoRASettings, apply_lora, is_lora
 from litgpt.config import Config
-from litgpt.distributed import PRECISIONS
-from litgpt.lora import LoRASettings, apply_lora, is_lora
+from litgpt.devices.precision import PRECISIONS
 from litgpt.model import GPT
 from litgpt.training.compilers import choose_compiler, compile_blocks
 from litgpt.training.loss import NextTokenLoss

@@ -9,9 +9,10 @@ import torch
 
 from litgpt.checkpoint import save_model
 from litgpt.cli.flat import flattened
-from litgpt.commands import finetune_dpo, finetune_full, finetune_lora, finetuning, pretrain
-from litgpt.convert import load_model
+from litgpt.commands import finetune_dpo, finetune_full, finetune_lora, pretrain
 from litgpt.data import JSON, Preferences
+from litgpt.runs import finetuning
+from litgpt.sources.load import load_model
 from litgpt.training.arguments import EvalArgs
 from litgpt.training.metrics import read_metrics
 from tests import checkpoint_files

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from litgpt.catalog import find_known, known_checkpoints
 from litgpt.checkpoint.names import COMPANION_FILES, COMPANION_PATTERNS, CONFIG, PEFT_CONFIG, WEIGHTS
+from litgpt.checkpoint.weight_index import read_weight_index
+from litgpt.cli.suggest import did_you_mean, nearly
 from litgpt.config import Config
-from litgpt.models import find_known, known_checkpoints
-from litgpt.suggest import did_you_mean, nearly
-from litgpt.weight_index import read_weight_index
 
 if TYPE_CHECKING:
     import torch

@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from litgpt.cli.errors import UsageError
 from litgpt.cli.hints import constructor_hints
+from litgpt.cli.own_code import find_named
+from litgpt.cli.suggest import did_you_mean
+from litgpt.cli.usage_error import UsageError
 from litgpt.cli.values import as_hinted, explain
-from litgpt.own_code import find_named
-from litgpt.suggest import did_you_mean
 
 # Given by the command and not by the user: an optimizer's parameters.
 PROVIDED = {"params"}

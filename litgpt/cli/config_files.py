@@ -10,7 +10,8 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import yaml
 
-from litgpt import __version__, resources
+from litgpt import __version__
+from litgpt.cli import resources
 from litgpt.untrusted import ExcessError, load_yaml
 
 TIMEOUT = 20  # seconds that a server may be silent

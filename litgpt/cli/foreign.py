@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from litgpt.cli.errors import UsageError
+from litgpt.cli.usage_error import UsageError
 from litgpt.untrusted import ExcessError, load_yaml
 
 OWN = ("litgpt", "torch", "torchmetrics")  # packages whose classes the options choose from

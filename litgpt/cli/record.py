@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from litgpt import __version__
-from litgpt.secret import Secret, hide, is_secret, learn
+from litgpt.cli.secret import Secret, hide, is_secret, learn
 
 FILE = "hyperparameters.yaml"
 

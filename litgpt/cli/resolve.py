@@ -7,10 +7,10 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from litgpt.cli import record
 from litgpt.cli.classes import parse_init_args
-from litgpt.cli.errors import UsageError
 from litgpt.cli.hints import admits
 from litgpt.cli.settings import Layer
 from litgpt.cli.signature import ConfigOverrides, Parameter, Signature, is_class_spec
+from litgpt.cli.usage_error import UsageError
 from litgpt.cli.values import as_hinted, explain, instantiate
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 
 from litgpt.cli.classes import accepted, unknown_init_args
-from litgpt.cli.errors import UsageError
 from litgpt.cli.hints import admits
 from litgpt.cli.other_names import here_called
 from litgpt.cli.signature import Parameter, Signature
-from litgpt.suggest import did_you_mean
+from litgpt.cli.suggest import did_you_mean
+from litgpt.cli.usage_error import UsageError
 
 Layer = dict[str, Any]
 

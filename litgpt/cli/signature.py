@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from litgpt.cli.classes import ClassChoice
 from litgpt.cli.hints import dataclass_hints, without_none
-from litgpt.secret import Secret
+from litgpt.cli.secret import Secret
 
 REQUIRED = inspect.Parameter.empty
 SCALARS = (str, int, float, bool, complex, bytes, list, tuple, dict, set, Secret, type(None))

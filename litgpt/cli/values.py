@@ -11,7 +11,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse.typing import register_type
 
 from litgpt.cli.hints import admits, readable
-from litgpt.secret import HIDDEN, Secret
+from litgpt.cli.secret import HIDDEN, Secret
 
 register_type(Secret, serializer=str, deserializer=Secret)
 

@@ -13,14 +13,14 @@ try:
 except ImportError:  # Windows
     termios = None
 
-from litgpt.commands.inference import Stopwatch, announce_compilation, clean, cut_line, say
-from litgpt.generation.compiled import notes_wait
+from litgpt.cli.secret import Secret
+from litgpt.cli.suggest import did_you_mean
+from litgpt.generation.compile_notes import notes_wait
 from litgpt.generation.sampling import Sampling
 from litgpt.llm import LLM, load_llm
+from litgpt.llm.terminal import Stopwatch, announce_compilation, clean, cut_line, say
 from litgpt.prompts import format_of_options
 from litgpt.prompts.styles import Message
-from litgpt.secret import Secret
-from litgpt.suggest import did_you_mean
 
 HELP = """/reset       forget the conversation
 /save FILE   write the conversation to FILE, as JSON where the name ends in .json

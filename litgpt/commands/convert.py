@@ -4,16 +4,16 @@ from pathlib import Path
 from typing import Literal
 
 from litgpt.checkpoint import WEIGHTS
-from litgpt.convert import open_checkpoint
-from litgpt.convert.adapted_source import holds_adaptation
-from litgpt.convert.peft import is_peft_alone
+from litgpt.cli.secret import Secret
 from litgpt.export.gguf import GGUF, save_gguf
 from litgpt.export.huggingface import Format, save_hf
 from litgpt.export.lit import beside, check_form, save_lit, size_of
+from litgpt.export.opening import open_for_export
 from litgpt.export.peft import save_lora_of_peft, save_peft
-from litgpt.export.source import open_for_export
-from litgpt.loading import find_checkpoint
-from litgpt.secret import Secret
+from litgpt.formats.peft import is_peft_alone
+from litgpt.sources.adapted import holds_adaptation
+from litgpt.sources.checkpoint import open_checkpoint
+from litgpt.sources.door import find_checkpoint
 
 Target = Literal["hf", "gguf", "litgpt", "peft"]
 ADAPTER = "litgpt from a PEFT adapter"

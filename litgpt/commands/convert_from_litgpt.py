@@ -5,8 +5,8 @@ from typing import Literal
 
 from litgpt.export.gguf import GGUF, save_gguf
 from litgpt.export.huggingface import save_hf
+from litgpt.export.opening import open_for_export
 from litgpt.export.peft import save_peft
-from litgpt.export.source import open_for_export
 
 
 def setup(

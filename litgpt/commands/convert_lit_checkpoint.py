@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from litgpt.checkpoint import WEIGHTS
+from litgpt.cli.secret import Secret
 from litgpt.export.gguf import save_gguf
 from litgpt.export.lit import beside, check_form, save_lit, size_of
-from litgpt.export.source import open_for_export
-from litgpt.loading import find_checkpoint
-from litgpt.secret import Secret
+from litgpt.export.opening import open_for_export
+from litgpt.sources.door import find_checkpoint
 
 
 def setup(

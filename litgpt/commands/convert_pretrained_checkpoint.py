@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from litgpt.checkpoint import resolve_checkpoint_dir
-from litgpt.convert import open_checkpoint
 from litgpt.export.lit import save_lit
+from litgpt.sources.checkpoint import open_checkpoint
 
 
 def setup(checkpoint_dir: Path, output_dir: Path) -> None:

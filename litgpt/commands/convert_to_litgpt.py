@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from litgpt.checkpoint import resolve_checkpoint_dir
-from litgpt.convert import open_checkpoint
-from litgpt.convert.options import dtype_from_name
-from litgpt.convert.peft import is_peft_alone
+from litgpt.devices.dtypes import dtype_from_name
 from litgpt.export.lit import save_lit
 from litgpt.export.peft import save_lora_of_peft
+from litgpt.formats.peft import is_peft_alone
+from litgpt.sources.checkpoint import open_checkpoint
 
 
 def setup(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from litgpt.download import download
-from litgpt.models import known_checkpoints
-from litgpt.secret import Secret
+from litgpt.catalog import known_checkpoints
+from litgpt.cli.secret import Secret
+from litgpt.sources.fetch import download
 
 
 def setup(
@@ -50,7 +50,7 @@ def setup(
     if tokenizer_only:
         print(f"Saved the tokenizer to {directory}")
         return
-    from litgpt.convert.peft import is_peft_alone  # imports torch
+    from litgpt.formats.peft import is_peft_alone  # imports torch
 
     if is_peft_alone(directory):
         if not keep_hf_files:
@@ -60,9 +60,9 @@ def setup(
             )
         print(f"Saved the adapter to {directory}. Commands open it on its model, which they download if need be.")
     elif convert_checkpoint:
-        from litgpt.convert import open_checkpoint
-        from litgpt.convert.options import dtype_from_name
+        from litgpt.devices.dtypes import dtype_from_name
         from litgpt.export import lit
+        from litgpt.sources.checkpoint import open_checkpoint
 
         print("Converting checkpoint files to LitGPT format.")
         source = open_checkpoint(directory, model_name, converted=False)
@@ -82,7 +82,7 @@ def check_options(tokenizer_only: bool, convert_checkpoint: bool, dtype: str | N
     """
     left_out = "--tokenizer_only true" if tokenizer_only else "--convert_checkpoint false"
     if dtype is not None:
-        from litgpt.convert.options import dtype_from_name
+        from litgpt.devices.dtypes import dtype_from_name
 
         dtype_from_name(dtype)
     if convert_checkpoint and not tokenizer_only:
@@ -103,9 +103,10 @@ def remove_originals(directory: Path, model_name: str | None, dtype: str | None)
         ValueError: one differs; then nothing is removed.
     """
     from litgpt.checkpoint import WEIGHTS, hf_weight_files, read_state_dict
-    from litgpt.convert import open_checkpoint
-    from litgpt.convert.options import Progress, dtype_from_name
-    from litgpt.convert.source import same_values
+    from litgpt.devices.dtypes import dtype_from_name
+    from litgpt.sources.checkpoint import open_checkpoint
+    from litgpt.sources.fit import same_values
+    from litgpt.sources.weight_stream import Progress
 
     source = open_checkpoint(directory, model_name, converted=False)
     converted = read_state_dict(directory / WEIGHTS, check=False)  # each value is compared below

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from litgpt.cli.secret import Secret
 from litgpt.evaluation.tasks import OWN, TaskList, require_harness
-from litgpt.secret import Secret
 
 DTYPES = {"float32": "32-true", "bfloat16": "bf16-true", "float16": "16-true"}
 LIST = "list"

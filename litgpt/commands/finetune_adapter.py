@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 from litgpt import cli
-from litgpt.adapter import ADAPTER_WEIGHTS, apply_adapter, is_adapter, save_adapter
-from litgpt.commands.finetuning import Finetuning, Options
+from litgpt.adaptation.adapter import ADAPTER_WEIGHTS, apply_adapter, is_adapter, save_adapter
+from litgpt.runs.finetuning import Finetuning, Options
 from litgpt.training.run_lock import unlocks_at_end
 from litgpt.training.state import Saved
 

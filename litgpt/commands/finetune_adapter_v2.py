@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 from litgpt import cli
-from litgpt.adapter import ADAPTER_V2_WEIGHTS, apply_adapter_v2, is_adapter_v2, save_adapter
-from litgpt.commands.finetuning import Finetuning, Options
+from litgpt.adaptation.adapter import ADAPTER_V2_WEIGHTS, apply_adapter_v2, is_adapter_v2, save_adapter
+from litgpt.runs.finetuning import Finetuning, Options
 from litgpt.training.run_lock import unlocks_at_end
 from litgpt.training.state import Saved
 

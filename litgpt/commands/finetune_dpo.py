@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from litgpt import cli
+from litgpt.adaptation.lora import LoRASettings
 from litgpt.checkpoint import atomic_file, save_model
 from litgpt.checkpoint.sums import check_archive
-from litgpt.commands.finetune_lora import train_lora
-from litgpt.commands.finetuning import TRAIN, Finetuning, Options
-from litgpt.lora import LoRASettings
+from litgpt.runs.finetuning import TRAIN, Finetuning, Options
+from litgpt.runs.lora_finetuning import train_lora
 from litgpt.training.preference import PreferenceLoss, PreferenceSettings, reference_log_probs
 from litgpt.training.run_lock import unlocks_at_end
 from litgpt.training.state import Saved

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from litgpt import cli
 from litgpt.checkpoint import save_model
-from litgpt.commands.finetuning import Finetuning, Options
+from litgpt.runs.finetuning import Finetuning, Options
 from litgpt.training.run_lock import unlocks_at_end
 from litgpt.training.state import Saved
 

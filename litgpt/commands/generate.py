@@ -2,65 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import stat
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from litgpt import cli
-from litgpt.commands.inference import Stopwatch, announce_compilation, clean, cut_line, memory_line, say
-from litgpt.generation.compiled import notes_wait
-from litgpt.generation.sampling import Sampling
-from litgpt.llm import LLM, load_llm
-from litgpt.prompts import format_of_options
-from litgpt.prompts.styles import Message
-from litgpt.secret import Secret
-
-DEFAULT_PROMPT = "What food do llamas eat?"
-
-
-@dataclass
-class Options:
-    """The options that every command takes which prints an answer."""
-
-    sys_prompt: str | None = None
-    """Replaces the system message of the model's prompt format."""
-    num_samples: int = 1
-    """How many answers to print."""
-    max_new_tokens: int | None = None
-    """An answer ends after that many tokens, if the model does not end it before. By default it goes on to the end of
-    its turn, or of the context; that of a model without a prompt format, which continues the text, for 256 tokens."""
-    top_k: int | None = 50
-    """Draw from the so many most likely tokens only; 1 always takes the most likely one."""
-    top_p: float = 1.0
-    """Draw from the most likely tokens that together reach this probability."""
-    min_p: float = 0.0
-    """Draw from tokens at least this fraction as likely as the most likely one."""
-    temperature: float = 0.8
-    """Below 1 the answer gets more certain, above 1 more varied; 0 always takes the most likely token."""
-    include_prompt: bool = False
-    """Print the prompt, in the model's format, before the answer."""
-    prompt_style: str | None = None
-    """Name of a prompt format, a class package.module.Class, or a chat template's .jinja file, in place of the
-    checkpoint's own; `default` gives the model the bare prompt."""
-    chat_template: str | None = None
-    """Name of one of the checkpoint's chat templates, where it has several; by default the usual one."""
-    precision: str | None = None
-    """32-true, bf16-true, 16-true (weights and computation), bf16-mixed, 16-mixed (float32 weights). By default
-    bf16-true where the device computes it in hardware, else 32-true."""
-    quantize: str | None = None
-    """Keep the weights in 4 or 8 bits: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8, or for CPUs int4 or int8.
-    By default as the checkpoint has them."""
-    compile: bool = False
-    """Compile the decoding: on a CPU in the background, for later runs too; a GPU's first answer waits."""
-    seed: int = 1234
-    """Of the first answer; the others count on from it."""
-    access_token: Secret | None = None
-    """For a gated model that has to be downloaded first."""
+from litgpt.llm import load_llm
+from litgpt.llm.single_answer import DEFAULT_PROMPT, Options, answer
 
 
 def setup(
@@ -75,78 +23,3 @@ def setup(
         prompt: What to answer. Without this option a prompt that is piped in is taken, whole.
     """
     answer(partial(load_llm, checkpoint_dir), prompt, options)
-
-
-def answer(load: Callable[..., LLM], prompt: str, options: Options, input: str = "") -> LLM:
-    """Prints what a model answers, and what was measured.
-
-    Args:
-        load: Loads the model; takes those of the options that are about it. What can be wrong with the others is said
-            before.
-        prompt: What to answer; the default stands for one that is piped in.
-        options: The command's.
-        input: What the prompt is about, in a prompt format's place for it, or after the prompt.
-
-    Returns:
-        The model that answered.
-    """
-    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
-    if options.num_samples < 1:
-        raise ValueError(f"--num_samples {options.num_samples} is not possible: give 1 or more.")
-    prompt = _piped_prompt() or prompt if prompt == DEFAULT_PROMPT else prompt
-    llm = load(
-        precision=options.precision,
-        compile=options.compile,
-        prompt_style=format_of_options(options.prompt_style, options.chat_template),
-        access_token=options.access_token,
-        quantize=options.quantize,
-    )
-    system: list[Message] = [] if options.sys_prompt is None else [{"role": "system", "content": options.sys_prompt}]
-    ids = llm.encode([*system, {"role": "user", "content": clean(prompt)}], clean(input))
-    say(f"Seed set to {options.seed}")
-    new, context = options.max_new_tokens, llm.config.block_size
-    if new is not None and len(ids) + new > context > len(ids):
-        say(f"The model's context of {context} tokens leaves room for {context - len(ids)} after the prompt.")
-    if options.compile:
-        announce_compilation(llm)
-    for sample in range(options.num_samples):
-        _answer(llm, ids, sample + 1, new, sampling, options.seed + sample, options.include_prompt)
-    say(memory_line(llm))
-    return llm
-
-
-def _answer(
-    llm: LLM,
-    prompt: list[int],
-    number: int,
-    max_new_tokens: int | None,
-    sampling: Sampling,
-    seed: int,
-    include_prompt: bool,
-) -> None:
-    stopwatch = Stopwatch()
-    ids = llm.stream(llm.request(prompt, max_new_tokens, sampling, seed))
-    pieces = llm.text(stopwatch.count(ids), prompt, joins=include_prompt)
-    first = next(pieces, "")  # a prompt that is too long is refused before anything is printed
-    if include_prompt:
-        print(llm.tokenizer.decode(prompt), end="")
-    with notes_wait():
-        print(first, end="", flush=True)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print()
-    if line := cut_line(llm, stopwatch, len(prompt), max_new_tokens):
-        say(line)
-    say(f"Time for inference {number}: {stopwatch.report()}")
-
-
-def _piped_prompt() -> str:
-    """What a pipe or a file on stdin says; "" where stdin is neither."""
-    try:
-        mode = os.fstat(sys.stdin.fileno()).st_mode
-    except (AttributeError, OSError, ValueError):  # no stdin, or not a file
-        return ""
-    if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)):
-        return ""
-    say("Reading the prompt from standard input (--prompt takes it from the command line)")
-    return sys.stdin.read().removesuffix("\n")

@@ -1,15 +1,12 @@
 """Print what a model answers with what LLaMA-Adapter or Adapter v2 has learned."""
 
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from litgpt import cli
-from litgpt.adapter import ADAPTER_WEIGHTS, load_adapter, read_adapter
-from litgpt.commands.generate import DEFAULT_PROMPT, Options, answer
-from litgpt.convert import Source, load_model
-from litgpt.llm import load_llm
-from litgpt.model import GPT
+from litgpt.adaptation.adapter import ADAPTER_WEIGHTS
+from litgpt.llm.adapter_answer import answer_with_adapter
+from litgpt.llm.single_answer import DEFAULT_PROMPT, Options
 
 
 def setup(
@@ -28,17 +25,4 @@ def setup(
         adapter_path: What `litgpt finetune_adapter` or `litgpt finetune_adapter_v2` learned: its file, or the directory
             of it.
     """
-    if not adapter_path.exists():
-        raise FileNotFoundError(
-            f"--adapter_path {adapter_path} does not exist. Give the file or directory that `litgpt finetune_adapter` "
-            "or `litgpt finetune_adapter_v2` has written."
-        )
-    weights, _ = read_adapter(adapter_path)  # which say of what kind they are
-
-    def load(source: Source, **how: Any) -> GPT:
-        model = load_model(source, **how)
-        load_adapter(model, weights)
-        return model
-
-    directory = adapter_path if adapter_path.is_dir() else adapter_path.parent
-    answer(partial(load_llm, checkpoint_dir, load=load, finetuned=directory), prompt, options, input)
+    answer_with_adapter(checkpoint_dir, prompt, input, adapter_path, options)

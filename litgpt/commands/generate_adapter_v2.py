@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 from litgpt import cli
-from litgpt.adapter import ADAPTER_V2_WEIGHTS
-from litgpt.commands import generate_adapter
-from litgpt.commands.generate import DEFAULT_PROMPT, Options
+from litgpt.adaptation.adapter import ADAPTER_V2_WEIGHTS
+from litgpt.llm.adapter_answer import answer_with_adapter
+from litgpt.llm.single_answer import DEFAULT_PROMPT, Options
 
 
 def setup(
@@ -26,4 +26,4 @@ def setup(
         input: What the prompt is about, for formats such as Alpaca's that have a place for it.
         adapter_path: What `litgpt finetune_adapter_v2` learned: its file, or the directory of it.
     """
-    generate_adapter.setup(checkpoint_dir, prompt, input, adapter_path, options)
+    answer_with_adapter(checkpoint_dir, prompt, input, adapter_path, options)

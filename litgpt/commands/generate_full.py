@@ -6,11 +6,12 @@ from typing import Annotated, Any
 
 from litgpt import cli
 from litgpt.checkpoint import WEIGHTS
-from litgpt.commands.generate import DEFAULT_PROMPT, Options, answer
-from litgpt.convert import Source, load_model
-from litgpt.convert.source import LitSource
 from litgpt.llm import load_llm
+from litgpt.llm.single_answer import DEFAULT_PROMPT, Options, answer
 from litgpt.model import GPT
+from litgpt.sources.lit import LitSource
+from litgpt.sources.load import load_model
+from litgpt.sources.source import Source
 
 
 def setup(

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 from litgpt import cli
-from litgpt.commands.generate import DEFAULT_PROMPT, Options, answer
 from litgpt.llm import load_llm
 from litgpt.llm.placement import place
+from litgpt.llm.single_answer import DEFAULT_PROMPT, Options, answer
 
 
 def setup(

@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from litgpt import cli
-from litgpt.commands.generate import DEFAULT_PROMPT, Options, answer
-from litgpt.commands.inference import say
-from litgpt.convert import Source, load_model
 from litgpt.generation.speculative import SpeculativeEngine
 from litgpt.llm import load_llm
-from litgpt.loading import open_model
+from litgpt.llm.single_answer import DEFAULT_PROMPT, Options, answer
+from litgpt.llm.terminal import say
 from litgpt.model import GPT
-from litgpt.tokenizer import Tokenizer
+from litgpt.sources.door import open_model
+from litgpt.sources.load import load_model
+from litgpt.sources.source import Source
+from litgpt.tokenizer.tokenizer import Tokenizer
 
 
 def setup(

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+from litgpt.adaptation.lora import read_lora
 from litgpt.checkpoint import WEIGHTS
-from litgpt.convert.options import dtype_from_name, tell_note
+from litgpt.devices.dtypes import dtype_from_name
 from litgpt.export.merged import merge_into
-from litgpt.loading import find_lora, open_base
-from litgpt.lora import read_lora
+from litgpt.sources.door import find_lora, open_base
+from litgpt.sources.weight_stream import tell_note
 
 
 def setup(

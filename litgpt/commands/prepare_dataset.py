@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from litgpt.secret import Secret
+from litgpt.cli.secret import Secret
 
 
 def setup(
@@ -63,7 +63,8 @@ def setup(
         overwrite: Replace what an earlier preparation left in destination_path.
     """
     from litgpt.data.corpus import find_corpus
-    from litgpt.data.preparation import SPLITS, Shard, prepare
+    from litgpt.data.preparation import Shard, prepare
+    from litgpt.data.preparation_plan import SPLITS
 
     splits = [part.strip() for part in split.split(",")]
     if not splits or any(part not in SPLITS for part in splits) or "train" not in splits:
@@ -104,12 +105,12 @@ def find_tokenizer(checkpoint_dir: Path) -> Path:
     from functools import partial
 
     from litgpt.checkpoint import resolve_checkpoint_dir
-    from litgpt.download import download
+    from litgpt.sources.fetch import download
 
     fetch = partial(download, tokenizer_only=True)
     path = resolve_checkpoint_dir(checkpoint_dir, download=fetch, tokenizer_only=True)
     if path.is_file():  # a .gguf file, whose tokenizer is unpacked
-        from litgpt.convert import open_checkpoint
+        from litgpt.sources.checkpoint import open_checkpoint
 
         return open_checkpoint(path).files
     return path

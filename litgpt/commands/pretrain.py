@@ -7,21 +7,31 @@ from typing import Any
 
 from torch import Tensor
 
-from litgpt import cli, distributed, launcher
+from litgpt import cli
+from litgpt.catalog import find_known
 from litgpt.checkpoint import copy_companion_files, resolve_checkpoint_dir, save_model
 from litgpt.cli import ConfigOverrides
-from litgpt.commands.download import download
 from litgpt.config import Config
-from litgpt.convert import Source, open_checkpoint
-from litgpt.convert.hf_config import save_config_json
 from litgpt.data.base import DataModule
 from litgpt.data.tokenizer_training import train_tokenizer
+from litgpt.devices.accelerator import count_devices
+from litgpt.devices.memory import memory_used
+from litgpt.devices.precision import PRECISIONS
+from litgpt.devices.random_state import seed_everything
+from litgpt.formats.hf_config import save_config_json
 from litgpt.generation.in_training import complete
 from litgpt.generation.request import Request
 from litgpt.generation.sampling import Sampling
 from litgpt.model import GPT
-from litgpt.models import find_known
-from litgpt.tokenizer import MODEL_FILES, Tokenizer
+from litgpt.parallel import launcher
+from litgpt.parallel.fabric import Strategy, describe_devices, make_fabric, peak_flops, precision_of
+from litgpt.parallel.ranks import once_per_node, rank_from_environment
+from litgpt.parallel.sharding import is_sharded
+from litgpt.runs.plan import LOGGER, choose_logger, plan_lines, sequence_length, stop_early
+from litgpt.sources.checkpoint import open_checkpoint
+from litgpt.sources.fetch import download
+from litgpt.sources.source import Source
+from litgpt.tokenizer.tokenizer import MODEL_FILES, Tokenizer
 from litgpt.training.activation_checkpointing import checkpoint_blocks
 from litgpt.training.arguments import EvalArgs, LogArgs, TrainArgs
 from litgpt.training.batches import BatchStream
@@ -29,8 +39,8 @@ from litgpt.training.compilers import choose_compiler, compile_blocks
 from litgpt.training.console import Console
 from litgpt.training.criterion import choose_criterion
 from litgpt.training.inputs import Inputs
-from litgpt.training.loggers import check_logger, make_logger
-from litgpt.training.loop import Generated, Outcome, Run, fit
+from litgpt.training.loggers import make_logger
+from litgpt.training.loop import Generated, Run, fit
 from litgpt.training.loss import NextTokenLoss
 from litgpt.training.metrics import flops_per_token
 from litgpt.training.neftune import add_noise
@@ -49,7 +59,6 @@ TRAIN = TrainArgs(
     min_lr=4e-5,
 )
 OPTIMIZER = OptimizerSpec("torch.optim.AdamW", {"lr": 4e-4, "weight_decay": 0.1, "betas": [0.9, 0.95]})
-LOGGER = "tensorboard"
 SAMPLE_TOKENS = 64
 
 
@@ -69,7 +78,7 @@ def setup(
     optimizer: OptimizerSpec = OPTIMIZER,
     devices: int | str = "auto",
     num_nodes: int = 1,
-    strategy: distributed.Strategy = "auto",
+    strategy: Strategy = "auto",
     compile: bool = False,
     compiler: str | None = None,
     tokenizer_dir: Path | None = None,
@@ -108,7 +117,7 @@ def setup(
     settings = dict(sorted(locals().items()))
 
     # Everything that can be wrong with the settings is said before any work starts.
-    world_size = distributed.count_devices(devices, num_nodes)
+    world_size = count_devices(devices, num_nodes)
     train.set_batch_by_accumulation(world_size, TRAIN.global_batch_size)
     train.accumulation(world_size)
     optimizer = optimizer.with_train_args(train, default=OPTIMIZER)
@@ -130,7 +139,7 @@ def setup(
     if eval.max_new_tokens and world_size > 1 and strategy != "ddp":
         raise ValueError("--eval.max_new_tokens: a sharded model cannot write samples. Leave it out or --strategy ddp.")
     run_directory = RunDirectory(out_dir)
-    is_main = distributed.rank_from_environment() == 0
+    is_main = rank_from_environment() == 0
     if is_main:
         run_directory.lock()
     checkpoint = run_directory.prepare(resume, overwrite, is_main=is_main)
@@ -139,15 +148,15 @@ def setup(
     if tokenizer_dir is None and tokenizer_vocab_size is None:
         tokenizer_dir = data.tokenizer_dir()
 
-    fabric = distributed.make_fabric(devices, num_nodes, precision, strategy)
+    fabric = make_fabric(devices, num_nodes, precision, strategy)
     launcher.launch(fabric)
     checkpoint = fabric.broadcast(checkpoint)
     console = Console(fabric.global_rank == 0)
     if log.save_logs:
         console.save_to(out_dir / LOGS_FILE, append=checkpoint is not None)
     console.print(cli.describe_settings(out_dir) or pprint.pformat(settings))
-    distributed.seed_everything(seed)
-    console.print(f"Seed set to {seed}\n{distributed.describe_devices(fabric)}")
+    seed_everything(seed)
+    console.print(f"Seed set to {seed}\n{describe_devices(fabric)}")
     if source is not None and source.note_on_plain:
         console.print(source.note_on_plain)
     for note in run_directory.notes:
@@ -160,7 +169,7 @@ def setup(
     if makes_tokenizer:
         tokenizer_dir = out_dir / TOKENIZER_DIR
         make = partial(make_tokenizer, data, tokenizer_vocab_size, tokenizer_dir, checkpoint)
-        distributed.once_per_node(fabric, make)
+        once_per_node(fabric, make)
     tokenizer = Tokenizer(tokenizer_dir) if tokenizer_dir else None
     config = choose_config(model_name, dict(model_config or {}), source, tokenizer, makes_tokenizer)
     if train.tie_embeddings is not None:
@@ -169,7 +178,7 @@ def setup(
         config.tie_embeddings = source.config.tie_embeddings
     tokens = sequence_length(train, config)
     data.connect(tokenizer, train.micro_batch_size, tokens)
-    distributed.once_per_node(fabric, data.prepare_data)
+    once_per_node(fabric, data.prepare_data)
     data.setup()
     batches = BatchStream(
         data.train_dataloader(),
@@ -212,10 +221,8 @@ def setup(
     if fabric.global_rank == 0:
         cli.save_hyperparameters(out_dir)
         logger = make_logger(logger_name, out_dir / LOGGERS_DIR, log, cli.resolved_settings() or {})
-    recorder = Recorder(
-        console, run_directory, logger, flops_per_token=flops, peak_flops=distributed.peak_flops(fabric)
-    )
-    write = partial(sample_text, gpt, tokenizer, precision=distributed.precision_of(fabric), seed=seed)
+    recorder = Recorder(console, run_directory, logger, flops_per_token=flops, peak_flops=peak_flops(fabric))
+    write = partial(sample_text, gpt, tokenizer, precision=precision_of(fabric), seed=seed)
 
     def sample() -> Generated:
         return Generated(write(eval.max_new_tokens) if fabric.global_rank == 0 else "")
@@ -249,21 +256,13 @@ def setup(
         recorder.finish()
 
     console.print(f"Training time: {outcome.progress.seconds:.2f}s")
-    console.print(f"Memory used: {distributed.memory_used(fabric.device) / 1e9:.2f} GB")
+    console.print(f"Memory used: {memory_used(fabric.device) / 1e9:.2f} GB")
     if outcome.interrupted:
         return stop_early(console, outcome)
-    if tokenizer is not None and fabric.global_rank == 0 and not distributed.is_sharded(gpt):
+    if tokenizer is not None and fabric.global_rank == 0 and not is_sharded(gpt):
         console.print(f"The model writes:\n{write(eval.max_new_tokens or SAMPLE_TOKENS)}\n")
     if tokenizer is not None:
         console.print(f"To talk with it, run:\nlitgpt chat {outcome.checkpoint}")
-
-
-def choose_logger(name: str, other: str | None, log: LogArgs, default: str = LOGGER) -> str:
-    """One logger out of `--logger_name`, which is `default` unless given, and `--train.logger_name`, checked."""
-    if other is not None and name not in (default, other):
-        raise ValueError(f"--logger_name says {name} and --train.logger_name says {other}. Give only one of them.")
-    check_logger(other or name, log)
-    return other or name
 
 
 def open_initial(directory: Path | None) -> Source | None:
@@ -325,54 +324,6 @@ def choose_config(
     return config
 
 
-def sequence_length(train: TrainArgs, config: Config) -> int:
-    """Tokens per training sequence."""
-    if train.max_seq_length is not None and train.max_seq_length > config.block_size:
-        raise ValueError(
-            f"--train.max_seq_length {train.max_seq_length} is longer than the model's context of {config.block_size}. "
-            f"Give {config.block_size} or less. Only `litgpt pretrain` makes the context of a new model larger, with "
-            f"--model_config.block_size {train.max_seq_length}."
-        )
-    return train.max_seq_length or config.block_size
-
-
-def plan_lines(
-    train: TrainArgs,
-    schedule: Schedule,
-    steps: int | None,
-    tokens: int,
-    batches: BatchStream,
-    optimizer: OptimizerSpec,
-    varies: bool = False,
-    sample: str = "sequences",
-) -> list[str]:
-    """What one step is, how many there are, and what may surprise about the schedule.
-
-    `tokens` are those of a `sample`; the most of one where that `varies`.
-    """
-    accumulation, most = train.accumulation(batches.world_size), "up to " if varies else ""
-    lines = [
-        f"Tokens per step: {train.micro_batch_size} {sample} x {accumulation} accumulation x {batches.world_size} "
-        f"device(s) x {most}{tokens} tokens = {most}{train.global_batch_size * tokens:,}",
-        f"Steps: {steps:,}" if steps else f"Steps: not known beforehand (max_time {train.max_time} s)",
-    ]
-    per_epoch = batches.samples_per_epoch
-    if per_epoch and per_epoch < train.global_batch_size:
-        lines.append(
-            f"Note: there are {per_epoch:,} training {sample}, fewer than train.global_batch_size "
-            f"{train.global_batch_size}: a step is a pass over all of them."
-        )
-    elif per_epoch and (batches.end or 0) >= per_epoch and per_epoch % train.global_batch_size:
-        rest = per_epoch % train.global_batch_size
-        lines[-1] += f", the last of each epoch with {rest} of {train.global_batch_size} {sample}"
-    if steps and schedule.warmup_steps >= steps:
-        lines.append(f"Note: the warmup of {schedule.warmup_steps} steps outlasts the run; the peak is not reached.")
-    peak = float(optimizer.init_args.get("lr", "inf"))
-    if schedule.min_lr > peak:
-        lines.append(f"Note: train.min_lr {schedule.min_lr:g} is above the peak of {peak:g}: no decay takes place.")
-    return lines
-
-
 def save_checkpoint_files(
     directory: Path, weights: dict[str, Tensor], config: Config, tokenizer_dir: Path | None
 ) -> None:
@@ -387,16 +338,7 @@ def save_checkpoint_files(
 def sample_text(gpt: GPT, tokenizer: Tokenizer, max_new_tokens: int, *, precision: str, seed: int) -> str:
     """What the model writes after BOS, or after a line break where there is no such token."""
     start = [tokenizer.bos_id] if tokenizer.bos_id is not None else tokenizer.encode_ids("\n", bos=False)
-    _, autocast = distributed.PRECISIONS[precision]
+    _, autocast = PRECISIONS[precision]
     request = Request(start, max_new_tokens, Sampling(temperature=0.8, top_k=50), seed=seed)
     (answer,) = complete(gpt, [request], autocast=autocast)
     return tokenizer.decode(answer)
-
-
-def stop_early(console: Console, outcome: Outcome) -> None:
-    console.print(
-        f"Stopped by {outcome.interrupted} after step {outcome.progress.step}. To go on, run the same command with "
-        "--resume auto"
-    )
-    if outcome.interrupted == "Ctrl-C":
-        raise SystemExit(130)

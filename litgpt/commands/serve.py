@@ -7,17 +7,17 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from litgpt.commands.inference import say
+from litgpt.adaptation.lora import LORA_WEIGHTS, adapted_copy, read_lora
+from litgpt.cli.secret import Secret, hidden_secrets
 from litgpt.generation.engine import Engine, share_memory
 from litgpt.generation.sampling import Sampling
 from litgpt.generation.worker import Worker
 from litgpt.llm import LLM, load_llm
 from litgpt.llm.placement import place
-from litgpt.loading import expect_checkpoint
-from litgpt.lora import LORA_WEIGHTS, adapted_copy, read_lora
+from litgpt.llm.terminal import say
 from litgpt.prompts import NamedTemplate, choose_prompt_style, format_of_options
-from litgpt.secret import Secret, hidden_secrets
 from litgpt.serving.served import Defaults, ServedModel
+from litgpt.sources.door import expect_checkpoint
 
 API_KEY = "LITGPT_API_KEY"
 

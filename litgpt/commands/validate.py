@@ -25,19 +25,23 @@ from typing import Any
 
 import torch
 
+from litgpt.adaptation.lora import LoRASettings, apply_lora
+from litgpt.catalog import find_known
 from litgpt.checkpoint import resolve_checkpoint_dir
-from litgpt.commands.checkpoint_checks import GROUPS, LORA_WEIGHTS, Findings, examine, special_ids
+from litgpt.cli.plural import counted
 from litgpt.config import Config
-from litgpt.convert import Source, config_to_hf
-from litgpt.convert.source import meta_model
-from litgpt.distributed import accelerator, inference_dtypes, inference_precision, memory_present, store_frozen_matrices
-from litgpt.lora import LoRASettings, apply_lora
-from litgpt.memory import Usage, estimate_memory
+from litgpt.devices.accelerator import accelerator
+from litgpt.devices.memory import memory_present
+from litgpt.devices.precision import inference_dtypes, inference_precision
+from litgpt.formats.hf_config import config_to_hf
 from litgpt.model import GPT
-from litgpt.models import find_known
-from litgpt.plural import counted
 from litgpt.prompts import ChatTemplate, PromptStyle, WrittenStyle
-from litgpt.tokenizer import Tokenizer
+from litgpt.runs.memory_estimate import Usage, estimate_memory
+from litgpt.sources.checks import GROUPS, LORA_WEIGHTS, Findings, examine, special_ids
+from litgpt.sources.meta import meta_model
+from litgpt.sources.source import Source
+from litgpt.tokenizer.tokenizer import Tokenizer
+from litgpt.training.frozen_weights import store_frozen_matrices
 
 DEFAULT_CONTEXT = 4096
 SHOWN_DETAILS = 20

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from litgpt.cli.secret import is_secret
 from litgpt.data.order import ORDER_VERSION, KeyedPermutation
-from litgpt.distributed import usable_cores
-from litgpt.secret import is_secret
+from litgpt.devices.accelerator import usable_cores
 
 if TYPE_CHECKING:
-    from litgpt.tokenizer import Tokenizer
+    from litgpt.tokenizer.tokenizer import Tokenizer
 
 
 class DataModule:

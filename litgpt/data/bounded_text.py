@@ -77,7 +77,7 @@ def max_whole_bytes() -> int:
     """How many bytes a file may have, unpacked, that is read whole: a part of the memory, at least a GiB."""
     import torch
 
-    from litgpt.distributed import memory_present
+    from litgpt.devices.memory import memory_present
 
     return max(MIN_WHOLE_BYTES, (memory_present(torch.device("cpu")) or 0) // WHOLE_PART)
 

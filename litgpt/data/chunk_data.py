@@ -10,6 +10,8 @@ from torch.utils.data import DataLoader
 
 from litgpt.checkpoint.atomic import atomic_file
 from litgpt.checkpoint.names import COMPANION_FILES
+from litgpt.cli.plural import counted
+from litgpt.cli.resources import cache_directory
 from litgpt.data.base import DataModule, stream_loader
 from litgpt.data.chunk_cache import ChunkCache
 from litgpt.data.chunk_order import WINDOW
@@ -19,11 +21,9 @@ from litgpt.data.document_marks import DocumentMarks
 from litgpt.data.object_store import fetch, is_remote, join, read_small
 from litgpt.data.streaming import ChunkBlocks, PositionSampler
 from litgpt.data.token_chunks import INDEX_FILE
-from litgpt.plural import counted
-from litgpt.resources import cache_directory
 
 if TYPE_CHECKING:
-    from litgpt.tokenizer import Tokenizer
+    from litgpt.tokenizer.tokenizer import Tokenizer
 
 TRAIN, VAL = "train", "val"
 PREPARE = "litgpt prepare_dataset --source_path TEXT --checkpoint_dir TOKENIZER --destination_path"

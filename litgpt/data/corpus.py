@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from litgpt.cli.secret import Secret
+from litgpt.cli.suggest import did_you_mean
 from litgpt.data.hub_dataset import HubDataset, Wanted, fetch_dataset, fetched
 from litgpt.data.source_files import (
     FORMS,
@@ -25,8 +27,6 @@ from litgpt.data.source_files import (
 )
 from litgpt.data.text_reading import hold_out
 from litgpt.hub import HubError
-from litgpt.secret import Secret
-from litgpt.suggest import did_you_mean
 
 TEXT_COLUMNS = ("text", "content", "story", "document", "raw_content", "body")  # taken in this order
 SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "valid")}

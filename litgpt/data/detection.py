@@ -8,9 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from litgpt.cli.resources import find
 from litgpt.data.object_store import is_remote
 from litgpt.data.token_chunks import INDEX_FILE
-from litgpt.resources import find
 
 PLACES = ("data_dir", "data_path", "path")  # settings that say where the data is, and not what it is
 RECORDS = (".json", ".jsonl", ".parquet", ".csv", ".arrow", ".zst", ".gz")

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from litgpt.cli.secret import Secret
 from litgpt.data.hub_dataset import Wanted, fetch_dataset, fetched
 from litgpt.data.sft import SFTData
-from litgpt.secret import Secret
 
 
 @dataclass(kw_only=True, repr=False)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from litgpt.cli.resources import find
 from litgpt.data.record_files import has_validation_part, record_files
 from litgpt.data.sft import SFTData
-from litgpt.resources import find
 
 TRAIN_NAMES, VAL_NAMES = ("train", "training"), ("val", "validation", "valid", "dev")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from litgpt.cli.secret import Secret
 from litgpt.data.hub_data import HubData
 from litgpt.data.records import Conversation
-from litgpt.secret import Secret
 
 
 @dataclass(kw_only=True, repr=False)

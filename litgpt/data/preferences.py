@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from litgpt.cli.plural import counted
 from litgpt.data.hub_data import HFDataset
 from litgpt.data.json_data import JSON
 from litgpt.data.packing import Collate, Part, Rows
@@ -24,7 +25,6 @@ from litgpt.data.records import Conversation
 from litgpt.data.sample_encoding import ConversationEncoder, Encoded
 from litgpt.data.sample_file import Sample, SampleFile, nothing_to_learn
 from litgpt.data.sft import SPLITS, SFTData
-from litgpt.plural import counted
 
 SUMMARY = "pairs.json"
 

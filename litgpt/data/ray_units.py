@@ -14,7 +14,7 @@ from litgpt.data.corpus import Unit
 from litgpt.data.source_files import Report
 from litgpt.data.unit_tokens import Job, prepare_unit
 from litgpt.data.word_cache import WordCache
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer.tokenizer import Tokenizer
 
 
 def require_ray() -> None:

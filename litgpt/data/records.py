@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
+from litgpt.cli.plural import counted
 from litgpt.data.tool_calls import present, read_calls, read_tools
 from litgpt.data.wording import kind_of, listed
-from litgpt.plural import counted
 from litgpt.untrusted import parse_json
 
 INSTRUCTION, COMPLETION = "instruction/input/output", "prompt/completion"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from litgpt.data.records import WEIGHT, Conversation, Message
 from litgpt.prompts import ChatTemplate, PromptStyle
 from litgpt.prompts.styles import INPUT, places_input, protected, with_input
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from litgpt.checkpoint import atomic_directory
+from litgpt.cli.plural import counted
+from litgpt.cli.resources import cache_directory
 from litgpt.data.base import DataModule, LengthGroupedSampler, StreamSampler, stream_loader
 from litgpt.data.cache_sums import is_whole, write_sums
 from litgpt.data.packing import Collate, Rows, pack
@@ -21,12 +23,10 @@ from litgpt.data.record_files import content_hash, read_records
 from litgpt.data.records import Conversation, Message, read_conversations
 from litgpt.data.sample_encoding import ConversationEncoder, Encoded, class_identity, encode_all, style_identity
 from litgpt.data.sample_file import IGNORE_INDEX, Sample, SampleFile, Summary
-from litgpt.plural import counted
 from litgpt.prompts import ChatTemplate, PromptStyle, choose_prompt_style
-from litgpt.resources import cache_directory
 
 if TYPE_CHECKING:
-    from litgpt.tokenizer import Tokenizer
+    from litgpt.tokenizer.tokenizer import Tokenizer
 
 CACHE_FORMAT = 2  # raise it when the same records and settings would give other samples
 GPU_MULTIPLE = 8  # matrix products on GPUs like such sizes

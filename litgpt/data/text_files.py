@@ -15,17 +15,17 @@ import numpy as np
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from litgpt.cli.plural import counted
+from litgpt.cli.resources import cache_directory, find
 from litgpt.data.base import DataModule, stream_loader
 from litgpt.data.cache_sums import is_whole
 from litgpt.data.document_marks import DocumentMarks
 from litgpt.data.text_reading import Piece, encode_texts, hold_out, read_chunks, spelled_tokens, whole
 from litgpt.data.token_stream import TokenBlocks, TokenFile
 from litgpt.data.word_cache import WordCache
-from litgpt.plural import counted
-from litgpt.resources import cache_directory, find
 
 if TYPE_CHECKING:
-    from litgpt.tokenizer import Tokenizer
+    from litgpt.tokenizer.tokenizer import Tokenizer
 
 CACHE_FORMAT = 2  # raise it when the same text and tokenizer would give other tokens
 

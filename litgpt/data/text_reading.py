@@ -15,7 +15,7 @@ from litgpt.data.text_encoding import not_text
 from litgpt.data.word_cache import WordCache
 
 if TYPE_CHECKING:
-    from litgpt.tokenizer import Tokenizer
+    from litgpt.tokenizer.tokenizer import Tokenizer
 
 CHUNK_BYTES = 1 << 18  # what one core tokenises at a time
 MAX_CHUNK_BYTES = 1 << 22  # where a text without any line break is cut

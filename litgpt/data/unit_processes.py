@@ -15,7 +15,7 @@ from litgpt.data.corpus import Unit
 from litgpt.data.source_files import Report
 from litgpt.data.unit_tokens import Job, prepare_unit
 from litgpt.data.word_cache import WordCache
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer.tokenizer import Tokenizer
 
 
 def run_in_processes(job: Job, units: Sequence[Unit], report: Report, num_workers: int | None) -> None:

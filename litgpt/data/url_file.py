@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from litgpt.checkpoint import atomic_file
 from litgpt.hub import HubError
-from litgpt.hub.errors import http_error_class
+from litgpt.hub.hub_error import http_error_class
 from litgpt.hub.transfer import Patience
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from litgpt.tokenizer import Tokenizer
+    from litgpt.tokenizer.tokenizer import Tokenizer
 
 # A text is cut before a space that something visible follows, and at text_reading's LINE_BREAK. (The first alternative
 # is what most words are; the second one alone would do.)

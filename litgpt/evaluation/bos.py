@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer.tokenizer import Tokenizer
 
 
 def prefix_token(tokenizer: Tokenizer) -> int:

@@ -15,7 +15,7 @@ from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 from lm_eval.utils import simple_parse_args_string
 
-from litgpt.evaluation.adapter import EngineLM
+from litgpt.evaluation.template_lm import EngineLM
 from litgpt.evaluation.work import Evaluated
 
 BOOTSTRAPS = 100_000  # of standard errors, the harness's own number

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from litgpt.evaluation.answers import Answers
 from litgpt.evaluation.bos import prefix_token
+from litgpt.evaluation.engines import Answers
 from litgpt.evaluation.progress import bar
 from litgpt.evaluation.scoring import Scored, score
 from litgpt.evaluation.work import Evaluated
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer.tokenizer import Tokenizer
 from litgpt.untrusted import parse_json
 
 TASK = "perplexity"

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from litgpt.evaluation.answers import Answers
+from litgpt.evaluation.engines import Answers
 from litgpt.generation.request import Output, Request, TokenLogprob
 
 BEGINNING = 32  # tokens that tell whether sequences begin alike

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from litgpt.suggest import did_you_mean
+from litgpt.cli.suggest import did_you_mean
 
 INSTALL = (
     "Evaluating on tasks needs EleutherAI's lm-evaluation-harness: pip install 'litgpt[all]' or pip install lm_eval"

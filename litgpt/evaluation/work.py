@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from litgpt.config import Config
-from litgpt.evaluation.answers import Answers
+from litgpt.evaluation.engines import Answers
 from litgpt.prompts import ChatTemplate, PromptStyle
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

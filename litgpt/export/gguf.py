@@ -4,10 +4,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from litgpt.checkpoint import atomic_file
-from litgpt.convert import Source
-from litgpt.convert.gguf_export import KINDS, export_gguf
-from litgpt.convert.options import Progress, dtype_from_name, tell_note
+from litgpt.devices.dtypes import dtype_from_name
+from litgpt.export.gguf_writer import KINDS, export_gguf
 from litgpt.prompts import carried_templates
+from litgpt.sources.source import Source
+from litgpt.sources.weight_stream import Progress, tell_note
 
 GGUF = ".gguf"
 

@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Literal
 
 from litgpt.checkpoint import atomic_directory
-from litgpt.convert import Source, export_hf
-from litgpt.convert.options import Progress, dtype_from_name, tell_note
+from litgpt.devices.dtypes import dtype_from_name
+from litgpt.export.hf_writer import export_hf
 from litgpt.prompts import carried_templates
+from litgpt.sources.source import Source
+from litgpt.sources.weight_stream import Progress, tell_note
 
 Format = Literal["safetensors", "pth", "both"]
 

@@ -11,11 +11,13 @@ from litgpt.checkpoint import (
     copy_companion_files,
     save_model,
 )
-from litgpt.convert import Source
-from litgpt.convert.options import Progress, dtype_from_name, tell_note
-from litgpt.convert.quantised_parts import quantised_stream
-from litgpt.convert.source import kind_for, meta_model
-from litgpt.quantize import check_quantize
+from litgpt.devices.dtypes import dtype_from_name
+from litgpt.formats.quantised_parts import quantised_stream
+from litgpt.quantization.layers import check_quantize
+from litgpt.sources.load import kind_for
+from litgpt.sources.meta import meta_model
+from litgpt.sources.source import Source
+from litgpt.sources.weight_stream import Progress, tell_note
 
 
 def check_form(dtype: str | None, quantize: str | None) -> torch.dtype | None:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
+from litgpt.adaptation.lora import LORA_WEIGHTS, merged_weights, read_lora
 from litgpt.checkpoint import atomic_additions, atomic_directory, copy_companion_files, save_model
-from litgpt.convert import Source
-from litgpt.convert.options import Progress
-from litgpt.lora import LORA_WEIGHTS, merged_weights, read_lora
+from litgpt.sources.source import Source
+from litgpt.sources.weight_stream import Progress
 
 
 def merge_into(directory: Path, base: Source, lora: Path | None = None, dtype: torch.dtype | None = None) -> None:

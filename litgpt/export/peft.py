@@ -5,16 +5,19 @@ from pathlib import Path
 
 import torch
 
+from litgpt.adaptation.lora import LORA_WEIGHTS, read_lora, save_lora
 from litgpt.checkpoint import CONFIG, atomic_additions, atomic_directory, copy_companion_files, fill_companion_files
+from litgpt.cli.secret import Secret
 from litgpt.config import Config
-from litgpt.convert.config_json import read_config_json
-from litgpt.convert.export import export_config
-from litgpt.convert.peft import ADAPTER_MODEL, base_of, export_peft, import_peft
-from litgpt.convert.recognition import text_attribute
-from litgpt.loading import find_lora, open_base
-from litgpt.lora import LORA_WEIGHTS, read_lora, save_lora
+from litgpt.export.peft_writer import export_peft
+from litgpt.formats.config_json import read_config_json
+from litgpt.formats.peft import ADAPTER_MODEL
+from litgpt.formats.recognition import text_attribute
+from litgpt.formats.written_config import export_config
 from litgpt.prompts import STYLE_FILE
-from litgpt.secret import Secret
+from litgpt.sources.door import find_lora, open_base
+from litgpt.sources.peft import import_peft
+from litgpt.sources.peft_files import base_of
 
 
 def save_peft(checkpoint_dir: Path, directory: Path, access_token: Secret | str | None = None) -> None:

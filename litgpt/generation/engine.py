@@ -21,13 +21,14 @@ from collections.abc import Iterator
 
 import torch
 
-from litgpt.distributed import memory_free
+from litgpt.devices.memory import memory_free
 from litgpt.generation.interface import GenerationEngine
 from litgpt.generation.kv_cache_manager import KVCacheManager, round_up
 from litgpt.generation.model_runner import ModelRunner
 from litgpt.generation.request import Output, Request, TokenLogprob
 from litgpt.generation.sequence import Sequence
-from litgpt.model import GPT, KVCache
+from litgpt.kv_cache import KVCache
+from litgpt.model import GPT
 
 __all__ = ["Engine", "Output", "Request", "share_memory"]
 

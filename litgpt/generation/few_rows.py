@@ -26,9 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litgpt.model import AttentionPlan, CausalSelfAttention
-from litgpt.quantize import KEPT
-from litgpt.weight_only import GROUP, Int4Weight, Int8Weight
+from litgpt.kv_cache import AttentionPlan
+from litgpt.model import CausalSelfAttention
+from litgpt.quantization.layers import KEPT
+from litgpt.quantization.weight_only import GROUP, Int4Weight, Int8Weight
 
 VALUES = {torch.bfloat16: "bf16", torch.float32: "float"}  # types of inputs, and their names in C++
 # Up to so many rows these are the quicker ones (measured, see the benchmarks).

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from litgpt.distributed import whole_parameters
 from litgpt.generation.engine import Engine
 from litgpt.generation.request import Request
 from litgpt.model import GPT
+from litgpt.parallel.sharding import whole_parameters
 
 
 def complete(

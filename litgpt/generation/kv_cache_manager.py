@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from litgpt.distributed import give_back
+from litgpt.devices.memory import give_back
 from litgpt.generation.sequence import Sequence
-from litgpt.model import GPT, KVCache
+from litgpt.kv_cache import KVCache
+from litgpt.model import GPT
 
 CACHE_STEP = 128  # attention reads the cache in multiples of this, so that few distinct shapes occur
 HEADROOM = (

@@ -18,7 +18,8 @@ from litgpt.generation.kv_cache_manager import limit_attention, power_of_two
 from litgpt.generation.request import TokenLogprob
 from litgpt.generation.sampling import Sampler
 from litgpt.generation.sequence import Sequence
-from litgpt.model import GPT, KVCache
+from litgpt.kv_cache import KVCache
+from litgpt.model import GPT
 
 SCORE_CHUNK = 256  # tokens of prompts whose logits are there at a time
 

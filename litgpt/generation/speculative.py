@@ -24,7 +24,8 @@ from litgpt.generation.model_runner import precision
 from litgpt.generation.request import Output, Request
 from litgpt.generation.sampling import Filters, Sampling, draw, filtered
 from litgpt.generation.sequence import Sequence
-from litgpt.model import GPT, KVCache
+from litgpt.kv_cache import KVCache
+from litgpt.model import GPT
 
 # Last tokens that prompt lookup looks for. What follows a single one is rarely the same (6 % of 162 tokens, measured in
 # an explanation by SmolLM2-135M).

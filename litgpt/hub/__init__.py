@@ -4,7 +4,7 @@ The hub's address comes from `HF_ENDPOINT`, a token from `--access_token`, `HF_T
 the client's cache holds (`HF_HOME`, `HF_HUB_CACHE`) is taken from there, and with `HF_HUB_OFFLINE` from nowhere else.
 """
 
-from litgpt.hub.errors import HubError
+from litgpt.hub.hub_error import HubError
 from litgpt.hub.repository import Repository, open_repository
 from litgpt.hub.selection import ADAPTER_CONFIG, adapter_files, tokenizer_files, weight_files
 

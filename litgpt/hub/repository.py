@@ -12,10 +12,10 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from litgpt.cli.secret import Secret, reveal
 from litgpt.hub import cache
-from litgpt.hub.errors import HubError, clear_errors, http_error_class
+from litgpt.hub.hub_error import HubError, clear_errors, http_error_class
 from litgpt.hub.transfer import Patience, RemoteFile, Transfer
-from litgpt.secret import Secret, reveal
 
 Answer = TypeVar("Answer")
 TEMPLATES = "additional_chat_templates"

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Collection, Iterable
 from fnmatch import fnmatch
 
-from litgpt.hub.errors import HubError
-from litgpt.weight_index import parse_weight_index
+from litgpt.checkpoint.weight_index import parse_weight_index
+from litgpt.hub.hub_error import HubError
 
 # Everything that a tokenizer, a prompt style and a converted checkpoint's description may need.
 TOKENIZER_FILES = (

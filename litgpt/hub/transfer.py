@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from litgpt.hub.errors import HubError, http_error_class
+from litgpt.hub.hub_error import HubError, http_error_class
 
 CONNECTIONS = 4
 CHUNK = 2**20

@@ -19,7 +19,7 @@ from litgpt.llm.placement import Placement
 from litgpt.model import GPT
 from litgpt.prompts import PromptStyle
 from litgpt.prompts.styles import Message, with_input
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer.tokenizer import Tokenizer
 
 CONTINUATION = 256  # new tokens where a model has no format in which its answer ends
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from litgpt.convert import load_model
-from litgpt.generation.ranks import News, RanksLost, follow
-from litgpt.loading import open_model
-from litgpt.process_group import ProcessGroup
-from litgpt.tensor_parallel import split_model
+from litgpt.generation.rank_engine import News, RanksLost, follow
+from litgpt.parallel.process_group import ProcessGroup
+from litgpt.parallel.tensor_parallel import split_model
+from litgpt.sources.door import open_model
+from litgpt.sources.load import load_model
 
 
 class Follower:

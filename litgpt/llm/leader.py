@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from litgpt.generation.ranks import News, RanksLost
+from litgpt.generation.rank_engine import News, RanksLost
 from litgpt.llm.child_process import ChildProcess
-from litgpt.process_group import ProcessGroup
+from litgpt.parallel.process_group import ProcessGroup
 
 
 class Leader:

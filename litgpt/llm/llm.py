@@ -8,19 +8,20 @@ from typing import Any, Literal
 import torch
 
 from litgpt.checkpoint import atomic_directory, copy_companion_files, save_model
-from litgpt.convert.hf_config import save_config_json
-from litgpt.convert.quantised_parts import saved_weights
-from litgpt.convert.source import compare_shapes, shapes_of
-from litgpt.distributed import inference_dtypes, inference_precision
+from litgpt.cli.secret import Secret
+from litgpt.devices.precision import inference_dtypes, inference_precision
+from litgpt.formats.hf_config import save_config_json
+from litgpt.formats.quantised_parts import saved_weights
 from litgpt.generation.live import weights_version
-from litgpt.llm.answers import Answering
 from litgpt.llm.loading import Parts, load_parts, random_parts, settled_kind, shown
 from litgpt.llm.placement import place
+from litgpt.llm.text_generation import Answering
 from litgpt.llm.training import Trainable
-from litgpt.loading import open_model
 from litgpt.prompts import NamedTemplate, PromptStyle, save_prompt_style
-from litgpt.quantize import check_quantize, kind_of, quantized_layers, replace_linears
-from litgpt.secret import Secret
+from litgpt.quantization.layers import check_quantize, kind_of, quantized_layers, replace_linears
+from litgpt.sources.door import open_model
+from litgpt.sources.fit import compare_shapes
+from litgpt.sources.meta import shapes_of
 
 
 class LLM(Answering, Trainable):
@@ -129,7 +130,7 @@ class LLM(Answering, Trainable):
             precision: 32-true, bf16-true, 16-true, bf16-mixed or 16-mixed; by default bf16-true where the device
                 computes it in hardware, else 32-true.
             quantize: Keep the weights of the linear layers in 4 or 8 bits: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or
-                bnb.int8, and what else `litgpt.quantize.INFERENCE_KINDS` lists.
+                bnb.int8, and what else `litgpt.quantization.layers.INFERENCE_KINDS` lists.
             generate_strategy: How several devices share the model: "sequential" puts some of its blocks on each, for a
                 model that is larger than one; "tensor_parallel" a part of every layer, in a process for each, so that
                 they work at once. These end with the model or this process. The model then answers, and nothing else.

@@ -12,21 +12,23 @@ import torch
 from tqdm import tqdm
 
 from litgpt.checkpoint import CONFIG, resolve_checkpoint_dir
+from litgpt.cli.secret import Secret
 from litgpt.config import Config
-from litgpt.convert import Source, config_from_hf, load_model
-from litgpt.convert.config_json import read_config_json
-from litgpt.convert.source import Watch, give_memory, kind_for, meta_model
-from litgpt.distributed import accelerator as best_accelerator
-from litgpt.distributed import inference_dtypes, inference_precision
+from litgpt.devices.accelerator import accelerator as best_accelerator
+from litgpt.devices.precision import inference_dtypes, inference_precision
+from litgpt.formats.config_json import read_config_json
+from litgpt.formats.hf_config import config_from_hf
 from litgpt.generation.interface import GenerationEngine
 from litgpt.llm.placement import Placement
-from litgpt.loading import find_checkpoint, open_model
 from litgpt.model import GPT
 from litgpt.prompts import NamedTemplate, PromptStyle, choose_prompt_style
-from litgpt.quantize import check_quantize
-from litgpt.secret import Secret
-from litgpt.tokenizer import Tokenizer
-from litgpt.weight_only import KINDS as WEIGHT_ONLY
+from litgpt.quantization.layers import check_quantize
+from litgpt.quantization.weight_only import KINDS as WEIGHT_ONLY
+from litgpt.sources.door import find_checkpoint, open_model
+from litgpt.sources.load import kind_for, load_model
+from litgpt.sources.meta import give_memory, meta_model
+from litgpt.sources.source import Source, Watch
+from litgpt.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass

@@ -9,18 +9,20 @@ from typing import Any
 
 import torch
 
-from litgpt.convert import Source, load_model
-from litgpt.convert.adapted_source import AdapterSource
-from litgpt.convert.source import check_whole, meta_model
-from litgpt.distributed import accelerator as best_accelerator
-from litgpt.distributed import chosen_devices
+from litgpt.devices.accelerator import accelerator as best_accelerator
+from litgpt.devices.accelerator import chosen_devices
 from litgpt.generation.engine import Engine
-from litgpt.generation.ranks import RankEngine
+from litgpt.generation.rank_engine import RankEngine
 from litgpt.llm.leader import Leader
 from litgpt.model import GPT
-from litgpt.quantize import FOUR_BIT_KINDS
-from litgpt.sequential import connect_blocks, place_blocks, placed_weights
-from litgpt.tensor_parallel import check_split, split_model
+from litgpt.parallel.sequential import connect_blocks, place_blocks, placed_weights
+from litgpt.parallel.tensor_parallel import check_split, split_model
+from litgpt.quantization.layers import FOUR_BIT_KINDS
+from litgpt.sources.adapted import AdapterSource
+from litgpt.sources.load import load_model
+from litgpt.sources.meta import meta_model
+from litgpt.sources.part import check_whole
+from litgpt.sources.source import Source
 
 STRATEGIES = ("sequential", "tensor_parallel")
 

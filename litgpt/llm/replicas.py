@@ -12,14 +12,15 @@ from typing import Any, TypeVar
 
 import torch
 
-from litgpt.distributed import chosen_devices, inference_precision
+from litgpt.cli.secret import Secret
+from litgpt.devices.accelerator import chosen_devices
+from litgpt.devices.precision import inference_precision
 from litgpt.generation.engine import SLOTS
 from litgpt.generation.request import Output, Request, TokenLogprob
 from litgpt.generation.worker import Ticket
 from litgpt.llm.child_process import ChildProcess
 from litgpt.llm.llm import LLM, load_llm
 from litgpt.llm.placement import named_device
-from litgpt.secret import Secret
 
 Piece = TypeVar("Piece")
 Deliver = Callable[[Output | Exception], None]

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from litgpt.checkpoint import read_state_dict
-from litgpt.convert.source import compare_shapes
 from litgpt.llm.assistant import Assistant
-from litgpt.training.loss import IGNORE_INDEX, rows_per_chunk, summed_cross_entropy
+from litgpt.sources.fit import compare_shapes
+from litgpt.training.batches import IGNORE_INDEX
+from litgpt.training.loss import rows_per_chunk, summed_cross_entropy
 
 LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 

@@ -9,10 +9,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from litgpt.cli.suggest import did_you_mean
 from litgpt.prompts.call_form import CallForm, find_call_form
 from litgpt.prompts.rendering import check_template, render_template, rendered_ahead
 from litgpt.prompts.styles import Message, PromptStyle, Tokenizer
-from litgpt.suggest import did_you_mean
 from litgpt.untrusted import FETCH_AGAIN, read_json_object, read_text
 
 DEFAULT = "default"

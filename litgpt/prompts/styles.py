@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Protocol
 
 import yaml
 
-from litgpt.own_code import find_named
-from litgpt.suggest import did_you_mean
+from litgpt.cli.own_code import find_named
+from litgpt.cli.suggest import did_you_mean
 
 STYLES_FILE = Path(__file__).with_name("styles.yaml")
 OUR_STYLES = "litgpt.prompts."  # where each of them is a class
@@ -23,7 +23,7 @@ Message = Mapping[str, Any]  # {"role": "system" | "user" | "assistant" | ..., "
 
 
 class Tokenizer(Protocol):
-    """What a style asks of `litgpt.tokenizer.Tokenizer`, which stands above this module."""
+    """What a style asks of `litgpt.tokenizer.tokenizer.Tokenizer`, which stands above this module."""
 
     eos_id: int | None
     stop_ids: set[int]
@@ -125,7 +125,7 @@ class PromptStyle(ABC):
     @staticmethod
     def from_config(config: Any) -> PromptStyle:
         """The style that a known checkpoint's name stands for; the bare prompt for an unknown one."""
-        from litgpt.models import find_known
+        from litgpt.catalog import find_known
 
         known = find_known(config.name) if getattr(config, "name", "") else None
         return style_class(known.prompt_style if known else "Default")()

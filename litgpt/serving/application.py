@@ -8,13 +8,13 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 import litgpt
-from litgpt.secret import Secret
+from litgpt.cli.secret import Secret
 from litgpt.serving import description, errors, openai_api, page, predict
+from litgpt.serving.event_stream import ClientGone
 from litgpt.serving.guard import LARGEST_BODY, Guard, HostCheck
 from litgpt.serving.origins import OriginCheck, Origins
 from litgpt.serving.request_log import LogRequests
 from litgpt.serving.service import Service
-from litgpt.serving.streaming import ClientGone
 
 
 def create_app(

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from litgpt.serving.errors import ApiError, validation_error
+from litgpt.serving.event_stream import ClientGone
 from litgpt.serving.service import Service
-from litgpt.serving.streaming import ClientGone
 
 MOST_VALUES = 2**19
 """Numbers, texts, lists and objects in a body. Python's JSON takes 100 bytes for each, and holds everything up."""

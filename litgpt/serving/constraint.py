@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from litgpt.serving.json_schema import allows_something
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer.tokenizer import Tokenizer
 
 # Models write JSON with these spaces. Free white space invites small ones to write nothing else.
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}

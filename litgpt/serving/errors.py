@@ -11,9 +11,9 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from litgpt.generation.ranks import RanksLost
-from litgpt.suggest import did_you_mean
-from litgpt.tokenizer import TextTooLongError
+from litgpt.cli.suggest import did_you_mean
+from litgpt.generation.rank_engine import RanksLost
+from litgpt.tokenizer.tokenizer import TextTooLongError
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")

@@ -10,7 +10,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from litgpt.secret import Secret, reveal
+from litgpt.cli.secret import Secret, reveal
 from litgpt.serving import page
 from litgpt.serving.errors import ApiError
 

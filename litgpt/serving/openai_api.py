@@ -16,14 +16,14 @@ from litgpt.generation.request import Request as EngineRequest
 from litgpt.generation.request import TokenLogprob
 from litgpt.generation.sampling import Sampling
 from litgpt.serving import conversation, tools
-from litgpt.serving.answers import Answers, Piece, several
+from litgpt.serving.async_engine import Answers, Piece, several
 from litgpt.serving.bodies import json_route
 from litgpt.serving.constraint import GrammarConstraint, json_rule
 from litgpt.serving.errors import ApiError, prompt_error
+from litgpt.serving.event_stream import DONE, Stream, begun, event, unless_gone, with_errors
 from litgpt.serving.schemas import ChatRequest, CompletionRequest, NamedTool, OpenAIRequest, SamplingFields
 from litgpt.serving.served import ServedModel
 from litgpt.serving.service import Service
-from litgpt.serving.streaming import DONE, Stream, begun, event, unless_gone, with_errors
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
 MOST_LOGPROBS = 2**18  # in a response: about 50 MB, which take a second

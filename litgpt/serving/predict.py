@@ -9,13 +9,13 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from litgpt.generation.request import Request as EngineRequest
-from litgpt.serving.answers import Answers
+from litgpt.serving.async_engine import Answers
 from litgpt.serving.bodies import json_route
 from litgpt.serving.errors import prompt_error
+from litgpt.serving.event_stream import Stream, begun, line, unless_gone, with_errors
 from litgpt.serving.openai_api import sampling_of
 from litgpt.serving.schemas import PredictRequest
 from litgpt.serving.service import Service
-from litgpt.serving.streaming import Stream, begun, line, unless_gone, with_errors
 
 
 def router(service: Service, path: str, stream: bool) -> APIRouter:

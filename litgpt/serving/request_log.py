@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from litgpt.serving.metrics import Metrics
+from litgpt.serving.prometheus import Metrics
 
 LONGEST = 200  # characters of a path that are written
 

@@ -13,7 +13,7 @@ from litgpt.generation.worker import Worker
 from litgpt.prompts import PromptStyle
 from litgpt.prompts.styles import Message
 from litgpt.serving.constraint import Grammars
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from litgpt.cli.suggest import did_you_mean
 from litgpt.serving.errors import ApiError
-from litgpt.serving.metrics import Metrics
+from litgpt.serving.prometheus import Metrics
 from litgpt.serving.request_log import RequestLog
 from litgpt.serving.served import ServedModel
-from litgpt.suggest import did_you_mean
 
 T = TypeVar("T")
 LARGE = 2**16  # bytes of a request that takes a while before it gets to the engine

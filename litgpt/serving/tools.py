@@ -17,7 +17,7 @@ from typing import Any
 from litgpt.generation.text import overlap
 from litgpt.prompts import ChatTemplate, PromptStyle
 from litgpt.serving.constraint import json_rule
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer.tokenizer import Tokenizer
 
 LETTERS = string.ascii_letters + string.digits
 

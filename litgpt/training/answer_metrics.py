@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from litgpt.cli.classes import ClassChoice, parse_init_args, unknown_init_args
 from litgpt.cli.hints import members
+from litgpt.cli.suggest import did_you_mean
 from litgpt.cli.values import instantiate
-from litgpt.suggest import did_you_mean
 from litgpt.training.criterion import LOSS
 
 if TYPE_CHECKING:

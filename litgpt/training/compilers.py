@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from litgpt.cli.suggest import did_you_mean
 from litgpt.model import GPT
-from litgpt.suggest import did_you_mean
 
 ENTRY_POINTS = "torch_dynamo_backends"
 OWN = "torch"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from litgpt.secret import hide
+from litgpt.cli.secret import hide
 
 _TERMINALS = [number for number in range(3) if os.isatty(number)]
 

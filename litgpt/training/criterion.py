@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from litgpt.suggest import did_you_mean
+from litgpt.cli.suggest import did_you_mean
 from litgpt.training.metrics import val_column
 
 LOSS = "loss"

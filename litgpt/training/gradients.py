@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from litgpt.distributed import is_sharded, own_parameters
+from litgpt.parallel.sharding import is_sharded, own_parameters
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

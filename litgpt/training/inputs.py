@@ -17,7 +17,7 @@ from torch import Tensor
 
 from litgpt.cli.record import plain, without_secrets
 from litgpt.config import Config
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer.tokenizer import Tokenizer
 from litgpt.training.optimizers import OptimizerSpec
 
 # Settings by the options' names. Of those that are not here, a change is said.

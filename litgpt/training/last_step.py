@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import count
 
-from litgpt.distributed import store_of_ranks
+from litgpt.parallel.ranks import store_of_ranks
 
 _runs = count()  # of this process; every rank begins the same ones
 

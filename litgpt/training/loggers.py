@@ -7,9 +7,9 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+from litgpt.cli.own_code import import_named
 from litgpt.cli.record import without_secrets
-from litgpt.own_code import import_named
-from litgpt.suggest import did_you_mean
+from litgpt.cli.suggest import did_you_mean
 from litgpt.training.arguments import LogArgs
 
 NAMES = ("csv", "tensorboard", "wandb", "mlflow")

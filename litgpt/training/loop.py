@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from litgpt.checkpoint import SaveError, atomic_directory
-from litgpt.distributed import draw_apart, gathered_objects
+from litgpt.devices.random_state import draw_apart
+from litgpt.parallel.ranks import gathered_objects
 from litgpt.training.arguments import EvalArgs, TrainArgs
 from litgpt.training.batches import BatchStream, MicroBatch
 from litgpt.training.criterion import LOSS, Criterion

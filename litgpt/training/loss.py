@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from litgpt.training.batches import IGNORE_INDEX, MicroBatch
+
 if TYPE_CHECKING:
     from litgpt.model import GPT
-    from litgpt.training.batches import MicroBatch
 
-IGNORE_INDEX = -100
 NATS_PER_TOKEN = "nats per token"
 # Logits held at a time. Measured on CPU: from about 256 rows on, a chunk costs no more than the plain loss, and large
 # vocabularies less; below that, adding up the head's gradient once per chunk shows.

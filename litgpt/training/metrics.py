@@ -11,7 +11,7 @@ from typing import Any
 
 from litgpt.checkpoint import atomic_file
 from litgpt.model import GPT
-from litgpt.quantize import num_parameters
+from litgpt.quantization.layers import num_parameters
 from litgpt.training.loss import NATS_PER_TOKEN
 
 COLUMNS = (

@@ -11,9 +11,9 @@ import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from litgpt.own_code import import_named
-from litgpt.quantize import import_bitsandbytes
-from litgpt.suggest import did_you_mean
+from litgpt.cli.own_code import import_named
+from litgpt.cli.suggest import did_you_mean
+from litgpt.quantization.layers import import_bitsandbytes
 from litgpt.training.arguments import TrainArgs
 from litgpt.training.muon import MuonWithAdamW
 

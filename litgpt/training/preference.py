@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from litgpt.lora import lora_layers
-from litgpt.training.batches import MicroBatch, micro_batch
-from litgpt.training.loss import IGNORE_INDEX, LossModule, rows_per_chunk
+from litgpt.adaptation.lora import lora_layers
+from litgpt.training.batches import IGNORE_INDEX, MicroBatch, micro_batch
+from litgpt.training.loss import LossModule, rows_per_chunk
 from litgpt.training.validation import share_out
 
 if TYPE_CHECKING:

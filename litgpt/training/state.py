@@ -15,7 +15,9 @@ from litgpt.checkpoint import WEIGHTS, read_state_dict
 from litgpt.checkpoint.names import TRAINING_STATE
 from litgpt.checkpoint.sums import check_archive
 from litgpt.checkpoint.weights import remedy
-from litgpt.distributed import copy_into, draw_apart, gathered, gathered_objects, rng_state, set_rng_state
+from litgpt.devices.random_state import draw_apart, rng_state, set_rng_state
+from litgpt.parallel.ranks import gathered_objects
+from litgpt.parallel.sharding import copy_into, gathered
 from litgpt.training.criterion import LOSS, Criterion
 from litgpt.training.inputs import Inputs
 

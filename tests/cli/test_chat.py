@@ -13,13 +13,13 @@ import time
 import pytest
 import torch
 
-from litgpt.convert import load_model
 from litgpt.generation import compiled
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
 from litgpt.llm import LLM
 from litgpt.prompts import choose_prompt_style
-from litgpt.tokenizer import Tokenizer
+from litgpt.sources.load import load_model
+from litgpt.tokenizer.tokenizer import Tokenizer
 from tests import checkpoint_files
 
 TIMING = r"Time for inference: \d+\.\d\d sec total, \d+\.\d\d tokens/sec, {} tokens"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from litgpt import cli, resources
-from litgpt.cli import config_files
+from litgpt import cli
+from litgpt.cli import config_files, resources
 from tests.cli.test_cli import Spec, Table, Text, TrainArgs, run
 
 
@@ -353,10 +353,10 @@ def test_missing_recipes_get_a_suggestion(tmp_path, monkeypatch):
 
 def pretrain_settings(*argv: object) -> dict:
     """What `litgpt pretrain` makes of a command line, without running it."""
-    from litgpt.cli.arguments import split
     from litgpt.cli.resolve import resolve
-    from litgpt.cli.run import gather
+    from litgpt.cli.run_command import gather
     from litgpt.cli.signature import Signature
+    from litgpt.cli.words import split
     from litgpt.commands.pretrain import setup
 
     signature = Signature(setup)

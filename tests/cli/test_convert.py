@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from litgpt.adaptation.lora import LORA_WEIGHTS, LoRASettings, apply_lora, is_lora, read_lora, save_lora
 from litgpt.checkpoint import WEIGHTS, copy_companion_files
-from litgpt.convert import load_model, open_checkpoint
-from litgpt.convert.gguf_file import GGUFFile
-from litgpt.lora import LORA_WEIGHTS, LoRASettings, apply_lora, is_lora, read_lora, save_lora
-from litgpt.quantize import kind_of
+from litgpt.formats.gguf.file import GGUFFile
+from litgpt.quantization.layers import kind_of
+from litgpt.sources.checkpoint import open_checkpoint
+from litgpt.sources.load import load_model
 from tests import checkpoint_files
 
 IDS = torch.arange(20)[None]

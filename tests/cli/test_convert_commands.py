@@ -18,8 +18,10 @@ from transformers import (
 
 from litgpt.checkpoint import CONFIG, WEIGHTS, read_state_dict, save_model
 from litgpt.config import Config
-from litgpt.convert import config_to_hf, load_model, open_checkpoint
+from litgpt.formats.hf_config import config_to_hf
 from litgpt.model import GPT
+from litgpt.sources.checkpoint import open_checkpoint
+from litgpt.sources.load import load_model
 from tests import tokenizer_files
 
 SIZES = {"vocab_size": 704, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

@@ -7,12 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from litgpt.adaptation.lora import LORA_WEIGHTS
 from litgpt.checkpoint import WEIGHTS, read_state_dict
 from litgpt.config import Config
-from litgpt.convert import load_model, open_checkpoint
-from litgpt.convert.gguf_file import GGUFFile
-from litgpt.lora import LORA_WEIGHTS
-from litgpt.quantize import kind_of
+from litgpt.formats.gguf.file import GGUFFile
+from litgpt.quantization.layers import kind_of
+from litgpt.sources.checkpoint import open_checkpoint
+from litgpt.sources.load import load_model
 from tests import checkpoint_files
 
 ANSWER = ("--prompt", "Hello", "--top_k", 1, "--max_new_tokens", 8)

@@ -16,10 +16,10 @@ import torch
 import yaml
 from safetensors.torch import load, save
 
+from litgpt.catalog import find_known, known_checkpoints
 from litgpt.config import Config
-from litgpt.convert import Source
 from litgpt.export import lit
-from litgpt.models import find_known, known_checkpoints
+from litgpt.sources.source import Source
 from tests import tokenizer_files
 from tests.hub_server import Hub, commit_of, serve_hub
 
@@ -52,8 +52,9 @@ def hub(monkeypatch, tmp_path) -> Iterator[Hub]:
 def llama_files(tmp_path_factory) -> tuple[dict[str, bytes], Config, dict[str, torch.Tensor]]:
     """A Hugging Face repository's files, with its configuration and weights in our terms."""
     from litgpt.checkpoint import save_model
-    from litgpt.convert import export_hf, open_checkpoint
+    from litgpt.export.hf_writer import export_hf
     from litgpt.model import GPT
+    from litgpt.sources.checkpoint import open_checkpoint
 
     config = Config(name="tiny", **LLAMA)
     torch.manual_seed(1)
@@ -171,7 +172,7 @@ def test_keep_hf_files_false_can_be_interrupted_anywhere(litgpt, hub, llama_file
         if moment == "unlink":
             patch.setattr("pathlib.Path.unlink", interrupt_the_second)
         elif moment == "same_values":
-            patch.setattr("litgpt.convert.source.same_values", interrupt)
+            patch.setattr("litgpt.sources.fit.same_values", interrupt)
         else:
             patch.setattr("litgpt.export.lit.save_model", interrupt)
         assert litgpt("download", "org/tiny", "--keep_hf_files", "false").code == 130
@@ -249,7 +250,7 @@ def known_tiny(monkeypatch):
     template = find_known("TinyLlama/TinyLlama-1.1B-Chat-v1.0")
     config = {"name": "tiny", "hf_config": {"org": "known-org", "name": "tiny"}, **LLAMA}
     known["known-org/tiny"] = replace(template, repo_id="known-org/tiny", name="tiny", config=config)
-    monkeypatch.setattr("litgpt.models.known_checkpoints", lambda: known)
+    monkeypatch.setattr("litgpt.catalog.known_checkpoints", lambda: known)
 
 
 @pytest.mark.parametrize(

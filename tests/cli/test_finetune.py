@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from litgpt.checkpoint import save_model
-from litgpt.convert import load_model
+from litgpt.sources.load import load_model
 from litgpt.training.metrics import read_metrics
 from tests import checkpoint_files
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
-from litgpt import resources
 from litgpt.__main__ import main
+from litgpt.catalog import known_checkpoints
 from litgpt.checkpoint import resolve_checkpoint_dir
+from litgpt.cli import resources
 from litgpt.data import Alpaca2k
-from litgpt.models import known_checkpoints
 
 HUB = resources.config_hub() / "finetune"
 RECIPES = sorted(path.relative_to(HUB).with_suffix("").as_posix() for path in HUB.glob("*/*.yaml"))

@@ -9,11 +9,11 @@ import sys
 import pytest
 import torch
 
-from litgpt.convert import load_model
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
 from litgpt.prompts import PromptStyle
-from litgpt.tokenizer import Tokenizer
+from litgpt.sources.load import load_model
+from litgpt.tokenizer.tokenizer import Tokenizer
 from tests import checkpoint_files
 
 # Greedy, in the precision that the expected answers are computed in, whatever this machine's own choice is.

@@ -7,12 +7,19 @@ import shutil
 import pytest
 import torch
 
-from litgpt.adapter import apply_adapter, apply_adapter_v2, is_adapter, is_adapter_v2, load_adapter, save_adapter
-from litgpt.convert import load_model
+from litgpt.adaptation.adapter import (
+    apply_adapter,
+    apply_adapter_v2,
+    is_adapter,
+    is_adapter_v2,
+    load_adapter,
+    save_adapter,
+)
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
 from litgpt.prompts import PromptStyle
-from litgpt.tokenizer import Tokenizer
+from litgpt.sources.load import load_model
+from litgpt.tokenizer.tokenizer import Tokenizer
 from tests import checkpoint_files
 
 GREEDY = ("--prompt", "Hello", "--top_k", 1, "--precision", "32-true", "--max_new_tokens", 12)

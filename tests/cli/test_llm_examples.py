@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from litgpt import LLM
+from litgpt.adaptation.lora import LoRASettings, apply_lora, is_lora, save_lora
 from litgpt.checkpoint import copy_companion_files
-from litgpt.convert import load_model
-from litgpt.lora import LoRASettings, apply_lora, is_lora, save_lora
+from litgpt.sources.load import load_model
 from tests import checkpoint_files
 from tests.hub_server import Hub, connect, serve_hub
 

@@ -7,9 +7,19 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from litgpt.adaptation.lora import (
+    LORA_WEIGHTS,
+    TARGETS,
+    LoRASettings,
+    apply_lora,
+    is_lora,
+    merge_lora,
+    read_lora,
+    save_lora,
+)
 from litgpt.checkpoint import CONFIG, WEIGHTS, read_state_dict
-from litgpt.convert import load_model, open_checkpoint
-from litgpt.lora import LORA_WEIGHTS, TARGETS, LoRASettings, apply_lora, is_lora, merge_lora, read_lora, save_lora
+from litgpt.sources.checkpoint import open_checkpoint
+from litgpt.sources.load import load_model
 from tests import tokenizer_files
 
 SIZES = {"vocab_size": 704, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

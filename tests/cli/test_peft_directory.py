@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from litgpt import LLM
-from litgpt.loading import open_model
+from litgpt.sources.door import open_model
 from tests import tokenizer_files
 from tests.hub_server import Hub, connect, serve_hub
 
@@ -115,7 +115,7 @@ def test_the_base_is_had_from_the_hub(base, tmp_path, monkeypatch):
         asked.append(repo_id)
         return base
 
-    monkeypatch.setattr("litgpt.loading.download", download)
+    monkeypatch.setattr("litgpt.sources.door.download", download)
     assert open_model(adapter).config.n_layer == 2
     assert asked == ["other/model"]
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 import yaml
 
-from litgpt import resources
+from litgpt.cli import resources
 from litgpt.data import OpenWebText, TinyStories
 from litgpt.data.dataset_record import DatasetRecord
 from litgpt.data.token_chunks import TokenChunks, open_chunk
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer.tokenizer import Tokenizer
 from litgpt.training.metrics import read_metrics
 from tests import tokenizer_files
 from tests.hub_server import Hub, connect, serve_hub

@@ -12,10 +12,10 @@ from transformers import AutoTokenizer
 
 from litgpt.checkpoint import save_model
 from litgpt.config import Config
-from litgpt.convert import open_checkpoint
 from litgpt.model import GPT
 from litgpt.prompts import NamedTemplate, PromptStyle, choose_prompt_style, find_chat_templates
-from litgpt.tokenizer import Tokenizer
+from litgpt.sources.checkpoint import open_checkpoint
+from litgpt.tokenizer.tokenizer import Tokenizer
 from tests import checkpoint_files, tokenizer_files
 from tests.serving.conftest import running
 

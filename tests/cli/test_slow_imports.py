@@ -3,8 +3,8 @@
 import sys
 import threading
 
-from litgpt import slow_imports
-from litgpt.slow_imports import Announcer
+from litgpt.cli import slow_imports
+from litgpt.cli.slow_imports import Announcer
 
 
 def test_a_slow_import_is_announced_and_a_quick_one_is_not(tmp_path, monkeypatch, capsys):

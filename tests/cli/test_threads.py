@@ -6,10 +6,12 @@ import sys
 
 import pytest
 
-from litgpt import threads
-from litgpt.threads import SPINS, allowed_cores, settle_threads
+from litgpt.devices import threads
+from litgpt.devices.threads import SPINS, allowed_cores, settle_threads
 
-SHOW = "from litgpt.threads import settle_threads; settle_threads(); import torch; print(torch.get_num_threads())"
+SHOW = (
+    "from litgpt.devices.threads import settle_threads; settle_threads(); import torch; print(torch.get_num_threads())"
+)
 
 
 @pytest.fixture

@@ -201,7 +201,7 @@ def test_weights_are_not_read(directory, tmp_path):
     script = """if True:
         import sys, torch
         from litgpt.__main__ import main
-        from litgpt.distributed import memory_used  # of this process alone: a child begins with its parent's peak
+        from litgpt.devices.memory import memory_used  # of this process alone: a child begins with its parent's peak
         code = main(["validate", sys.argv[1]])
         print(memory_used(torch.device("cpu")), file=sys.stderr)
         sys.exit(code)

@@ -12,11 +12,11 @@ import pyarrow
 import pyarrow.parquet
 import torch
 
+from litgpt.catalog import known_checkpoints
 from litgpt.checkpoint import save_model
 from litgpt.config import Config
-from litgpt.convert import export_hf
+from litgpt.export.hf_writer import export_hf
 from litgpt.model import GPT
-from litgpt.models import known_checkpoints
 from tests import tokenizer_files
 
 ROOT = Path(__file__).parents[2]

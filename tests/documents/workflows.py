@@ -8,7 +8,7 @@ from importlib.metadata import metadata
 import yaml
 
 from litgpt.checkpoint import WEIGHTS
-from litgpt.convert.gguf_file import GGUFFile
+from litgpt.formats.gguf.file import GGUFFile
 from tests.documents.place import PRETRAINING, TINY, TUNING, Place
 from tests.documents.table import Row, makes, prints, prose, without_comments
 from tests.shell import Done

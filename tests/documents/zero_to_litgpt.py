@@ -83,7 +83,7 @@ def loads_elsewhere(place: Place, done: Done) -> None:
     import torch
     from transformers import AutoModel, AutoModelForCausalLM
 
-    from litgpt.convert import load_model
+    from litgpt.sources.load import load_model
 
     folder, ids = place.directory / "out/converted_model", torch.arange(20)[None]
     assert AutoModel.from_pretrained(folder).config.model_type == "phi"

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from litgpt.__main__ import main
+from litgpt.adaptation.lora import LoRASettings, apply_lora, is_lora, save_lora
 from litgpt.checkpoint import CONFIG, copy_companion_files
 from litgpt.config import Config
-from litgpt.lora import LoRASettings, apply_lora, is_lora, save_lora
 from tests.evaluation.test_harness_parity import compare, near, ours, plain, theirs
 
 ROOT = Path(__file__).parents[2]
@@ -156,7 +156,7 @@ def test_a_run_that_is_interrupted_leaves_what_is_done(tiny_llama, tasks, tmp_pa
 
 def test_the_part_that_is_done_is_whole_documents(tiny_llama, tasks, tmp_path, monkeypatch):
     """Ctrl-C in the middle: figures of those documents alone all of whose requests are answered."""
-    from litgpt.evaluation import adapter
+    from litgpt.evaluation import template_lm as adapter
 
     real = adapter.score
 
@@ -199,7 +199,7 @@ def converted(tiny_llama, tmp_path_factory) -> Path:
 
 
 def test_lora_weights_are_evaluated_on_their_base(converted, tasks, tmp_path):
-    from litgpt.convert import load_model
+    from litgpt.sources.load import load_model
 
     model = load_model(converted, dtype=torch.float32)
     settings = LoRASettings(r=4, alpha=8, query=True, value=True)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from litgpt.__main__ import main
 from litgpt.evaluation.perplexity import read_documents, windows
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer.tokenizer import Tokenizer
 from tests.evaluation.conftest import SENTENCE
 
 

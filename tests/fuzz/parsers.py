@@ -14,24 +14,26 @@ import torch
 import yaml
 from hypothesis import strategies as st
 
+from litgpt.adaptation.lora import read_lora
+from litgpt.catalog import known_checkpoints
 from litgpt.checkpoint import hf_weight_files, read_state_dict
 from litgpt.config import Config
-from litgpt.convert import load_model, open_checkpoint
-from litgpt.convert.architectures import ARCHITECTURES
-from litgpt.convert.config_json import read_config_json
-from litgpt.convert.hf_config import config_from_hf, config_to_hf, ignored_entries
-from litgpt.convert.peft import import_peft
-from litgpt.convert.safetensors_file import read_safetensors
-from litgpt.convert.source import least_parameters, meta_model
 from litgpt.data.dataset_record import DatasetRecord, SplitRecord
 from litgpt.data.preference_records import read_preferences
 from litgpt.data.record_files import read_records
 from litgpt.data.records import read_conversations
 from litgpt.data.token_chunks import TokenChunks, document_offsets, write_chunk, write_index
-from litgpt.lora import read_lora
-from litgpt.models import known_checkpoints
+from litgpt.formats.architectures import ARCHITECTURES
+from litgpt.formats.config_json import read_config_json
+from litgpt.formats.hf_config import config_from_hf, config_to_hf, ignored_entries
+from litgpt.formats.safetensors_file import read_safetensors
 from litgpt.prompts import choose_prompt_style
-from litgpt.tokenizer import Tokenizer
+from litgpt.sources.checkpoint import open_checkpoint
+from litgpt.sources.fit import least_parameters
+from litgpt.sources.load import load_model
+from litgpt.sources.meta import meta_model
+from litgpt.sources.peft import import_peft
+from litgpt.tokenizer.tokenizer import Tokenizer
 from tests.fuzz import mutations as damaged
 from tests.fuzz import seeds
 from tests.fuzz.mutations import Draw

@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 import yaml
 
+from litgpt.adaptation.lora import LoRASettings, apply_lora, is_lora, save_lora
 from litgpt.checkpoint import HYPERPARAMETERS, copy_companion_files
-from litgpt.convert import open_checkpoint
-from litgpt.convert.export import export_hf
-from litgpt.convert.gguf_export import export_gguf
-from litgpt.convert.peft import export_peft
-from litgpt.lora import LoRASettings, apply_lora, is_lora, save_lora
+from litgpt.export.gguf_writer import export_gguf
+from litgpt.export.hf_writer import export_hf
+from litgpt.export.peft_writer import export_peft
 from litgpt.model import GPT
 from litgpt.prompts import save_prompt_style
+from litgpt.sources.checkpoint import open_checkpoint
 from tests import checkpoint_files, tokenizer_files
 
 

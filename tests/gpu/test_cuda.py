@@ -8,7 +8,7 @@ from litgpt.config import Config
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
 from litgpt.model import GPT, starts_of_documents
-from litgpt.process_group import ProcessGroup
+from litgpt.parallel.process_group import ProcessGroup
 from tests import checkpoint_files
 
 pytestmark = [

@@ -6,11 +6,11 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from litgpt.adaptation.lora import LoRASettings, apply_lora, lora_layers
 from litgpt.checkpoint import save_model
-from litgpt.convert import load_model
-from litgpt.convert.quantised_parts import saved_weights
-from litgpt.lora import LoRASettings, apply_lora, lora_layers
-from litgpt.quantize import FOUR_BIT_KINDS, TRAINING_KINDS
+from litgpt.formats.quantised_parts import saved_weights
+from litgpt.quantization.layers import FOUR_BIT_KINDS, TRAINING_KINDS
+from litgpt.sources.load import load_model
 from tests.unit.test_quantize import IDS, MODELS, error, layer_of, loss_of, make, quantised
 
 pytestmark = [

@@ -12,10 +12,12 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from litgpt.convert import config_from_hf, export_hf, load_model, open_checkpoint
-from litgpt.convert.architectures import ARCHITECTURES
-from litgpt.convert.hf_config import differences
+from litgpt.export.hf_writer import export_hf
+from litgpt.formats.architectures import ARCHITECTURES
+from litgpt.formats.hf_config import config_from_hf, differences
 from litgpt.model import GPT
+from litgpt.sources.checkpoint import open_checkpoint
+from litgpt.sources.load import load_model
 
 VOCABULARY = 97
 WINDOW = 8  # of every sliding window here; prompts are longer

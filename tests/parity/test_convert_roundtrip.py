@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from litgpt.checkpoint import CONFIG, WEIGHTS, read_state_dict, save_model, write_state_dict
 from litgpt.config import Config
-from litgpt.convert import export_hf, load_model, open_checkpoint
+from litgpt.export.hf_writer import export_hf
 from litgpt.model import GPT
+from litgpt.sources.checkpoint import open_checkpoint
+from litgpt.sources.load import load_model
 from tests import tokenizer_files
 
 SIZES = {
@@ -217,7 +219,8 @@ def test_queries_keys_and_values_may_lie_in_different_files(tmp_path):
 PEAK = """
 import sys
 from pathlib import Path
-from litgpt.convert import load_model, open_checkpoint
+from litgpt.sources.load import load_model
+from litgpt.sources.checkpoint import open_checkpoint
 from litgpt.checkpoint import save_model
 from litgpt import LLM, Tokenizer
 path, what = Path(sys.argv[1]), sys.argv[2]

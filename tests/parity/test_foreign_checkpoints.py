@@ -12,11 +12,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from litgpt.checkpoint import WEIGHTS, save_model
-from litgpt.commands.checkpoint_checks import examine
 from litgpt.config import Config
-from litgpt.convert import config_from_hf, export_hf, load_model, open_checkpoint
-from litgpt.convert.export import original_config
+from litgpt.export.hf_writer import export_hf
+from litgpt.formats.hf_config import config_from_hf
+from litgpt.formats.written_config import original_config
 from litgpt.model import GPT
+from litgpt.sources.checkpoint import open_checkpoint
+from litgpt.sources.checks import examine
+from litgpt.sources.load import load_model
 
 from . import test_architectures as architectures
 from . import test_multimodal as multimodal
@@ -359,7 +362,7 @@ def test_a_bin_file_with_prefixes_and_surplus(directory):
 
 
 def test_wrapped_lora_weights_are_seen_through(tmp_path):
-    from litgpt.lora import LORA_WEIGHTS, LoRASettings, apply_lora, is_lora, read_lora, save_lora
+    from litgpt.adaptation.lora import LORA_WEIGHTS, LoRASettings, apply_lora, is_lora, read_lora, save_lora
 
     model = GPT(Config(n_layer=1, n_embd=16, n_head=2, vocab_size=32, padding_multiple=32))
     apply_lora(model, LoRASettings())

@@ -14,11 +14,12 @@ import torch
 import transformers
 
 from litgpt.config import Config
-from litgpt.convert import load_model, open_checkpoint
-from litgpt.convert.gguf_export import KINDS, describe, export_gguf
-from litgpt.convert.gguf_file import GGUFFile
-from litgpt.convert.hf_config import differences
-from litgpt.tokenizer import Tokenizer
+from litgpt.export.gguf_writer import KINDS, describe, export_gguf
+from litgpt.formats.gguf.file import GGUFFile
+from litgpt.formats.hf_config import differences
+from litgpt.sources.checkpoint import open_checkpoint
+from litgpt.sources.load import load_model
+from litgpt.tokenizer.tokenizer import Tokenizer
 from tests import tokenizer_files
 from tests.parity.test_architectures import COMMON, TIED
 

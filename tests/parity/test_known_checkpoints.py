@@ -4,12 +4,13 @@ import pytest
 import torch
 import transformers
 
-from litgpt import models
+from litgpt import catalog as models
+from litgpt.catalog import KnownCheckpoint, known_checkpoints
 from litgpt.config import Config
-from litgpt.convert import load_model, open_checkpoint
-from litgpt.convert.hf_config import config_from_hf, config_to_hf
+from litgpt.formats.hf_config import config_from_hf, config_to_hf
 from litgpt.model import GPT
-from litgpt.models import KnownCheckpoint, known_checkpoints
+from litgpt.sources.checkpoint import open_checkpoint
+from litgpt.sources.load import load_model
 
 LABELS = {"name", "hf_config", "block_size", "vocab_size", "rope_base", "sliding_window_size"}
 

@@ -11,7 +11,7 @@ import yaml
 
 from litgpt.checkpoint import CONFIG, save_model
 from litgpt.config import Config
-from litgpt.convert import open_checkpoint
+from litgpt.sources.checkpoint import open_checkpoint
 
 from . import test_architectures as architectures
 

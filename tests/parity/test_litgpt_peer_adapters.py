@@ -9,12 +9,12 @@ import pytest
 import torch
 import yaml
 
-from litgpt.adapter import is_adapter, is_adapter_v2, load_adapter, read_adapter
+from litgpt.adaptation.adapter import is_adapter, is_adapter_v2, load_adapter, read_adapter
+from litgpt.adaptation.lora import LORA_WEIGHTS, TARGETS, LoRASettings, apply_lora, is_lora, save_lora
 from litgpt.checkpoint import WEIGHTS, read_state_dict, save_model
 from litgpt.config import Config
-from litgpt.convert import load_model
-from litgpt.lora import LORA_WEIGHTS, TARGETS, LoRASettings, apply_lora, is_lora, save_lora
 from litgpt.model import GPT
+from litgpt.sources.load import load_model
 from tests import tokenizer_files
 
 pytestmark = pytest.mark.slow

@@ -24,9 +24,12 @@ from transformers import (
 )
 
 from litgpt.checkpoint import save_model
-from litgpt.convert import config_from_hf, export_hf, load_model, open_checkpoint
-from litgpt.convert.quantised_weights import dequantised_type
-from litgpt.convert.recognition import architecture_of, text_model, text_name
+from litgpt.export.hf_writer import export_hf
+from litgpt.formats.hf_config import config_from_hf
+from litgpt.formats.quantised_weights import dequantised_type
+from litgpt.formats.recognition import architecture_of, text_model, text_name
+from litgpt.sources.checkpoint import open_checkpoint
+from litgpt.sources.load import load_model
 
 IDS = torch.arange(40)[None] % 64
 TEXT = {

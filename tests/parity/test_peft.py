@@ -7,10 +7,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from litgpt.convert import load_model, open_checkpoint
-from litgpt.convert.peft import export_peft, import_peft
-from litgpt.lora import TARGETS, LoRASettings, apply_lora, is_lora, merged_weights
+from litgpt.adaptation.lora import TARGETS, LoRASettings, apply_lora, is_lora, merged_weights
+from litgpt.export.peft_writer import export_peft
 from litgpt.model import GPT
+from litgpt.sources.checkpoint import open_checkpoint
+from litgpt.sources.load import load_model
+from litgpt.sources.peft import import_peft
 from litgpt.training.loss import NextTokenLoss
 
 from . import test_architectures as architectures

@@ -9,9 +9,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from litgpt.convert import load_model, open_checkpoint
-from litgpt.convert.peft import import_peft
-from litgpt.lora import apply_lora
+from litgpt.adaptation.lora import apply_lora
+from litgpt.sources.checkpoint import open_checkpoint
+from litgpt.sources.load import load_model
+from litgpt.sources.peft import import_peft
 
 from . import test_architectures as architectures
 

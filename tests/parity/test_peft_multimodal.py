@@ -8,11 +8,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, SmolVLMConfig, SmolVLMForConditionalGeneration
 
+from litgpt.adaptation.lora import LoRASettings, apply_lora, is_lora, save_lora
 from litgpt.checkpoint import save_model
-from litgpt.convert import load_model, open_checkpoint
-from litgpt.convert.peft import import_peft
 from litgpt.export.peft import save_peft
-from litgpt.lora import LoRASettings, apply_lora, is_lora, save_lora
+from litgpt.sources.checkpoint import open_checkpoint
+from litgpt.sources.load import load_model
+from litgpt.sources.peft import import_peft
 
 from . import test_multimodal as multimodal
 
@@ -121,7 +122,7 @@ def test_we_compute_the_same_from_what_peft_writes(row, names, tmp_path):
 
 def test_the_adapter_of_a_text_model_alone_keeps_its_names(tmp_path):
     make(tmp_path / "base", "Gemma3")
-    from litgpt.convert import export_hf
+    from litgpt.export.hf_writer import export_hf
 
     export_hf(tmp_path / "base", tmp_path / "text")
     gpt = adapted(tmp_path / "text")

@@ -24,9 +24,12 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize, _dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from litgpt.checkpoint import save_model
-from litgpt.convert import config_from_hf, export_hf, load_model, open_checkpoint
-from litgpt.convert.quantised_weights import BlockScaled, PackedFP4, dequantised_type, read_quantised
-from litgpt.convert.safetensors_file import read_safetensors
+from litgpt.export.hf_writer import export_hf
+from litgpt.formats.hf_config import config_from_hf
+from litgpt.formats.quantised_weights import BlockScaled, PackedFP4, dequantised_type, read_quantised
+from litgpt.formats.safetensors_file import read_safetensors
+from litgpt.sources.checkpoint import open_checkpoint
+from litgpt.sources.load import load_model
 
 IDS = torch.arange(40)[None] % 64
 SIZES = {
@@ -423,7 +426,7 @@ def test_other_methods_are_refused_before_anything_is_read(tmp_path, method):
 PEAK = """
 import sys
 from pathlib import Path
-from litgpt.convert import open_checkpoint
+from litgpt.sources.checkpoint import open_checkpoint
 from litgpt.checkpoint import save_model
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024

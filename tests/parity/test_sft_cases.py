@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from litgpt.convert import open_checkpoint
 from litgpt.data.record_files import read_records
 from litgpt.data.records import recognise
 from litgpt.data.sample_encoding import ConversationEncoder
 from litgpt.prompts import choose_prompt_style
 from litgpt.serving.tools import Call, CallReader, tool_form
-from litgpt.tokenizer import Tokenizer
+from litgpt.sources.checkpoint import open_checkpoint
+from litgpt.tokenizer.tokenizer import Tokenizer
 
 TOOL = {
     "type": "function",

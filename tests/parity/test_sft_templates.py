@@ -5,7 +5,7 @@ import pytest
 from litgpt.data.records import Conversation
 from litgpt.data.sample_encoding import ConversationEncoder
 from litgpt.prompts import choose_prompt_style
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer.tokenizer import Tokenizer
 
 MESSAGES = [
     {"role": "user", "content": "Hello, how are you?"},

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from litgpt.__main__ import main
-from litgpt.convert import load_model
 from litgpt.prompts import choose_prompt_style
-from litgpt.tokenizer import Tokenizer
+from litgpt.sources.load import load_model
+from litgpt.tokenizer.tokenizer import Tokenizer
 
 QUESTION = "What is the capital of France?"
 

@@ -13,11 +13,12 @@ from gguf import TokenType
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from litgpt.convert import gguf_tokenizer, open_checkpoint
-from litgpt.convert.gguf_splitting import SPLITTINGS
-from litgpt.convert.gguf_vocabulary import vocabulary
+from litgpt.formats.gguf import tokenizer_files as gguf_tokenizer
+from litgpt.formats.gguf.splitting import SPLITTINGS
+from litgpt.formats.gguf.vocabulary import vocabulary
 from litgpt.prompts import ChatTemplate, PromptStyle
-from litgpt.tokenizer import Tokenizer
+from litgpt.sources.checkpoint import open_checkpoint
+from litgpt.tokenizer.tokenizer import Tokenizer
 
 CORPUS = [
     "", " ", "  ", "\n", "\t", "a", "Hello world", "Hello, world!  It's   12345.67 o'clock , isn't it ?",

@@ -24,7 +24,7 @@ from litgpt.serving.connections import Limits
 from litgpt.serving.served import ServedModel
 from litgpt.serving.server import Server, listen
 from litgpt.serving.service import Service
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer.tokenizer import Tokenizer
 from tests import checkpoint_files, tokenizer_files
 
 PATIENCE = 120  # seconds that a busy machine is given

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from litgpt.__main__ import main
-from litgpt.convert import load_model
+from litgpt.adaptation.lora import LoRASettings, apply_lora, lora_layers, merge_lora, save_lora
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
-from litgpt.lora import LoRASettings, apply_lora, lora_layers, merge_lora, save_lora
 from litgpt.prompts import PromptStyle, save_prompt_style
 from litgpt.serving.server import Server
+from litgpt.sources.load import load_model
 from tests.serving.conftest import running
 
 SETTINGS = {

@@ -11,7 +11,7 @@ import pytest
 
 from litgpt.generation.request import Request
 from litgpt.generation.sampling import Sampling
-from litgpt.serving.answers import Answers
+from litgpt.serving.async_engine import Answers
 from litgpt.serving.errors import ApiError
 from tests.serving.conftest import PATIENCE, Brake, raw_request, running, wait_for
 

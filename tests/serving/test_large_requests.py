@@ -6,15 +6,15 @@ import time
 
 import httpx
 import pytest
+from litgpt.api import LLM
 from pydantic import ValidationError
 
-from litgpt.api import LLM
 from litgpt.serving import bodies
 from litgpt.serving.bodies import parse
 from litgpt.serving.errors import ApiError
 from litgpt.serving.schemas import ChatRequest, CompletionRequest, PredictRequest
 from litgpt.serving.service import LARGE
-from litgpt.tokenizer import TextTooLongError, Tokenizer
+from litgpt.tokenizer.tokenizer import TextTooLongError, Tokenizer
 from tests import tokenizer_files
 from tests.serving.conftest import PATIENCE, running
 

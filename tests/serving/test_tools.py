@@ -8,7 +8,7 @@ import pytest
 from litgpt.prompts import ChatTemplate, PromptStyle
 from litgpt.serving.constraint import Grammars
 from litgpt.serving.tools import HERMES, LLAMA, MISTRAL, MISTRAL_ARGS, Call, CallReader, Function, tool_form
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer.tokenizer import Tokenizer
 from tests import tokenizer_files
 
 CALL = '{"name": "f", "arguments": {"x": [1, "}"]}}'

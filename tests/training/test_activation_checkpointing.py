@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
+from litgpt.adaptation.lora import LoRASettings, apply_lora
 from litgpt.config import Config
-from litgpt.lora import LoRASettings, apply_lora
 from litgpt.model import GPT
 from litgpt.training.activation_checkpointing import checkpoint_blocks
 from litgpt.training.arguments import TrainArgs
@@ -73,7 +73,7 @@ def test_choices():
 MEMORY = """
 import sys, torch
 from litgpt.config import Config
-from litgpt.distributed import memory_used
+from litgpt.devices.memory import memory_used
 from litgpt.model import GPT
 from litgpt.training.activation_checkpointing import checkpoint_blocks
 from litgpt.training.loss import NextTokenLoss

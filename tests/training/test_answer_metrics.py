@@ -10,14 +10,14 @@ import torchmetrics.text
 
 from litgpt import LLM
 from litgpt.__main__ import main
+from litgpt.adaptation.lora import LORA_WEIGHTS
 from litgpt.checkpoint import WEIGHTS, read_state_dict, save_model
 from litgpt.commands import pretrain
-from litgpt.convert import load_model
 from litgpt.data import JSON, Preferences
 from litgpt.generation.in_training import complete
 from litgpt.generation.request import Request
-from litgpt.lora import LORA_WEIGHTS
-from litgpt.tokenizer import Tokenizer
+from litgpt.sources.load import load_model
+from litgpt.tokenizer.tokenizer import Tokenizer
 from litgpt.training.arguments import EvalArgs
 from litgpt.training.metrics import read_metrics
 from litgpt.training.optimizers import OptimizerSpec
@@ -239,7 +239,7 @@ def test_answers_are_compared_with_whole_last_replies(base, tmp_path):
 )
 def test_what_cannot_be_is_said_before_training(evaluation, more, message, base, colours, tmp_path, monkeypatch):
     records = colours / "train.json" if "data" in more else colours
-    monkeypatch.setattr("litgpt.commands.finetuning.load_model", None)  # nor are weights read
+    monkeypatch.setattr("litgpt.runs.finetuning.load_model", None)  # nor are weights read
     with pytest.raises(ValueError, match=message):
         finetune("full", base, records, tmp_path, EvalArgs(**{"max_new_tokens": 4, **evaluation}), max_steps=1, **more)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from litgpt import distributed
+from litgpt.devices.accelerator import count_devices
 from litgpt.training.arguments import EvalArgs
 from tests.training.conftest import assert_close_runs, on_two_ranks, weights
 
@@ -74,12 +74,12 @@ def test_processes_that_slurm_does_not_start_are_not_waited_for(monkeypatch, env
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     if message is None:
-        assert distributed.count_devices(4, 2, "cpu") == 8
+        assert count_devices(4, 2, "cpu") == 8
         return
     with pytest.raises(ValueError, match=message) as error:
-        distributed.count_devices(4, 2, "cpu")
+        count_devices(4, 2, "cpu")
     assert "srun --ntasks-per-node=4 litgpt" in str(error.value)
-    assert distributed.count_devices(4, 1, "cpu") == 4
+    assert count_devices(4, 1, "cpu") == 4
 
 
 SLOW_WORK = """
@@ -93,7 +93,7 @@ from litgpt import distributed
 rank = int(os.environ["LOCAL_RANK"])
 torch.distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=2))
 fabric, file = SimpleNamespace(local_rank=rank, world_size=2), Path(sys.argv[1])
-distributed.once_per_node(fabric, lambda: (time.sleep(5), file.write_text(f"by rank {rank}")))
+once_per_node(fabric, lambda: (time.sleep(5), file.write_text(f"by rank {rank}")))
 print(f"seen {file.read_text()}")  # written at once: both ranks write to one pipe
 """
 

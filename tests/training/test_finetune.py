@@ -9,15 +9,17 @@ import pytest
 import torch
 
 from litgpt.__main__ import main
-from litgpt.adapter import ADAPTER_V2_WEIGHTS, ADAPTER_WEIGHTS
+from litgpt.adaptation.adapter import ADAPTER_V2_WEIGHTS, ADAPTER_WEIGHTS
+from litgpt.adaptation.lora import LORA_WEIGHTS, apply_lora, read_lora
 from litgpt.checkpoint import WEIGHTS, copy_companion_files, save_model
 from litgpt.cli.flat import flattened
-from litgpt.commands import finetune_adapter, finetune_adapter_v2, finetune_full, finetune_lora, finetuning
+from litgpt.commands import finetune_adapter, finetune_adapter_v2, finetune_full, finetune_lora
 from litgpt.config import Config
-from litgpt.convert import load_model, open_checkpoint
 from litgpt.data import JSON
-from litgpt.lora import LORA_WEIGHTS, apply_lora, read_lora
 from litgpt.model import GPT
+from litgpt.runs import finetuning
+from litgpt.sources.checkpoint import open_checkpoint
+from litgpt.sources.load import load_model
 from litgpt.training.arguments import EvalArgs, TrainArgs
 from litgpt.training.metrics import read_metrics
 from tests import checkpoint_files

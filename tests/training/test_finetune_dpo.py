@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from litgpt.__main__ import main
+from litgpt.adaptation.lora import LORA_WEIGHTS, apply_lora, read_lora
 from litgpt.checkpoint import WEIGHTS, save_model
 from litgpt.cli.flat import flattened
-from litgpt.commands import finetune_dpo, finetune_lora, finetuning
-from litgpt.convert import load_model
+from litgpt.commands import finetune_dpo, finetune_lora
 from litgpt.data import JSON, Preferences
-from litgpt.lora import LORA_WEIGHTS, apply_lora, read_lora
+from litgpt.runs import finetuning
+from litgpt.sources.load import load_model
 from litgpt.training.arguments import EvalArgs, TrainArgs
 from litgpt.training.metrics import read_metrics
 from tests import checkpoint_files

@@ -9,11 +9,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from litgpt.__main__ import main
-from litgpt.convert import load_model, open_checkpoint
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
 from litgpt.prompts import choose_prompt_style
-from litgpt.tokenizer import Tokenizer
+from litgpt.sources.checkpoint import open_checkpoint
+from litgpt.sources.load import load_model
+from litgpt.tokenizer.tokenizer import Tokenizer
 from litgpt.training.metrics import read_metrics
 from litgpt.training.run_directory import RunDirectory
 

@@ -9,11 +9,11 @@ from lightning_fabric import Fabric
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from litgpt.convert import load_model
-from litgpt.convert.peft import export_peft
+from litgpt.adaptation.lora import LoRASettings, apply_lora, is_lora
 from litgpt.data.packing import Part
 from litgpt.data.preferences import PairCollate
-from litgpt.lora import LoRASettings, apply_lora, is_lora
+from litgpt.export.peft_writer import export_peft
+from litgpt.sources.load import load_model
 from litgpt.training import preference
 from litgpt.training.batches import MicroBatch, micro_batch
 from litgpt.training.neftune import add_noise

@@ -16,9 +16,9 @@ import sys
 import torch
 from litgpt import distributed
 from litgpt.config import Config
-from litgpt.lora import LoRASettings, apply_lora, is_lora
+from litgpt.adaptation.lora import LoRASettings, apply_lora, is_lora
 from litgpt.model import GPT
-from litgpt.quantize import quantized_layers, replace_linears
+from litgpt.quantization.layers import quantized_layers, replace_linears
 from litgpt.training.loss import NextTokenLoss
 from litgpt.training.state import Saved, whole_weights
 from tests.training.conftest import SHAPE

@@ -123,7 +123,7 @@ def test_a_loss_that_is_no_number_names_its_samples(tmp_path):
 WATCH = """
 import sys, torch
 from pathlib import Path
-from litgpt.distributed import make_fabric
+from litgpt.parallel.fabric import make_fabric
 from litgpt.training.loop import LossWatch, TrainingDiverged
 from litgpt.training.run_directory import RunDirectory
 from tests.training.test_ragged import val_batches

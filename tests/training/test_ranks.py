@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from litgpt import distributed, launcher
+from litgpt.parallel import launcher
+from litgpt.parallel.fabric import describe_devices
 from tests.training.conftest import SHAPE, TEXT
 from tests.training.two_ranks import free_port
 
@@ -186,9 +187,9 @@ def test_two_nodes_meet(tmp_path):
 def test_more_processes_than_cores_are_said(monkeypatch):
     strategy = SimpleNamespace(parallel_devices=[0] * 8, precision=SimpleNamespace(precision="32-true"))
     fabric = SimpleNamespace(device=torch.device("cpu"), strategy=strategy, world_size=8)
-    monkeypatch.setattr(distributed, "usable_cores", lambda: 2)
-    described = distributed.describe_devices(fabric)
+    monkeypatch.setattr("litgpt.parallel.fabric.usable_cores", lambda: 2)
+    described = describe_devices(fabric)
     assert "Note: 8 processes share 2 CPU core(s) here" in described
     assert "than --devices 2 or fewer" in described
-    monkeypatch.setattr(distributed, "usable_cores", lambda: 8)
-    assert "Note" not in distributed.describe_devices(fabric)
+    monkeypatch.setattr("litgpt.parallel.fabric.usable_cores", lambda: 8)
+    assert "Note" not in describe_devices(fabric)

@@ -8,15 +8,15 @@ import pytest
 import torch
 import yaml
 
-from litgpt import resources
 from litgpt.__main__ import main
+from litgpt.adaptation.lora import read_lora
 from litgpt.checkpoint import WEIGHTS, read_state_dict, save_model
+from litgpt.cli import resources
 from litgpt.config import Config
 from litgpt.data import Alpaca2k
-from litgpt.lora import read_lora
 from litgpt.model import GPT
 from litgpt.prompts import ChatTemplate, choose_prompt_style
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer.tokenizer import Tokenizer
 from litgpt.training.metrics import read_metrics
 from tests import tokenizer_files
 from tests.hub_server import Hub, connect, serve_hub

@@ -18,14 +18,14 @@ import torch
 from litgpt import LLM
 from litgpt.checkpoint import save_model
 from litgpt.config import Config
-from litgpt.convert import open_checkpoint
 from litgpt.generation.engine import Engine, Request
-from litgpt.generation.ranks import RanksLost
+from litgpt.generation.rank_engine import RanksLost
 from litgpt.generation.sampling import Sampling
 from litgpt.llm.leader import Leader
 from litgpt.model import GPT
-from litgpt.process_group import ProcessGroup
-from litgpt.tensor_parallel import check_split, split_model
+from litgpt.parallel.process_group import ProcessGroup
+from litgpt.parallel.tensor_parallel import check_split, split_model
+from litgpt.sources.checkpoint import open_checkpoint
 from tests import checkpoint_files
 from tests.training.conftest import on_two_ranks
 
@@ -58,10 +58,10 @@ import torch
 import torch.distributed as dist
 from functools import partial
 from pathlib import Path
-from litgpt.convert import load_model
-from litgpt.generation.ranks import RankEngine, follow
-from litgpt.process_group import ProcessGroup
-from litgpt.tensor_parallel import split_model
+from litgpt.sources.load import load_model
+from litgpt.generation.rank_engine import RankEngine, follow
+from litgpt.parallel.process_group import ProcessGroup
+from litgpt.parallel.tensor_parallel import split_model
 from tests.training.test_tensor_parallel import requests
 
 class Channel:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from litgpt.adapter import (
+from litgpt.adaptation.adapter import (
     ADAPTER_V2_WEIGHTS,
     ADAPTER_WEIGHTS,
     apply_adapter,
@@ -20,8 +20,8 @@ from litgpt.adapter import (
 )
 from litgpt.checkpoint import CONFIG, WEIGHTS, save_model
 from litgpt.config import Config
-from litgpt.convert import load_model
 from litgpt.model import GPT
+from litgpt.sources.load import load_model
 from litgpt.training.loss import NextTokenLoss
 
 SIZES = {

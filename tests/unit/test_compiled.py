@@ -12,21 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from litgpt.adaptation.lora import LoRASettings, apply_lora
 from litgpt.config import Config
-from litgpt.generation.compiled import (
-    READING,
-    CompiledDecoder,
-    _print,
-    compile_elsewhere,
-    decoder,
-    notes_wait,
-    path_of,
-    reads_compiled,
-    specification,
-)
-from litgpt.lora import LoRASettings, apply_lora
+from litgpt.generation.compile_notes import notes_wait, say_note
+from litgpt.generation.compile_step import compile_elsewhere
+from litgpt.generation.compiled import READING, CompiledDecoder, decoder
+from litgpt.generation.compiled_program import path_of, reads_compiled, specification
 from litgpt.model import GPT
-from litgpt.quantize import replace_linears
+from litgpt.quantization.layers import replace_linears
 
 CONFIG = Config(
     block_size=256,
@@ -51,11 +44,11 @@ needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="there is no g++")
 def test_notes_wait_for_the_end_of_an_answer(capsys):
     with notes_wait():
         print("The answer", end="")
-        _print("Compiling")
+        say_note("Compiling")
         print(" goes on")
         assert capsys.readouterr() == ("The answer goes on\n", "")
     assert capsys.readouterr() == ("", "Compiling\n")
-    _print("Compiled")
+    say_note("Compiled")
     assert capsys.readouterr().err == "Compiled\n"
 
 

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from litgpt import config as config_module
+from litgpt.cli.suggest import did_you_mean
 from litgpt.config import Config, check_field_names
-from litgpt.suggest import did_you_mean
 
 # The fields of model_config.yaml in LitGPT 0.5.13, in its order, with its values for a model whose figures are given.
 CLASSIC = {
@@ -263,5 +263,5 @@ def test_every_field_has_a_help_text():
 
 
 def test_importing_the_config_does_not_import_torch():
-    code = "import sys, litgpt.config, litgpt.models as m; m.known_checkpoints(); sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, litgpt.config, litgpt.catalog as m; m.known_checkpoints(); sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -12,10 +12,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from litgpt.config import Config
-from litgpt.convert import load_model, open_checkpoint
-from litgpt.convert.gguf_file import GGUFFile
-from litgpt.convert.gguf_source import model_name
+from litgpt.formats.gguf.file import GGUFFile
 from litgpt.model import GPT, rope_frequencies
+from litgpt.sources.checkpoint import open_checkpoint
+from litgpt.sources.gguf import model_name
+from litgpt.sources.load import load_model
 
 TEXTS = [
     "ROMEO: But, soft! what light through yonder window breaks?",

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from litgpt.config import Config
-from litgpt.convert import config_from_hf, config_to_hf
-from litgpt.convert.architectures import ARCHITECTURES
-from litgpt.convert.rules import Concat, InterleavedQKV, Rule, RuleTable, qkv_sizes
-from litgpt.convert.source import compare_shapes, shapes_of
+from litgpt.formats.architectures import ARCHITECTURES
+from litgpt.formats.hf_config import config_from_hf, config_to_hf
+from litgpt.formats.rules import Concat, InterleavedQKV, Rule, RuleTable, qkv_sizes
+from litgpt.sources.fit import compare_shapes
+from litgpt.sources.meta import shapes_of
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

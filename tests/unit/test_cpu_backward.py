@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from litgpt import cpu_backward
 from litgpt.config import Config
-from litgpt.cpu_backward import BLOCK, CausalAttention, suits_attention
+from litgpt.devices import cpu_backward
+from litgpt.devices.cpu_backward import BLOCK, CausalAttention, suits_attention
 from litgpt.model import GPT
 
 SCALE = 0.3

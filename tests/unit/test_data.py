@@ -12,12 +12,12 @@ from torch.utils.data import DataLoader
 import litgpt.data.cache_sums as cache_sums
 import litgpt.data.text_files as text_files
 import litgpt.data.text_reading as text_reading
+from litgpt.cli.resources import cache_directory
 from litgpt.data import DataModule, StreamSampler, TextFiles, stream_loader
 from litgpt.data.cache_sums import damage_in, write_sums
 from litgpt.data.token_stream import TokenBlocks, TokenFile
 from litgpt.data.tokenizer_training import train_tokenizer
-from litgpt.resources import cache_directory
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer.tokenizer import Tokenizer
 from litgpt.training.batches import BatchStream, micro_batch
 from tests.data_damage import flip
 

@@ -16,7 +16,7 @@ from litgpt.data.hub_dataset import Wanted, fetch_dataset, split_of
 from litgpt.data.url_file import fetch_url
 from litgpt.hub import HubError
 from litgpt.prompts import ChatTemplate
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer.tokenizer import Tokenizer
 from tests import tokenizer_files
 from tests.hub_server import Hub, connect, serve_hub
 

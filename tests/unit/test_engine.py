@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from litgpt import model as model_module
+from litgpt import kv_cache
 from litgpt.config import Config
 from litgpt.generation import engine as engine_module
 from litgpt.generation import kv_cache_manager, model_runner
@@ -696,7 +696,7 @@ def test_a_device_without_memory_for_more_ends_what_runs_and_no_more(roomy, monk
     monkeypatch.setattr(kv_cache_manager, "HEADROOM", 64)
     engine = Engine(roomy, kept_bytes=math.inf)
     long, short = Request(PROMPTS[0], 400, GREEDY), Request(PROMPTS[1], 20, GREEDY)
-    put_rows, calls = model_module.put_rows, []
+    put_rows, calls = kv_cache.put_rows, []
 
     def fails_at_the_second_layer(*args):
         calls.append(args)
@@ -704,7 +704,7 @@ def test_a_device_without_memory_for_more_ends_what_runs_and_no_more(roomy, monk
             raise MemoryError("no more")
         return put_rows(*args)
 
-    monkeypatch.setattr(model_module, "put_rows", fails_at_the_second_layer)
+    monkeypatch.setattr(kv_cache, "put_rows", fails_at_the_second_layer)
     with pytest.raises(MemoryError):
         engine.complete([long])
     assert len(calls) == 4

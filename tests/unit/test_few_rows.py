@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from litgpt.config import Config
 from litgpt.generation import few_rows
-from litgpt.model import AttentionPlan, CausalSelfAttention
-from litgpt.quantize import QuantizedLinear
+from litgpt.kv_cache import AttentionPlan
+from litgpt.model import CausalSelfAttention
+from litgpt.quantization.layers import QuantizedLinear
 
 HAS_COMPILER = any(os.access(Path(folder, "g++"), os.X_OK) for folder in os.get_exec_path())
 HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"

@@ -14,11 +14,12 @@ import pytest
 import torch
 import yaml
 
-from litgpt.convert import load_model, open_checkpoint
-from litgpt.convert.peft import import_peft
-from litgpt.loading import open_model
 from litgpt.prompts import choose_prompt_style
-from litgpt.tokenizer import Tokenizer
+from litgpt.sources.checkpoint import open_checkpoint
+from litgpt.sources.door import open_model
+from litgpt.sources.load import load_model
+from litgpt.sources.peft import import_peft
+from litgpt.tokenizer.tokenizer import Tokenizer
 from tests.fuzz import seeds
 
 pytestmark = pytest.mark.timeout(60)  # what is believed here takes minutes, or all memory

@@ -4,7 +4,7 @@ import io
 
 import torch
 
-from litgpt.huge_pages import LINE, PAGE, Pages
+from litgpt.devices.huge_pages import LINE, PAGE, Pages
 
 
 def test_tensors_are_apart_and_their_own():

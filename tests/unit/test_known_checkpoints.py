@@ -5,12 +5,12 @@ import pytest
 import torch
 import yaml
 
-from litgpt import models
+from litgpt import catalog as models
+from litgpt.catalog import find_known, known_checkpoints
 from litgpt.config import Config
-from litgpt.convert.architectures import ARCHITECTURES
-from litgpt.convert.hf_config import config_from_hf, config_to_hf, differences
+from litgpt.formats.architectures import ARCHITECTURES
+from litgpt.formats.hf_config import config_from_hf, config_to_hf, differences
 from litgpt.model import GPT
-from litgpt.models import find_known, known_checkpoints
 
 PUBLISHED = Path(__file__).with_name("published_figures.csv")
 KNOWN = list(known_checkpoints())

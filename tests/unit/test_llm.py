@@ -7,20 +7,20 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import litgpt.api
 import pytest
 import torch
 import torch.nn.functional as F
 
-import litgpt.api
 from litgpt import LLM, PromptStyle, Tokenizer
-from litgpt.adapter import apply_adapter, apply_adapter_v2, is_adapter, is_adapter_v2, save_adapter
+from litgpt.adaptation.adapter import apply_adapter, apply_adapter_v2, is_adapter, is_adapter_v2, save_adapter
+from litgpt.adaptation.lora import LoRASettings, apply_lora, is_lora, lora_layers, merge_lora, save_lora
 from litgpt.checkpoint import WEIGHTS, copy_companion_files
-from litgpt.convert import load_model
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
 from litgpt.llm import load_llm
-from litgpt.lora import LoRASettings, apply_lora, is_lora, lora_layers, merge_lora, save_lora
 from litgpt.prompts import save_prompt_style
+from litgpt.sources.load import load_model
 from tests import checkpoint_files
 
 

@@ -7,10 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from litgpt.config import Config
-from litgpt.generation.engine import Engine, Request
-from litgpt.generation.sampling import Sampling
-from litgpt.lora import (
+from litgpt.adaptation.lora import (
     LORA_WEIGHTS,
     TARGETS,
     Dropout,
@@ -28,6 +25,9 @@ from litgpt.lora import (
     reset_lora,
     save_lora,
 )
+from litgpt.config import Config
+from litgpt.generation.engine import Engine, Request
+from litgpt.generation.sampling import Sampling
 from litgpt.model import GPT
 from litgpt.training.loss import NextTokenLoss
 

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from litgpt.adaptation.lora import LoRASettings, apply_lora
 from litgpt.config import Config
-from litgpt.distributed import store_frozen_matrices
-from litgpt.lora import LoRASettings, apply_lora
 from litgpt.model import GPT
+from litgpt.training.frozen_weights import store_frozen_matrices
 from litgpt.training.loss import NextTokenLoss
 
 LLAMA = {

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from litgpt.adaptation.lora import LoRALinear, LoRASettings, apply_lora
 from litgpt.config import Config
-from litgpt.lora import LoRALinear, LoRASettings, apply_lora
 from litgpt.model import GPT
 from litgpt.training.loss import NextTokenLoss, summed_cross_entropy
 

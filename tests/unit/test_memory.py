@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from litgpt.adapter import apply_adapter, apply_adapter_v2
+from litgpt.adaptation.adapter import apply_adapter, apply_adapter_v2
+from litgpt.adaptation.lora import LoRASettings, apply_lora
 from litgpt.config import Config
-from litgpt.convert.source import meta_model
-from litgpt.distributed import PRECISIONS, store_frozen_matrices
-from litgpt.lora import LoRASettings, apply_lora
-from litgpt.memory import Usage, cache_bytes, estimate_memory
+from litgpt.devices.precision import PRECISIONS
 from litgpt.model import GPT
-from litgpt.quantize import replace_linears
+from litgpt.quantization.layers import replace_linears
+from litgpt.runs.memory_estimate import Usage, cache_bytes, estimate_memory
+from litgpt.sources.meta import meta_model
+from litgpt.training.frozen_weights import store_frozen_matrices
 from tests.measured_run import change
 
 BASE = {"block_size": 512, "n_layer": 3, "n_embd": 256, "n_head": 8, "n_query_groups": 2, "vocab_size": 1000}

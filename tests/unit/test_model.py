@@ -7,11 +7,11 @@ import torch.nn.functional as F
 
 from litgpt import model as model_module
 from litgpt.config import Config
+from litgpt.kv_cache import Ring
 from litgpt.model import (
     GPT,
     HIDDEN,
     LLaMAMoE,
-    Ring,
     RMSNorm,
     RotaryEmbedding,
     Router,

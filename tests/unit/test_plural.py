@@ -2,7 +2,7 @@
 
 import pytest
 
-from litgpt.plural import counted
+from litgpt.cli.plural import counted
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from litgpt.data import HFPreferences, Preferences
 from litgpt.data.preference_records import read_preferences
 from litgpt.data.records import Record
 from litgpt.prompts import choose_prompt_style
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer.tokenizer import Tokenizer
 from litgpt.training.batches import BatchStream, micro_batch
 from tests import tokenizer_files
 from tests.hub_server import Hub, connect, serve_hub

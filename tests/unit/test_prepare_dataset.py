@@ -23,12 +23,12 @@ import pytest
 import zstandard
 
 from litgpt.__main__ import main
-from litgpt.data import corpus, preparation, source_files, text_reading, unit_tokens
+from litgpt.data import corpus, preparation, preparation_end, source_files, text_reading, unit_tokens
 from litgpt.data import documents as documents_module
 from litgpt.data.dataset_record import DatasetRecord
 from litgpt.data.source_files import Extent, describe_file, read_records_of
 from litgpt.data.token_chunks import ChunkInfo, TokenChunks, document_offsets, open_chunk, write_chunk, write_index
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer.tokenizer import Tokenizer
 from tests import tokenizer_files
 from tests.hub_server import Hub, serve_hub
 
@@ -55,7 +55,7 @@ def documents():
 def small_units(monkeypatch):
     """A small corpus becomes many units, of several of which a chunk is made."""
     monkeypatch.setattr(corpus, "MIN_UNIT_BYTES", 9_000)
-    monkeypatch.setattr(preparation, "CHUNK_BYTES", 12_000)
+    monkeypatch.setattr(preparation_end, "CHUNK_BYTES", 12_000)
 
 
 def run(tokenizer, source, destination, *options):
@@ -415,7 +415,7 @@ def test_a_finish_that_is_cut_short_is_finished_again(tokenizer, mixed, by_one, 
     out = tmp_path / "out"
     for target in ("DatasetRecord.write", "write_index", "_concatenate"):
         with monkeypatch.context() as patch:
-            owner = preparation.DatasetRecord if "." in target else preparation
+            owner = preparation.DatasetRecord if "." in target else preparation_end
             patch.setattr(owner, target.rpartition(".")[2], lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(AssertionError):  # the exit code
                 run(tokenizer, mixed, out)
@@ -425,8 +425,8 @@ def test_a_finish_that_is_cut_short_is_finished_again(tokenizer, mixed, by_one, 
 
 COMMAND = """
 import sys
-from litgpt.data import corpus, preparation
-corpus.MIN_UNIT_BYTES, preparation.CHUNK_BYTES = 9_000, 12_000
+from litgpt.data import corpus, preparation_end
+corpus.MIN_UNIT_BYTES, preparation_end.CHUNK_BYTES = 9_000, 12_000
 from litgpt.__main__ import main
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
@@ -659,7 +659,7 @@ def test_options_that_cannot_act(tokenizer, documents, tmp_path, capsys, monkeyp
     assert "ends in none of" in fails(capsys, tokenizer, tmp_path / "pictures/a.png", out)
     (tmp_path / "none.txt").touch()
     assert "are empty" in fails(capsys, tokenizer, tmp_path / "none.txt", out)
-    monkeypatch.setattr(preparation.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
     assert "GB are needed" in fails(capsys, tokenizer, source, out)
     endless = Tokenizer(tokenizer_files.byte_level(tmp_path / "endless", {"eos_token": None}))
     assert "--eos_token" in fails(capsys, endless, source, out)

@@ -9,8 +9,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 import litgpt.prompts as prompts
+from litgpt.catalog import known_checkpoints
 from litgpt.config import Config
-from litgpt.models import known_checkpoints
 from litgpt.prompts import (
     ChatTemplate,
     NamedTemplate,
@@ -21,7 +21,7 @@ from litgpt.prompts import (
     save_prompt_style,
 )
 from litgpt.prompts.written_template import as_chat_template
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer.tokenizer import Tokenizer
 from tests import tokenizer_files
 
 HELPFUL = "You are a helpful assistant."

@@ -6,17 +6,19 @@ import re
 import pytest
 import torch
 
-from litgpt.adapter import apply_adapter, is_adapter, save_adapter
+from litgpt.adaptation.adapter import apply_adapter, is_adapter, save_adapter
+from litgpt.adaptation.lora import LoRASettings, apply_lora, is_lora, merge_lora, save_lora
 from litgpt.checkpoint import CONFIG, WEIGHTS, read_state_dict, save_model, write_state_dict
 from litgpt.config import Config
-from litgpt.convert import export_hf, load_model, open_checkpoint
-from litgpt.convert.quantised_parts import KIND, quantised_stream, saved_weights
-from litgpt.convert.source import meta_model
+from litgpt.export.hf_writer import export_hf
+from litgpt.formats.quantised_parts import KIND, quantised_stream, saved_weights
 from litgpt.llm.loading import settled_kind
-from litgpt.loading import open_model
-from litgpt.lora import LoRASettings, apply_lora, is_lora, merge_lora, save_lora
 from litgpt.model import GPT
-from litgpt.quantize import INFERENCE_KINDS, kind_of, quantized_layers, replace_linears
+from litgpt.quantization.layers import INFERENCE_KINDS, kind_of, quantized_layers, replace_linears
+from litgpt.sources.checkpoint import open_checkpoint
+from litgpt.sources.door import open_model
+from litgpt.sources.load import load_model
+from litgpt.sources.meta import meta_model
 from tests import tokenizer_files
 from tests.unit.test_quantize import IDS, LLAMA, MODELS, SIZES, make
 

@@ -11,14 +11,13 @@ import pytest
 import torch
 from torch import nn
 
+from litgpt.adaptation.lora import LoRASettings, apply_lora, lora_layers
 from litgpt.checkpoint import save_model, write_state_dict
 from litgpt.config import Config
-from litgpt.convert import export_hf, load_model, open_checkpoint
-from litgpt.convert.quantised_parts import saved_weights
-from litgpt.convert.source import meta_model
-from litgpt.lora import LoRASettings, apply_lora, lora_layers
+from litgpt.export.hf_writer import export_hf
+from litgpt.formats.quantised_parts import saved_weights
 from litgpt.model import GPT, Router
-from litgpt.quantize import (
+from litgpt.quantization.layers import (
     FOUR_BIT_KINDS,
     INFERENCE_KINDS,
     TRAINING_KINDS,
@@ -30,6 +29,9 @@ from litgpt.quantize import (
     replace_linears,
     without_mixing,
 )
+from litgpt.sources.checkpoint import open_checkpoint
+from litgpt.sources.load import load_model
+from litgpt.sources.meta import meta_model
 from litgpt.training.loss import NextTokenLoss
 
 pytestmark = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -341,8 +343,9 @@ PEAK = """
 import sys
 from pathlib import Path
 import torch
-from litgpt.convert import load_model, open_checkpoint
-from litgpt.quantize import QuantizedLinear
+from litgpt.sources.load import load_model
+from litgpt.sources.checkpoint import open_checkpoint
+from litgpt.quantization.layers import QuantizedLinear
 
 def status(key):
     return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) / 1024
@@ -401,7 +404,7 @@ def large_checkpoint(folder: Path, form: str) -> Path:
 def large_gguf(path: Path, config: Config, weights: dict[str, torch.Tensor]) -> Path:
     import gguf
 
-    from litgpt.convert.architectures import ARCHITECTURES
+    from litgpt.formats.architectures import ARCHITECTURES
 
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_vocab_size(config.vocab_size)
@@ -424,7 +427,7 @@ def large_gguf(path: Path, config: Config, weights: dict[str, torch.Tensor]) -> 
 
 @torch.no_grad()
 def test_a_real_model_knows_nearly_as_much_in_four_bits(smollm2_gguf, page_of_text):
-    from litgpt.tokenizer import Tokenizer
+    from litgpt.tokenizer.tokenizer import Tokenizer
 
     source = open_checkpoint(smollm2_gguf)
     ids = torch.tensor([Tokenizer(source.files).encode_ids(page_of_text)[:256]])
@@ -471,7 +474,7 @@ def run(code: str, *folders: Path) -> subprocess.CompletedProcess:
 
 def test_without_bitsandbytes_one_line_says_what_to_install(tmp_path):
     (tmp_path / "bitsandbytes.py").write_text("raise ImportError('No module named bitsandbytes')")
-    code = "from litgpt.quantize import check_quantize\ncheck_quantize('bnb.nf4', '32-true', training=True)"
+    code = "from litgpt.quantization.layers import check_quantize\ncheck_quantize('bnb.nf4', '32-true', training=True)"
     last = run(code, tmp_path).stderr.splitlines()[-1]
     assert last.startswith("ValueError: Quantised weights and 8-bit optimizers need bitsandbytes")
     assert "pip install 'bitsandbytes" in last
@@ -481,7 +484,7 @@ def test_importing_bitsandbytes_is_quiet_quick_and_fetches_no_code(tmp_path):
     (tmp_path / "kernels.py").write_text("def get_kernel(*args, **kwargs): print('FETCHED')")
     code = """
 import sys, torch
-from litgpt.quantize import import_bitsandbytes
+from litgpt.quantization.layers import import_bitsandbytes
 compiler = torch.compile
 import_bitsandbytes()
 assert "torch._inductor" not in sys.modules and torch.compile is compiler

@@ -5,8 +5,8 @@ from itertools import product
 from pathlib import Path
 
 from litgpt.__main__ import COMMANDS
-from litgpt.models import known_checkpoints
-from litgpt.models.table import update
+from litgpt.catalog import known_checkpoints
+from litgpt.catalog.table import update
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -31,7 +31,7 @@ def test_every_module_is_in_the_annotated_tree():
 
 
 def test_table_of_models_is_up_to_date():
-    assert update(README) == README, "python -m litgpt.models.table README.md"
+    assert update(README) == README, "python -m litgpt.catalog.table README.md"
 
 
 def test_table_of_models_has_every_checkpoint_once():

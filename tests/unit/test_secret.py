@@ -17,13 +17,13 @@ import pytest
 import yaml
 
 import litgpt.data
-from litgpt import secret
 from litgpt.__main__ import COMMANDS, load, main
+from litgpt.cli import secret
 from litgpt.cli.flat import flattened
 from litgpt.cli.hints import admits, constructor_hints
+from litgpt.cli.secret import NAME, Secret, hide, reveal
 from litgpt.cli.signature import Signature
 from litgpt.data import HFDataset
-from litgpt.secret import NAME, Secret, hide, reveal
 from tests import checkpoint_files
 
 TOKEN = "hf_WhatNobodyMaySee"
@@ -149,7 +149,7 @@ WORDS += [f"https://me:{TOKEN}_3@host/x", "--data.access_token", f"{TOKEN}_4", "
 PROGRAM = """
 import os, subprocess, sys
 from pathlib import Path
-from litgpt.secret import command_line
+from litgpt.cli.secret import command_line
 
 words = command_line()
 shown = Path("/proc/self/cmdline")

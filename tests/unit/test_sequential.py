@@ -5,13 +5,14 @@ from collections import Counter
 import pytest
 import torch
 
-from litgpt.convert import load_model
-from litgpt.convert.source import meta_model
-from litgpt.generation.compiled import why_not
+from litgpt.generation.compiled_program import why_not
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
-from litgpt.model import GPT, AttentionPlan
-from litgpt.sequential import Mover, connect_blocks, place_blocks, placed_weights
+from litgpt.kv_cache import AttentionPlan
+from litgpt.model import GPT
+from litgpt.parallel.sequential import Mover, connect_blocks, place_blocks, placed_weights
+from litgpt.sources.load import load_model
+from litgpt.sources.meta import meta_model
 from tests import checkpoint_files
 from tests.unit.test_engine import PROMPTS, tiny_model
 

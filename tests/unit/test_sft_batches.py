@@ -12,7 +12,7 @@ from litgpt.config import Config
 from litgpt.data import JSON, LengthGroupedSampler, StreamSampler
 from litgpt.data.packing import Collate, Part, pack
 from litgpt.model import GPT
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer.tokenizer import Tokenizer
 from litgpt.training.batches import BatchStream, micro_batch
 from litgpt.training.loss import NextTokenLoss
 from tests import tokenizer_files

@@ -12,7 +12,7 @@ from litgpt.data import JSON
 from litgpt.data.records import Conversation
 from litgpt.data.sample_encoding import ConversationEncoder, encode_all
 from litgpt.prompts import ChatTemplate, PromptStyle, choose_prompt_style, style_class
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer.tokenizer import Tokenizer
 from tests import tokenizer_files
 from tests.data_damage import flip
 

@@ -11,9 +11,10 @@ import torch
 from litgpt.checkpoint import WEIGHTS, read_state_dict, save_model, write_state_dict
 from litgpt.checkpoint.sums import DamagedFile, Part, check_archive, check_parts
 from litgpt.config import Config
-from litgpt.convert import load_model, open_checkpoint
-from litgpt.convert.safetensors_file import read_safetensors, write_safetensors
+from litgpt.formats.safetensors_file import read_safetensors, write_safetensors
 from litgpt.model import GPT
+from litgpt.sources.checkpoint import open_checkpoint
+from litgpt.sources.load import load_model
 from tests.data_damage import flip
 
 TENSORS = {name: torch.arange(3000.0) + i for i, name in enumerate("abc")}

@@ -19,7 +19,7 @@ from litgpt.data.records import Conversation
 from litgpt.data.sample_encoding import ConversationEncoder
 from litgpt.prompts import ChatTemplate, rendering
 from litgpt.prompts.rendering import TemplateLimitError, render_template, rendered_ahead
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer.tokenizer import Tokenizer
 from tests import tokenizer_files
 
 HELLO = [{"role": "user", "content": "Hello"}]

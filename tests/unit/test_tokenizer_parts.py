@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from transformers import GPT2Tokenizer, Qwen2Tokenizer
 
-from litgpt.convert.gguf_vocabulary import vocabulary
-from litgpt.tokenizer import Tokenizer
+from litgpt.formats.gguf.vocabulary import vocabulary
+from litgpt.tokenizer.tokenizer import Tokenizer
 from tests import tokenizer_files
 
 TEXTS = [

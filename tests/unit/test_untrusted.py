@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from litgpt.checkpoint.weight_index import parse_weight_index
 from litgpt.untrusted import (
     MAX_DEPTH,
     is_count,
@@ -17,7 +18,6 @@ from litgpt.untrusted import (
     read_yaml_mapping,
     shown,
 )
-from litgpt.weight_index import parse_weight_index
 
 
 def nested(levels):

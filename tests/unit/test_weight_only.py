@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from litgpt import weight_only
 from litgpt.checkpoint import save_model
 from litgpt.config import Config
-from litgpt.convert import load_model
 from litgpt.model import GPT
-from litgpt.quantize import QuantizedLinear, check_quantize, quantized_layers, replace_linears
-from litgpt.weight_only import FEW, GROUP, KINDS, Int4Weight, Int8Weight
+from litgpt.quantization import weight_only
+from litgpt.quantization.layers import QuantizedLinear, check_quantize, quantized_layers, replace_linears
+from litgpt.quantization.weight_only import FEW, GROUP, KINDS, Int4Weight, Int8Weight
+from litgpt.sources.load import load_model
 
 # Relative errors of normally distributed weights, as of a uniform grid over the range of 32 values or of a row.
 ROUNDING = {"int4": 0.08, "int8": 0.009}

@@ -9,7 +9,7 @@ import pytest
 
 from litgpt.data import word_cache
 from litgpt.data.word_cache import WORD, WordCache, splits_at_words
-from litgpt.tokenizer import Tokenizer
+from litgpt.tokenizer.tokenizer import Tokenizer
 from tests import tokenizer_files
 
 ROOT = Path(__file__).parents[2]

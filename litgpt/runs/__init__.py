@@ -1,0 +1,1 @@
+"""The assembly of a training run, under `pretrain` and every `finetune_*`."""
