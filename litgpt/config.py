@@ -365,9 +365,9 @@ class Config:
         for key, value in adjustments.items():
             is_list = key in ("short_factor", "long_factor")
             numbers = value if is_list and isinstance(value, list) else [value]
-            least = 0 if key in _MAY_BE_ZERO else 1e-300
+            minimum = 0 if key in _MAY_BE_ZERO else 1e-300
             optional = value is None and kind is not None and key in ROPE_ADJUSTMENTS[kind][1]
-            fits = isinstance(value, list) == is_list and all(is_finite(x) and x >= least for x in numbers)
+            fits = isinstance(value, list) == is_list and all(is_finite(x) and x >= minimum for x in numbers)
             if not (fits or optional or (key == "truncate" and isinstance(value, bool))):
                 wanted = "one positive number for each frequency" if is_list else "a positive number"
                 raise ValueError(f"Config field rope_adjustments.{key}={shown(value)}: it must be {wanted}.")

@@ -113,15 +113,15 @@ def setup(
     from litgpt.serving.service import Service
 
     Sampling(temperature, top_k, top_p)
-    for name, value, least in (
+    for name, value, minimum in (
         ("max_new_tokens", max_new_tokens, 1),
         ("max_batch_size", max_batch_size, 1),
         ("max_queue", max_queue, 0),
         ("timeout", timeout, 0),
         ("shutdown_timeout", shutdown_timeout, 0),
     ):
-        if not value >= least:
-            raise ValueError(f"--{name} {value} is not possible: give {least} or more.")
+        if not value >= minimum:
+            raise ValueError(f"--{name} {value} is not possible: give {minimum} or more.")
     if generate_strategy is not None and str(devices) == "1":
         raise ValueError(f"--generate_strategy {generate_strategy} cannot act on one device. Give --devices as well.")
     most_bytes = None if kv_cache_memory_bytes is None else _bytes(kv_cache_memory_bytes)

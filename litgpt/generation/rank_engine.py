@@ -66,7 +66,7 @@ class RankModelRunner(ModelRunner):
         else:
             tokens = torch.empty(len(sequences), dtype=torch.int64, device=self.device)
             logprobs = [None] * len(sequences)
-        self.group.hand_out(tokens)
+        self.group.broadcast(tokens)
         return tokens, logprobs
 
 
@@ -91,7 +91,7 @@ class RankEngine(Engine):
         super().__init__(model, autocast=autocast, **options)
         in_one_memory = ranks.group.count if self.device.type == "cpu" else 1
         with self._together():  # all must admit the same requests
-            self._max_bytes = ranks.group.least(self.cache_bytes / in_one_memory)
+            self._max_bytes = ranks.group.all_reduce_min(self.cache_bytes / in_one_memory)
 
     def make_runner(self, max_slots: int) -> ModelRunner:
         return RankModelRunner(self.model, self.ranks.group, autocast=self.autocast, max_slots=max_slots)

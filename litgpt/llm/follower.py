@@ -77,7 +77,7 @@ def _work(job: dict[str, Any], lines: queue.SimpleQueue[bytes], replies: Any) ->
         split=partial(split_model, group=ranks.group),
     )
     print(json.dumps({"ready": True}), file=replies, flush=True)
-    ranks.group.meet(Path(job["folder"]))
+    ranks.group.rendezvous(Path(job["folder"]))
     follow(model, ranks)
 
 

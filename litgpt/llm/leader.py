@@ -56,7 +56,7 @@ class Leader:
         for process in self.others:
             process.on_loss = call
 
-    def meet(self) -> None:
+    def rendezvous(self) -> None:
         """Waits until the others have loaded their parts, and opens the group.
 
         Raises:
@@ -64,7 +64,7 @@ class Leader:
         """
         for process in self.others:
             process.wait_until_ready()
-        self.group.meet(self._folder)
+        self.group.rendezvous(self._folder)
 
     def tell(self, news: News) -> None:
         self.check()

@@ -117,7 +117,7 @@ class Placement:
         try:
             split = partial(split_model, group=self.leader.group)
             model = self._load(source, dtype=dtype, device=self.device, split=split, **how)
-            self.leader.meet()
+            self.leader.rendezvous()
         except BaseException:
             self.leader.close()
             raise

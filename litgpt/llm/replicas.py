@@ -100,7 +100,7 @@ class Replicas:
         running: dict[int, tuple[int, Ticket | _Ticket]] = {}  # by the index of the request: who has it
         has = [0] * len(submits)
 
-        def hand_out(who: int) -> None:
+        def dispatch(who: int) -> None:
             if has[who] > (AHEAD - 1) * self.slots:
                 return
             for _ in range(min(self.slots, len(left))):
@@ -112,7 +112,7 @@ class Replicas:
         try:
             for _ in range(AHEAD):
                 for who in range(len(submits)):
-                    hand_out(who)
+                    dispatch(who)
             while running:
                 index, output = outputs.get()
                 if isinstance(output, Exception):
@@ -125,7 +125,7 @@ class Replicas:
                     has[who] -= 1
                     if output.finish_reason is None:
                         ticket.cancel()
-                    hand_out(who)
+                    dispatch(who)
                 yield piece
         finally:
             for _, ticket in running.values():

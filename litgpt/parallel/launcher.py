@@ -184,12 +184,12 @@ def launch(fabric: Fabric) -> None:
     ranks.watch()
     store = None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun has brought all together itself
-        store = meet(ranks, address, port)
+        store = rendezvous(ranks, address, port)
     fabric.launch()
     del store
 
 
-def meet(ranks: Ranks, address: str, port: int, limit: float = LONGEST_MEETING) -> object:
+def rendezvous(ranks: Ranks, address: str, port: int, limit: float = LONGEST_MEETING) -> object:
     """Wait until all ranks are there. It can be interrupted, and says after a while who is missing, and where.
 
     Returns:

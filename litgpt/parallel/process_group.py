@@ -34,8 +34,8 @@ class ProcessGroup:
         self._backend: Any = None
         self._together = False
 
-    def meet(self, folder: Path) -> None:
-        """Finds the others. Every process calls this, with the same folder, which is empty before.
+    def rendezvous(self, folder: Path) -> None:
+        """Find the others. Every process calls this, with the same folder, which is empty before.
 
         Raises:
             RuntimeError: Not all have come in time.
@@ -60,26 +60,26 @@ class ProcessGroup:
         finally:
             self._together = False
 
-    def add_up(self, tensor: Tensor) -> None:
-        """Puts the sum of all processes' tensors in its place."""
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Replace a tensor by the sum of all processes' tensors."""
         self._now().allreduce([tensor]).wait()
 
-    def least(self, number: float) -> float:
-        """The smallest of all processes' numbers."""
+    def all_reduce_min(self, number: float) -> float:
+        """The minimum of all processes' numbers."""
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.MIN
         tensor = torch.tensor([number], dtype=torch.float64, device=self.device)
         self._now().allreduce([tensor], options).wait()
         return tensor.item()
 
-    def side_by_side(self, tensor: Tensor) -> Tensor:
-        """(..., n) of each process -> (..., n * count), in the order of their ranks."""
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """(..., n) of each process -> (..., n * count), concatenated in the order of their ranks."""
         parts = [torch.empty_like(tensor) for _ in range(self.count)]
         self._now().allgather([parts], [tensor]).wait()
         return torch.cat(parts, dim=-1)
 
-    def hand_out(self, tensor: Tensor) -> None:
-        """Puts rank 0's tensor in its place."""
+    def broadcast(self, tensor: Tensor) -> None:
+        """Replace a tensor by rank 0's."""
         options = dist.BroadcastOptions()
         options.rootRank = 0
         self._now().broadcast([tensor], options).wait()

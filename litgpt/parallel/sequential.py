@@ -45,8 +45,8 @@ def place_blocks(gpt: GPT, count: int) -> list[int]:
     for index, size in enumerate(sizes):
         wanted = int((before + size / 2) * count / whole)
         # Every device gets a block: neither one is left out, nor are too few blocks left for those to come.
-        least = max(places[-1] if places else 0, count - len(sizes) + index)
-        places.append(min(max(wanted, least), places[-1] + 1 if places else 0))
+        minimum = max(places[-1] if places else 0, count - len(sizes) + index)
+        places.append(min(max(wanted, minimum), places[-1] + 1 if places else 0))
         before += size
     return places
 

@@ -75,12 +75,12 @@ class _Split:
             for module in block.mlp.modules():
                 if isinstance(module, (GptNeoxMLP, LLaMAMLP)):
                     self.mlp(module)
-            block.attn.register_forward_hook(self.added_up)
-            block.mlp.register_forward_hook(self.added_up)
+            block.attn.register_forward_hook(self.all_reduce)
+            block.mlp.register_forward_hook(self.all_reduce)
         head = gpt.lm_head
         if not gpt.config.tie_embeddings and head.out_features % self.ranks == 0:
             self.rows(head, [self.share(head.out_features)])
-            head.register_forward_hook(self.side_by_side)
+            head.register_forward_hook(self.all_gather)
 
     def part(self, name: str, tensor: Tensor) -> Tensor:
         return self.parts[name](tensor) if name in self.parts else tensor
@@ -146,15 +146,15 @@ class _Split:
         setattr(module, name, nn.Parameter(whole.new_empty(part(whole.detach()).shape)))
         self.parts[f"{self.names[module]}.{name}"] = part
 
-    def added_up(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def all_reduce(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """A forward hook: the sum of the ranks' outputs."""
         output = output.contiguous()
-        self.group.add_up(output)
+        self.group.all_reduce(output)
         return output
 
-    def side_by_side(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        """A forward hook: the ranks' outputs in a row."""
-        return self.group.side_by_side(output.contiguous())
+    def all_gather(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """A forward hook: the ranks' outputs, concatenated along the last dimension."""
+        return self.group.all_gather(output.contiguous())
 
 
 class SplitRMSNorm(RMSNorm):
@@ -165,7 +165,7 @@ class SplitRMSNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """(..., size of this rank) -> the same."""
         squares = x.float().square().mean(dim=-1, keepdim=True)
-        self.group.add_up(squares)  # heads that several ranks have count as often in the divisor
+        self.group.all_reduce(squares)  # heads that several ranks have count as often in the divisor
         scale = torch.rsqrt(squares / self.group.count + self.eps)
         weight = 1 + self.weight.float() if self.unit_offset else self.weight.float()
         return (x.float() * scale * weight).to(x.dtype)

@@ -81,11 +81,11 @@ class _Search:
         return all(self.allows(properties.get(name, others)) for name in required)
 
     def _allows_array(self, schema: Mapping[str, Any]) -> bool:
-        least = schema.get("minItems", 0)
-        least = least if isinstance(least, (int, float)) else 0
-        needed = [part for place, part in enumerate(_list(schema, "prefixItems")) if place < least]
+        minimum = schema.get("minItems", 0)
+        minimum = minimum if isinstance(minimum, (int, float)) else 0
+        needed = [part for place, part in enumerate(_list(schema, "prefixItems")) if place < minimum]
         rest = schema.get("items", True)
-        return all(map(self.allows, needed)) and (len(needed) >= least or self.allows(rest))
+        return all(map(self.allows, needed)) and (len(needed) >= minimum or self.allows(rest))
 
     def _target(self, reference: Any) -> Any:
         """What a reference within the document points at (RFC 6901)."""

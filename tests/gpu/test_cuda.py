@@ -107,14 +107,14 @@ def test_pretraining_then_generating(tmp_path, capsys):
 
 def test_a_group_exchanges_over_nccl(tmp_path):
     group = ProcessGroup(0, 1, torch.device("cuda:0"))
-    group.meet(tmp_path)
+    group.rendezvous(tmp_path)
     tensor = torch.arange(6.0, device="cuda", dtype=torch.bfloat16).view(2, 3)
     expected = tensor.clone()
     with group.together():
-        assert group.least(1e12) == 1e12
-        group.add_up(tensor)
-        group.hand_out(tensor)
-        assert torch.equal(group.side_by_side(tensor), expected)
+        assert group.all_reduce_min(1e12) == 1e12
+        group.all_reduce(tensor)
+        group.broadcast(tensor)
+        assert torch.equal(group.all_gather(tensor), expected)
     assert torch.equal(tensor, expected)
     group.abort()
 

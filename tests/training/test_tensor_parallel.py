@@ -84,11 +84,11 @@ for directory in sorted((folder / "models").iterdir()):
     model = load_model(directory, split=partial(split_model, group=group))
     meeting = folder / directory.name
     meeting.mkdir(exist_ok=True)
-    group.meet(meeting)
+    group.rendezvous(meeting)
     channel = Channel(meeting, group)
     with torch.inference_mode(), group.together():
         logits = model(torch.arange(24)[None])
-        everywhere = group.side_by_side(logits.contiguous()).chunk(2, dim=-1)
+        everywhere = group.all_gather(logits.contiguous()).chunk(2, dim=-1)
     if rank == 1:
         follow(model, channel)
         continue
@@ -199,7 +199,7 @@ def test_what_goes_wrong_on_one_rank_ends_all(directory, monkeypatch):
     job = {"checkpoint": str(directory / "nowhere"), "dtype": "float32", "quantize": None}
     leader = Leader([torch.device("cpu")] * 2, job)
     with pytest.raises(RanksLost, match=r"Rank 1.*FileNotFoundError: .*nowhere"):
-        leader.meet()
+        leader.rendezvous()
     leader.close()
     llm = LLM.load(directory, precision="32-true")
     llm.distribute(devices=2, precision="32-true", generate_strategy="tensor_parallel")
