@@ -125,16 +125,16 @@ class LowRank(torch.autograd.Function):
         return F.linear(hidden, up.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, down, up, kept, hidden = ctx.saved_tensors
-        rows = gradient.flatten(0, -2)  # (N, out)
+        rows = grad_output.flatten(0, -2)  # (N, out)
         scaled = (rows @ up.to(x.dtype)).mul_(ctx.scale)  # (N, r) the gradient of what `down` gives
-        of_x = None
+        grad_x = None
         if ctx.needs_input_grad[0]:
-            of_x = kept_values((scaled @ down.to(x.dtype)).view(x.shape), kept)
-        of_down = (scaled.T @ kept_values(x, kept).flatten(0, -2)).to(down.dtype)
-        of_up = (rows.T @ hidden.flatten(0, -2)).to(up.dtype)
-        return of_x, of_down, of_up, None, None
+            grad_x = kept_values((scaled @ down.to(x.dtype)).view(x.shape), kept)
+        grad_down = (scaled.T @ kept_values(x, kept).flatten(0, -2)).to(down.dtype)
+        grad_up = (rows.T @ hidden.flatten(0, -2)).to(up.dtype)
+        return grad_x, grad_down, grad_up, None, None
 
 
 class LoRALinear(KeepsFloat32):

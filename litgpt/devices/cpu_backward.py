@@ -56,29 +56,29 @@ class CausalAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v = ctx.saved_tensors
-        of_q = torch.empty_like(q)
+        grad_q = torch.empty_like(q)
         keys, values = _by_group(k, k.size(2)), _by_group(v, k.size(2))  # (B * G, T, D)
-        of_keys, of_values = torch.zeros_like(keys), torch.zeros_like(values)
+        grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
         for start in range(0, q.size(1), BLOCK):
             block = slice(start, start + BLOCK)
             queries = _by_group(q[:, block] * ctx.scale, k.size(2))  # (B * G, R * n, D), a head's n rows together
-            of_y = _by_group(gradient[:, block], k.size(2))
+            grad_y = _by_group(grad_output[:, block], k.size(2))
             n = min(BLOCK, q.size(1) - start)
             seen = slice(0, start + n)
             scores = queries @ keys[:, seen].transpose(1, 2)  # (B * G, R * n, start + n)
-            hidden = torch.full((n, n), float("-inf"), dtype=scores.dtype).triu_(1)
-            scores.unflatten(1, (-1, n))[..., start:].add_(hidden)
+            mask = torch.full((n, n), float("-inf"), dtype=scores.dtype).triu_(1)
+            scores.unflatten(1, (-1, n))[..., start:].add_(mask)
             weights = scores.softmax(dim=-1)
-            of_values[:, seen] += weights.transpose(1, 2) @ of_y
-            of_weights = torch.matmul(of_y, values[:, seen].transpose(1, 2), out=scores)
-            of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-            of_keys[:, seen] += of_scores.transpose(1, 2) @ queries
-            rows = (of_scores @ keys[:, seen]).mul_(ctx.scale)
-            of_q[:, block] = rows.view(q.size(0), q.size(2), n, -1).transpose(1, 2)
-        back = (part.unflatten(0, (k.size(0), -1)).transpose(1, 2) for part in (of_keys, of_values))
-        return of_q, *back, None
+            grad_values[:, seen] += weights.transpose(1, 2) @ grad_y
+            grad_weights = torch.matmul(grad_y, values[:, seen].transpose(1, 2), out=scores)
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grad_keys[:, seen] += grad_scores.transpose(1, 2) @ queries
+            rows = (grad_scores @ keys[:, seen]).mul_(ctx.scale)
+            grad_q[:, block] = rows.view(q.size(0), q.size(2), n, -1).transpose(1, 2)
+        back = (part.unflatten(0, (k.size(0), -1)).transpose(1, 2) for part in (grad_keys, grad_values))
+        return grad_q, *back, None
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
@@ -100,16 +100,16 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, factor = ctx.saved_tensors
         width = weight.numel()
         # LayerNorm's kernel, for a mean of zero. It takes away what goes through the mean: that is put back.
         nothing, only_x = torch.zeros_like(factor), [True, False, False]
-        of_x, *_ = torch.ops.aten.native_layer_norm_backward(
-            gradient, x, [width], nothing, factor, weight.to(factor.dtype), None, only_x
+        grad_x, *_ = torch.ops.aten.native_layer_norm_backward(
+            grad_output, x, [width], nothing, factor, weight.to(factor.dtype), None, only_x
         )
-        of_x += (gradient @ weight)[..., None] * factor / width
-        of_weight = None
+        grad_x += (grad_output @ weight)[..., None] * factor / width
+        grad_weight = None
         if ctx.needs_input_grad[1]:
-            of_weight = (gradient * (x * factor)).flatten(0, -2).sum(dim=0, dtype=factor.dtype).to(weight.dtype)
-        return of_x, of_weight, None
+            grad_weight = (grad_output * (x * factor)).flatten(0, -2).sum(dim=0, dtype=factor.dtype).to(weight.dtype)
+        return grad_x, grad_weight, None
