@@ -242,8 +242,8 @@ class _FrozenProduct(torch.autograd.Function):
         return weight.multiply(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple:
-        return gradient @ ctx.weight.dequantised(gradient.dtype), None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple:
+        return grad_output @ ctx.weight.dequantised(grad_output.dtype), None
 
 
 def replace_linears(model: GPT, kind: str, dtype: torch.dtype) -> None:

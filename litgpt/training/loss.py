@@ -148,6 +148,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple:
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place, so they serve once
-        return None, None, None, *(g.mul_(gradient) for g in gradients)
+        return None, None, None, *(g.mul_(grad_output) for g in gradients)
