@@ -134,7 +134,7 @@ class KVCache:
         self.lengths = torch.full((batch_size, 1), max_length, dtype=torch.int64, device=device)
         self.windows = [layer.window for layer in layers]
         self.rings = self._rings(batch_size, max_length, device)
-        # Zeros, not empty: a hidden slot is multiplied by 0, which must not meet a NaN.
+        # Zeros, not empty: a masked slot is multiplied by 0, which must not meet a NaN.
         self.layers = []
         for window, shapes, place in layers:
             ring = self.rings[window]

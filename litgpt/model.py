@@ -29,7 +29,7 @@ from litgpt.kv_cache import AttentionPlan, KVCache, LayerCache, LayerShape, Ring
 
 # Added to the score of a key that must not be seen. Finite, so that a row that sees nothing (padding) stays finite, and
 # representable in every dtype; its exponential is 0 in all of them.
-HIDDEN = -30000.0
+MASKED = -30000.0
 
 
 # How many queries at a time attention that is written out looks at.
@@ -815,14 +815,14 @@ def attend_written_out(
     """
     if mask is None:
         rows = torch.arange(q.size(2), device=q.device)
-        mask = hidden_where(rows[None] > rows[:, None], q.dtype)[None, None]
+        mask = additive_mask(rows[None] > rows[:, None], q.dtype)[None, None]
     k, v = k[:, :, None], v[:, :, None]
     parts = []
-    for queries, hidden in zip(q.split(QUERY_BLOCK, dim=2), mask.split(QUERY_BLOCK, dim=2), strict=True):
+    for queries, block_mask in zip(q.split(QUERY_BLOCK, dim=2), mask.split(QUERY_BLOCK, dim=2), strict=True):
         queries = queries.unflatten(1, (k.size(1), -1))  # (B, G, H / G, block, Q)
         scores = (queries * scale) @ k.transpose(-1, -2)
         scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-        scores = scores.float() + hidden[:, :, None]
+        scores = scores.float() + block_mask[:, :, None]
         if sinks is not None:  # one more key, which has no value
             sink = sinks.float().view(1, k.size(1), -1, 1, 1).expand(*scores.shape[:-1], 1)
             scores = torch.cat((scores, sink), dim=-1)
@@ -831,9 +831,9 @@ def attend_written_out(
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
-def hidden_where(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    """Boolean -> what is added to the scores."""
-    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, HIDDEN)
+def additive_mask(masked: Tensor, dtype: torch.dtype) -> Tensor:
+    """Boolean, True where a key must not be seen -> what is added to the scores: MASKED there, 0 elsewhere."""
+    return torch.zeros(masked.shape, dtype=dtype, device=masked.device).masked_fill_(masked, MASKED)
 
 
 def mask_within_call(
@@ -846,15 +846,15 @@ def mask_within_call(
         return None
     order = torch.arange(tokens, device=idx.device)
     distance = order[:, None] - order[None]  # (T, T)
-    hidden = distance < 0
+    masked = distance < 0
     if narrow:
-        hidden = hidden | (distance >= window)
-    hidden = hidden[None]  # (B or 1, T, T)
+        masked = masked | (distance >= window)
+    masked = masked[None]  # (B or 1, T, T)
     if document_ids is not None:
-        hidden = hidden | (document_ids[:, :, None] != document_ids[:, None])
+        masked = masked | (document_ids[:, :, None] != document_ids[:, None])
     if positions is not None:
-        hidden = hidden | (positions[:, None] < 0)
-    return hidden_where(hidden[:, None], dtype)
+        masked = masked | (positions[:, None] < 0)
+    return additive_mask(masked[:, None], dtype)
 
 
 def starts_of_documents(positions: Tensor | None, document_ids: Tensor) -> Tensor | None:
@@ -883,10 +883,10 @@ def plan_with_cache(ring: "Ring", positions: Tensor, window: int | None, dtype: 
         slots = ring.claim(positions)
         seen = ring.positions if ring.read_length is None else ring.positions[:, : ring.read_length]
     distance = positions[:, :, None] - seen[:, None]  # (B, T, S)
-    hidden = (distance < 0) | (seen[:, None] < 0)
+    masked = (distance < 0) | (seen[:, None] < 0)
     if window is not None:
-        hidden = hidden | (distance >= window)
-    mask = hidden_where(hidden[:, None], dtype)
+        masked = masked | (distance >= window)
+    mask = additive_mask(masked[:, None], dtype)
     return AttentionPlan(mask, slots, "both" if both else "cache", ring.read_length)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-HIDDEN = "***"
+REDACTED = "***"
 NAME = re.compile(
     r"(?!(.*_)?(bos|eos|eot|pad|unk|sep|cls|mask|stop|special)_token)(.*_)?(token|key|password|secret)", re.IGNORECASE
 )
@@ -41,10 +41,10 @@ class Secret:
         self._value = reveal(value)
 
     def __repr__(self) -> str:
-        return HIDDEN
+        return REDACTED
 
     def __format__(self, form: str) -> str:
-        return HIDDEN
+        return REDACTED
 
     def __bool__(self) -> bool:
         return bool(self._value)
@@ -92,10 +92,10 @@ def learn(settings: Any) -> None:
 
 def hide(text: str) -> str:
     """A text for people or files, without what this process knows to be secret, nor what looks so in an address."""
-    text = IN_ADDRESS.sub(lambda match: f"{match[1] or ''}{HIDDEN}", text)
+    text = IN_ADDRESS.sub(lambda match: f"{match[1] or ''}{REDACTED}", text)
     for secret in sorted({*_known, *_of_environment()}, key=len, reverse=True):
         if len(secret) >= MIN_LENGTH:
-            text = text.replace(secret, HIDDEN)
+            text = text.replace(secret, REDACTED)
     return text
 
 

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse.typing import register_type
 
 from litgpt.cli.hints import admits, readable
-from litgpt.cli.secret import HIDDEN, Secret
+from litgpt.cli.secret import REDACTED, Secret
 
 register_type(Secret, serializer=str, deserializer=Secret)
 
@@ -74,7 +74,7 @@ def explain(error: ArgumentError, option: str, hint_of: Callable[[str], Any]) ->
         return f"{prefix}{text}"
     hint = hint_of(key[1])
     if admits(hint, Secret):
-        values = [HIDDEN]
+        values = [REDACTED]
     if hint is Any:
         return f"{prefix}{key[1]}: {values[-1]!r} is not of the right type."
     return f"{prefix}{key[1]}: expected {readable(hint)}, got {values[-1]!r}."

@@ -10,9 +10,9 @@ namespace few_rows {
 constexpr int LANES = 16, TOGETHER = 4;
 constexpr int AHEAD = 8192;  // bytes: how early memory is fetched (measured)
 constexpr int KEYS_AHEAD = 16;
-// Where a mask hides a key, it holds -30000, or what that is in its type: -29952 in bfloat16. A score falls as low by
-// nothing else.
-constexpr float HIDDEN = -30000, SEEN_ABOVE = HIDDEN / 2;
+// A masked key has -30000 in the mask (MASKED of model.py), or what that is in its type: -29952 in bfloat16. A score
+// falls as low by nothing else.
+constexpr float MASKED = -30000, SEEN_ABOVE = MASKED / 2;
 
 struct bf16 { uint16_t bits; };
 inline float wide(float x) { return x; }
@@ -377,7 +377,7 @@ template <class X> struct Attention {
       __m512 sums[COUNT][4];
       float added[4];
       UNROLLED for (int i = 0; i < 4; ++i) {
-        added[i] = s + i < count ? wide(of_mask[s + i]) : HIDDEN;
+        added[i] = s + i < count ? wide(of_mask[s + i]) : MASKED;
         UNROLLED for (int h = 0; h < COUNT; ++h) sums[h][i] = _mm512_setzero_ps();
         if (added[i] < SEEN_ABOVE) continue;
         const X* key = of_keys + (s + i) * k_strides[1];
@@ -397,7 +397,7 @@ template <class X> struct Attention {
     float factors[COUNT];
     UNROLLED for (int h = 0; h < COUNT; ++h) {
       float* of_head = scores + h * padded;
-      __m512 most = _mm512_set1_ps(HIDDEN), total = _mm512_setzero_ps();
+      __m512 most = _mm512_set1_ps(MASKED), total = _mm512_setzero_ps();
       for (long s = 0; s < padded; s += LANES) most = _mm512_max_ps(most, load(of_head + s));
       most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
       for (long s = 0; s < padded; s += LANES) {

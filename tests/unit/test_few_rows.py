@@ -124,17 +124,17 @@ def test_compiled_attention_is_attention(dtype, size, tmp_path):
     assert type(fast.attention).__name__ == "FewRowsAttention"
     q = torch.randn(rows, 1, 6, size, dtype=dtype) * 3
     k, v = torch.randn(2, rows, 64, 2, size, dtype=dtype)[:, :, :keys]  # a part of a longer cache
-    hidden = torch.arange(keys) >= torch.tensor([37, 1, 20, 33, 0])[:, None]
-    hidden[3, :6] = hidden[3, 10:13] = True
-    mask = torch.where(hidden, -30000.0, 0.0).to(dtype)[:, None, None]
+    masked = torch.arange(keys) >= torch.tensor([37, 1, 20, 33, 0])[:, None]
+    masked[3, :6] = masked[3, 10:13] = True
+    mask = torch.where(masked, -30000.0, 0.0).to(dtype)[:, None, None]
     with torch.no_grad():
         program = torch.export.export(fast, (q, k, v, mask))
         options = {"aot_inductor.custom_ops_to_c_shims": kernels}
         path = torch._inductor.aoti_compile_and_package(
             program, package_path=str(tmp_path / "attention.pt2"), inductor_configs=options
         )
-        # What is hidden is not even read: a long row would cost as much in all others.
-        unread = hidden[:, :, None, None]
+        # What is masked is not even read: a long row would cost as much in all others.
+        unread = masked[:, :, None, None]
         found = torch._inductor.aoti_load_package(path)(
             q, k.masked_fill(unread, torch.nan), v.masked_fill(unread, torch.nan), mask
         )

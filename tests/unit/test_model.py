@@ -10,7 +10,7 @@ from litgpt.config import Config
 from litgpt.kv_cache import Ring
 from litgpt.model import (
     GPT,
-    HIDDEN,
+    MASKED,
     LLaMAMoE,
     RMSNorm,
     RotaryEmbedding,
@@ -439,7 +439,7 @@ def test_attention_by_its_formula(softcap, queries, keys):
     q, k, v = torch.randn(2, queries, 4, 8), torch.randn(2, keys, 2, 8), torch.randn(2, keys, 2, 5)
     visible = torch.ones(queries, keys, dtype=torch.bool).tril() if queries == keys else torch.rand(2, 1, 1, keys) > 0.3
     visible = visible.expand(2, 1, queries, keys)
-    masks = [torch.zeros(visible.shape).masked_fill(~visible, HIDDEN)] + ([None] if queries == keys else [])
+    masks = [torch.zeros(visible.shape).masked_fill(~visible, MASKED)] + ([None] if queries == keys else [])
     for mask in masks:
         y = attend(q, k, v, mask, 0.3, softcap)
         for head in range(4):
