@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import litgpt
 from litgpt.checkpoint import atomic_file
 from litgpt.config import Config
-from litgpt.generation import few_rows
+from litgpt.generation import skinny_gemm
 from litgpt.generation.compiled_program import Program, code_version, dtype_name
 from litgpt.kv_cache import KVCache
 from litgpt.model import GPT, RotaryEmbedding
@@ -50,7 +50,7 @@ class DecodeStep(nn.Module):
             reach: Of so many values as attention reads slots of the cache.
         """
         lengths, *tensors = state
-        if isinstance(self.model.transformer["wte"], few_rows.FewRowsEmbedding):
+        if isinstance(self.model.transformer["wte"], skinny_gemm.PaddedEmbedding):
             tokens = tokens.masked_fill(positions < 0, -1)
         return self.model(tokens, positions, cache=self.cache_of(tensors, lengths, slice(None), reach))
 
@@ -120,9 +120,9 @@ def compile_step(specification: dict[str, Any], path: Path) -> None:
         of_cache = {1: any_size}
         if isinstance(step, ReadStep):
             tokens, state, of_cache = {0: any_size, 1: any_size}, [{0: any_size}] * 2, {0: any_size, 1: any_size}
-            kernels = few_rows.use_to_read(step.model, dtype)
+            kernels = skinny_gemm.use_for_prefill(step.model, dtype)
         else:
-            kernels = few_rows.use(step.model, specification["rows"], dtype)
+            kernels = skinny_gemm.use(step.model, specification["rows"], dtype)
         state = [*state, *[of_cache] * (len(example[2]) - len(state))]
         with torch.no_grad():
             program = torch.export.export(step, example, dynamic_shapes=(tokens, tokens, state, {0: any_size}))

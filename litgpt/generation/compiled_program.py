@@ -15,7 +15,7 @@ from torch import Tensor
 
 import litgpt
 from litgpt.cli.resources import cache_directory
-from litgpt.generation import few_rows
+from litgpt.generation import skinny_gemm
 from litgpt.kv_cache import KVCache
 from litgpt.model import GPT, LLaMAMoE
 from litgpt.quantization.layers import QuantizedLinear, quantized_layers
@@ -32,7 +32,7 @@ class Program:
     def __init__(self, path: str | Path, model: GPT) -> None:
         if (damaged := _damaged(path)) is not None:  # it would be loaded, and run
             raise ValueError(f"'{path}' is damaged: {damaged}")
-        few_rows.has_tiles()  # the system lets a process use them that has asked
+        skinny_gemm.has_tiles()  # the system lets a process use them that has asked
         self._run = torch._inductor.aoti_load_package(str(path))
         self._flat = getattr(self._run.loader, "boxed_run", self._run.loader.run)
         held = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
@@ -133,7 +133,7 @@ def code_version() -> str:
     """A digest of the sources that the step is made from."""
     folder = Path(litgpt.__file__).parent
     sources = ("model.py", "kv_cache.py", "quantization/layers.py", "quantization/weight_only.py", "config.py")
-    sources = (*sources, "generation/compile_step.py", "generation/few_rows.py", "generation/few_rows.h")
+    sources = (*sources, "generation/compile_step.py", "generation/skinny_gemm.py", "generation/skinny_gemm.h")
     return hashlib.sha256(b"".join((folder / source).read_bytes() for source in sources)).hexdigest()
 
 

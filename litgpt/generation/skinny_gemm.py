@@ -1,4 +1,4 @@
-"""Linear layers and attention for a few rows of one token each, as C++ (few_rows.h) within the compiled decode step.
+"""Linear layers and attention for a few rows of one token each, as C++ (skinny_gemm.h) within the compiled decode step.
 
 With one token at a time a linear layer only reads its weight, and is as quick as the memory is. The kernels that torch
 has for it get half of that: they prepare themselves at every call, or want a copy of the weight in another order. These
@@ -39,27 +39,27 @@ FEW_TOKENS = 96  # of prompts; for more, torch's linear layer is the quicker one
 
 CODE = Path(__file__).with_suffix(".h")
 LINEAR = """
-AOTITorchError aoti_torch_cpu_linear_few(AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* y) {
-  return few_rows::start(x, weight, nullptr, y);
+AOTITorchError aoti_torch_cpu_skinny_linear(AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* y) {
+  return skinny_gemm::start(x, weight, nullptr, y);
 }
 """
 LINEAR_INT8 = """
-AOTITorchError aoti_torch_cpu_linear_few_int8(
+AOTITorchError aoti_torch_cpu_skinny_linear_int8(
     AtenTensorHandle x, AtenTensorHandle codes, AtenTensorHandle scales, AtenTensorHandle* y) {
-  return few_rows::start(x, codes, scales, y);
+  return skinny_gemm::start(x, codes, scales, y);
 }
 """
 LINEAR_INT4 = """
-AOTITorchError aoti_torch_cpu_linear_few_int4(
+AOTITorchError aoti_torch_cpu_skinny_linear_int4(
     AtenTensorHandle x, AtenTensorHandle codes, AtenTensorHandle scales, AtenTensorHandle* y) {
-  return few_rows::start_int4(x, codes, scales, y);
+  return skinny_gemm::start_int4(x, codes, scales, y);
 }
 """
 ATTEND = """
-AOTITorchError aoti_torch_cpu_attend_few(AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v,
-                                         AtenTensorHandle mask, double scale, AtenTensorHandle* y) {
-  using few_rows::Tensor;
-  return few_rows::attend(Tensor(q), Tensor(k), Tensor(v), Tensor(mask), scale, y);
+AOTITorchError aoti_torch_cpu_decode_attention(AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v,
+                                               AtenTensorHandle mask, double scale, AtenTensorHandle* y) {
+  using skinny_gemm::Tensor;
+  return skinny_gemm::attend(Tensor(q), Tensor(k), Tensor(v), Tensor(mask), scale, y);
 }
 """
 
@@ -67,51 +67,51 @@ AOTITorchError aoti_torch_cpu_attend_few(AtenTensorHandle q, AtenTensorHandle k,
 # The operators as torch knows them. They are never called: their place is in code that is compiled.
 
 
-@torch.library.custom_op("litgpt::linear_few", mutates_args=())
-def linear_few(x: Tensor, weight: Tensor) -> Tensor:
+@torch.library.custom_op("litgpt::skinny_linear", mutates_args=())
+def skinny_linear(x: Tensor, weight: Tensor) -> Tensor:
     """(B, in), (out, in) -> (B, out)."""
     raise NotImplementedError
 
 
-@torch.library.custom_op("litgpt::linear_few_int8", mutates_args=())
-def linear_few_int8(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+@torch.library.custom_op("litgpt::skinny_linear_int8", mutates_args=())
+def skinny_linear_int8(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """(B, in), (out, in), (out,) -> (B, out)."""
     raise NotImplementedError
 
 
-@torch.library.custom_op("litgpt::linear_few_int4", mutates_args=())
-def linear_few_int4(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+@torch.library.custom_op("litgpt::skinny_linear_int4", mutates_args=())
+def skinny_linear_int4(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """(B, padded in), (blocks, padded in, half), (groups, padded out, 2) -> (B, padded out)."""
     raise NotImplementedError
 
 
-@torch.library.custom_op("litgpt::attend_few", mutates_args=())
-def attend_few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+@torch.library.custom_op("litgpt::decode_attention", mutates_args=())
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """q (B, H, D), k and v (B, S, G, D), of which the last dimension is dense, mask (B, S) -> (B, H, D)."""
     raise NotImplementedError
 
 
-@linear_few.register_fake
+@skinny_linear.register_fake
 def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.size(0), weight.size(0))
 
 
-@linear_few_int8.register_fake
+@skinny_linear_int8.register_fake
 def _(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     return x.new_empty(x.size(0), codes.size(0))
 
 
-@linear_few_int4.register_fake
+@skinny_linear_int4.register_fake
 def _(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     return x.new_empty(x.size(0), scales.size(1))
 
 
-@attend_few.register_fake
+@decode_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-class FewRowsEmbedding(nn.Embedding):
+class PaddedEmbedding(nn.Embedding):
     """The embedding in the compiled step. What is no token (-1), since its row has no request, is zero: the layers
     after it have nothing to multiply there."""
 
@@ -120,37 +120,37 @@ class FewRowsEmbedding(nn.Embedding):
         return super().forward(idx.clamp(min=0)).masked_fill(idx[..., None] < 0, 0)
 
 
-class FewRowsLinear(nn.Linear):
+class SkinnyLinear(nn.Linear):
     """A linear layer in the compiled step, with the model's weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        y = torch.ops.litgpt.linear_few(x.reshape(-1, self.in_features).contiguous(), self.weight)
+        y = torch.ops.litgpt.skinny_linear(x.reshape(-1, self.in_features).contiguous(), self.weight)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
 
-class FewRowsInt8(Int8Weight):
+class SkinnyInt8(Int8Weight):
     """An int8 matrix in the compiled step."""
 
     def multiply(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         flat = x.reshape(-1, self.shape[1]).contiguous()
-        y = torch.ops.litgpt.linear_few_int8(flat, self.codes, self.scales.to(x.dtype))
+        y = torch.ops.litgpt.skinny_linear_int8(flat, self.codes, self.scales.to(x.dtype))
         return y.view(*x.shape[:-1], self.shape[0])
 
 
-class FewRowsInt4(Int4Weight):
+class SkinnyInt4(Int4Weight):
     """An int4 matrix in the compiled step."""
 
     def multiply(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         flat = F.pad(x.reshape(-1, self.shape[1]), (0, -self.shape[1] % GROUP)).contiguous()
-        y = torch.ops.litgpt.linear_few_int4(flat, self.codes, self.scales.to(x.dtype))
+        y = torch.ops.litgpt.skinny_linear_int4(flat, self.codes, self.scales.to(x.dtype))
         return y[:, : self.shape[0]].view(*x.shape[:-1], self.shape[0])
 
 
-class FewRowsAttention(CausalSelfAttention):
+class DecodeAttention(CausalSelfAttention):
     """Attention in the compiled step."""
 
     def attended(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
@@ -158,7 +158,7 @@ class FewRowsAttention(CausalSelfAttention):
         if k.dtype != q.dtype:
             k, v = k.to(q.dtype), v.to(q.dtype)
         # The mask is no copy, so that all layers have the same.
-        return torch.ops.litgpt.attend_few(q[:, 0].contiguous(), k, v, plan.mask[:, 0, 0], self.scale)[:, None]
+        return torch.ops.litgpt.decode_attention(q[:, 0].contiguous(), k, v, plan.mask[:, 0, 0], self.scale)[:, None]
 
 
 def has_tiles() -> bool:
@@ -185,32 +185,32 @@ def use(model: nn.Module, rows: int, dtype: torch.dtype) -> dict[torch._ops.OpOv
         if name.endswith(KEPT):  # its matrix is taken apart
             continue
         if type(module) is nn.Embedding:
-            module.__class__ = FewRowsEmbedding
+            module.__class__ = PaddedEmbedding
         elif type(module) is CausalSelfAttention and _suits(module):
-            module.__class__ = FewRowsAttention
+            module.__class__ = DecodeAttention
         elif type(module) is nn.Linear and (rows <= few or (tiled and _fills_tiles(module))):
-            module.__class__ = FewRowsLinear
+            module.__class__ = SkinnyLinear
         elif type(module) is Int8Weight and (rows <= FEW["int8"] or module.shape[1] % 16):  # torch's reads over the end
-            module.__class__ = FewRowsInt8
+            module.__class__ = SkinnyInt8
         elif (
             type(module) is Int4Weight
             and rows <= FEW["int4"]
             and module.codes.size(2) % 16 == 0
             and not module.neighbours
         ):
-            module.__class__ = FewRowsInt4
+            module.__class__ = SkinnyInt4
     constants = {"MOST_ROWS": rows}
     if tiled:
         constants["TILED_FROM"] = TILED.start
-    attention = next((module for module in model.modules() if isinstance(module, FewRowsAttention)), None)
+    attention = next((module for module in model.modules() if isinstance(module, DecodeAttention)), None)
     if attention is not None:
         constants["HEAD_SIZE"] = attention.head_size
         constants["HEADS"] = attention.sizes[0] // attention.sizes[1]  # that share keys
     return _written(dtype, constants)
 
 
-def use_to_read(model: nn.Module, dtype: torch.dtype) -> dict[torch._ops.OpOverload, list[str]]:
-    """As `use`, for the code that reads prompts, of any number of tokens: linear layers of a few.
+def use_for_prefill(model: nn.Module, dtype: torch.dtype) -> dict[torch._ops.OpOverload, list[str]]:
+    """As `use`, for prefill, of any number of tokens: linear layers of a few.
 
     torch's prepares the weight anew at each call, which for few tokens takes longer than the product. With AMX that
     product is too quick for the kernels here.
@@ -219,7 +219,7 @@ def use_to_read(model: nn.Module, dtype: torch.dtype) -> dict[torch._ops.OpOverl
         return {}
     for name, module in model.named_modules():
         if type(module) is nn.Linear and not name.endswith(KEPT):
-            module.__class__ = FewRowsLinear
+            module.__class__ = SkinnyLinear
     return _written(dtype, {"MOST_ROWS": FEW_TOKENS, "TORCHS_FROM": FEW_TOKENS + 1})
 
 
@@ -237,10 +237,10 @@ def _written(dtype: torch.dtype, constants: dict[str, int]) -> dict[torch._ops.O
     usual = {"HEAD_SIZE": 16, "HEADS": 1, "GROUP": GROUP, "THREADS": torch.get_num_threads(), "VALUE": VALUES[dtype]}
     defines = "".join(f"#define {name} {value}\n" for name, value in (usual | constants).items())
     return {  # `extern` is put before each piece
-        torch.ops.litgpt.linear_few.default: [f'"C++" {{\n{defines}{CODE.read_text()}}}', LINEAR],
-        torch.ops.litgpt.linear_few_int8.default: [LINEAR_INT8],
-        torch.ops.litgpt.linear_few_int4.default: [LINEAR_INT4],
-        torch.ops.litgpt.attend_few.default: [ATTEND],
+        torch.ops.litgpt.skinny_linear.default: [f'"C++" {{\n{defines}{CODE.read_text()}}}', LINEAR],
+        torch.ops.litgpt.skinny_linear_int8.default: [LINEAR_INT8],
+        torch.ops.litgpt.skinny_linear_int4.default: [LINEAR_INT4],
+        torch.ops.litgpt.decode_attention.default: [ATTEND],
     }
 
 

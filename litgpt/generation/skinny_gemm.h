@@ -6,7 +6,7 @@
 // Arrays of vectors are kept in registers only where the compiler takes the loops over them apart first, of which it
 // has to be told: it otherwise stores every sum at every step.
 #define UNROLLED _Pragma("GCC unroll 16")
-namespace few_rows {
+namespace skinny_gemm {
 constexpr int LANES = 16, TOGETHER = 4;
 constexpr int AHEAD = 8192;  // bytes: how early memory is fetched (measured)
 constexpr int KEYS_AHEAD = 16;
@@ -517,5 +517,5 @@ inline AOTITorchError attend(Tensor q, Tensor k, Tensor v, Tensor mask, double s
                    mask.sizes[0] > 1 ? mask.strides[0] : 0, float(scale)}(q.sizes[0]);
   return AOTI_TORCH_SUCCESS;
 }
-}  // namespace few_rows
+}  // namespace skinny_gemm
 #pragma GCC pop_options

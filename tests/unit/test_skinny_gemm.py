@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from litgpt.config import Config
-from litgpt.generation import few_rows
+from litgpt.generation import skinny_gemm
 from litgpt.kv_cache import AttentionPlan
 from litgpt.model import CausalSelfAttention
 from litgpt.quantization.layers import QuantizedLinear
@@ -47,13 +47,13 @@ def test_compiled_layers_are_the_layers(rows, dtype, tmp_path):
     for x in inputs:
         x[1] = 0  # a row without a request, which is left out
     fast = copy.deepcopy(layers)
-    kernels = few_rows.use(fast, rows, dtype)
+    kernels = skinny_gemm.use(fast, rows, dtype)
     kinds = {type(getattr(layer, "quantized", layer)).__name__ for layer in fast.layers}
     if rows == 3:
-        assert kinds == {"FewRowsLinear", "FewRowsInt8", "FewRowsInt4"}
+        assert kinds == {"SkinnyLinear", "SkinnyInt8", "SkinnyInt4"}
     elif torch.cpu._is_avx512_bf16_supported():
         # The second size is too much for torch's int8; where there are tiles, only the first fills them.
-        assert kinds == {"FewRowsLinear", "Int8Weight", "FewRowsInt8", "Int4Weight"}
+        assert kinds == {"SkinnyLinear", "Int8Weight", "SkinnyInt8", "Int4Weight"}
     with torch.no_grad():
         program = torch.export.export(fast, (inputs,))
         options = {"aot_inductor.custom_ops_to_c_shims": kernels}
@@ -77,10 +77,10 @@ def test_prompts_of_few_tokens_and_of_many(tmp_path):
     nn.Module.__init__(plain)
     plain.layers = layers.requires_grad_(False)
     fast = copy.deepcopy(plain)
-    kernels = few_rows.use_to_read(fast, torch.bfloat16)
+    kernels = skinny_gemm.use_for_prefill(fast, torch.bfloat16)
     if not kernels:
         pytest.skip("the CPU does not multiply pairs of bfloat16, or has tiles, which are quicker")
-    assert few_rows.use_to_read(copy.deepcopy(plain).float(), torch.float32) == {}
+    assert skinny_gemm.use_for_prefill(copy.deepcopy(plain).float(), torch.float32) == {}
 
     def inputs(tokens: int) -> list[Tensor]:
         return [torch.randn(2, tokens, size[0], dtype=torch.bfloat16) for size in SIZES]
@@ -94,7 +94,7 @@ def test_prompts_of_few_tokens_and_of_many(tmp_path):
             inductor_configs={"aot_inductor.custom_ops_to_c_shims": kernels},
         )
         run, plain = torch._inductor.aoti_load_package(path), plain.float()
-        for tokens in (2, few_rows.FEW_TOKENS // 2, few_rows.FEW_TOKENS // 2 + 1, 400):
+        for tokens in (2, skinny_gemm.FEW_TOKENS // 2, skinny_gemm.FEW_TOKENS // 2 + 1, 400):
             given = inputs(tokens)
             for result, right in zip(run(given), plain([x.float() for x in given]), strict=True):
                 torch.testing.assert_close(result.float(), right, rtol=2**-7, atol=2**-7)
@@ -120,8 +120,8 @@ def test_compiled_attention_is_attention(dtype, size, tmp_path):
     config = Config(n_embd=6 * size, n_head=6, n_query_groups=2, head_size=size)
     plain = Attend(config, dtype).requires_grad_(False)
     fast = copy.deepcopy(plain)
-    kernels = few_rows.use(fast, rows, dtype)
-    assert type(fast.attention).__name__ == "FewRowsAttention"
+    kernels = skinny_gemm.use(fast, rows, dtype)
+    assert type(fast.attention).__name__ == "DecodeAttention"
     q = torch.randn(rows, 1, 6, size, dtype=dtype) * 3
     k, v = torch.randn(2, rows, 64, 2, size, dtype=dtype)[:, :, :keys]  # a part of a longer cache
     masked = torch.arange(keys) >= torch.tensor([37, 1, 20, 33, 0])[:, None]
