@@ -205,7 +205,7 @@ class EngineLM(TemplateLM):
             tokens = [*context, *continuation][-(self.max_length + 1) :]
             sequences.append(Scored(tokens, len(tokens) - len(continuation)))
         for index, logprobs in score(self.run, sequences):
-            is_greedy = all(one.likeliest[0][0] == one.token for one in logprobs)
+            is_greedy = all(one.top_logprobs[0][0] == one.token for one in logprobs)
             yield index, (float(torch.tensor([one.logprob for one in logprobs]).sum()), is_greedy)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:

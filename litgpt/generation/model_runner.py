@@ -237,8 +237,8 @@ def token_logprobs(logits: Tensor, tokens: Tensor, count: int) -> list[TokenLogp
     # A maximum takes a fraction of the time of a selection.
     values, ids = logprobs.max(dim=-1, keepdim=True) if count == 1 else logprobs.topk(count)
     chosen = logprobs.gather(1, tokens[:, None])[:, 0]
-    likeliest = zip(ids.tolist(), values.tolist(), strict=True)
+    top = zip(ids.tolist(), values.tolist(), strict=True)
     return [
         TokenLogprob(token, logprob, list(zip(*pair, strict=True)))
-        for token, logprob, pair in zip(tokens.tolist(), chosen.tolist(), likeliest, strict=True)
+        for token, logprob, pair in zip(tokens.tolist(), chosen.tolist(), top, strict=True)
     ]

@@ -63,7 +63,7 @@ class TokenLogprob:
 
     token: int
     logprob: float
-    likeliest: list[tuple[int, float]]
+    top_logprobs: list[tuple[int, float]]
     """Tokens and log-probabilities, the likeliest first."""
 
 

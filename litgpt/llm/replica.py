@@ -64,7 +64,7 @@ def _deliver(replies: Any, tickets: dict[int, Ticket], number: int, output: Outp
         tickets.pop(number, None)
     values = asdict(replace(output, request=number, logprobs=[], prompt_logprobs=[]))
     for name in ("logprobs", "prompt_logprobs"):
-        values[name] = [(one.token, one.logprob, one.likeliest) for one in getattr(output, name)]
+        values[name] = [(one.token, one.logprob, one.top_logprobs) for one in getattr(output, name)]
     _tell(replies, values)
 
 

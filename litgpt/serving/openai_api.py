@@ -405,7 +405,7 @@ class ChatKind(Kind):
         content = [
             {
                 **self._token(one.token, one.logprob),
-                "top_logprobs": [self._token(token, logprob) for token, logprob in one.likeliest],
+                "top_logprobs": [self._token(token, logprob) for token, logprob in one.top_logprobs],
             }
             for one in logprobs
         ]
@@ -468,7 +468,7 @@ class CompletionKind(Kind):
     def _likeliest(self, known: TokenLogprob) -> dict[str, float]:
         """With the token itself, which need not be one of them; of tokens of one text the likeliest."""
         found: dict[str, float] = {}
-        for token, logprob in (*known.likeliest, (known.token, known.logprob)):
+        for token, logprob in (*known.top_logprobs, (known.token, known.logprob)):
             found.setdefault(self._text(token), max(logprob, LEAST_LOGPROB))
         return found
 

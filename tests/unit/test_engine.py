@@ -384,8 +384,8 @@ def test_logprobs_are_those_of_the_model(model):
     assert [logprob.token for logprob in logprobs] == ids
     for row, token, logprob in zip(expected, ids, logprobs, strict=True):
         assert logprob.logprob == pytest.approx(float(row[token]), abs=1e-4)
-        assert [token for token, _ in logprob.likeliest] == row.topk(3).indices.tolist()
-        assert [value for _, value in logprob.likeliest] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+        assert [token for token, _ in logprob.top_logprobs] == row.topk(3).indices.tolist()
+        assert [value for _, value in logprob.top_logprobs] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
 
 
 def test_penalties_and_biases_act_on_their_own_row(model):
@@ -558,7 +558,7 @@ def test_tokens_of_a_prompt_are_scored_as_the_plain_model_does(request, kind, ch
         expected = plain_scores(model, prompt, start)
         assert [score.token for score in one] == prompt[start:]
         assert [score.logprob for score in one] == pytest.approx([logprob for logprob, _ in expected], rel=1e-4)
-        assert [score.likeliest[0][0] for score in one] == [likeliest for _, likeliest in expected]
+        assert [score.top_logprobs[0][0] for score in one] == [likeliest for _, likeliest in expected]
 
 
 def test_what_several_prompts_begin_with_is_read_once(model, monkeypatch):
@@ -585,7 +585,7 @@ def test_other_tokens_are_scored_in_the_last_ones_place(model):
     expected = [plain_scores(model, [*prompt[:-1], token], len(prompt) - 1)[0] for token in others]
     assert [score.token for score in found] == [*prompt[41:], *others]
     assert [score.logprob for score in found[-3:]] == pytest.approx([logprob for logprob, _ in expected], rel=1e-4)
-    assert {score.likeliest[0][0] for score in found[-3:]} == {expected[0][1]}
+    assert {score.top_logprobs[0][0] for score in found[-3:]} == {expected[0][1]}
 
 
 def test_a_scored_prompt_may_be_continued_and_may_fill_the_context(model):
