@@ -106,12 +106,12 @@ def remove_originals(directory: Path, model_name: str | None, dtype: str | None)
     from litgpt.devices.dtypes import dtype_from_name
     from litgpt.sources.checkpoint import open_checkpoint
     from litgpt.sources.fit import same_values
-    from litgpt.sources.weight_stream import Progress
+    from litgpt.sources.weight_stream import WeightProgress
 
     source = open_checkpoint(directory, model_name, converted=False)
     converted = read_state_dict(directory / WEIGHTS, check=False)  # each value is compared below
     left = set(converted)
-    for name, tensor in Progress(source, dtype=dtype_from_name(dtype), title="Comparing")(source.weights()):
+    for name, tensor in WeightProgress(source, dtype=dtype_from_name(dtype), title="Comparing")(source.weights()):
         if name not in converted or not same_values(tensor, converted[name], converted.release):
             left.add(name)
             break

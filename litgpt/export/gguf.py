@@ -8,7 +8,7 @@ from litgpt.devices.dtypes import dtype_from_name
 from litgpt.export.gguf_writer import KINDS, export_gguf
 from litgpt.prompts import carried_templates
 from litgpt.sources.source import Source
-from litgpt.sources.weight_stream import Progress, tell_note
+from litgpt.sources.weight_stream import WeightProgress, tell_note
 
 GGUF = ".gguf"
 
@@ -35,7 +35,7 @@ def save_gguf(
             kind = str(dtype_from_name(kind)).removeprefix("torch.")
     tell_note(source)
     with atomic_file(path) as file:
-        kind = export_gguf(source, file, kind, name, Progress(source, verbose))
+        kind = export_gguf(source, file, kind, name, WeightProgress(source, verbose))
     if note := carried_templates(source.files, False)[1]:
         print(note)
     print(f"Saved {path} ({path.stat().st_size / 1e6:,.1f} MB, {kind}). To talk with it, run:\nlitgpt chat {path}")

@@ -8,7 +8,7 @@ from litgpt.devices.dtypes import dtype_from_name
 from litgpt.export.hf_writer import export_hf
 from litgpt.prompts import carried_templates
 from litgpt.sources.source import Source
-from litgpt.sources.weight_stream import Progress, tell_note
+from litgpt.sources.weight_stream import WeightProgress, tell_note
 
 Format = Literal["safetensors", "pth", "both"]
 
@@ -34,7 +34,7 @@ def save_hf(
             dtype=target_dtype,
             safetensors=format != "pth",
             pth=format != "safetensors",
-            watch=Progress(source, verbose),
+            watch=WeightProgress(source, verbose),
         )
         weights = [file for file in sorted(place.iterdir()) if file.suffix in (".safetensors", ".pth")]
         sizes = ", ".join(f"{file.name} ({file.stat().st_size / 1e6:,.1f} MB)" for file in weights)

@@ -17,7 +17,7 @@ from litgpt.quantization.layers import check_quantize
 from litgpt.sources.load import kind_for
 from litgpt.sources.meta import meta_model
 from litgpt.sources.source import Source
-from litgpt.sources.weight_stream import Progress, tell_note
+from litgpt.sources.weight_stream import WeightProgress, tell_note
 
 
 def check_form(dtype: str | None, quantize: str | None) -> torch.dtype | None:
@@ -65,10 +65,10 @@ def save_lit(
         raise ValueError(f"--quantize {quantize} cannot act: '{source.files}' is quantised so already.")
     tell_note(source)
     if quantize is None:
-        weights = Progress(source, verbose, dtype)(source.weights())
+        weights = WeightProgress(source, verbose, dtype)(source.weights())
     else:
         model = meta_model(source.config, quantize, dtype or source.dtype)
-        weights = quantised_stream(Progress(source, verbose)(source.weights()), model, source.release)
+        weights = quantised_stream(WeightProgress(source, verbose)(source.weights()), model, source.release)
     with atomic_additions(directory) if in_place else atomic_directory(directory) as place:
         if not in_place:
             copy_companion_files(source.files, place)

@@ -7,7 +7,7 @@ import torch
 from litgpt.adaptation.lora import LORA_WEIGHTS, merged_weights, read_lora
 from litgpt.checkpoint import atomic_additions, atomic_directory, copy_companion_files, save_model
 from litgpt.sources.source import Source
-from litgpt.sources.weight_stream import Progress
+from litgpt.sources.weight_stream import WeightProgress
 
 
 def merge_into(directory: Path, base: Source, lora: Path | None = None, dtype: torch.dtype | None = None) -> None:
@@ -24,7 +24,7 @@ def merge_into(directory: Path, base: Source, lora: Path | None = None, dtype: t
     beside = directory.resolve() == lora.parent.resolve()
     if directory.resolve() == base.files.resolve():
         raise ValueError(f"--out_dir {directory} holds the model that was finetuned. Choose another directory.")
-    show = Progress(base, dtype=dtype, title="Merging")
+    show = WeightProgress(base, dtype=dtype, title="Merging")
     with atomic_additions(directory) if beside else atomic_directory(directory) as place:
         copy_companion_files(lora.parent, place)  # what was finetuned may have a prompt style of its own
         copy_companion_files(base.files, place)

@@ -30,7 +30,7 @@ from litgpt.prompts import PromptStyle, choose_prompt_style
 from litgpt.sources.checkpoint import open_checkpoint
 from litgpt.sources.fit import rows_at_once
 from litgpt.sources.source import Source
-from litgpt.sources.weight_stream import Progress
+from litgpt.sources.weight_stream import WeightProgress
 from litgpt.tokenizer.tokenizer import MODEL_FILES, Tokenizer
 from litgpt.untrusted import LARGE_BYTES, SETTINGS_BYTES, read_json_object, read_yaml_mapping
 
@@ -386,7 +386,7 @@ def _check_values(findings: Findings) -> None:
     source = findings.source
     broken, zero = [], []
     previous: Tensor | None = None
-    for name, tensor in Progress(source, title="Checking")(source.weights()):
+    for name, tensor in WeightProgress(source, title="Checking")(source.weights()):
         if tensor is previous:  # a tied head
             continue
         previous = tensor

@@ -15,7 +15,7 @@ def tell_note(source: Source) -> None:
         print(source.note_on_plain, file=sys.stderr)
 
 
-class Progress:
+class WeightProgress:
     """Wraps a stream of weights: a bar when it takes more than two seconds, or a line for each tensor."""
 
     def __init__(
