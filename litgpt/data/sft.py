@@ -346,7 +346,7 @@ class SFTData(DataModule):
 
     def _rows(self, samples: SampleFile) -> Rows:
         if not self.pack:
-            return Rows(samples, range_of_rows(len(samples)))
+            return Rows(samples, OneSamplePerRow(len(samples)))
         if samples.directory not in self._packed:
             self._packed[samples.directory] = pack(samples.lengths, self._max_tokens(), self.seed)
         return Rows(samples, self._packed[samples.directory])
@@ -362,7 +362,7 @@ class SFTData(DataModule):
         return self.rows_per_sample * index
 
 
-class range_of_rows(Sequence):
+class OneSamplePerRow(Sequence):
     """Row i holds sample i alone."""
 
     def __init__(self, count: int) -> None:
