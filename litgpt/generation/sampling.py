@@ -131,11 +131,6 @@ class Sampler:
         return tokens
 
 
-def next_tokens(logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator]) -> Tensor:
-    """The next token of each row: (B, V) logits -> (B,) int64."""
-    return Sampler(samplings, generators, logits.device)(logits)
-
-
 def sample(logits: Tensor, filters: Filters, generators: Sequence[torch.Generator]) -> Tensor:
     """Draws one token per row, one generator per row: (B, V) float logits -> (B,) int64."""
     scores, candidates = filtered(logits, filters)  # (B, K), (B, K) or None

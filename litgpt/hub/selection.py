@@ -27,7 +27,6 @@ WEIGHT_FORMS = (
 )
 # Files of those forms that hold other things than a model's weights under Hugging Face's names.
 OTHER_WEIGHTS = {"adapter": "an adapter for another model", "consolidated": "weights under another program's names"}
-INDEX = ".index.json"
 # What PEFT writes: a description, and the weights in one of these.
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 

@@ -29,25 +29,6 @@ class OptimizerSpec:
     init_args: dict[str, Any] = field(default_factory=dict)
     """Its arguments, such as lr and weight_decay"""
 
-    @classmethod
-    def from_value(cls, value: str | dict | OptimizerSpec, default: OptimizerSpec | None = None) -> OptimizerSpec:
-        """Read any of the spellings: `SGD`, `{lr: 0.1}`, `{class_path: SGD, init_args: {lr: 0.1}}`.
-
-        Without a class, `default`'s class and arguments stay, but for those given. With another class, none stay.
-        """
-        default = default or cls()
-        if isinstance(value, OptimizerSpec):
-            return value
-        if isinstance(value, str):
-            value = {"class_path": value}
-        value = dict(value)
-        class_path = value.pop("class_path", default.class_path)
-        given = {**(value.pop("init_args", None) or {}), **value}
-        spec = cls(class_path, given)
-        if spec.load_class() is default.load_class():
-            spec.init_args = {**default.init_args, **given}
-        return spec
-
     def load_class(self) -> type[Optimizer]:
         """The optimizer class; a ValueError names what is wrong with `class_path`.
 

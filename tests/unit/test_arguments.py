@@ -153,22 +153,6 @@ def test_groups_keep_their_ratio_down_to_min_lr():
 DEFAULT = OptimizerSpec("torch.optim.AdamW", {"lr": 4e-4, "weight_decay": 0.1, "betas": [0.9, 0.95]})
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        ("AdamW", DEFAULT),
-        ("SGD", OptimizerSpec("SGD", {})),
-        ({"lr": 0.1}, OptimizerSpec("torch.optim.AdamW", {**DEFAULT.init_args, "lr": 0.1})),
-        ({"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}, OptimizerSpec("torch.optim.SGD", {"lr": 0.1})),
-        ({"class_path": "SGD", "lr": 0.1}, OptimizerSpec("SGD", {"lr": 0.1})),
-    ],
-)
-def test_spellings(value, expected):
-    spec = OptimizerSpec.from_value(value, DEFAULT)
-    assert spec.load_class() is expected.load_class()
-    assert spec.init_args == expected.init_args
-
-
 def test_build_makes_what_was_asked_for():
     parameter = torch.nn.Parameter(torch.zeros(2, 2))
     adam = OptimizerSpec("AdamW", {"lr": "6e-4", "betas": [0.9, "0.95"]}).build(

@@ -9,12 +9,12 @@ from litgpt.generation.sampling import (
     BLOCK,
     Filters,
     Penalties,
+    Sampler,
     Sampling,
     draw,
     filtered,
     keep_min_p,
     keep_top_p,
-    next_tokens,
 )
 
 PROBABILITIES = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])
@@ -23,6 +23,10 @@ LOGITS = PROBABILITIES.log()
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def next_tokens(logits: torch.Tensor, samplings: list[Sampling], generators: list[torch.Generator]) -> torch.Tensor:
+    return Sampler(samplings, generators, logits.device)(logits)
 
 
 def frequencies(sampling: Sampling, logits: torch.Tensor = LOGITS, draws: int = 20_000) -> torch.Tensor:
