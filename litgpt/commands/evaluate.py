@@ -149,7 +149,7 @@ def setup(
         checkpoint_dir,
         devices=devices,
         device=device,
-        slots=slots,
+        max_slots=slots,
         precision=precision,
         quantize=quantize,
         access_token=access_token,

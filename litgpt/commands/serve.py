@@ -284,7 +284,7 @@ def adapted_model(
     except ValueError as error:
         raise ValueError(f"--adapter {name}={directory}: {error}") from None
     compiles = llm.engine.compiles and llm.engine.device.type != "cpu"  # the code for CPUs knows no adapters
-    engine = Engine(model, slots=llm.engine.max_slots, compile=compiles, autocast=llm.engine.autocast)
+    engine = Engine(model, max_slots=llm.engine.max_slots, compile=compiles, autocast=llm.engine.autocast)
     own = choose_prompt_style(
         Path(llm.tokenizer.dir), explicit=style, config=llm.config, tokenizer=llm.tokenizer, finetuned=directory
     )

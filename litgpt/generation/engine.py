@@ -32,7 +32,7 @@ from litgpt.model import GPT
 
 __all__ = ["Engine", "Output", "Request", "share_memory"]
 
-SLOTS = 32  # sequences that run at a time
+MAX_SLOTS = 32  # sequences that run at a time
 PREFILL_CHUNK = 1024  # tokens of prompts that are prefilled in a step
 MAX_PADDING = 0.25  # of the tokens of prompts that are prefilled together
 FREE_PADDING = 128  # tokens of padding that cost less than another call
@@ -47,7 +47,7 @@ class Engine(GenerationEngine):
 
     Args:
         model: In eval mode, on its device, in its dtype.
-        slots: How many requests run at a time; others wait. The cache grows up to that as it is needed.
+        max_slots: How many requests run at a time; others wait. The cache grows up to that as it is needed.
         prefill_chunk: How many tokens of the prompts are prefilled in a step; bounds the memory of a long prompt, and
             how long it holds up the requests that are running.
         compile: Compile the decode step: on a CPU in the background, on a GPU the first tokens wait for it.
@@ -64,7 +64,7 @@ class Engine(GenerationEngine):
         self,
         model: GPT,
         *,
-        slots: int = SLOTS,
+        max_slots: int = MAX_SLOTS,
         prefill_chunk: int = PREFILL_CHUNK,
         compile: bool = False,
         autocast: torch.dtype | None = None,
@@ -77,11 +77,11 @@ class Engine(GenerationEngine):
         self.prefill_chunk = prefill_chunk
         # What others could use is given back. A new shape of the cache costs nothing there, either.
         shared = self.device.type == "cpu" and not fixed_length
-        self.runner = self.make_runner(slots)
+        self.runner = self.make_runner(max_slots)
         self.cache_manager = KVCacheManager(
             model,
             context=context,
-            max_slots=slots,
+            max_slots=max_slots,
             cache_bytes=math.inf if cache_bytes is None else cache_bytes,
             kept_bytes=kept_bytes if kept_bytes is not None else KEPT_BYTES if shared else math.inf,
             dtype=autocast,

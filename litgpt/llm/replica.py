@@ -41,7 +41,7 @@ def _work(job: dict[str, Any], replies: Any) -> None:
         torch.cuda.set_device(device)  # or else it would take memory of the first one, too
     llm = load_llm(job["checkpoint"], device=device, precision=job["precision"], quantize=job["quantize"])
     worker: Worker = llm.worker
-    worker.engine.max_slots = job["slots"]
+    worker.engine.max_slots = job["max_slots"]
     tickets: dict[int, Ticket] = {}
     for line in sys.stdin.buffer:
         message = json.loads(line)

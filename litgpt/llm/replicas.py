@@ -15,7 +15,7 @@ import torch
 from litgpt.cli.secret import Secret
 from litgpt.devices.accelerator import chosen_devices
 from litgpt.devices.precision import inference_precision
-from litgpt.generation.engine import SLOTS
+from litgpt.generation.engine import MAX_SLOTS
 from litgpt.generation.request import Output, Request, TokenLogprob
 from litgpt.generation.worker import Ticket
 from litgpt.llm.child_process import ChildProcess
@@ -37,7 +37,7 @@ class Replicas:
     Args:
         checkpoint: What the user named.
         devices: Where the copies are, this process's first.
-        slots: How many requests each runs at a time; None leaves it to the engine.
+        max_slots: How many requests each runs at a time; None leaves it to the engine.
         precision: As for `LLM.load`; by default what the device is best at.
         quantize, access_token: As for `LLM.load`.
 
@@ -51,12 +51,12 @@ class Replicas:
         checkpoint: Path | str,
         devices: Sequence[torch.device],
         *,
-        slots: int | None = None,
+        max_slots: int | None = None,
         precision: str | None = None,
         quantize: str | None = None,
         access_token: Secret | str | None = None,
     ) -> None:
-        self.count, self.slots = len(devices), slots or SLOTS
+        self.count, self.max_slots = len(devices), max_slots or MAX_SLOTS
         self.precision = precision or inference_precision(devices[0])
         self._threads = torch.get_num_threads()
         self._others: list[_Replica] = []
@@ -69,9 +69,14 @@ class Replicas:
             # First here: what is wrong with the checkpoint is said once, and a download is made once.
             self.llm: LLM = load_llm(checkpoint, device=devices[0], access_token=access_token, **how)
             for device in devices[1:]:
-                job = {"checkpoint": str(checkpoint), "device": str(device), "slots": self.slots, "threads": threads}
+                job = {
+                    "checkpoint": str(checkpoint),
+                    "device": str(device),
+                    "max_slots": self.max_slots,
+                    "threads": threads,
+                }
                 self._others.append(_Replica(job | how, len(self._others) + 1))
-            self.llm.engine.max_slots = self.slots
+            self.llm.engine.max_slots = self.max_slots
         except BaseException:
             self.close()
             raise
@@ -101,9 +106,9 @@ class Replicas:
         has = [0] * len(submits)
 
         def dispatch(who: int) -> None:
-            if has[who] > (AHEAD - 1) * self.slots:
+            if has[who] > (AHEAD - 1) * self.max_slots:
                 return
-            for _ in range(min(self.slots, len(left))):
+            for _ in range(min(self.max_slots, len(left))):
                 index, request = left.popleft()
                 ticket = submits[who](request, lambda output, index=index: outputs.put((index, output)))
                 running[index] = who, ticket

@@ -167,6 +167,27 @@ def upload(hub, name, directory):
     shutil.rmtree(directory)
 
 
+def test_an_adapter_on_the_hub_is_opened_on_its_model(litgpt, hub, base, adapter, merged, tmp_path):
+    """Both are downloaded, which is said, and answer as the merged model does."""
+    content = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": "org/model"}
+    (adapter / "adapter_config.json").write_text(json.dumps(content))
+    upload(hub, "org/adapter", adapter)
+    upload(hub, "org/model", base)
+    hub.repositories["org/adapter"]["README.md"] = b"hello"
+    result = litgpt("generate", "org/adapter", *GREEDY)
+    assert result.code == 0, result.err
+    assert "Downloading org/adapter\norg/adapter holds only an adapter (PEFT). It belongs to org/model.\n" in result.err
+    assert "Downloading org/model\n" in result.err
+    assert result.out == litgpt("generate", merged, *GREEDY).out
+    assert {file.name for file in (tmp_path / "checkpoints/org/adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    requests = len(hub.requests)
+    assert litgpt("generate", "org/adapter", *GREEDY).out == result.out
+    assert len(hub.requests) == requests  # both are here now
+
+
 def test_download_of_an_adapter(litgpt, hub, base, tmp_path):
     upload(hub, "org/adapter", make_adapter(base, tmp_path / "adapter", "org/model"))
     for option, value in (("--dtype", "bfloat16"), ("--model_name", "pythia-14m"), ("--keep_hf_files", "false")):

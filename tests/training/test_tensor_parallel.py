@@ -92,7 +92,7 @@ for directory in sorted((folder / "models").iterdir()):
     if rank == 1:
         follow(model, channel)
         continue
-    engine = RankEngine(model, channel, slots=2)
+    engine = RankEngine(model, channel, max_slots=2)
     cancelled = engine.submit(requests()[0])
     engine.step()
     engine.cancel(cancelled)

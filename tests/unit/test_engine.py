@@ -257,7 +257,7 @@ def test_requests_enter_and_leave_at_any_step_and_none_notices(request, kind):
     prompts = [[*conversation[: draws.randrange(61)], draws.randrange(97), *[draws.randrange(97)] * draws.randrange(9)]
                for _ in range(40)]  # fmt: skip
     counts = [draws.randrange(1, 25) for _ in prompts]
-    engine = Engine(model, slots=5, prefill_chunk=32)
+    engine = Engine(model, max_slots=5, prefill_chunk=32)
     answers: dict[int, list[int]] = {}
     index_of, cancelled, coming = {}, set(), list(range(40))
     while coming or engine.busy:
@@ -282,7 +282,7 @@ def test_requests_enter_and_leave_at_any_step_and_none_notices(request, kind):
 
 
 def test_what_another_slot_holds_is_not_read_again(model):
-    engine, reads = Engine(model, slots=4), []
+    engine, reads = Engine(model, max_slots=4), []
     system = list(range(40))
     one = engine.submit(Request([*system, 50], 30, GREEDY))
     answers = {one: engine.step()[0].token_ids}
@@ -427,7 +427,7 @@ def test_a_constraint_is_kept(model):
 
 
 def test_callers_from_many_threads_share_one_engine(model):
-    worker = Worker(Engine(model, slots=4))
+    worker = Worker(Engine(model, max_slots=4))
     prompts = [[index, *range(index)] for index in range(1, 17)]
     with ThreadPoolExecutor(16) as threads:
         answers = list(threads.map(lambda prompt: list(worker.stream(Request(prompt, 12, GREEDY))), prompts))
@@ -440,7 +440,7 @@ def test_callers_from_many_threads_share_one_engine(model):
 
 
 def test_a_caller_that_goes_away_frees_its_slot(model):
-    worker = Worker(Engine(model, slots=1))
+    worker = Worker(Engine(model, max_slots=1))
     stream = worker.stream(Request([1], 120, GREEDY))
     next(stream)
     stream.close()
@@ -496,7 +496,7 @@ def test_an_engine_that_only_fails_is_not_asked_again_and_again(model, monkeypat
 
 
 def test_what_goes_wrong_between_the_model_and_its_tokens_frees_the_slots(model, monkeypatch):
-    engine, one = Engine(model, slots=1), Request(PROMPTS[1], 5, GREEDY)
+    engine, one = Engine(model, max_slots=1), Request(PROMPTS[1], 5, GREEDY)
 
     def fail(*_):
         raise MemoryError("no more")
@@ -553,7 +553,7 @@ def test_tokens_of_a_prompt_are_scored_as_the_plain_model_does(request, kind, ch
     asked = [
         Request(prompt, 0, GREEDY, logprobs=1, score_from=start) for prompt, start in zip(CHOICES, STARTS, strict=True)
     ]
-    found = scores(Engine(model, slots=slots, prefill_chunk=chunk), asked)
+    found = scores(Engine(model, max_slots=slots, prefill_chunk=chunk), asked)
     for one, prompt, start in zip(found, CHOICES, STARTS, strict=True):
         expected = plain_scores(model, prompt, start)
         assert [score.token for score in one] == prompt[start:]
@@ -562,7 +562,7 @@ def test_tokens_of_a_prompt_are_scored_as_the_plain_model_does(request, kind, ch
 
 
 def test_what_several_prompts_begin_with_is_read_once(model, monkeypatch):
-    engine, read = Engine(model, slots=12), []
+    engine, read = Engine(model, max_slots=12), []
     hidden_states = engine.runner.hidden_states
     monkeypatch.setattr(
         engine.runner,
