@@ -1,6 +1,9 @@
 """The house keeps its rules: where things are, how they are called, how long a file is."""
 
 import ast
+import io
+import re
+import tokenize
 from collections import defaultdict
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -13,6 +16,27 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # One module per format on the way in and on the way out; these implement one interface each.
 FORMATS = {"gguf.py", "huggingface.py", "lit.py", "peft.py"}
 LINES, ENTRIES = 500, 27
+# Names that once stood here, and what torch, vLLM and the papers call these things.
+WORDS = {
+    "add_up": "all_reduce",
+    "side_by_side": "all_gather",
+    "hand_out": "broadcast",
+    "least": "all_reduce_min, or minimum",
+    "meet": "rendezvous",
+    "of_x": "grad_x",
+    "of_w": "grad_w",
+    "of_weight": "grad_weight",
+    "of_q": "grad_q",
+    "HIDDEN": "MASKED",
+    "hidden_where": "additive_mask",
+    "few_rows": "skinny_gemm",
+    "FewRowsLinear": "SkinnyLinear",
+    "range_of_rows": "OneSamplePerRow",
+    "likeliest": "top_logprobs",
+    "most_slots": "max_slots",
+    "SLOTS": "MAX_SLOTS",
+    "use_to_read": "use_for_prefill",
+}
 
 
 def module_of(file: Path) -> str:
@@ -65,3 +89,28 @@ def test_modules_under_the_names_that_litgpt_users_type():
     assert litgpt.api.LLM is litgpt.LLM
     assert litgpt.lora.merge_lora is litgpt.adaptation.lora.merge_lora
     assert litgpt.lora is litgpt.adaptation.lora
+
+
+def names_in(text: str) -> dict[str, int]:
+    """Each identifier of a file's code, and the last line with it; comments, texts and docstrings are not code."""
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return {token.string: token.start[0] for token in tokens if token.type == tokenize.NAME}
+
+
+def test_things_have_the_names_of_the_field():
+    assert names_in('add_up = 1  # meet\n"""least"""\n') == {"add_up": 1}
+    for file in FILES:
+        names = names_in(file.read_text())
+        found = [f"{file}:{names[old]}: {old} -> {new}" for old, new in WORDS.items() if old in names]
+        assert not found, "\n".join(found)
+        assert file.stem not in WORDS, f"{file} -> {WORDS[file.stem]}"
+    for file in PACKAGE.rglob("*.h"):  # whole: the comments of C++ have none of these words either
+        found = {name: WORDS[name] for name in re.findall(r"\w+", file.read_text()) if name in WORDS}
+        assert not found, (file, found)
+
+
+def test_classes_have_the_names_of_classes():
+    classes = [
+        node.name for file in FILES for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ClassDef)
+    ]
+    assert [name for name in classes if not name.lstrip("_")[:1].isupper()] == []
