@@ -207,6 +207,76 @@ def test_what_may_change_is_said_once(train, text, tmp_path, capsys):
         ]
 
 
+# Settings by their options' names, and what a resume may not change in them; all others it may.
+FIXED = {
+    **{"seed": 1, "quantize": None, "method": "lora", "lora_r": 8, "lora_dora": False},
+    **{"adapter_prompt_length": 10, "adapter_start_layer": 2, "dpo_beta": 0.1, "dpo_loss": "sigmoid"},
+}
+FREE = {
+    "precision": "32-true",
+    "train": {"lr_warmup_steps": 5, "max_steps": 10, "max_norm": None},
+    "eval": {"interval": 3},
+}
+
+
+def inputs_of(settings=None, data=None, config=None, init_args=None, devices=1, **more):
+    from litgpt.config import Config
+    from litgpt.training.inputs import Inputs
+    from litgpt.training.optimizers import OptimizerSpec
+
+    return Inputs.of(
+        {**FIXED, **FREE, "out_dir": "a", **(settings or {})},
+        {"train": "10 tokens (a)", "val": "2 tokens (b)", "seed": 3, **(data or {})},
+        Config(**{**SHAPE, **(config or {})}),
+        None,
+        OptimizerSpec("AdamW", {"lr": 1e-3, "weight_decay": 0.1, **(init_args or {})}),
+        devices,
+        **{"frozen_weights": "abc", "length_of_a_sequence": 32, **more},
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        *[({"settings": {name: "other"}}, f"--{name}") for name in FIXED],
+        ({"data": {"train": "10 tokens (c)"}}, "the training data"),
+        ({"data": {"seed": 4}}, "--data.seed"),
+        ({"config": {"norm_eps": 1e-4}}, "model_config.norm_eps"),
+        ({"frozen_weights": "abd"}, "the frozen weights"),
+        ({"length_of_a_sequence": 16}, "the length of a sequence"),
+    ],
+)
+def test_each_input_that_must_stay_is_compared(changed, name):
+    with pytest.raises(ValueError, match=f"\n  {name}: (.*then, .* now|another)\n"):
+        inputs_of(**changed).compare(inputs_of().saved(), Path("run"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({"data": {"val": "2 tokens (d)"}}, "the validation data: 2 tokens (b) then, 2 tokens (d) now"),
+        ({"devices": 2}, "the number of devices: 1 then, 2 now"),
+        ({"init_args": {"lr": 0.01}}, "--optimizer.lr: 0.001 then, 0.01 now"),
+        ({"init_args": {"weight_decay": 0.0}}, "--optimizer.weight_decay: 0.1 then, 0.0 now"),
+        ({"settings": {"precision": "bf16-true"}}, "--precision: 32-true then, bf16-true now"),
+        *[
+            ({"settings": {"train": {**FREE["train"], name: 7}}}, f"--train.{name}: {value or 'none'!s} then, 7 now")
+            for name, value in FREE["train"].items()
+        ],
+    ],
+)
+def test_each_input_that_may_change_is_said(changed, line):
+    said = inputs_of(**changed).compare(inputs_of().saved(), Path("run"))
+    assert said == f"Note: the run goes on with other settings than it was saved with:\n  {line}"
+
+
+def test_the_same_inputs_say_nothing():
+    """Nor does what no number follows from."""
+    other = inputs_of(settings={"out_dir": "b"}, config={"name": "other"})
+    assert other.compare(inputs_of().saved(), Path("run")) is None
+    assert other.compare(None, Path("run")) is None
+
+
 def bigger_tokenizer(tmp_path: Path) -> Path:
     from litgpt.data.tokenizer_training import train_tokenizer
 

@@ -429,6 +429,17 @@ def test_a_damaged_cache_is_made_again(name, chat, tmp_path, cache, capsys):
     assert f"is damaged ({name} is not as it was written): it is made again." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["tokens.bin", "targets.bin", "starts.npy"])
+def test_a_resumed_run_would_know_other_samples_by_each_of_their_files(name, chat, tmp_path, cache):
+    data = module(records_file(tmp_path / "a.jsonl"), chat)
+    before = data.content()["train"]
+    (file,) = cache.glob(f"samples/*/train/{name}")
+    flip(file, file.stat().st_size - 1)
+    assert data.content()["train"] != before
+    flip(file, file.stat().st_size - 1)
+    assert data.content()["train"] == before
+
+
 def test_a_damaged_cache_of_before_there_were_sums_is_named(chat, tmp_path, cache):
     path = records_file(tmp_path / "a.jsonl")
     module(path, chat)
