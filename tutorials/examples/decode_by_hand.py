@@ -30,7 +30,7 @@ def sample(logits: Tensor, temperature: float) -> int:
 def generate(
     model: GPT, prompt: list[int], max_new_tokens: int, stops: Collection[int] = (), temperature: float = 0
 ) -> Iterator[int]:
-    """The tokens that follow a prompt, each as soon as it is known, up to one of `stops` or to the end of the context."""
+    """The tokens that follow a prompt, one at a time, up to one of `stops` or the end of the context."""
     device = model.lm_head.weight.device
     length = min(len(prompt) + max_new_tokens, model.config.block_size)
     cache = model.new_cache(batch_size=1, max_length=length)
