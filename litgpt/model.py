@@ -32,6 +32,10 @@ from litgpt.kv_cache import AttentionPlan, KVCache, LayerCache, LayerShape, Ring
 MASKED = -30000.0
 
 
+# The label of a token that is not to be predicted, which torch's losses leave out.
+IGNORE_INDEX = -100
+
+
 # How many queries at a time attention that is written out looks at.
 QUERY_BLOCK = 512
 

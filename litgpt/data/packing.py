@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from litgpt.data.sample_file import IGNORE_INDEX, SampleFile
+from litgpt.data.sample_file import SampleFile
+from litgpt.model import IGNORE_INDEX
 
 NO_DOCUMENT = -1  # document id and position of padding
 PADDING_ID = 0  # any id will do: nothing attends to it, and it is never a target

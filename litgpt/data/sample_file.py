@@ -17,8 +17,8 @@ from torch import Tensor
 from litgpt.data.cache_sums import sum_of
 from litgpt.data.records import Conversation, Message
 from litgpt.data.sample_encoding import ConversationEncoder, Encoded
+from litgpt.model import IGNORE_INDEX
 
-IGNORE_INDEX = -100
 TOKENS, TARGETS, STARTS, ANSWERS = "tokens.bin", "targets.bin", "starts.npy", "answers.npy"
 MESSAGES, MESSAGE_STARTS, SUMMARY = "messages.jsonl", "message_starts.npy", "summary.json"
 

@@ -22,7 +22,8 @@ from litgpt.data.packing import Collate, Rows, pack
 from litgpt.data.record_files import content_hash, read_records
 from litgpt.data.records import Conversation, Message, read_conversations
 from litgpt.data.sample_encoding import ConversationEncoder, Encoded, class_identity, encode_all, style_identity
-from litgpt.data.sample_file import IGNORE_INDEX, Sample, SampleFile, Summary
+from litgpt.data.sample_file import Sample, SampleFile, Summary
+from litgpt.model import IGNORE_INDEX
 from litgpt.prompts import ChatTemplate, PromptStyle, choose_prompt_style
 
 if TYPE_CHECKING:

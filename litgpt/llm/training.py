@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from litgpt.checkpoint import read_state_dict
 from litgpt.llm.assistant import Assistant
+from litgpt.model import IGNORE_INDEX
 from litgpt.sources.fit import compare_shapes
-from litgpt.training.batches import IGNORE_INDEX
 from litgpt.training.loss import rows_per_chunk, summed_cross_entropy
 
 LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]

@@ -27,7 +27,7 @@ from litgpt.devices.accelerator import count_devices
 from litgpt.devices.memory import memory_present, memory_used
 from litgpt.devices.precision import PRECISIONS, default_precision
 from litgpt.devices.random_state import seed_everything
-from litgpt.model import GPT
+from litgpt.model import GPT, IGNORE_INDEX
 from litgpt.parallel import launcher
 from litgpt.parallel.fabric import Strategy, describe_devices, make_fabric, peak_flops, precision_of
 from litgpt.parallel.ranks import once_per_node, rank_from_environment
@@ -44,7 +44,7 @@ from litgpt.tokenizer.tokenizer import Tokenizer
 from litgpt.training.activation_checkpointing import checkpoint_blocks
 from litgpt.training.answer_metrics import AnswerMetrics
 from litgpt.training.arguments import EvalArgs, LogArgs, TrainArgs
-from litgpt.training.batches import IGNORE_INDEX, BatchStream
+from litgpt.training.batches import BatchStream
 from litgpt.training.compilers import choose_compiler, compile_blocks
 from litgpt.training.console import Console
 from litgpt.training.criterion import choose_criterion

@@ -9,10 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from litgpt.model import starts_of_documents
+from litgpt.model import IGNORE_INDEX, starts_of_documents
 from litgpt.training.steps import samples_in
-
-IGNORE_INDEX = -100
 
 MANY = 16  # numbers to show at most
 PER_TOKEN, PER_ROW = ("document_ids", "positions"), ("reference_log_probs",)  # inputs that a batch may have

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litgpt.training.batches import IGNORE_INDEX, MicroBatch
+from litgpt.model import IGNORE_INDEX
+from litgpt.training.batches import MicroBatch
 
 if TYPE_CHECKING:
     from litgpt.model import GPT

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from litgpt.adaptation.lora import lora_layers
-from litgpt.training.batches import IGNORE_INDEX, MicroBatch, micro_batch
+from litgpt.model import IGNORE_INDEX
+from litgpt.training.batches import MicroBatch, micro_batch
 from litgpt.training.loss import LossModule, rows_per_chunk
 from litgpt.training.validation import share_out
 
