@@ -27,7 +27,8 @@ from tests.stand_ins import QUESTIONS, hub
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "tutorials").glob("*.md"))]
-LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("config_hub/**/*.md")), *ROOT.glob("extensions/**/*.md")]
+LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
+LINKED += [*sorted(ROOT.glob("config_hub/**/*.md")), *ROOT.glob("extensions/**/*.md")]
 
 # Behind the options that a page shows, by subcommand.
 TRAIN = ["--train.max_steps", 2, "--train.global_batch_size", 2, "--train.micro_batch_size", 1, "--eval.max_iters", 1]
