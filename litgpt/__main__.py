@@ -171,14 +171,23 @@ def dispatch(argv: list[str]) -> int:
     if command.listing and arguments in ([], ["list"]):
         load(command.listing)()
         return 0
+    if arguments in (["--help"], ["-h"]):
+        from litgpt.cli.help_cache import cached_help
+
+        print(cached_help(name, lambda: call(command, name, arguments)), end="")
+        return 0
+    call(command, name, arguments)
+    return 0
+
+
+def call(command: Command, name: str, arguments: list[str]) -> None:
+    """Import a command and run it."""
     silence_third_parties()
     announce()
     settle_threads()
     from litgpt import cli
 
-    function = load(command.target)
-    cli.run(function, arguments, prog=f"litgpt {name}")
-    return 0
+    cli.run(load(command.target), arguments, prog=f"litgpt {name}")
 
 
 def overview() -> str:
