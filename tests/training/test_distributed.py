@@ -88,7 +88,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 import os, torch
-from litgpt import distributed
+from litgpt.parallel.ranks import once_per_node
 
 rank = int(os.environ["LOCAL_RANK"])
 torch.distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=2))

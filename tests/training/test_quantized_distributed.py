@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsa
 RUN = """
 import sys
 import torch
-from litgpt import distributed
+from litgpt.parallel.fabric import make_fabric
 from litgpt.config import Config
 from litgpt.adaptation.lora import LoRASettings, apply_lora, is_lora
 from litgpt.model import GPT
@@ -24,7 +24,7 @@ from litgpt.training.state import Saved, whole_weights
 from tests.training.conftest import SHAPE
 
 devices, strategy, kind, result = int(sys.argv[1]), *sys.argv[2:]
-fabric = distributed.make_fabric(devices, precision="32-true", strategy=strategy)
+fabric = make_fabric(devices, precision="32-true", strategy=strategy)
 fabric.launch()
 torch.manual_seed(1)
 gpt = GPT(Config(**{**SHAPE, "n_embd": 64}, vocab_size=64, padded_vocab_size=64))

@@ -15,9 +15,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 import torch
-from litgpt import distributed
 from litgpt.cli import ConfigOverrides
 from litgpt.commands import pretrain
+from litgpt.parallel import fabric as fabrics
 from litgpt.training import loop
 from tests.training.ragged import Ragged
 from tests.training.test_ragged import EVALUATION, MODEL
@@ -35,8 +35,8 @@ def shard(module, *args):
     initial.extend(p.detach().clone() for p in module.parameters())
     return shard_module(module, *args)
 
-initial, shard_module = [], distributed.shard_module
-distributed.shard_module = shard
+initial, shard_module = [], fabrics.shard_module
+fabrics.shard_module = shard
 loop.accumulate_gradients = accumulate_gradients
 out_dir, steps, resume = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 notes = lambda rank: out_dir.parent / f"{sys.argv[4]}{rank}.txt"

@@ -91,7 +91,7 @@ def test_the_order_for_files_is_the_same_for_every_cpu(shape, monkeypatch):
 
 CAPPED = """
 import torch
-from litgpt import weight_only
+from litgpt.quantization import weight_only
 from tests.unit.test_weight_only import SHAPES, test_few_rows_and_many_are_multiplied_by_the_same_weight as check
 for shape in SHAPES.values():
     check("int4", shape)
