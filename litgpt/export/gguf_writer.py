@@ -1,4 +1,4 @@
-"""A checkpoint as a GGUF file, for llama.cpp and what is built on it: the way back of `gguf_source.py`."""
+"""A checkpoint as a GGUF file, for llama.cpp and what is built on it: the way back of `litgpt.sources.gguf`."""
 
 from collections.abc import Iterable, Iterator
 from copy import copy

@@ -7,9 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from litgpt.checkpoint import (
-    Release,
-)
+from litgpt.checkpoint import Release
 from litgpt.cli.plural import counted
 from litgpt.config import Config
 from litgpt.formats.config_json import read_config_json

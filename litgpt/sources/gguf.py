@@ -3,7 +3,7 @@
 A GGUF file is turned into what a Hugging Face directory would hold, and then goes the same way: its metadata become a
 `config.json`, its tensors get Hugging Face names by the name table of the `gguf` package, and the architecture's rule
 table does the rest. What is peculiar to an architecture's GGUF form is an entry of `GGUF_ARCHITECTURES`; the way back
-is in `gguf_export.py`.
+is in `litgpt.export.gguf_writer`.
 """
 
 import json

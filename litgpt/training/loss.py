@@ -6,17 +6,14 @@ Letters: B batch, T tokens, C embedding width, V padded vocabulary, N = B * T ro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litgpt.model import IGNORE_INDEX
+from litgpt.model import GPT, IGNORE_INDEX
 from litgpt.training.batches import MicroBatch
-
-if TYPE_CHECKING:
-    from litgpt.model import GPT
 
 NATS_PER_TOKEN = "nats per token"
 # Logits held at a time. Measured on CPU: from about 256 rows on, a chunk costs no more than the plain loss, and large
