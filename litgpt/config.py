@@ -5,7 +5,7 @@ Nothing here imports torch, so that settings can be checked before anything heav
 
 import copy
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
@@ -38,7 +38,8 @@ ROPE_ADJUSTMENTS = {
 }
 _MAY_BE_ZERO = ("mscale", "mscale_all_dim", "llama_4_scaling_beta", "truncate")
 
-
+# The default of a field that Config computes where it is left at None: afterwards it holds what its type says.
+DERIVED: Any = None
 _NEWER = {"newer": True}
 
 
@@ -69,7 +70,7 @@ class Config:
     """Number of tokens the tokenizer knows."""
     padding_multiple: int = 512
     """Without `padded_vocab_size`, the embedding has `vocab_size` rows, rounded up to a multiple of this."""
-    padded_vocab_size: int | None = None
+    padded_vocab_size: int = DERIVED
     """Rows of the embedding and of the language-model head (V)."""
 
     norm_class_name: str = "LayerNorm"
@@ -91,9 +92,9 @@ class Config:
 
     n_head: int = 32
     """Query heads (H)."""
-    head_size: int | None = None
+    head_size: int = DERIVED
     """Width of one head (D). Default: n_embd / n_head."""
-    n_query_groups: int | None = None
+    n_query_groups: int = DERIVED
     """Key/value heads (G): 1 is multi-query, between that and n_head grouped-query attention. Default: n_head."""
     attn_bias: bool = False
     """Bias on the query, key and value projection even where `bias` is false."""
@@ -121,7 +122,7 @@ class Config:
     rope_interleave: bool = False
     """Rotate neighbouring pairs (0, 1), (2, 3), ... instead of pairing the first half of a head with the second."""
 
-    intermediate_size: int | None = None
+    intermediate_size: int = DERIVED
     """Inner width of the MLP. Default for GptNeoxMLP: 4 * n_embd; the other MLPs need it."""
     moe_intermediate_size: int | None = None
     """Inner width of one expert. Default: intermediate_size."""
@@ -169,16 +170,16 @@ class Config:
     """One entry per layer, 1 = rope_local_base_freq, 0 = rope_base; a shorter pattern repeats. Default: all 1."""
 
     # Newer fields: in model_config.yaml only where they differ from what a reader that does not know them assumes.
-    norm_unit_offset: bool | None = _newer(None)
+    norm_unit_offset: bool = _newer(DERIVED)
     """RMSNorm multiplies by 1 + weight. Default: by the name, true for Gemma."""
-    norm_affine: bool | None = _newer(None)
+    norm_affine: bool = _newer(DERIVED)
     """LayerNorm has a weight and a bias. Default: by the name, false for OLMo."""
     softmax_after_topk: bool = _newer(True)
     """Softmax routing: the weights of a token's chosen experts come from a softmax over these alone, so that they sum
     to 1; otherwise from a softmax over all experts."""
-    attn_proj_bias: bool | None = _newer(None)
+    attn_proj_bias: bool = _newer(DERIVED)
     """Bias on the attention's output projection. Default: as `bias`."""
-    mlp_bias: bool | None = _newer(None)
+    mlp_bias: bool = _newer(DERIVED)
     """Bias on the linear layers of the MLP. Default: as `bias`."""
     clip_qkv: float | None = _newer(None)
     """Queries, keys and values are clamped to this range around 0 before anything else is done with them."""
@@ -188,7 +189,7 @@ class Config:
     """One entry per layer, 1 = no rotary embedding; a shorter pattern repeats. Default: every layer has one."""
     swiglu_limit: float | None = _newer(None)
     """LLaMAMLP clamps its gate and its linear half to this, with a steeper sigmoid (gpt-oss)."""
-    router_scores: str | None = _newer(None)
+    router_scores: str = _newer(DERIVED)
     """Scores of the experts: softmax or sigmoid. Default: sigmoid where n_expert_groups is set."""
     router_bias: bool = _newer(False)
     """Bias on the router."""
@@ -205,10 +206,9 @@ class Config:
 
     def __post_init__(self) -> None:
         for spec in fields(self):
-            setattr(self, spec.name, _checked(spec.name, spec.type, getattr(self, spec.name)))
+            setattr(self, spec.name, _checked(spec, getattr(self, spec.name)))
         for name, implied in _implied(vars(self)).items():
-            if getattr(self, name) is None:
-                setattr(self, name, implied)
+            self._derive(name, implied)
         self._derive_vocabulary()
         self._derive_attention()
         self._derive_mlp()
@@ -220,6 +220,11 @@ class Config:
         if self.latent_attention is not None:
             return self.latent_attention["qk_rope_head_dim"]
         return int(self.rotary_percentage * self.head_size)
+
+    @property
+    def expert_size(self) -> int:
+        """Inner width of one expert."""
+        return self.moe_intermediate_size or self.intermediate_size
 
     @property
     def rope_kind(self) -> str | None:
@@ -251,8 +256,7 @@ class Config:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"There is no model configuration at {path}. Check the path.")
-        values = read_yaml_mapping(path)
-        merged = _merged(values, overrides, str(path))
+        merged = _merged(read_yaml_mapping(path), overrides, str(path))
         try:
             return cls(**merged)
         except ValueError as error:
@@ -289,21 +293,17 @@ class Config:
     def _derive_vocabulary(self) -> None:
         for name in ("block_size", "n_layer", "n_embd", "vocab_size", "padding_multiple"):
             self._require(name, getattr(self, name) > 0, "a positive number")
-        if self.padded_vocab_size is None:
-            blocks = -(-self.vocab_size // self.padding_multiple)
-            self.padded_vocab_size = blocks * self.padding_multiple
+        self._derive("padded_vocab_size", -(-self.vocab_size // self.padding_multiple) * self.padding_multiple)
         self._require("padded_vocab_size", self.padded_vocab_size > 0, "a positive number")
         # Some known checkpoints give only the number of rows; tokens without a row cannot be used.
         self.vocab_size = min(self.vocab_size, self.padded_vocab_size)
 
     def _derive_attention(self) -> None:
         self._require("n_head", self.n_head > 0, "a positive number")
-        if self.head_size is None:
-            divides = self.n_embd % self.n_head == 0
-            self._require("n_head", divides, f"a divisor of n_embd={self.n_embd}; or set head_size")
-            self.head_size = self.n_embd // self.n_head
-        if self.n_query_groups is None:
-            self.n_query_groups = self.n_head
+        divides = self.head_size is not None or self.n_embd % self.n_head == 0
+        self._require("n_head", divides, f"a divisor of n_embd={self.n_embd}; or set head_size")
+        self._derive("head_size", self.n_embd // self.n_head)
+        self._derive("n_query_groups", self.n_head)
         groups_fit = self.n_query_groups > 0 and self.n_head % self.n_query_groups == 0
         self._require("n_query_groups", groups_fit, f"a divisor of n_head={self.n_head}")
         self._require_one_of("norm_qk_type", ("default", "olmo2"))
@@ -319,7 +319,7 @@ class Config:
         if size is not None and self.sliding_window_indices is None:
             self.sliding_window_indices = [1]
         self._fill_pattern("sliding_window_indices")
-        wants_window = self.sliding_window_indices is not None and any(self.sliding_window_indices)
+        wants_window = any(self.sliding_window_indices or ())
         self._require("sliding_window_size", size is not None or not wants_window, "set, as sliding_window_indices is")
 
     def _check_latent_attention(self) -> None:
@@ -330,10 +330,9 @@ class Config:
             if key not in LATENT_ATTENTION_KEYS:
                 raise ValueError(f"latent_attention has no key {key!r}.{did_you_mean(key, LATENT_ATTENTION_KEYS)}")
         for key in LATENT_ATTENTION_KEYS:
-            optional = key == "q_lora_rank"
             value = latent.get(key)
             fits = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_SIZES["head_size"]
-            if not (optional and value is None) and not fits:
+            if not fits and not (key == "q_lora_rank" and value is None):
                 raise ValueError(f"latent_attention.{key}={shown(value)}: must be a positive integer.")
 
     def _derive_rope(self) -> None:
@@ -344,11 +343,10 @@ class Config:
         if self.rope_local_base_freq is not None and self.rope_indices is None:
             self.rope_indices = [1]
         self._fill_pattern("rope_indices")
-        wants_local = self.rope_indices is not None and any(self.rope_indices)
         has_local = self.rope_local_base_freq is not None
-        self._require("rope_local_base_freq", has_local or not wants_local, "set, as rope_indices is")
+        self._require("rope_local_base_freq", has_local or not any(self.rope_indices or ()), "set, as rope_indices is")
         self._fill_pattern("nope_indices")
-        if self.nope_indices is not None and not any(self.nope_indices):
+        if not any(self.nope_indices or ()):
             self.nope_indices = None
         self._check_adjustments()
         if self.rope_adjustments is not None and _rope_kind(self.rope_adjustments) == "longrope":
@@ -360,8 +358,7 @@ class Config:
                     raise ValueError(f"Config field rope_adjustments.{name}={shown(factors)}: it must be {wanted}.")
 
     def _check_adjustments(self) -> None:
-        adjustments = self.rope_adjustments or {}
-        kind = self.rope_kind
+        adjustments, kind = self.rope_adjustments or {}, self.rope_kind
         for key, value in adjustments.items():
             is_list = key in ("short_factor", "long_factor")
             numbers = value if is_list and isinstance(value, list) else [value]
@@ -379,10 +376,9 @@ class Config:
     def _derive_mlp(self) -> None:
         self._require_one_of("mlp_class_name", MLP_CLASSES)
         self._require_one_of("gelu_approximate", ("none", "tanh"))
-        if self.intermediate_size is None:
-            remedy = f"set: {self.mlp_class_name} has no default for it"
-            self._require("intermediate_size", self.mlp_class_name == "GptNeoxMLP", remedy)
-            self.intermediate_size = 4 * self.n_embd
+        has_size = self.intermediate_size is not None or self.mlp_class_name == "GptNeoxMLP"
+        self._require("intermediate_size", has_size, f"set: {self.mlp_class_name} has no default for it")
+        self._derive("intermediate_size", 4 * self.n_embd)
         self._require_positive("intermediate_size", "swiglu_limit")
         if self.mlp_class_name == "LLaMAMoE":
             self._check_experts()
@@ -401,9 +397,9 @@ class Config:
             return
         divides = groups > 0 and self.n_expert % groups == 0
         self._require("n_expert_groups", divides, f"a divisor of n_expert={self.n_expert}")
-        top, scores, group_size = self.n_topk_groups, self.n_topk_scores_per_group, self.n_expert // groups
-        self._require("n_topk_groups", top is not None and 0 < top <= groups, f"1 to n_expert_groups={groups}")
-        self._require("n_topk_scores_per_group", scores is not None and 0 < scores <= group_size, f"1 to {group_size}")
+        top, scores, group_size = self.n_topk_groups or 0, self.n_topk_scores_per_group or 0, self.n_expert // groups
+        self._require("n_topk_groups", 0 < top <= groups, f"1 to n_expert_groups={groups}")
+        self._require("n_topk_scores_per_group", 0 < scores <= group_size, f"1 to {group_size}")
         enough = self.n_expert_per_token <= top * group_size
         self._require("n_expert_per_token", enough, f"at most the {top * group_size} experts of n_topk_groups={top}")
 
@@ -413,6 +409,10 @@ class Config:
         self._require("norm_unit_offset", only_rms, "false, as norm_class_name is LayerNorm")
         lone_norm = not self.shared_attention_norm or self.parallel_residual
         self._require("shared_attention_norm", lone_norm, "false, as parallel_residual is false")
+
+    def _derive(self, name: str, value: Any) -> None:
+        if getattr(self, name) is None:
+            setattr(self, name, value)
 
     def _fill_pattern(self, name: str) -> None:
         """Repeats a per-layer pattern of 0 and 1 up to n_layer; a longer one is cut, so that n_layer can be lowered."""
@@ -439,7 +439,7 @@ class Config:
             raise ValueError(f"Config field {name}={shown(value)} is not possible: choose {', '.join(allowed)}.{hint}")
 
 
-def check_field_names(names: Iterable[str], where: str = "the model configuration") -> None:
+def check_field_names(names: Iterable[object], where: str = "the model configuration") -> None:
     """Raises `ValueError`, with near matches, for the first name that is no field of `Config`."""
     known = Config.__dataclass_fields__
     for name in names:
@@ -450,8 +450,8 @@ def check_field_names(names: Iterable[str], where: str = "the model configuratio
 def _merged(values: dict[str, Any], overrides: dict[str, Any], where: str) -> dict[str, Any]:
     check_field_names(values, where)
     check_field_names(overrides, "overrides")
-    implied = _implied_by_name(values)  # by the name in the file: a new name must not change the mathematics
-    return {**implied, **values, **overrides}
+    # By the name in the file: a new name must not change the mathematics.
+    return {**_implied_by_name(values), **values, **overrides}
 
 
 def _implied_by_name(values: dict[str, Any]) -> dict[str, bool]:
@@ -481,9 +481,12 @@ def _rope_kind(adjustments: dict[str, Any]) -> str:
     raise ValueError(f"Config field rope_adjustments has the keys {', '.join(sorted(keys))}; expected {forms}.{hints}")
 
 
-def _checked(name: str, kind: Any, value: Any) -> Any:
+def _checked(spec: Field, value: Any) -> Any:
     """The value if it fits the field's type; numbers that YAML reads as text (`1e-5`) or as 2048.0 become numbers."""
-    original = value
+    name, original = spec.name, value
+    kind: Any = spec.type
+    if spec.default is None:  # also one that is DERIVED may be given as None
+        kind = kind | None
     kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     number = value is not None and (int in kinds or float in kinds)
     if number:

@@ -452,7 +452,7 @@ class LLaMAMoE(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        width = config.moe_intermediate_size or config.intermediate_size
+        width = config.expert_size
         self.gate = Router(config)
         self.experts = nn.ModuleList(LLaMAMLP(config, width) for _ in range(config.n_expert))
         self.shared_experts = LLaMAMLP(config, width * config.n_shared_expert) if config.n_shared_expert else None

@@ -37,7 +37,7 @@ def check_split(config: Config, ranks: int) -> None:
     mixture = config.mlp_class_name == "LLaMAMoE"
     widths = {config.intermediate_size} if not mixture or config.first_k_dense_replace else set()
     if mixture:
-        width = config.moe_intermediate_size or config.intermediate_size
+        width = config.expert_size
         widths |= {width, width * (config.n_shared_expert or 1)}
     for width in sorted(widths):
         if width % ranks:

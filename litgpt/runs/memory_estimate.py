@@ -396,7 +396,7 @@ def _mlp_values(config: Config, layer: int) -> int:
     tensors = 2 if config.mlp_class_name == "GptNeoxMLP" else 4
     if config.mlp_class_name != "LLaMAMoE" or layer < (config.first_k_dense_replace or 0):
         return tensors * config.intermediate_size
-    width = config.moe_intermediate_size or config.intermediate_size
+    width = config.expert_size
     chosen = config.n_expert_per_token
     return max(chosen * config.n_embd * 4, tensors * width * max(config.n_shared_expert or 0, chosen))
 

@@ -55,7 +55,7 @@ def least_parameters(config: Config) -> int:
     dense = 2 * config.intermediate_size * width
     sparse, layers = dense, config.n_layer
     if config.mlp_class_name == "LLaMAMoE":
-        sparse = 3 * config.n_expert * (config.moe_intermediate_size or config.intermediate_size) * width
+        sparse = 3 * config.n_expert * config.expert_size * width
         layers = max(0, config.n_layer - (config.first_k_dense_replace or 0))
     mlps = layers * sparse + (config.n_layer - layers) * dense
     return config.padded_vocab_size * width + config.n_layer * attention + mlps

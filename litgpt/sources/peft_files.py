@@ -156,7 +156,7 @@ def _of_all_experts(module: str, part: Part, config: Config) -> tuple[str, Part]
 
     Earlier versions of PEFT took a weight's rows for its input; then A and B are exchanged.
     """
-    count, width, inner = config.n_expert or 1, config.n_embd, config.moe_intermediate_size or config.intermediate_size
+    count, width, inner = config.n_expert or 1, config.n_embd, config.expert_size
     kinds = {(width, 2 * inner): "gate_up_proj", (inner, width): "down_proj"}
     rank, shape = len(part.a), (part.a.shape[1], part.b.shape[0])
     if config.n_expert is None or rank % count or part.b.shape[1] != rank or not {shape, shape[::-1]} & kinds.keys():

@@ -95,6 +95,15 @@ def test_patterns_repeat_up_to_the_number_of_layers():
     assert Config(**SMALL, rope_local_base_freq=10).rope_indices == [1] * 4
 
 
+def test_a_field_that_is_derived_holds_what_its_type_says_even_where_null_was_given():
+    derived = [field for field in fields(Config) if field.default is None and isinstance(field.type, type)]
+    assert {"head_size", "n_query_groups", "padded_vocab_size", "norm_affine", "router_scores"} <= {
+        f.name for f in derived
+    }
+    config = Config(**{**SMALL, **dict.fromkeys((field.name for field in derived), None)})
+    assert {field.name: type(getattr(config, field.name)) for field in derived} == {f.name: f.type for f in derived}
+
+
 def test_latent_attention_decides_what_is_rotated():
     latent = {"kv_lora_rank": 8, "qk_rope_head_dim": 6, "qk_nope_head_dim": 4, "v_head_dim": 5}
     assert Config(**SMALL, latent_attention=latent).rope_n_elem == 6
