@@ -380,6 +380,7 @@ class Finetuning:
             context=self.tokens,
             device=self.fabric.device.type,
             devices=1 if self.options.strategy == "ddp" else self.world_size,  # ddp: a copy of all on each
+            optimizer_states=self.optimizer.state_ratio(trained_parameters(gpt)),
             checkpointed=train.activation_checkpointing,
         )
         needed = sum(estimate_memory(gpt, usage).values())

@@ -63,7 +63,8 @@ class Usage:
         context: Tokens of each sequence; at inference prompt and answer together.
         device: Kind of device, as in torch.device.
         devices: Devices that share weights, gradients and optimizer state in training (FSDP2).
-        optimizer_states: Tensors the optimizer keeps for each trained parameter: 2 for Adam and AdamW, 0 for plain SGD.
+        optimizer_states: Bytes that the optimizer keeps for each byte of trained parameters: 2 for Adam and AdamW, 0
+            for plain SGD (`OptimizerSpec.state_ratio` tells).
         checkpointed: The blocks of which only the input is kept, and the rest computed again afterwards: none, full
             (all), or N for every N-th.
     """
@@ -74,7 +75,7 @@ class Usage:
     context: int = 4096
     device: str = "cpu"
     devices: int = 1
-    optimizer_states: int = 2
+    optimizer_states: float = 2
     checkpointed: str | int = "none"
 
     @property
@@ -107,7 +108,7 @@ def estimate_memory(model: GPT, usage: Usage) -> dict[str, int]:
     else:
         parts["weights"] = whole // usage.devices
     parts["gradients"] = trained // usage.devices
-    parts["optimizer"] = trained * usage.optimizer_states // usage.devices
+    parts["optimizer"] = int(trained * usage.optimizer_states) // usage.devices
     parts["activations"] = activation_bytes(model, usage) + _cast_weights(model, usage)
     parts["working"] = _training_working(model, usage)
     if usage.device == "cpu":

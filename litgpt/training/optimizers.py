@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -15,9 +16,11 @@ from litgpt.cli.own_code import import_named
 from litgpt.cli.suggest import did_you_mean
 from litgpt.quantization.layers import import_bitsandbytes
 from litgpt.training.arguments import TrainArgs
-from litgpt.training.muon import MuonWithAdamW
+from litgpt.training.muon import VOCABULARY, MuonWithAdamW
 
 FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}  # where torch.optim has fused kernels
+STAND_IN = 512  # the longest side of a parameter that shows what an optimizer keeps
+ADAMW_STATES = 2.0  # tensors of a parameter's own size
 
 
 @dataclass
@@ -98,6 +101,36 @@ class OptimizerSpec:
         spec = replace(self, init_args={**self.init_args, **settings})
         spec.check()
         return spec
+
+    def state_ratio(self, parameters: Iterable[tuple[str, Parameter]]) -> float:
+        """Bytes that the optimizer keeps for each byte of these parameters: 2 with AdamW, 0 with plain SGD.
+
+        It is asked: one step on small stand-ins, of the same kinds, shows what it keeps. One that takes no such step
+        (LBFGS wants a closure) is taken for AdamW.
+
+        Args:
+            parameters: By name, on any device.
+        """
+        kept, whole, ratios = 0.0, 0, {}
+        for name, parameter in parameters:
+            kind = (name.endswith(VOCABULARY), parameter.dtype, *(min(size, STAND_IN) for size in parameter.shape))
+            if kind not in ratios:
+                ratios[kind] = self._ratio_of(name, torch.zeros(kind[2:], dtype=parameter.dtype))
+            size = parameter.numel() * parameter.itemsize
+            kept, whole = kept + size * ratios[kind], whole + size
+        return kept / whole if whole else 0.0
+
+    def _ratio_of(self, name: str, values: Tensor) -> float:
+        stand_in = Parameter(values)
+        stand_in.grad = torch.zeros_like(values)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                optimizer = self.build([(name, stand_in)])
+                optimizer.step()
+        except Exception:  # a class of the user's own may raise anything
+            return ADAMW_STATES
+        state = [value for value in optimizer.state[stand_in].values() if isinstance(value, Tensor) and value.ndim]
+        return sum(value.numel() * value.itemsize for value in state) / (values.numel() * values.itemsize)
 
     def build(self, params: Iterable) -> Optimizer:
         """The optimizer over `params`, fused where torch can.

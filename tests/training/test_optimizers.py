@@ -30,6 +30,28 @@ def steps(gpt: GPT, optimizer: torch.optim.Optimizer, numbers: range) -> None:
         optimizer.zero_grad()
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        *(("AdamW", {}), ("SGD", {}), ("SGD", {"momentum": 0.9}), ("Muon", {}), ("Adafactor", {}), ("Adagrad", {})),
+        ("bitsandbytes.optim.AdamW8bit", {}),
+        (f"{__name__}.Float32Momentum", {}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_an_optimizer_keeps_is_known_before_it_is_made(name, arguments, dtype):
+    if name.startswith("bitsandbytes"):
+        pytest.importorskip("bitsandbytes")
+    spec, gpt = OptimizerSpec(name, {**RATE, **arguments}), model(dtype)
+    expected = spec.state_ratio(gpt.to("meta").named_parameters())
+    gpt = model(dtype)
+    optimizer = spec.build(gpt.named_parameters())
+    steps(gpt, optimizer, range(1))
+    state = {t.data_ptr(): t for of in optimizer.state.values() for t in of.values() if torch.is_tensor(t) and t.ndim}
+    weights = sum(p.numel() * p.itemsize for p in gpt.parameters())
+    assert expected == pytest.approx(sum(t.numel() * t.itemsize for t in state.values()) / weights, abs=0.05)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "name",
