@@ -173,7 +173,9 @@ class KVCache:
         windows drop earlier positions for later ones.
         """
         dropped = {window: held - ring.length for window, ring in self.rings.items()}  # all below this position
-        return all(first <= 0 or first <= length - window + 1 for window, first in dropped.items())
+        return all(
+            first <= 0 or (window is not None and first <= length - window + 1) for window, first in dropped.items()
+        )
 
     def rewind(self, row: int, length: int) -> None:
         """Forgets the positions of a row from `length` on."""

@@ -14,9 +14,9 @@ Letters of the shapes written beside the tensors:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 import torch.nn as nn
@@ -59,10 +59,10 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=config.lm_head_bias)
-        self.transformer = nn.ModuleDict(
+        self.transformer = Transformer(
             {
                 "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
-                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+                "h": Blocks(Block(config, layer) for layer in range(config.n_layer)),
                 "ln_f": build_norm(config, config.n_embd),
             }
         )
@@ -106,7 +106,7 @@ class GPT(nn.Module):
     ) -> Tensor:
         """(B, T, C) output of the last block after the final norm. Arguments as for `forward`."""
         self._check_call(idx, document_ids, cache)
-        x = self.transformer["wte"](idx)  # (B, T, C)
+        x = self.transformer.wte(idx)  # (B, T, C)
         scale = math.sqrt(self.config.n_embd) if self.config.scale_embeddings else self.config.embedding_multiplier
         x = x if scale == 1 else x * scale
         places = torch.arange(idx.size(1), device=idx.device)[None] if positions is None else positions
@@ -114,11 +114,11 @@ class GPT(nn.Module):
         if document_ids is not None and idx.device.type == "cpu":
             document_starts = starts_of_documents(positions, document_ids)
         plans = self._plan_attention(idx, positions, document_ids, cache, x.dtype, document_starts)
-        for layer, block in enumerate(self.transformer["h"]):
+        for layer, block in enumerate(self.transformer.h):
             layer_cache = None if cache is None else cache.layers[layer]
             rotation = rotations[rotation_of(self.config, layer)]
             x = block(x, rotation, plans[window_of(self.config, layer)], layer_cache)
-        return self.transformer["ln_f"](x)
+        return self.transformer.ln_f(x)
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., C) hidden states -> (..., V) logits."""
@@ -143,7 +143,7 @@ class GPT(nn.Module):
             dtype: The type of keys and values.
             spare: How many of the last tokens can always be taken back (`KVCache.rewind`), in sliding windows too.
         """
-        weight, blocks = self.transformer["wte"].weight, self.transformer["h"]
+        weight, blocks = self.transformer.wte.weight, self.transformer.h
         places = [device or next(block.parameters()).device for block in blocks]
         layers = [
             LayerShape(window_of(self.config, layer), block.attn.cache_shapes(), place)
@@ -176,7 +176,7 @@ class GPT(nn.Module):
     def tie_weights(self) -> None:
         """Lets the head share the embedding's weight where the config says so (again after weights were replaced)."""
         if self.config.tie_embeddings and isinstance(self.lm_head, nn.Linear):  # a quantised head is a copy
-            self.lm_head.weight = self.transformer["wte"].weight
+            self.lm_head.weight = self.transformer.wte.weight
 
     def num_parameters(self, trainable_only: bool = False) -> int:
         """Number of parameters; a shared one counts once."""
@@ -215,15 +215,39 @@ class GPT(nn.Module):
                 on_cpu = idx.device.type == "cpu"
                 mask = mask_within_call(idx, positions, document_ids, window, dtype) if on_cpu else None
                 plans[window] = AttentionPlan(mask, documents=document_starts, window=window)
-            elif ring is None or cache.is_empty:
+            elif cache is None or cache.is_empty:
                 mask = mask_within_call(idx, positions, document_ids, window, dtype)
                 slots = None if ring is None else ring.claim(positions_or_default(idx, positions))
                 plans[window] = AttentionPlan(mask, slots)
             else:
-                plans[window] = plan_with_cache(ring, positions_or_default(idx, positions), window, dtype)
+                plans[window] = plan_with_cache(
+                    cache.rings[window], positions_or_default(idx, positions), window, dtype
+                )
         if cache is not None:
             cache.is_empty = False
         return plans
+
+
+class Transformer(nn.ModuleDict):
+    """All but the head, under the names that the weights have in a checkpoint."""
+
+    wte: nn.Embedding
+    h: "Blocks"
+    ln_f: nn.Module
+
+
+class Blocks(nn.ModuleList):
+    """The layers, in order: torch's own list does not say of what."""
+
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Iterator["Block"]: ...
+
+        @overload
+        def __getitem__(self, idx: int) -> "Block": ...
+
+        @overload
+        def __getitem__(self, idx: slice) -> "Blocks": ...
 
 
 class Block(nn.Module):
@@ -233,9 +257,8 @@ class Block(nn.Module):
         super().__init__()
         self.parallel = config.parallel_residual
         self.shared_norm = config.shared_attention_norm
-        attention = CausalSelfAttention if config.latent_attention is None else LatentAttention
         self.norm_1 = build_norm(config, config.n_embd) if config.norm_1 else nn.Identity()
-        self.attn = attention(config)
+        self.attn = CausalSelfAttention(config) if config.latent_attention is None else LatentAttention(config)
         self.post_attention_norm = build_norm(config, config.n_embd) if config.post_attention_norm else nn.Identity()
         if not self.shared_norm:
             self.norm_2 = build_norm(config, config.n_embd) if config.norm_2 else nn.Identity()
@@ -287,21 +310,26 @@ class CausalSelfAttention(nn.Module):
         """(B, T, C) -> (B, T, C)."""
         qkv = self.qkv(x) if self.clip is None else self.qkv(x).clamp(-self.clip, self.clip)
         q, k, v = qkv.split([heads * self.head_size for heads in self.sizes], dim=-1)  # (B, T, heads * D)
-        if self.norm_q is not None and self.norm_all_heads:
-            q, k = self.norm_q(q), self.norm_k(k)
+        if self.norm_all_heads:
+            q, k = self._normed(q, k)
         q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in (q, k, v))  # (B, T, H, D), twice (B, T, G, D)
-        if self.norm_q is not None and not self.norm_all_heads:
-            q, k = self.norm_q(q), self.norm_k(k)
+        if not self.norm_all_heads:
+            q, k = self._normed(q, k)
         q = rotate(scale_queries(q, rotation), rotation, self.interleave)
         k = rotate(k, rotation, self.interleave)
         if cache is not None:
             k, v = cache.update(plan, k, v)  # (B, S, G, D)
         return self.proj(self.attended(q, k, v, plan).flatten(-2))
 
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if self.norm_q is None or self.norm_k is None:
+            return q, k
+        return self.norm_q(q), self.norm_k(k)
+
     def attended(self, q: Tensor, k: Tensor, v: Tensor, plan: "AttentionPlan") -> Tensor:
         """q (B, T, H, D), k and v (B, S, G, D), rotated -> (B, T, H, D) what each query finds."""
         if plan.documents is not None and not (q.device.type == "cpu" and torch.compiler.is_compiling()):
-            return attend_by_document(q, k, v, plan, self.scale)
+            return attend_by_document(q, k, v, plan.documents, plan.window, self.scale)
         return attend(q, k, v, plan.mask, self.scale, self.softcap, self.sinks)
 
     def cache_shapes(self) -> list[tuple[int, int]]:
@@ -319,6 +347,7 @@ class LatentAttention(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         latent = config.latent_attention
+        assert latent is not None
         query_rank = latent.get("q_lora_rank")
         self.n_head = config.n_head
         self.rank, self.value_size = latent["kv_lora_rank"], latent["v_head_dim"]
@@ -350,9 +379,9 @@ class LatentAttention(nn.Module):
         latent, k_rotated = self.kv_a_proj_with_mqa(x).split([self.rank, self.rotated_size], dim=-1)
         latent = self.kv_a_norm(latent)[:, :, None]  # (B, T, 1, R)
         k_rotated = rotate(k_rotated[:, :, None], rotation, self.interleave)  # (B, T, 1, .)
-        if cache is not None:
-            (stored,) = cache.update(plan, torch.cat((latent, k_rotated), dim=-1))  # (B, S, 1, R + .)
-        if plan.reads == "call":
+        # (B, S, 1, R + .)
+        stored = None if cache is None else cache.update(plan, torch.cat((latent, k_rotated), dim=-1))[0]
+        if stored is None or plan.reads == "call":
             y = self._attend_heads(q_plain, q_rotated, latent, k_rotated, plan)
         else:
             y = self._attend_latents(q_plain, q_rotated, stored, plan)
@@ -392,8 +421,9 @@ class LatentAttention(nn.Module):
 def latent_attention_scale(config: Config, query_size: int) -> float:
     """1 / sqrt(Q), times YaRN's correction of the temperature where the context is stretched."""
     scale = 1 / math.sqrt(config.attention_scores_scalar or query_size)
-    if config.rope_kind == "yarn" and config.rope_adjustments.get("mscale_all_dim"):
-        scale *= yarn_magnitude(config.rope_adjustments["factor"], config.rope_adjustments["mscale_all_dim"]) ** 2
+    stretch = config.rope_adjustments or {}
+    if config.rope_kind == "yarn" and stretch.get("mscale_all_dim"):
+        scale *= yarn_magnitude(stretch["factor"], stretch["mscale_all_dim"]) ** 2
     return scale
 
 
@@ -488,10 +518,10 @@ class Router(nn.Linear):
         correction = torch.zeros(config.n_expert, dtype=torch.float32) if corrects else None
         self.register_buffer("e_score_correction_bias", correction)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(N, C) -> (N, E) logits."""
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+        with torch.autocast(input.device.type, enabled=False):
+            return F.linear(input.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
     def _apply(self, fn, recurse=True):
         before = self.e_score_correction_bias
@@ -519,9 +549,9 @@ def route(gate: Router, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def only_best_groups(preference: Tensor, config: Config) -> Tensor:
     """(N, E) preferences -> the same, -inf outside the n_topk_groups groups whose best experts have the largest sum."""
-    preference = preference.unflatten(-1, (config.n_expert_groups, -1))
-    of_group = preference.topk(config.n_topk_scores_per_group, dim=-1).values.sum(dim=-1)  # (N, groups)
-    best_groups = of_group.topk(config.n_topk_groups, dim=-1).indices
+    preference = preference.unflatten(-1, (config.n_expert_groups or 1, -1))  # (N, groups, E / groups)
+    of_group = preference.topk(config.n_topk_scores_per_group or 1, dim=-1).values.sum(dim=-1)  # (N, groups)
+    best_groups = of_group.topk(config.n_topk_groups or 1, dim=-1).indices
     allowed = torch.zeros_like(of_group, dtype=torch.bool).scatter_(1, best_groups, True)
     return preference.masked_fill(~allowed[..., None], -math.inf).flatten(1)
 
@@ -563,7 +593,7 @@ class RMSNorm(nn.Module):
         return y.to(x.dtype)
 
 
-def build_norm(config: Config, size: int) -> nn.Module:
+def build_norm(config: Config, size: int) -> RMSNorm | nn.LayerNorm:
     """The model's normalisation over `size` values."""
     if config.norm_class_name == "RMSNorm":
         return RMSNorm(size, eps=config.norm_eps, unit_offset=config.norm_unit_offset)
@@ -606,11 +636,11 @@ class RotaryEmbedding(nn.Module):
         ]
         if self.config.rope_kind == "longrope":
             # A property of the sequence, not of the token: keys that are cached must fit the queries still to come.
-            is_long = torch.as_tensor(length > self.config.rope_adjustments["original_max_seq_len"])[..., None, None]
+            stretch = self.config.rope_adjustments or {}
+            is_long = torch.as_tensor(length > stretch["original_max_seq_len"])[..., None, None]
             (short, long), is_long = rotations, is_long.to(positions.device)
-            rotations = [
-                Rotation(*(torch.where(is_long, *pair) for pair in zip(long[:2], short[:2], strict=True)), scale)
-            ]
+            cos, sin = torch.where(is_long, long.cos, short.cos), torch.where(is_long, long.sin, short.sin)
+            rotations = [Rotation(cos, sin, scale)]
         return [*rotations, None]
 
     def _apply(self, fn, recurse=True):
@@ -627,7 +657,7 @@ def rope_frequencies(config: Config) -> tuple[Tensor, list[float]]:
     exponents = torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / max(size, 1)
     frequencies = 1.0 / config.rope_base**exponents / config.rope_condense_ratio
     magnitude = 1.0
-    stretch = config.rope_adjustments
+    stretch = config.rope_adjustments or {}
     if config.rope_kind == "linear":
         frequencies = frequencies / stretch["factor"]
     elif config.rope_kind == "llama3":
@@ -685,10 +715,11 @@ def yarn_magnitude(factor: float, strength: float = 1.0) -> float:
 
 def query_scale(positions: Tensor, config: Config) -> Tensor | None:
     """What queries are multiplied by at each (B or 1, T) position, (B or 1, T, 1, 1), as in Llama 4 and Ministral 3."""
-    beta = (config.rope_adjustments or {}).get("llama_4_scaling_beta")
+    stretch = config.rope_adjustments or {}
+    beta = stretch.get("llama_4_scaling_beta")
     if beta is None:
         return None
-    periods = positions // config.rope_adjustments["original_max_seq_len"]
+    periods = positions // stretch["original_max_seq_len"]
     return 1 + beta * torch.log1p(periods.float())[..., None, None]
 
 
@@ -707,9 +738,9 @@ def scale_queries(q: Tensor, rotation: Rotation | None) -> Tensor:
 
 def rotate(x: Tensor, rotation: Rotation | None, interleave: bool) -> Tensor:
     """Rotates the first 2 * P values of each head, in float32: (B, T, heads, D) -> the same."""
-    size = 0 if rotation is None else 2 * rotation.cos.size(-1)
-    if size == 0:
+    if rotation is None or rotation.cos.size(-1) == 0:
         return x
+    size = 2 * rotation.cos.size(-1)
     part = x if size == x.size(-1) else x[..., :size]
     if interleave:
         a, b = part[..., ::2], part[..., 1::2]
@@ -768,39 +799,41 @@ def attends_by_document(
     return "enable_gqa" in (getattr(varlen_kernel(), "__kwdefaults__", None) or ())  # and windows, in newer torch
 
 
-def attend_by_document(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
-    """Attention of packed rows, each document on its own: shapes as in `attend`, S = T.
+def attend_by_document(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, window: int | None, scale: float) -> Tensor:
+    """Attention of packed rows, each document on its own: shapes as in `attend`, S = T, starts (documents + 1,).
 
     The time grows with the squares of the documents' lengths, not of the row's.
     """
-    tokens = [part.flatten(0, 1) for part in (q, k, v)]  # (B * T, heads, D)
-    attend_documents = attend_one_by_one if q.device.type == "cpu" else attend_at_once
-    return attend_documents(*tokens, plan, scale).unflatten(0, q.shape[:2])
+    batch = q.shape[:2]
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B * T, heads, D)
+    if q.device.type == "cpu":  # where no document is longer than the window
+        return attend_one_by_one(q, k, v, starts, scale).unflatten(0, batch)
+    return attend_at_once(q, k, v, starts, window, scale).unflatten(0, batch)
 
 
-def attend_one_by_one(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+def attend_one_by_one(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float) -> Tensor:
     """(tokens, H, D), twice (tokens, G, D) -> (tokens, H, D).
 
     On 1 thread in bfloat16, 9 heads of 64, six documents in 1,024 tokens took 38 ms forward and back, where the mask
     took 64; six in 2,048 took 170 and 420.
     """
-    lengths = plan.documents.diff().tolist()
+    lengths = starts.diff().tolist()
     documents = zip(*(part[None].split(lengths, dim=1) for part in (q, k, v)), strict=True)  # (1, length, heads, D)
     return torch.cat([attend(*document, mask=None, scale=scale) for document in documents], dim=1)[0]
 
 
-def attend_at_once(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+def attend_at_once(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, window: int | None, scale: float) -> Tensor:
     """The same by a GPU's kernel for sequences of unequal lengths."""
-    starts, longest = plan.documents, q.size(0)  # an upper bound, for which the GPU need not be asked
+    kernel = varlen_kernel()
+    assert kernel is not None  # as attends_by_document asks
+    longest = q.size(0)  # an upper bound, for which the GPU need not be asked
     grouped = q.size(1) != k.size(1)
-    window = (-1 if plan.window is None else plan.window - 1, 0)  # how far a token looks back, and ahead
-    return varlen_kernel()(
-        q, k, v, starts, starts, longest, longest, scale=scale, window_size=window, enable_gqa=grouped
-    )
+    reach = (-1 if window is None else window - 1, 0)  # how far a token looks back, and ahead
+    return kernel(q, k, v, starts, starts, longest, longest, scale=scale, window_size=reach, enable_gqa=grouped)
 
 
 @cache
-def varlen_kernel() -> Callable[..., Tensor] | None:
+def varlen_kernel() -> Callable[..., Any] | None:
     """torch's attention for sequences of unequal lengths, None before torch 2.10. Importing it brings the compiler."""
     try:
         from torch.nn.attention.varlen import varlen_attn

@@ -81,7 +81,7 @@ def measure(arguments: argparse.Namespace, quantize: str | None, compiled: bool)
     flops = flops_per_token(gpt, arguments.context // arguments.documents)
     checkpoint_blocks(gpt, arguments.activation_checkpointing)
     if compiled:
-        for block in gpt.transformer["h"]:
+        for block in gpt.transformer.h:
             block.compile()
     module = NextTokenLoss(gpt)
     trained = [p for p in gpt.parameters() if p.requires_grad]

@@ -154,7 +154,7 @@ def _add_prompts(gpt: GPT, prompt_length: int, start_layer: int) -> None:
         raise ValueError(f"--adapter_start_layer {start_layer}: layers are counted from 0.")
     if prompt_length < 1:
         raise ValueError(f"--adapter_prompt_length {prompt_length}: a prompt has at least one place.")
-    for block in gpt.transformer["h"][start_layer:]:
+    for block in gpt.transformer.h[start_layer:]:
         attention = block.attn
         device = next(attention.parameters()).device
         attention.__class__ = PromptedAttention  # in place, as FSDP2 does it: names and hooks stay

@@ -50,7 +50,7 @@ class DecodeStep(nn.Module):
             reach: Of so many values as attention reads slots of the cache.
         """
         lengths, *tensors = state
-        if isinstance(self.model.transformer["wte"], skinny_gemm.PaddedEmbedding):
+        if isinstance(self.model.transformer.wte, skinny_gemm.PaddedEmbedding):
             tokens = tokens.masked_fill(positions < 0, -1)
         return self.model(tokens, positions, cache=self.cache_of(tensors, lengths, slice(None), reach))
 

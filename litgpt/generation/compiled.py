@@ -29,7 +29,7 @@ def decoder(model: GPT, say: Callable[[str], None] | None = None) -> Callable[..
         model: In eval mode, on its device, with its weights. They may change in place, but not be put elsewhere.
         say: Is told what is being compiled, or why nothing is; default: prints to stderr.
     """
-    device = model.transformer["wte"].weight.device
+    device = model.transformer.wte.weight.device
     if device.type == "cpu":
         return CompiledDecoder(model, say=say)
     # On a GPU launching the kernels one by one takes longest: as a graph they are launched together.
@@ -104,7 +104,7 @@ class CompiledDecoder:
         if self._fits is not None:
             return
         for rows in (*numbers, READING) if self._reads else numbers:
-            kind = rows, self.model.transformer["wte"].weight.dtype
+            kind = rows, self.model.transformer.wte.weight.dtype
             if self._path(kind).exists():
                 self._start(kind)
 

@@ -74,7 +74,7 @@ def why_not(model: GPT) -> str | None:
     layers = {type(layer.quantized) for _, layer in quantized_layers(model)}
     if any(not issubclass(layer, WeightOnly) for layer in layers):
         return "the weights are quantised by bitsandbytes, whose kernels inductor does not know"
-    for module in model.transformer["h"].modules():
+    for module in model.transformer.h.modules():
         if module._forward_hooks or module._forward_pre_hooks:  # the code would do without what they do
             return "the model is spread over several devices"
     for module in model.modules():
@@ -112,7 +112,7 @@ def specification(model: GPT, rows: int, dtype: torch.dtype) -> dict[str, Any]:
         "config": dataclasses.asdict(model.config),
         "quantize": kind if weights else None,
         "weights": {name: [list(t.shape), dtype_name(t.dtype)] for name, t in model.state_dict().items()},
-        "dtype": dtype_name(model.transformer["wte"].weight.dtype),
+        "dtype": dtype_name(model.transformer.wte.weight.dtype),
         "cache_dtype": dtype_name(dtype),
         "rows": rows,
         "threads": torch.get_num_threads(),

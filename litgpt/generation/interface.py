@@ -31,7 +31,7 @@ class GenerationEngine(ABC):
 
     def __init__(self, model: GPT, *, context: int, autocast: torch.dtype | None, compiles: bool) -> None:
         self.model = model
-        self.device = model.transformer["wte"].weight.device  # the head may have been replaced
+        self.device = model.transformer.wte.weight.device  # the head may have been replaced
         self.context = context
         self.autocast = autocast
         self.compiles = compiles

@@ -60,7 +60,7 @@ class ModelRunner:
 
     def __init__(self, model: GPT, *, compile: bool, autocast: torch.dtype | None, max_slots: int) -> None:
         self.model, self.autocast = model, autocast
-        self.device = model.transformer["wte"].weight.device  # the head may have been replaced
+        self.device = model.transformer.wte.weight.device  # the head may have been replaced
         self.decode_step: Callable[..., Tensor] = decoder(model) if compile else model
         self.hidden_states: Callable[..., Tensor] = model.hidden_states
         # What torch.compile makes is for the shapes that it has seen.

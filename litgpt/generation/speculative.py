@@ -106,7 +106,7 @@ class RewindableModel:
 
     def __init__(self, model: GPT, length: int, spare: int, autocast: torch.dtype | None) -> None:
         self.model, self.autocast = model, autocast
-        self.device = model.transformer["wte"].weight.device
+        self.device = model.transformer.wte.weight.device
         self.new_cache = partial(model.new_cache, 1, length, dtype=autocast, spare=spare)
         self.cache: KVCache | None = None  # has memory from the first token on
         self.length = 0

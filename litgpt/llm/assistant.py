@@ -65,7 +65,7 @@ class Assistant(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.model.transformer["wte"].weight.device
+        return self.model.transformer.wte.weight.device
 
     @property
     def engine(self) -> GenerationEngine:

@@ -32,7 +32,7 @@ def place_blocks(gpt: GPT, count: int) -> list[int]:
     Raises:
         ValueError: There are more devices than blocks.
     """
-    blocks = gpt.transformer["h"]
+    blocks = gpt.transformer.h
     if count > len(blocks):
         raise ValueError(
             f"--devices {count}: {gpt.config.name or 'the model'} has {len(blocks)} blocks, which is the most devices "
@@ -70,10 +70,10 @@ def connect_blocks(gpt: GPT, places: Sequence[int], devices: Sequence[torch.devi
         devices: The devices.
     """
     movers = [Mover(device) for device in devices]
-    for block, place in zip(gpt.transformer["h"], places, strict=True):
+    for block, place in zip(gpt.transformer.h, places, strict=True):
         if place:
             block.register_forward_pre_hook(movers[place].move_block)
-    gpt.transformer["ln_f"].register_forward_pre_hook(movers[0].move_input)
+    gpt.transformer.ln_f.register_forward_pre_hook(movers[0].move_input)
 
 
 class Mover:

@@ -69,7 +69,7 @@ class _Split:
         self.group, self.rank, self.ranks = group, group.rank, group.count
         self.parts: dict[str, Callable[[Tensor], Tensor]] = {}
         self.names = {module: name for name, module in gpt.named_modules()}
-        for block in gpt.transformer["h"]:
+        for block in gpt.transformer.h:
             split = self.latent_attention if isinstance(block.attn, LatentAttention) else self.attention
             split(block.attn)
             for module in block.mlp.modules():

@@ -128,7 +128,7 @@ def weight_bytes(module: nn.Module, trained: bool = False) -> int:
 
 def _stream_bytes(model: GPT) -> int:
     """Of one value of the residual stream: autocast leaves it in the embedding's type."""
-    return model.transformer["wte"].weight.itemsize
+    return model.transformer.wte.weight.itemsize
 
 
 def _compute_bytes(model: GPT, usage: Usage) -> int:
@@ -140,7 +140,7 @@ def _cast_weights(model: GPT, usage: Usage) -> int:
     """The backward pass needs the copies of the weights that were computed with, where they are of another type."""
     element = _compute_bytes(model, usage)
     matrices: list[nn.Parameter] = []
-    for module in model.transformer["h"].modules():
+    for module in model.transformer.h.modules():
         if type(module) is nn.Linear:
             matrices.append(module.weight)
         elif isinstance(module, LoRALinear):
@@ -153,7 +153,7 @@ def _cast_weights(model: GPT, usage: Usage) -> int:
 
 def cache_bytes(model: GPT, usage: Usage) -> int:
     """The cache of keys and values: a window's worth where a layer has one, latents where attention is latent."""
-    dtype = usage.compute or model.transformer["wte"].weight.dtype
+    dtype = usage.compute or model.transformer.wte.weight.dtype
     cache = model.new_cache(usage.batch_size, usage.context, device="meta", dtype=dtype)
     return sum(tensor.numel() * tensor.dtype.itemsize for tensor in cache.tensors())
 
@@ -205,8 +205,8 @@ class Activations:
         """For the whole model and all tokens."""
         config, usage = self.config, self.usage
         again = [id(block) for block in checkpointed_blocks(self.model, usage.checkpointed)]
-        kept, recomputed, deep = 0, 0, _is_trained(self.model.transformer["wte"])
-        for block in self.model.transformer["h"]:
+        kept, recomputed, deep = 0, 0, _is_trained(self.model.transformer.wte)
+        for block in self.model.transformer.h:
             if not deep and not _is_trained(block):
                 continue  # no gradient goes so far back
             size = self.block(block, deep)
@@ -215,7 +215,7 @@ class Activations:
             kept, deep = kept + size, True
         kept += recomputed
         masks = usage.context**2 * self.element if config.sliding_window_size else 0
-        return masks + usage.tokens * (kept + self.norm(self.model.transformer["ln_f"]))
+        return masks + usage.tokens * (kept + self.norm(self.model.transformer.ln_f))
 
     def block(self, block: nn.Module, deep: bool) -> int:
         """One block; `deep` is whether its input needs a gradient, too."""
@@ -365,7 +365,7 @@ def _training_working(model: GPT, usage: Usage) -> int:
     head = weight_bytes(model.lm_head, trained=True)
     loss = logits + head * (2 if rows < usage.tokens else 1) + 2 * usage.tokens * config.n_embd * element
     widest = max(_mlp_values(config, layer) for layer in range(config.n_layer))
-    matrices = max(_matrix_bytes(layer, element) for layer in model.transformer["h"].modules())
+    matrices = max(_matrix_bytes(layer, element) for layer in model.transformer.h.modules())
     backward = usage.tokens * (widest + 2 * config.n_embd) * element + matrices
     return max(loss, backward) + _gathered(model, usage)
 
@@ -384,7 +384,7 @@ def _gathered(model: GPT, usage: Usage) -> int:
     """FSDP2: two blocks at a time, and what is in no block, are whole on each device, with their gradients."""
     if usage.devices == 1:
         return 0
-    blocks = model.transformer["h"]
+    blocks = model.transformer.h
     whole, trained = (
         weight_bytes(model, only) - weight_bytes(blocks, only) * max(0, len(blocks) - 2) // len(blocks)
         for only in (False, True)

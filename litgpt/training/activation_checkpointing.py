@@ -28,7 +28,7 @@ def checkpoint_blocks(gpt: GPT, choice: str | int) -> None:
 
 def checkpointed_blocks(gpt: GPT, choice: str | int) -> list[Block]:
     """The blocks that `choice` means."""
-    return [] if choice == "none" else list(gpt.transformer["h"])[:: 1 if choice == "full" else int(choice)]
+    return [] if choice == "none" else list(gpt.transformer.h)[:: 1 if choice == "full" else int(choice)]
 
 
 def _computed_again(forward: Callable) -> Callable:

@@ -72,5 +72,5 @@ def compile_blocks(gpt: GPT, backend: Backend | None, say: Callable[[str], objec
     if backend is not None:
         by = f"torch.compile, {backend}" if isinstance(backend, str) else getattr(backend, "__name__", "its backend")
         say(f"Compiling the model's blocks ({by}): the first step waits for that, which can take minutes.")
-        for block in gpt.transformer["h"]:
+        for block in gpt.transformer.h:
             block.compile(backend=backend)

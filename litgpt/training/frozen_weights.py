@@ -25,7 +25,7 @@ def store_frozen_matrices(gpt: GPT, precision: str) -> None:
         precision: One of PRECISIONS; nothing happens where it is not mixed.
     """
     _, dtype = PRECISIONS[precision]
-    embedding = gpt.transformer["wte"].weight
+    embedding = gpt.transformer.wte.weight
     for layer in gpt.modules():
         if dtype is None or not isinstance(layer, nn.Linear) or isinstance(layer, Router) or layer.weight is embedding:
             continue

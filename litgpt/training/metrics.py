@@ -100,7 +100,7 @@ def flops_per_token(gpt: GPT, tokens: int) -> float:
     weights = num_parameters(gpt)
     per_weight = 4 + 2 * gpt.num_parameters(trainable_only=True) / weights
     if not config.tie_embeddings:
-        weights -= gpt.transformer["wte"].weight.numel()  # a lookup multiplies nothing
+        weights -= gpt.transformer.wte.weight.numel()  # a lookup multiplies nothing
     if config.n_expert:  # only the chosen experts work
         experts = sum(p.numel() for n, p in gpt.named_parameters() if ".experts." in n)
         weights -= experts - experts * config.n_expert_per_token // config.n_expert

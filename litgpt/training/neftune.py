@@ -33,7 +33,7 @@ def add_noise(model: nn.Module, alpha: float | None) -> None:
         return x + torch.empty_like(x).uniform_(-1, 1) * size
 
     model.register_forward_pre_hook(remember, with_kwargs=True)
-    model.gpt.transformer["wte"].register_forward_hook(disturb)
+    model.gpt.transformer.wte.register_forward_hook(disturb)
 
 
 def document_lengths(document_ids: Tensor) -> Tensor:
