@@ -19,13 +19,11 @@ from torch import Tensor
 
 from litgpt.adaptation.modules import KeepsFloat32, replace_module
 from litgpt.checkpoint import HYPERPARAMETERS, plain_names, read_state_dict
+from litgpt.checkpoint.names import ADAPTER_FILES, ADAPTER_V2_WEIGHTS, ADAPTER_WEIGHTS
 from litgpt.kv_cache import AttentionPlan
 from litgpt.model import GPT, CausalSelfAttention, RMSNorm, Router, attend
 from litgpt.untrusted import read_yaml_mapping, shown
 
-ADAPTER_WEIGHTS = "lit_model.pth.adapter"
-ADAPTER_V2_WEIGHTS = "lit_model.pth.adapter_v2"
-ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_V2_WEIGHTS)
 GATE = "gating_factor"
 PROMPT = re.compile(rf"transformer\.h\.(\d+)\.attn\.({GATE}|adapter_wte\.weight)")
 NORM = re.compile(r"transformer\.(h\.\d+\.norm_[12]|ln_f)\.(weight|bias)")

@@ -1,4 +1,4 @@
-"""The checkpoint directory: finding it, reading and writing its weights, and saving it whole or not at all.
+"""The checkpoint directory: what it holds, reading and writing its weights, and saving it whole or not at all.
 
 It holds `lit_model.pth` (weights), `model_config.yaml` (shape), the tokenizer's files and the model card's JSON files.
 What needs torch is imported on first use: whoever only saves a file whole does not wait for it.
@@ -16,11 +16,14 @@ _PLACES = {
     "copy_companion_files": "litgpt.checkpoint.directory",
     "fill_companion_files": "litgpt.checkpoint.directory",
     "hf_weight_files": "litgpt.checkpoint.directory",
+    "holds_adaptation": "litgpt.checkpoint.directory",
+    "holds_adaptation_alone": "litgpt.checkpoint.directory",
+    "holds_tokenizer": "litgpt.checkpoint.directory",
+    "is_peft_alone": "litgpt.checkpoint.directory",
     "missing_files": "litgpt.checkpoint.directory",
     "plain_names": "litgpt.checkpoint.wrappers",
     "raw_parts": "litgpt.checkpoint.writer",
     "read_state_dict": "litgpt.checkpoint.weights",
-    "resolve_checkpoint_dir": "litgpt.checkpoint.directory",
     "save_model": "litgpt.checkpoint.directory",
     "unreadable": "litgpt.checkpoint.weights",
     "write_state_dict": "litgpt.checkpoint.writer",
@@ -39,11 +42,14 @@ __all__ = [
     "copy_companion_files",
     "fill_companion_files",
     "hf_weight_files",
+    "holds_adaptation",
+    "holds_adaptation_alone",
+    "holds_tokenizer",
+    "is_peft_alone",
     "missing_files",
     "plain_names",
     "raw_parts",
     "read_state_dict",
-    "resolve_checkpoint_dir",
     "save_model",
     "unreadable",
     "write_state_dict",

@@ -1,15 +1,19 @@
-"""The checkpoint directory: finding one, telling what it lacks, filling one."""
+"""The checkpoint directory: telling what it holds and lacks, filling one."""
 
-import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from litgpt.catalog import find_known, known_checkpoints
-from litgpt.checkpoint.names import COMPANION_FILES, COMPANION_PATTERNS, CONFIG, PEFT_CONFIG, WEIGHTS
+from litgpt.checkpoint.names import (
+    ADAPTATIONS,
+    COMPANION_FILES,
+    COMPANION_PATTERNS,
+    CONFIG,
+    PEFT_CONFIG,
+    WEIGHTS,
+)
 from litgpt.checkpoint.weight_index import read_weight_index
-from litgpt.cli.suggest import did_you_mean, nearly
 from litgpt.config import Config
 
 if TYPE_CHECKING:
@@ -20,114 +24,49 @@ if TYPE_CHECKING:
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 _OF_THE_MODEL = ("config.json", "generation_config.json")
-FILES = (".gguf", ".pth", ".safetensors", ".bin", ".json", ".yaml")  # what ends so is no id of the Hub
-
-
-def resolve_checkpoint_dir(
-    name_or_path: str | Path,
-    *,
-    download: Callable[[str], Path] | None = None,
-    incomplete: bool = False,
-    tokenizer_only: bool = False,
-) -> Path:
-    """Finds the checkpoint that a user means.
-
-    Args:
-        name_or_path: An existing directory or `.gguf` file, a weight file inside such a directory, the same below
-            `checkpoints/`, a known model name (`org/name` or the short name), or a Hub id.
-        download: Called with the repository id if nothing is found on this machine, or a tokenizer alone where a
-            download puts it.
-        incomplete: Take a directory that is found as it is, whatever it lacks.
-        tokenizer_only: A tokenizer alone is enough.
-
-    Returns:
-        A checkpoint directory (ours or Hugging Face's) or a `.gguf` file.
-
-    Raises:
-        FileNotFoundError: Nothing is found, or a directory is found that lacks something; says what, and what to do.
-    """
-    name = str(name_or_path)
-    model = name.removeprefix("checkpoints/")  # recipes name the directory that a download goes to
-    known = find_known(model)
-    repo_id = known.repo_id if known else model if re.fullmatch(r"[\w.-]+/[\w.-]+", model) else None
-    candidates = [Path(name).expanduser(), Path("checkpoints") / name]
-    if known:
-        candidates.append(Path("checkpoints") / repo_id)
-    for path in candidates:
-        if path.is_file():
-            if path.suffix == ".gguf":
-                return path
-            path = path.parent
-        if path.is_dir():
-            rest_is_on_hub = download and not tokenizer_only and repo_id and path == Path("checkpoints") / repo_id
-            if rest_is_on_hub and not incomplete and _holds_tokenizer_alone(path):
-                continue
-            return path if incomplete else _complete(path)
-    meant = None if known else nearly(model, known_checkpoints())
-    if meant or (not known and _is_path(name)):
-        repo_id = None
-    if repo_id and download:
-        return _complete(Path(download(repo_id)))
-    if repo_id:
-        remedy = f"To download it, run `litgpt download {repo_id}`."
-    else:
-        remedy = "Give the path of a checkpoint directory or .gguf file, or a name from `litgpt download list`."
-    names = [repo_id if "/" in name else entry.name for repo_id, entry in known_checkpoints().items()]
-    hint = "" if known else did_you_mean(name, [*names, *_local_checkpoints()] if meant is None else [meant])
-    looked = ", ".join(f"'{path}'" for path in dict.fromkeys(candidates))
-    raise FileNotFoundError(f"No checkpoint '{name}' (looked for {looked}).{hint} {remedy}")
-
-
-def _is_path(name: str) -> bool:
-    """Whether a name that may look like `org/name` is that of a file here: it begins or ends like one, or in a
-    directory that there is."""
-    first = name.removeprefix("checkpoints/").partition("/")[0]
-    return name.startswith((".", "~", "/")) or Path(name).suffix in FILES or Path(first).is_dir()
-
-
-def _local_checkpoints() -> list[str]:
-    return [str(path.parent) for path in sorted(Path("checkpoints").glob(f"*/*/{WEIGHTS}"))]
-
-
-def _holds_tokenizer_alone(path: Path) -> bool:
-    """Whether a directory has a tokenizer and no weights of any kind, as `litgpt download --tokenizer_only true` leaves
-    it."""
-    # Weights of LoRA and of adapters, PEFT's too, which need a base.
-    others = (file for file in path.iterdir() if ".pth" in file.suffixes or file.name == PEFT_CONFIG)
-    return not missing_files(path) and bool(missing_files(path, weights=True)) and not any(others)
-
-
-def _complete(path: Path) -> Path:
-    missing = missing_files(path)
-    if missing:
-        raise FileNotFoundError(
-            f"The checkpoint directory '{path}' is incomplete; it lacks {' and '.join(missing)}. "
-            "Download or convert the checkpoint again, or give another directory."
-        )
-    return path
 
 
 def missing_files(path: Path, weights: bool = False) -> list[str]:
     """What a directory lacks to be a checkpoint directory, in words; empty if nothing.
 
-    A directory with just a tokenizer lacks nothing (it serves as `--tokenizer_dir`), nor does one with just a PEFT
-    adapter, unless `weights` are asked for.
+    A directory with just a tokenizer lacks nothing (it serves as `--tokenizer_dir`), nor does one with just an
+    adaptation, unless `weights` are asked for.
     """
     if (path / WEIGHTS).is_file():
         return [] if (path / CONFIG).is_file() else [f"{CONFIG} (the shape of the model in {WEIGHTS})"]
     files = hf_weight_files(path)
-    if not files and (path / PEFT_CONFIG).is_file():
-        remedy = f"`litgpt convert {path} --to litgpt` and then `litgpt merge_lora {path}` put it into its model"
-        return [f"the weights of a model: it holds a PEFT adapter alone ({remedy})"] if weights else []
+    if not files and holds_adaptation(path):
+        remedy = f"`litgpt merge_lora {path}` puts LoRA weights into their model"
+        return [f"the weights of a model: it holds LoRA or adapter weights alone ({remedy})"] if weights else []
     if files:
         lost = [f"the weight file {file.name}" for file in files if not file.is_file()]
         return lost + ([] if (path / "config.json").is_file() else ["config.json (the shape of the model)"])
-    if not weights and any((path / name).is_file() for name in _TOKENIZERS):
+    if not weights and holds_tokenizer(path):
         return []
     weights_names = f"weights ({WEIGHTS}, *.safetensors or pytorch_model*.bin)"
     if any((path / name).is_file() for name in (CONFIG, "config.json")):
         return [weights_names]
     return [weights_names, f"{CONFIG} or config.json"]
+
+
+def holds_tokenizer(path: Path) -> bool:
+    """Whether there is a tokenizer's main file."""
+    return any((path / name).is_file() for name in _TOKENIZERS)
+
+
+def is_peft_alone(path: Path) -> bool:
+    """Whether a directory holds a PEFT adapter and no model beside it."""
+    return (path / PEFT_CONFIG).is_file() and not hf_weight_files(path)
+
+
+def holds_adaptation(path: Path) -> bool:
+    """Whether there are weights of LoRA or of an adapter, merged ones beside them or not; also as PEFT holds them."""
+    return any((path / name).is_file() for name in ADAPTATIONS) or is_peft_alone(path)
+
+
+def holds_adaptation_alone(path: Path) -> bool:
+    """Whether there are such weights, and none of a model."""
+    return holds_adaptation(path) and not (path / WEIGHTS).is_file() and not hf_weight_files(path)
 
 
 def hf_weight_files(path: Path) -> list[Path]:
@@ -167,7 +106,7 @@ def fill_companion_files(source: str | Path, destination: str | Path) -> None:
     The tokenizer's files and its chat template come from one place: files of two tokenizers make none.
     """
     source, destination = Path(source), Path(destination)
-    if not any((destination / name).is_file() for name in _TOKENIZERS):
+    if not holds_tokenizer(destination):
         copy_companion_files(source, destination)
         return
     for name in _OF_THE_MODEL:

@@ -2,6 +2,10 @@
 
 WEIGHTS = "lit_model.pth"
 LORA_WEIGHTS = "lit_model.pth.lora"
+ADAPTER_WEIGHTS = "lit_model.pth.adapter"
+ADAPTER_V2_WEIGHTS = "lit_model.pth.adapter_v2"
+ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_V2_WEIGHTS)
+ADAPTATIONS = (LORA_WEIGHTS, *ADAPTER_FILES)
 TRAINING_STATE = "training_state.pth"
 CONFIG = "model_config.yaml"
 HYPERPARAMETERS = "hyperparameters.yaml"

@@ -3,17 +3,15 @@
 from pathlib import Path
 from typing import Literal
 
-from litgpt.checkpoint import WEIGHTS
+from litgpt.checkpoint import WEIGHTS, holds_adaptation, is_peft_alone
 from litgpt.cli.secret import Secret
 from litgpt.export.gguf import GGUF, save_gguf
 from litgpt.export.huggingface import Format, save_hf
 from litgpt.export.lit import beside, check_form, save_lit, size_of
-from litgpt.export.opening import open_for_export
 from litgpt.export.peft import save_lora_of_peft, save_peft
-from litgpt.formats.peft import is_peft_alone
-from litgpt.sources.adapted import holds_adaptation
 from litgpt.sources.checkpoint import open_checkpoint
-from litgpt.sources.door import find_checkpoint
+from litgpt.sources.door import open_merged
+from litgpt.sources.find import find_checkpoint
 
 Target = Literal["hf", "gguf", "litgpt", "peft"]
 ADAPTER = "litgpt from a PEFT adapter"
@@ -75,14 +73,14 @@ def setup(
     path = find_checkpoint(checkpoint_dir, access_token, incomplete=True)
     if to == "peft":
         refuse_idle(given, to)
-        return save_peft(path, out or beside(path, to), access_token)
+        return save_peft(checkpoint_dir, out or beside(path, to), access_token)
     if to == "litgpt" and is_peft_alone(path):
         refuse_idle(given, ADAPTER)
         return save_lora_of_peft(path, out or path, pretrained_checkpoint_dir, access_token)
     refuse_idle(given, to)
     if to == "litgpt":
         return convert_to_ours(path, out, dtype, quantize, model_name, access_token, verbose)
-    source = open_for_export(path, access_token)
+    source = open_merged(path, access_token)
     if to == "hf":
         return save_hf(source, out or beside(path, to), format or "safetensors", dtype, verbose)
     if dtype and quantize:
@@ -116,7 +114,7 @@ def convert_to_ours(
             "or what to change with --dtype or --quantize."
         )
     else:
-        source = open_for_export(path, access_token)
+        source = open_merged(path, access_token)
         out = out or beside(path, form)
     in_place = not ours and path.is_dir() and out.resolve() == path.resolve()
     save_lit(source, out, target, quantize, verbose, in_place)

@@ -5,8 +5,8 @@ from typing import Literal
 
 from litgpt.export.gguf import GGUF, save_gguf
 from litgpt.export.huggingface import save_hf
-from litgpt.export.opening import open_for_export
 from litgpt.export.peft import save_peft
+from litgpt.sources.door import open_merged
 
 
 def setup(
@@ -37,7 +37,7 @@ def setup(
         if dtype is not None:
             raise ValueError(f"--dtype {dtype} cannot act with --format peft: LoRA weights are float32. Leave it out.")
         return save_peft(checkpoint_dir, output_dir)
-    source = open_for_export(checkpoint_dir)
+    source = open_merged(checkpoint_dir)
     if format == "gguf" or (format == "both" and output_dir.suffix == GGUF):
         return save_gguf(source, output_dir, dtype, verbose=verbose)
     save_hf(source, output_dir, format, dtype, verbose)

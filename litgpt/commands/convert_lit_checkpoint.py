@@ -6,8 +6,8 @@ from litgpt.checkpoint import WEIGHTS
 from litgpt.cli.secret import Secret
 from litgpt.export.gguf import save_gguf
 from litgpt.export.lit import beside, check_form, save_lit, size_of
-from litgpt.export.opening import open_for_export
-from litgpt.sources.door import find_checkpoint
+from litgpt.sources.door import open_merged
+from litgpt.sources.find import find_checkpoint
 
 
 def setup(
@@ -55,7 +55,7 @@ def setup(
             raise ValueError(f"--out_dir {out_dir} cannot act with --output_path {output_path}. Leave one of them out.")
         if dtype and quantize:
             raise ValueError(f"--dtype {dtype} cannot act with --quantize {quantize} in a GGUF file. Leave it out.")
-        source = open_for_export(checkpoint_dir, access_token)
+        source = open_merged(checkpoint_dir, access_token)
         return save_gguf(source, output_path, quantize or dtype, model_name, verbose)
     if model_name is not None:
         raise ValueError(f"--model_name {model_name} cannot act without --output_path: GGUF files have names.")
@@ -66,7 +66,7 @@ def setup(
             "use `litgpt convert_from_litgpt` to export for other programs."
         )
     path = find_checkpoint(checkpoint_dir, access_token)
-    source = open_for_export(path, access_token)
+    source = open_merged(path, access_token)
     out_dir = out_dir or beside(path, quantize or str(dtype))
     save_lit(source, out_dir, target, quantize, verbose)
     print(f"Saved {WEIGHTS} ({size_of(out_dir)}) to {out_dir}. To talk with it, run:\nlitgpt chat {out_dir}")

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from litgpt.checkpoint import resolve_checkpoint_dir
 from litgpt.export.lit import save_lit
-from litgpt.sources.checkpoint import open_checkpoint
+from litgpt.sources.door import open_merged
 
 
 def setup(checkpoint_dir: Path, output_dir: Path) -> None:
@@ -18,5 +17,5 @@ def setup(checkpoint_dir: Path, output_dir: Path) -> None:
         checkpoint_dir: The checkpoint directory, such as out/pretrain/final.
         output_dir: The directory to create.
     """
-    save_lit(open_checkpoint(resolve_checkpoint_dir(checkpoint_dir)), output_dir)
+    save_lit(open_merged(checkpoint_dir), output_dir)
     print(f"Saved the weights without training state to {output_dir}")

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from litgpt.checkpoint import resolve_checkpoint_dir
+from litgpt.checkpoint import holds_adaptation_alone, is_peft_alone
 from litgpt.devices.dtypes import dtype_from_name
 from litgpt.export.lit import save_lit
 from litgpt.export.peft import save_lora_of_peft
-from litgpt.formats.peft import is_peft_alone
 from litgpt.sources.checkpoint import open_checkpoint
+from litgpt.sources.find import find_checkpoint
 
 
 def setup(
@@ -40,18 +40,22 @@ def setup(
         pretrained_checkpoint_dir: The model that an adapter belongs to, where it is another than the adapter says.
     """
     target_dtype = dtype_from_name(dtype)
-    found = resolve_checkpoint_dir(checkpoint_dir, incomplete=True)
-    if is_peft_alone(found):
+    path = find_checkpoint(checkpoint_dir, incomplete=True)
+    if is_peft_alone(path):
         for option, value in (("--dtype", dtype), ("--model_name", model_name)):
             if value is not None:
                 raise ValueError(f"{option} {value} cannot act on a PEFT adapter. Leave it out.")
-        return save_lora_of_peft(found, out_dir or found, pretrained_checkpoint_dir)
+        return save_lora_of_peft(path, out_dir or path, pretrained_checkpoint_dir)
     if pretrained_checkpoint_dir is not None:
         raise ValueError(
-            f"--pretrained_checkpoint_dir {pretrained_checkpoint_dir} cannot act: '{found}' is no PEFT adapter. "
+            f"--pretrained_checkpoint_dir {pretrained_checkpoint_dir} cannot act: '{path}' is no PEFT adapter. "
             "Leave it out."
         )
-    path = resolve_checkpoint_dir(checkpoint_dir)
+    if holds_adaptation_alone(path):
+        raise ValueError(
+            f"'{path}' holds LoRA or adapter weights, in the right format already. `litgpt merge_lora {path}` puts LoRA "
+            "weights into their model."
+        )
     source = open_checkpoint(path, model_name, converted=False)
     if out_dir is None:
         out_dir = path if path.is_dir() else path.with_suffix("")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from litgpt.catalog import known_checkpoints
+from litgpt.checkpoint import is_peft_alone
 from litgpt.cli.secret import Secret
 from litgpt.sources.fetch import download
 
@@ -50,8 +51,6 @@ def setup(
     if tokenizer_only:
         print(f"Saved the tokenizer to {directory}")
         return
-    from litgpt.formats.peft import is_peft_alone  # imports torch
-
     if is_peft_alone(directory):
         if not keep_hf_files:
             raise ValueError(

@@ -183,7 +183,7 @@ def setup(
         )
     results["partial"] = interruption is not None
     print(report.tables(results))
-    out_dir = out_dir or _folder(checkpoint_dir, Path(model.tokenizer.dir)) / "evaluate"
+    out_dir = out_dir or _folder(checkpoint_dir) / "evaluate"
     file = report.save(results, out_dir, save_filepath, log_samples or predict_only)
     tell(f"Results are in {file}" + (f" and {save_filepath}" if save_filepath else ""))
     if interruption is not None:
@@ -212,12 +212,9 @@ def _precision(dtype: str | None, precision: str | None) -> str | None:
     return DTYPES[name]
 
 
-def _folder(checkpoint: Path, files: Path) -> Path:
+def _folder(checkpoint: Path) -> Path:
     """The directory of a checkpoint, beside a .gguf file that of the file."""
-    from litgpt.checkpoint import resolve_checkpoint_dir
+    from litgpt.sources.find import find_checkpoint
 
-    try:
-        place = resolve_checkpoint_dir(checkpoint, incomplete=True)
-    except FileNotFoundError:
-        return files
+    place = find_checkpoint(checkpoint, incomplete=True)
     return place if place.is_dir() else place.parent

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from litgpt.adaptation.lora import read_lora
 from litgpt.checkpoint import WEIGHTS
 from litgpt.devices.dtypes import dtype_from_name
 from litgpt.export.merged import merge_into
-from litgpt.sources.door import find_lora, open_base
+from litgpt.sources.door import open_lora
 from litgpt.sources.weight_stream import tell_note
 
 
@@ -32,11 +31,12 @@ def setup(
             finetuned.
     """
     dtype = dtype_from_name(precision, "--precision")
-    file = find_lora(checkpoint_dir)
-    base = open_base(read_lora(file)[2], pretrained_checkpoint_dir, file)
-    tell_note(base)
+    source = open_lora(checkpoint_dir, pretrained_checkpoint_dir)
+    tell_note(source)
     if out_dir is None:
-        merged = file.parent.resolve().name + "-merged"
-        out_dir = file.parent.resolve().with_name(merged) if checkpoint_dir.suffix == ".pth" else file.parent
-    merge_into(out_dir, base, file, dtype)
+        directory = source.directory.resolve()
+        out_dir = (
+            directory.with_name(directory.name + "-merged") if checkpoint_dir.suffix == ".pth" else source.directory
+        )
+    merge_into(out_dir, source, dtype)
     print(f"Saved merged weights to {str(out_dir / WEIGHTS)!r}")

@@ -65,6 +65,7 @@ def setup(
     from litgpt.data.corpus import find_corpus
     from litgpt.data.preparation import Shard, prepare
     from litgpt.data.preparation_plan import SPLITS
+    from litgpt.sources.find import find_tokenizer
 
     splits = [part.strip() for part in split.split(",")]
     if not splits or any(part not in SPLITS for part in splits) or "train" not in splits:
@@ -98,19 +99,3 @@ def setup(
     except KeyboardInterrupt:
         print("\nInterrupted. What is done is kept: the same command goes on from there.")
         raise SystemExit(130) from None
-
-
-def find_tokenizer(checkpoint_dir: Path) -> Path:
-    """Where the tokenizer's files are; it is downloaded where it is not on this machine."""
-    from functools import partial
-
-    from litgpt.checkpoint import resolve_checkpoint_dir
-    from litgpt.sources.fetch import download
-
-    fetch = partial(download, tokenizer_only=True)
-    path = resolve_checkpoint_dir(checkpoint_dir, download=fetch, tokenizer_only=True)
-    if path.is_file():  # a .gguf file, whose tokenizer is unpacked
-        from litgpt.sources.checkpoint import open_checkpoint
-
-        return open_checkpoint(path).files
-    return path

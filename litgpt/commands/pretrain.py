@@ -9,7 +9,7 @@ from torch import Tensor
 
 from litgpt import cli
 from litgpt.catalog import find_known
-from litgpt.checkpoint import copy_companion_files, resolve_checkpoint_dir, save_model
+from litgpt.checkpoint import copy_companion_files, save_model
 from litgpt.cli import ConfigOverrides
 from litgpt.config import Config
 from litgpt.data.base import DataModule
@@ -28,8 +28,8 @@ from litgpt.parallel.fabric import Strategy, describe_devices, make_fabric, peak
 from litgpt.parallel.ranks import once_per_node, rank_from_environment
 from litgpt.parallel.sharding import is_sharded
 from litgpt.runs.plan import LOGGER, choose_logger, plan_lines, sequence_length, stop_early
-from litgpt.sources.checkpoint import open_checkpoint
-from litgpt.sources.fetch import download
+from litgpt.sources.door import open_merged
+from litgpt.sources.find import find_tokenizer
 from litgpt.sources.source import Source
 from litgpt.tokenizer.tokenizer import MODEL_FILES, Tokenizer
 from litgpt.training.activation_checkpointing import checkpoint_blocks
@@ -143,8 +143,8 @@ def setup(
     if is_main:
         run_directory.lock()
     checkpoint = run_directory.prepare(resume, overwrite, is_main=is_main)
-    source = open_initial(initial_checkpoint_dir)
-    tokenizer_dir = find_tokenizer(tokenizer_dir, source if tokenizer_vocab_size is None else None)
+    source = open_merged(initial_checkpoint_dir) if initial_checkpoint_dir is not None else None
+    tokenizer_dir = choose_tokenizer(tokenizer_dir, source if tokenizer_vocab_size is None else None)
     if tokenizer_dir is None and tokenizer_vocab_size is None:
         tokenizer_dir = data.tokenizer_dir()
 
@@ -265,19 +265,10 @@ def setup(
         console.print(f"To talk with it, run:\nlitgpt chat {outcome.checkpoint}")
 
 
-def open_initial(directory: Path | None) -> Source | None:
-    """The checkpoint to start from, opened."""
-    if directory is None:
-        return None
-    return open_checkpoint(resolve_checkpoint_dir(directory, download=download))
-
-
-def find_tokenizer(directory: Path | None, source: Source | None) -> Path | None:
+def choose_tokenizer(directory: Path | None, source: Source | None) -> Path | None:
     """Where the tokenizer's files are: those of `directory` (or .gguf file), else those of the initial checkpoint."""
     if directory is not None:
-        fetch = partial(download, tokenizer_only=True)
-        path = resolve_checkpoint_dir(directory, download=fetch, tokenizer_only=True)
-        return open_checkpoint(path).files if path.is_file() else path
+        return find_tokenizer(directory)
     has_one = source is not None and any((source.files / name).is_file() for name in MODEL_FILES)
     return source.files if has_one else None
 

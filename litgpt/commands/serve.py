@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from litgpt.adaptation.lora import LORA_WEIGHTS, adapted_copy, read_lora
+from litgpt.adaptation.lora import adapted_copy
 from litgpt.cli.secret import Secret, hidden_secrets
 from litgpt.generation.engine import Engine, share_memory
 from litgpt.generation.sampling import Sampling
@@ -17,7 +17,9 @@ from litgpt.llm.placement import place
 from litgpt.llm.terminal import say
 from litgpt.prompts import NamedTemplate, choose_prompt_style, format_of_options
 from litgpt.serving.served import Defaults, ServedModel
-from litgpt.sources.door import expect_checkpoint
+from litgpt.sources.adapted import LoRASource, add_lora
+from litgpt.sources.door import find_lora, open_model
+from litgpt.sources.find import expect_checkpoint
 
 API_KEY = "LITGPT_API_KEY"
 
@@ -131,7 +133,7 @@ def setup(
     path = "/" + (api_path or "/predict").strip("/")
     if path == "/" or path.startswith(("/v1/", "/static/", "/health", "/metrics", "/docs", "/openapi.json")):
         raise ValueError(f"--api_path {api_path} is taken. Choose another, such as /predict.")
-    adapters = dict(_named_directory(spec) for spec in adapter or ())
+    adapters = dict(_named_lora(spec, access_token) for spec in adapter or ())
     if len(adapters) < len(adapter or ()):
         raise ValueError(f"--adapter: two have the same name ({', '.join(adapter)}). Give each its own.")
     style = format_of_options(prompt_style, chat_template)
@@ -167,7 +169,10 @@ def setup(
             Defaults(temperature, top_k, top_p, max_new_tokens),
             aliases=(str(checkpoint_dir),),
         )
-        models = [model, *(adapted_model(llm, model, name, path, style) for name, path in adapters.items())]
+        models = [model]
+        for name, lora in adapters.items():
+            source = add_lora(open_model(checkpoint_dir, access_token), lora)
+            models.append(adapted_model(llm, model, name, source, style))
         engines = [each.worker.engine for each in models]
         share_memory(engines, most_bytes)
         say(_memory_line(engines))
@@ -250,8 +255,8 @@ def _memory_line(engines: list[Engine]) -> str:
     )
 
 
-def _named_directory(spec: str) -> tuple[str, Path]:
-    """The parts of NAME=DIR.
+def _named_lora(spec: str, access_token: Secret | None) -> tuple[str, Path]:
+    """The name in NAME=DIR, and where the LoRA weights are.
 
     Raises:
         ValueError: it is not of that form, or there are no LoRA weights.
@@ -259,33 +264,30 @@ def _named_directory(spec: str) -> tuple[str, Path]:
     name, _, directory = spec.partition("=")
     if not name or not directory:
         raise ValueError(f"--adapter {spec} is not possible: write NAME=DIR, such as poet=out/finetune/lora/final.")
-    path = Path(directory)
-    if not (path / LORA_WEIGHTS).is_file():
-        raise ValueError(
-            f"--adapter {spec}: there is no {LORA_WEIGHTS} in {path}. Give what finetune_lora has written; "
-            "`litgpt convert_to_litgpt` makes that of a PEFT adapter."
-        )
-    return name, path
+    try:
+        return name, find_lora(directory, access_token)
+    except FileNotFoundError as error:
+        raise ValueError(f"--adapter {spec}: {error}") from None
 
 
 def adapted_model(
-    llm: LLM, base: ServedModel, name: str, directory: Path, style: str | NamedTemplate | None
+    llm: LLM, base: ServedModel, name: str, source: LoRASource, style: str | NamedTemplate | None
 ) -> ServedModel:
     """A model of the same weights with an adapter, by a name of its own.
 
     Raises:
         ValueError: the adapter belongs to another model, or its name is taken.
     """
+    given = f"--adapter {name}={source.directory}"
     if name == base.name:
-        raise ValueError(f"--adapter {name}={directory}: that is the name of the model itself. Choose another.")
-    update, settings, _ = read_lora(directory)
+        raise ValueError(f"{given}: that is the name of the model itself. Choose another.")
     try:
-        model = adapted_copy(llm.model, update, settings)
+        model = adapted_copy(llm.model, source.update, source.settings)
     except ValueError as error:
-        raise ValueError(f"--adapter {name}={directory}: {error}") from None
+        raise ValueError(f"{given}: {error}") from None
     compiles = llm.engine.compiles and llm.engine.device.type != "cpu"  # the code for CPUs knows no adapters
     engine = Engine(model, max_slots=llm.engine.max_slots, compile=compiles, autocast=llm.engine.autocast)
     own = choose_prompt_style(
-        Path(llm.tokenizer.dir), explicit=style, config=llm.config, tokenizer=llm.tokenizer, finetuned=directory
+        Path(llm.tokenizer.dir), explicit=style, config=llm.config, tokenizer=llm.tokenizer, finetuned=source.directory
     )
     return ServedModel(name, llm.tokenizer, own, Worker(engine), base.defaults)

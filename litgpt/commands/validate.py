@@ -27,7 +27,6 @@ import torch
 
 from litgpt.adaptation.lora import LoRASettings, apply_lora
 from litgpt.catalog import find_known
-from litgpt.checkpoint import resolve_checkpoint_dir
 from litgpt.cli.plural import counted
 from litgpt.config import Config
 from litgpt.devices.accelerator import accelerator
@@ -38,6 +37,7 @@ from litgpt.model import GPT
 from litgpt.prompts import ChatTemplate, PromptStyle, WrittenStyle
 from litgpt.runs.memory_estimate import Usage, estimate_memory
 from litgpt.sources.checks import GROUPS, LORA_WEIGHTS, Findings, examine, special_ids
+from litgpt.sources.find import find_checkpoint, find_here
 from litgpt.sources.meta import meta_model
 from litgpt.sources.source import Source
 from litgpt.tokenizer.tokenizer import Tokenizer
@@ -68,8 +68,8 @@ def setup(
     QLoRA (4-bit weights) on queries and values, and for full finetuning with AdamW, which is that of pretraining too.
 
     Args:
-        checkpoint_dir: A checkpoint directory, a Hugging Face directory, a .gguf file, or a known name of one that is
-            below checkpoints/, or not downloaded yet.
+        checkpoint_dir: A checkpoint directory, a Hugging Face directory, a .gguf file, a directory of LoRA or adapter
+            weights, a Hub id, or a known name of one that is below checkpoints/, or not downloaded yet.
         check_values: Read every weight once, too, and look for NaN, infinity and matrices of zeros.
         precision: To estimate for: 32-true, bf16-true, 16-true, bf16-mixed, 16-mixed. By default what this machine
             answers in.
@@ -87,13 +87,11 @@ def setup(
     precision = precision or inference_precision(device)
     inference_dtypes(precision, device)
     known = find_known(str(checkpoint_dir).removeprefix("checkpoints/"))
-    try:
-        path = resolve_checkpoint_dir(checkpoint_dir, incomplete=True)
-    except FileNotFoundError:
-        if known is None:
-            raise
-        path, findings = None, Findings(Path(known.repo_id), config=Config.from_name(known.name))
+    path = find_here(checkpoint_dir, incomplete=True)
+    if path is None and known is not None:
+        findings = Findings(Path(known.repo_id), config=Config.from_name(known.name))
     else:
+        path = path or find_checkpoint(checkpoint_dir, incomplete=True)
         findings = examine(path, check_values)
     report: dict[str, Any] = {
         "checkpoint": str(findings.path),

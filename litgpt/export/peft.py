@@ -20,15 +20,17 @@ from litgpt.sources.peft import import_peft
 from litgpt.sources.peft_files import base_of
 
 
-def save_peft(checkpoint_dir: Path, directory: Path, access_token: Secret | str | None = None) -> None:
+def save_peft(checkpoint_dir: Path | str, directory: Path, access_token: Secret | str | None = None) -> None:
     """Write the LoRA weights of a checkpoint as a PEFT adapter, in float32 as they are trained."""
-    file = find_lora(checkpoint_dir)
+    file = find_lora(checkpoint_dir, access_token)
+    if file.is_dir():
+        raise ValueError(f"'{file}' is a PEFT adapter already. Give it to PEFT as it is.")
     weights, settings, base = read_lora(file)
     files = file.parent
     if (files / CONFIG).is_file():
         config = Config.from_checkpoint(files)
     else:
-        source = open_base(base, None, file, access_token=access_token)
+        source = open_base(file, None, access_token)
         config, files = source.config, source.files
     architecture = export_config(config, files, torch.float32)["architectures"][0]
     whole = files / "config.json"
@@ -60,7 +62,7 @@ def save_lora_of_peft(
         access_token: For a model that has to be downloaded first.
     """
     recorded = base_of(adapter)
-    base = open_base(recorded, pretrained_checkpoint_dir, adapter, access_token=access_token)
+    base = open_base(adapter, pretrained_checkpoint_dir, access_token)
     notes: list[str] = []
     weights, settings = import_peft(adapter, base, notes)
     for note in notes:

@@ -14,13 +14,10 @@ matrices (`target_parameters`), as transformers 5 holds their weights: `lora_A` 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from litgpt.checkpoint import hf_weight_files
-from litgpt.checkpoint.names import PEFT_CONFIG
 from litgpt.config import Config
 from litgpt.formats.rules import Family, RuleTable
 
@@ -55,11 +52,6 @@ class Update:
     @property
     def rank(self) -> int:
         return self.part.a.shape[-2]
-
-
-def is_peft_alone(path: Path) -> bool:
-    """Whether a directory holds a PEFT adapter and no model beside it."""
-    return (path / PEFT_CONFIG).is_file() and not hf_weight_files(path)
 
 
 def family_of(table: RuleTable, name: str, config: Config, ours: bool) -> Family:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from litgpt.checkpoint import CONFIG, resolve_checkpoint_dir
+from litgpt.checkpoint import CONFIG
 from litgpt.cli.secret import Secret
 from litgpt.config import Config
 from litgpt.devices.accelerator import accelerator as best_accelerator
@@ -24,7 +24,8 @@ from litgpt.model import GPT
 from litgpt.prompts import NamedTemplate, PromptStyle, choose_prompt_style
 from litgpt.quantization.layers import check_quantize
 from litgpt.quantization.weight_only import KINDS as WEIGHT_ONLY
-from litgpt.sources.door import find_checkpoint, open_model
+from litgpt.sources.door import open_model
+from litgpt.sources.find import find_here, find_tokenizer
 from litgpt.sources.load import kind_for, load_model
 from litgpt.sources.meta import give_memory, meta_model
 from litgpt.sources.source import Source, Watch
@@ -86,7 +87,7 @@ def load_parts(
     kind = settled_kind(source, quantize, precision, device)
     placement.check(source, kind, compile)
     # The small files first: what is wrong with them is said before the weights are read.
-    files = find_checkpoint(tokenizer_dir, access_token, tokenizer_only=True) if tokenizer_dir else source.files
+    files = find_tokenizer(tokenizer_dir, access_token) if tokenizer_dir else source.files
     tokenizer = Tokenizer(files)
     style = choose_prompt_style(
         source.files, explicit=prompt_style, config=source.config, tokenizer=tokenizer, finetuned=finetuned
@@ -165,7 +166,7 @@ def random_parts(
             f"init='random' makes the weights of {model}, but not its tokenizer. Give tokenizer_dir, a checkpoint "
             f"(`litgpt download {model} --tokenizer_only true`)."
         )
-    tokenizer = Tokenizer(find_checkpoint(tokenizer_dir or model, access_token, tokenizer_only=True))
+    tokenizer = Tokenizer(find_tokenizer(tokenizer_dir or model, access_token))
     style = choose_prompt_style(Path(tokenizer.dir), explicit=prompt_style, config=config, tokenizer=tokenizer)
     device = torch.device(best_accelerator() if places else "cpu")
     dtype, autocast = torch.get_default_dtype(), None
@@ -184,9 +185,8 @@ def _say(text: str) -> None:
 
 def _shape_of(model: str | Path) -> Config:
     """The configuration of a checkpoint that is here, or of a known name."""
-    try:
-        path = resolve_checkpoint_dir(model, incomplete=True)
-    except FileNotFoundError:
+    path = find_here(model, incomplete=True)
+    if path is None:
         return Config.from_name(str(model).removeprefix("checkpoints/"))
     if (path / CONFIG).is_file():
         return Config.from_checkpoint(path)

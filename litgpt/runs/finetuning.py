@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from litgpt import cli
-from litgpt.checkpoint import WEIGHTS, copy_companion_files, resolve_checkpoint_dir
+from litgpt.checkpoint import WEIGHTS, copy_companion_files
 from litgpt.cli.secret import Secret
 from litgpt.config import Config
 from litgpt.data import Alpaca
@@ -36,8 +36,7 @@ from litgpt.quantization.layers import TRAINING_KINDS, check_quantize, num_param
 from litgpt.runs.memory_estimate import Usage, estimate_memory
 from litgpt.runs.plan import choose_logger, plan_lines, sequence_length, stop_early
 from litgpt.runs.validation_answers import ValidationAnswers
-from litgpt.sources.checkpoint import open_checkpoint
-from litgpt.sources.fetch import download
+from litgpt.sources.door import open_merged
 from litgpt.sources.load import kind_for, load_model
 from litgpt.sources.source import Source
 from litgpt.tokenizer.tokenizer import Tokenizer
@@ -176,8 +175,7 @@ class Finetuning:
             if is_main:
                 self.directory.lock()
             self.checkpoint = self.directory.prepare(options.resume, options.overwrite, is_main=is_main)
-        fetch = partial(download, access_token=options.access_token)
-        self.source: Source = open_checkpoint(resolve_checkpoint_dir(checkpoint_dir, download=fetch))
+        self.source: Source = open_merged(checkpoint_dir, options.access_token)
         self.config: Config = self.source.config
         self.quantize = None if trains_all else frozen_kind(self.source, quantize)
         if self.quantize != quantize:

@@ -7,6 +7,7 @@ from litgpt.adaptation.lora import LORA_WEIGHTS, LoRASettings, apply_lora, is_lo
 from litgpt.export.merged import merge_into
 from litgpt.model import GPT
 from litgpt.runs.finetuning import Finetuning
+from litgpt.sources.adapted import add_lora
 from litgpt.training.loss import LossModule, NextTokenLoss
 from litgpt.training.state import Saved
 
@@ -35,6 +36,6 @@ def train_lora(
 
     if outcome is not None and not outcome.interrupted and job.fabric.global_rank == 0:
         job.console.print(f"Saved LoRA weights to {str(outcome.checkpoint / LORA_WEIGHTS)!r}")
-        merge_into(outcome.checkpoint, job.source)
+        merge_into(outcome.checkpoint, add_lora(job.source, outcome.checkpoint))
         job.console.print(f"Saved merged weights to {str(outcome.checkpoint / 'lit_model.pth')!r}")
         job.console.print(f"To talk with it, run:\nlitgpt chat {outcome.checkpoint}")

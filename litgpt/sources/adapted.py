@@ -8,10 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from litgpt.adaptation.adapter import ADAPTER_FILES, load_adapter, read_adapter
+from litgpt.adaptation.adapter import load_adapter, read_adapter
 from litgpt.adaptation.lora import LORA_WEIGHTS, LoRASettings, merged_weights, read_lora
-from litgpt.checkpoint import copy_companion_files, fill_companion_files
-from litgpt.formats.peft import is_peft_alone
+from litgpt.checkpoint import copy_companion_files, fill_companion_files, holds_tokenizer, is_peft_alone
 from litgpt.formats.quantised_parts import Parts
 from litgpt.model import GPT
 from litgpt.sources.kept import kept_directory
@@ -29,7 +28,8 @@ class AdaptedSource(Source):
     """
 
     def __init__(self, base: Source, directory: Path) -> None:
-        self.base, self.files = base, directory
+        self.base, self.directory = base, directory
+        self.files = files_of(directory, base)
         self.config, self.dtype, self.note = copy(base.config), base.dtype, base.note_on_plain
 
     def layout(self) -> dict[str, Tensor]:
@@ -77,44 +77,56 @@ class AdapterSource(AdaptedSource):
         load_adapter(model, self.adapter)
 
 
-def holds_adaptation(directory: Path) -> bool:
-    """Whether there are weights of LoRA or of an adapter, merged ones beside them or not; also as PEFT holds them."""
-    names = (LORA_WEIGHTS, *ADAPTER_FILES)
-    return any((directory / name).is_file() for name in names) or is_peft_alone(directory)
+def files_of(directory: Path, base: Source) -> Path:
+    """A directory with the tokenizer's and the JSON files of an adapted model: that of the adaptation, or a new one with
+    what it lacks from the base's."""
+    if holds_tokenizer(directory) and not is_peft_alone(directory):
+        return directory
+    files = kept_directory("litgpt-adapted-")  # PEFT leaves the tokenizer, and none of the rest
+    copy_companion_files(directory, files)
+    fill_companion_files(base.files, files)
+    return files
 
 
-def is_lora(directory: Path) -> bool:
-    """Whether there are weights of LoRA."""
-    return (directory / LORA_WEIGHTS).is_file()
+def is_lora(place: Path) -> bool:
+    """Whether a directory holds weights of LoRA, ours or PEFT's, or a file is to be read as such."""
+    return _is_ours(place) or is_peft_alone(place)
 
 
-def base_of(directory: Path) -> str | None:
+def base_of(place: Path) -> str | None:
     """The checkpoint that is recorded as the one an adaptation belongs to.
 
     Raises:
         ValueError: The adaptation is damaged.
     """
-    if is_lora(directory):
-        return read_lora(directory)[2]
-    return base_of_peft(directory) if is_peft_alone(directory) else read_adapter(directory)[1]
+    if _is_ours(place):
+        return read_lora(place)[2]
+    return base_of_peft(place) if is_peft_alone(place) else read_adapter(place)[1]
 
 
-def adapt(base: Source, directory: Path) -> AdaptedSource:
+def adapt(base: Source, place: Path) -> AdaptedSource:
     """The base with what was finetuned.
 
     Raises:
         ValueError: The adaptation is damaged, or belongs to another model.
     """
-    if is_lora(directory):
-        update, settings, _ = read_lora(directory)
-        return LoRASource(base, directory, update, settings)
-    if not is_peft_alone(directory):
-        return AdapterSource(base, directory)
+    return add_lora(base, place) if is_lora(place) else AdapterSource(base, place)
+
+
+def add_lora(base: Source, place: Path) -> LoRASource:
+    """The base with LoRA weights: a directory of ours or of PEFT's, or a file of ours.
+
+    Raises:
+        ValueError: They are damaged, or belong to another model.
+    """
+    if _is_ours(place):
+        update, settings, _ = read_lora(place)
+        return LoRASource(base, place if place.is_dir() else place.parent, update, settings)
     notes: list[str] = []
-    update, settings = import_peft(directory, base, notes)
-    files = kept_directory("litgpt-peft-")  # an adapter may come with its tokenizer, and without all else
-    copy_companion_files(directory, files)
-    fill_companion_files(base.files, files)
-    source = LoRASource(base, files, update, settings)
+    source = LoRASource(base, place, *import_peft(place, base, notes))
     source.note = " ".join(filter(None, (source.note, *notes))) or None
     return source
+
+
+def _is_ours(place: Path) -> bool:
+    return place.is_file() or (place / LORA_WEIGHTS).is_file()

@@ -18,7 +18,7 @@ def open_checkpoint(path: str | Path, model_name: str | None = None, *, converte
     `lit_model.pth` wins over other weights beside it.
 
     Args:
-        path: The directory or file; `checkpoint.resolve_checkpoint_dir` finds it from a name.
+        path: The directory or file; `litgpt.sources.find` finds it from a name.
         model_name: What the model is called, where the path does not say it. Where a Hugging Face directory has no
             `config.json`, the figures are those of the known model of this name.
         converted: False looks past `lit_model.pth` for the weights it was made from.

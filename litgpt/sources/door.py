@@ -2,56 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from functools import partial
 from pathlib import Path
 
 from litgpt.adaptation.lora import LORA_WEIGHTS
-from litgpt.checkpoint import WEIGHTS, hf_weight_files, resolve_checkpoint_dir
+from litgpt.checkpoint import holds_adaptation_alone, is_peft_alone
 from litgpt.cli.secret import Secret
-from litgpt.formats.peft import is_peft_alone
-from litgpt.sources.adapted import adapt, base_of, holds_adaptation, is_lora
+from litgpt.sources.adapted import AdapterSource, LoRASource, adapt, add_lora, base_of, is_lora
 from litgpt.sources.checkpoint import open_checkpoint
-from litgpt.sources.fetch import download
+from litgpt.sources.find import CHECKPOINTS, MAX_DEPTH, find_base, find_checkpoint, too_deep
 from litgpt.sources.source import Source
-
-
-def find_checkpoint(
-    name_or_path: Path | str,
-    access_token: Secret | str | None = None,
-    tokenizer_only: bool = False,
-    incomplete: bool = False,
-) -> Path:
-    """As `resolve_checkpoint_dir`; what is not on this machine is downloaded.
-
-    Raises:
-        FileNotFoundError: There is no such checkpoint, here or on the Hub, or it lacks something.
-        HubError: It cannot be downloaded.
-    """
-
-    def fetch(repo_id: str) -> Path:
-        print(f"Downloading {repo_id}", file=sys.stderr, flush=True)
-        return download(repo_id, access_token=access_token, tokenizer_only=tokenizer_only)
-
-    return resolve_checkpoint_dir(name_or_path, download=fetch, incomplete=incomplete, tokenizer_only=tokenizer_only)
-
-
-def expect_checkpoint(name_or_path: Path | str) -> None:
-    """Refuses what is neither here nor a name on the Hub, for commands that do other things before they open it.
-
-    Raises:
-        FileNotFoundError: There is no such checkpoint, or it lacks something.
-    """
-
-    class OnHub(Exception):
-        pass
-
-    def fetch(repo_id: str) -> Path:
-        raise OnHub
-
-    with contextlib.suppress(OnHub):
-        resolve_checkpoint_dir(name_or_path, download=fetch)
 
 
 def open_model(name_or_path: Path | str, access_token: Secret | str | None = None) -> Source:
@@ -60,73 +19,117 @@ def open_model(name_or_path: Path | str, access_token: Secret | str | None = Non
     A directory of LoRA or adapter weights beside which there are no merged ones, also of PEFT's, is opened on the model
     that it says it belongs to.
 
+    Args:
+        name_or_path: A directory of ours or Hugging Face's, a `.gguf` file, the same below `checkpoints/`, a known
+            name, or a Hub id, which is downloaded.
+        access_token: For a gated model that has to be downloaded.
+
     Raises:
         FileNotFoundError: There is no such checkpoint, or it, or the model it belongs to, lacks something.
         ValueError: A file is damaged, or the model is not supported.
+        HubError: It cannot be downloaded.
     """
-    path = find_checkpoint(name_or_path, access_token)
-    if holds_adaptation(path) and not (path / WEIGHTS).is_file() and not hf_weight_files(path):
-        command = "merge_lora DIR --pretrained_checkpoint_dir" if is_lora(path) else "generate_adapter"
-        if is_peft_alone(path):
-            command = f"convert {path} --to litgpt --pretrained_checkpoint_dir"
-        remedy = f"If it is elsewhere, `litgpt {command}` takes its place."
-        return adapt(open_base(base_of(path), None, path, remedy, access_token), path)
-    return open_checkpoint(path)
+    return _open(find_checkpoint(name_or_path, access_token), access_token)
+
+
+def open_merged(name_or_path: Path | str, access_token: Secret | str | None = None) -> Source:
+    """As `open_model`, for those who need plain weights: LoRA's are merged while they are read.
+
+    Raises:
+        FileNotFoundError, HubError: As for `open_model`.
+        ValueError: It is damaged, not supported, or holds an adapter, which is no change of weights.
+    """
+    return _without_adapter(open_model(name_or_path, access_token))
+
+
+def open_lora(
+    name_or_path: Path | str, base: Path | str | None = None, access_token: Secret | str | None = None
+) -> LoRASource:
+    """Opens LoRA weights on their model, whether there are merged ones beside them or not.
+
+    Args:
+        name_or_path: As for `find_lora`.
+        base: The model that they belong to, where it is another than they say.
+        access_token: For what has to be downloaded.
+
+    Raises:
+        FileNotFoundError, ValueError, HubError: As for `find_lora` and `open_base`.
+    """
+    place = find_lora(name_or_path, access_token)
+    return add_lora(open_base(place, base, access_token), place)
 
 
 def open_base(
-    recorded: str | None,
-    given: Path | None,
-    adapter: Path,
-    remedy: str = "Give it with --pretrained_checkpoint_dir.",
+    adaptation: Path,
+    given: Path | str | None = None,
     access_token: Secret | str | None = None,
+    remedy: str = "Give it with --pretrained_checkpoint_dir.",
+    depth: int = 0,
 ) -> Source:
-    """The model that an adapter belongs to: the one given, or the one recorded with it.
+    """The model that an adaptation belongs to, which may be one with LoRA weights of its own.
 
     Args:
-        recorded: What the adapter's file says.
-        given: What the user says.
-        adapter: The file or directory of the adapter.
-        remedy: What to do where the recorded one is not there.
+        adaptation: Its file or directory.
+        given: The model, where it is another than is recorded with the adaptation.
         access_token: For a model that has to be downloaded first.
+        remedy: What to do where the recorded one is not there.
+        depth: On how many others this adaptation stands.
 
     Raises:
         FileNotFoundError: It is not there.
-        ValueError: None is recorded.
+        ValueError: None is recorded, or it cannot be one.
     """
-    find = partial(find_checkpoint, access_token=access_token)
+    if depth == MAX_DEPTH:
+        raise too_deep(adaptation)
     if given is not None:
-        return open_checkpoint(find(given))
-    if recorded is None:
-        raise ValueError(f"'{adapter}' does not say which model it belongs to. {remedy}")
-    try:
-        found = find(_recorded_path(recorded, adapter))
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"{error} It is the model that '{adapter}' belongs to. {remedy}") from None
-    return open_checkpoint(found)
+        path = find_checkpoint(given, access_token)
+    else:
+        path = find_base(adaptation, base_of(adaptation), access_token, remedy)
+    return _without_adapter(_open(path, access_token, depth + 1))
 
 
-def _recorded_path(recorded: str, adapter: Path) -> Path | str:
-    """What is recorded; a path from the adapter's own directory where it is one, and none from here."""
-    near = (adapter if adapter.is_dir() else adapter.parent) / recorded
-    here = (Path(recorded).expanduser(), Path("checkpoints") / recorded)
-    return near if near.exists() and not any(path.exists() for path in here) else recorded
+def find_lora(name_or_path: Path | str, access_token: Secret | str | None = None) -> Path:
+    """The LoRA weights that a user means: a file of ours, or the directory of a PEFT adapter.
 
+    Args:
+        name_or_path: The file or a directory with one; a `.pth` file that is not there, such as `final_lora.pth`, means
+            the one that is there under the usual name. Or a directory or Hub id of a PEFT adapter.
+        access_token: For a gated adapter that has to be downloaded.
 
-def find_lora(path: Path) -> Path:
-    """The file of LoRA weights that a user means by a directory or file, also below `checkpoints/`.
-
-    `final_lora.pth` in a directory where there is none means the one that is there under the usual name.
+    Raises:
+        FileNotFoundError: There are no LoRA weights.
+        HubError: It cannot be downloaded.
     """
-    for candidate in (path.expanduser(), Path("checkpoints") / path):
-        if candidate.is_file():
-            return candidate
-        directory = candidate.parent if candidate.suffix == ".pth" else candidate
-        if (directory / LORA_WEIGHTS).is_file():
-            return directory / LORA_WEIGHTS
-        if candidate.is_dir():
-            raise FileNotFoundError(
-                f"'{candidate}' holds no {LORA_WEIGHTS}. Give a directory that `litgpt finetune_lora` has written, as "
-                "out/finetune/lora/final."
-            )
-    raise FileNotFoundError(f"There is no '{path}'. Give a directory or file that `litgpt finetune_lora` has written.")
+    for file in (Path(name_or_path).expanduser(), CHECKPOINTS / name_or_path):
+        if file.is_file() and file.suffix != ".gguf":
+            return file
+        if file.suffix == ".pth" and (file.parent / LORA_WEIGHTS).is_file():
+            return file.parent / LORA_WEIGHTS
+    place = find_checkpoint(name_or_path, access_token, incomplete=True)
+    if (place / LORA_WEIGHTS).is_file():
+        return place / LORA_WEIGHTS
+    if is_peft_alone(place):
+        return place
+    raise FileNotFoundError(
+        f"'{place}' holds no LoRA weights (no {LORA_WEIGHTS}, no PEFT adapter). Give a directory that "
+        "`litgpt finetune_lora` has written, such as out/finetune/lora/final, or a PEFT adapter."
+    )
+
+
+def _open(path: Path, access_token: Secret | str | None, depth: int = 0) -> Source:
+    if not holds_adaptation_alone(path):
+        return open_checkpoint(path)
+    command = "merge_lora DIR --pretrained_checkpoint_dir" if is_lora(path) else "generate_adapter"
+    remedy = f"If it is elsewhere, `litgpt {command}` takes its place."
+    return adapt(open_base(path, None, access_token, remedy, depth), path)
+
+
+def _without_adapter(source: Source) -> Source:
+    """Raises ValueError where a source is more than weights."""
+    if isinstance(source, AdapterSource):
+        belongs = base_of(source.directory)
+        raise ValueError(
+            f"'{source.directory}' holds an adapter, which cannot be merged into the weights of its model. Give the "
+            f"model it belongs to{f', {belongs}' if belongs else ''}."
+        )
+    return source
