@@ -57,7 +57,8 @@ def setup(
     has none: it continues each prompt's text, and every prompt starts afresh. /help lists what else can be typed.
 
     Args:
-        checkpoint_dir: A checkpoint directory, a Hugging Face directory, a .gguf file, a known name or a Hub id.
+        checkpoint_dir: A checkpoint directory, a Hugging Face directory, a .gguf file, a directory of LoRA or adapter
+            weights, a known name or a Hub id.
         max_new_tokens: A reply ends after that many tokens, if the model does not end it before. By default it goes on
             to the end of its turn, or of the context; that of a model without a chat format, which continues the text,
             for 256 tokens.

@@ -62,7 +62,7 @@ def setup(
         access_token: For a gated model that has to be downloaded first.
         verbose: Print every tensor instead of a progress bar.
     """
-    given = {
+    given: dict[str, object] = {
         "dtype": dtype,
         "quantize": quantize,
         "format": format,

@@ -24,7 +24,8 @@ def setup(
     format, with the tokenizer and the chat template in it; --dtype then also takes q8_0, q5_1, q5_0, q4_1 and q4_0.
 
     Args:
-        checkpoint_dir: The checkpoint directory.
+        checkpoint_dir: A checkpoint directory, a Hugging Face directory, a .gguf file, a directory of LoRA or adapter
+            weights, a known name or a Hub id.
         output_dir: The directory to create, or the .gguf file.
         format: What to write the weights as: model.safetensors (in several files above 5 GB), model.pth (a state dict
             for torch.load), or both, which takes twice the space on disk; gguf, one file for llama.cpp; or peft, the

@@ -29,7 +29,8 @@ def setup(
     read Hugging Face's format, use convert_from_litgpt.
 
     Args:
-        checkpoint_dir: A checkpoint directory, a Hugging Face directory, a .gguf file, a known name or a Hub id.
+        checkpoint_dir: A checkpoint directory, a Hugging Face directory, a .gguf file, a directory of LoRA or adapter
+            weights, a known name or a Hub id.
         out_dir: The directory to create. By default it is beside checkpoint_dir and named like it and the kind, as
             final-bnb.nf4.
         dtype: Data type of what is not quantised (float32, float16, bfloat16); by default that of the checkpoint. It is

@@ -14,7 +14,7 @@ def setup(checkpoint_dir: Path, output_dir: Path) -> None:
     they are, as `--initial_checkpoint_dir` for example; those of LitGPT hold the weights among the training state.
 
     Args:
-        checkpoint_dir: The checkpoint directory, such as out/pretrain/final.
+        checkpoint_dir: The checkpoint directory, such as out/pretrain/final, or what else names a model.
         output_dir: The directory to create.
     """
     save_lit(open_merged(checkpoint_dir), output_dir)

@@ -53,8 +53,8 @@ def setup(
         )
     if holds_adaptation_alone(path):
         raise ValueError(
-            f"'{path}' holds LoRA or adapter weights, in the right format already. `litgpt merge_lora {path}` puts LoRA "
-            "weights into their model."
+            f"'{path}' holds LoRA or adapter weights, in the right format already. `litgpt merge_lora {path}` puts "
+            "LoRA weights into their model."
         )
     source = open_checkpoint(path, model_name, converted=False)
     if out_dir is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from litgpt.catalog import known_checkpoints
-from litgpt.checkpoint import is_peft_alone
+from litgpt.checkpoint import holds_tokenizer, is_peft_alone
 from litgpt.cli.secret import Secret
 from litgpt.sources.fetch import download
 
@@ -48,7 +48,7 @@ def setup(
         convert=convert_checkpoint,
         dtype=dtype,
     )
-    if tokenizer_only:
+    if tokenizer_only and (holds_tokenizer(directory) or not is_peft_alone(directory)):
         print(f"Saved the tokenizer to {directory}")
         return
     if is_peft_alone(directory):

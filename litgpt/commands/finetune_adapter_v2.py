@@ -24,7 +24,8 @@ def setup(
     for every linear layer, and the norms.
 
     Args:
-        checkpoint_dir: The model to finetune: a checkpoint directory, a known name, or a Hub id, downloaded if need be.
+        checkpoint_dir: The model to finetune: a directory, also of LoRA weights (they are merged as they are read), a
+            .gguf file, a known name or a Hub id.
         out_dir: Where checkpoints, metrics.csv, logs.txt and loss.png go.
         quantize: Keep the frozen weights in 4 or 8 bits: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8-training.
         adapter_prompt_length: Places of each layer's prompt.

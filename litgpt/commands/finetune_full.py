@@ -20,7 +20,8 @@ def setup(
     """Finetune all weights of a model.
 
     Args:
-        checkpoint_dir: The model to finetune: a checkpoint directory, a known name, or a Hub id, downloaded if need be.
+        checkpoint_dir: The model to finetune: a directory, also of LoRA weights (they are merged as they are read), a
+            .gguf file, a known name or a Hub id.
         out_dir: Where checkpoints, metrics.csv, logs.txt and loss.png go.
     """
     job = Finetuning(checkpoint_dir, out_dir, options, cli.spread(setup, locals()), trains_all=True)

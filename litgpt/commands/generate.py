@@ -19,7 +19,8 @@ def setup(
     """Print a model's answer to a prompt on stdout; timing and the like go to stderr.
 
     Args:
-        checkpoint_dir: A checkpoint directory, a Hugging Face directory, a .gguf file, a known name or a Hub id.
+        checkpoint_dir: A checkpoint directory, a Hugging Face directory, a .gguf file, a directory of LoRA or adapter
+            weights, a known name or a Hub id.
         prompt: What to answer. Without this option a prompt that is piped in is taken, whole.
     """
     answer(partial(load_llm, checkpoint_dir), prompt, options)

@@ -21,7 +21,8 @@ def setup(
     The devices work in turn: this makes room. `litgpt generate_tp` has them work at once.
 
     Args:
-        checkpoint_dir: A checkpoint directory, a Hugging Face directory, a .gguf file, a known name or a Hub id.
+        checkpoint_dir: A checkpoint directory, a Hugging Face directory, a .gguf file, a directory of LoRA or adapter
+            weights, a known name or a Hub id.
         prompt: What to answer. Without this option a prompt that is piped in is taken, whole.
         devices: Number of devices, or their numbers as 0,2; auto takes all.
     """

@@ -22,7 +22,8 @@ def setup(
     One process per device is started; each reads its part of the weights alone, and the first one prints.
 
     Args:
-        checkpoint_dir: A checkpoint directory, a Hugging Face directory, a .gguf file, a known name or a Hub id.
+        checkpoint_dir: A checkpoint directory, a Hugging Face directory, a .gguf file, a directory of LoRA or adapter
+            weights, a known name or a Hub id.
         prompt: What to answer. Without this option a prompt that is piped in is taken, whole.
         devices: Number of devices, or their numbers as 0,2; auto takes all. On a CPU, the number of processes.
     """

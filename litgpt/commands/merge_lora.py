@@ -22,7 +22,8 @@ def setup(
     they were before.
 
     Args:
-        checkpoint_dir: The directory with the LoRA weights, as finetune_lora writes it, or the file itself.
+        checkpoint_dir: The directory with the LoRA weights, as finetune_lora or PEFT writes it, the file itself, or the
+            Hub id of a PEFT adapter.
         out_dir: Where to write. By default beside the LoRA weights; those in a .pth file, as X/final_lora.pth, are
             merged into a new directory X-merged.
         pretrained_checkpoint_dir: The model that was finetuned, where it is no longer at the place that is recorded
@@ -34,9 +35,8 @@ def setup(
     source = open_lora(checkpoint_dir, pretrained_checkpoint_dir)
     tell_note(source)
     if out_dir is None:
-        directory = source.directory.resolve()
-        out_dir = (
-            directory.with_name(directory.name + "-merged") if checkpoint_dir.suffix == ".pth" else source.directory
-        )
+        out_dir = source.directory
+        if checkpoint_dir.suffix == ".pth":
+            out_dir = out_dir.resolve().with_name(out_dir.resolve().name + "-merged")
     merge_into(out_dir, source, dtype)
     print(f"Saved merged weights to {str(out_dir / WEIGHTS)!r}")

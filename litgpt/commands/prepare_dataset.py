@@ -40,8 +40,8 @@ def setup(
     Args:
         source_path: A file, a folder of them (one with the folders train and val gives both), or a data set on the
             Hugging Face Hub, org/name.
-        checkpoint_dir: Checkpoint (a directory, a .gguf file or a known name) whose tokenizer to use; the weights are
-            not needed.
+        checkpoint_dir: Checkpoint (a directory, a .gguf file, a known name or a Hub id) whose tokenizer to use; the
+            weights are not needed.
         destination_path: Where the folders train and val go, the tokenizer, and dataset.yaml, the record of them.
         split: What to make: train,val or train. Where val has no files of its own, some of train is held out.
         text_column: Column of the text in records; by default text, content, ..., or the only one with texts.

@@ -93,7 +93,8 @@ def setup(
         model_config: Fields of the model's configuration that differ from the known model's.
         out_dir: Where checkpoints, metrics.csv, logs.txt and loss.png go.
         precision: 32-true, bf16-true, bf16-mixed or 16-mixed; by default mixed on a GPU and 32-true elsewhere.
-        initial_checkpoint_dir: Checkpoint (a directory or a known name) whose weights training starts from.
+        initial_checkpoint_dir: Checkpoint (a directory, a .gguf file, a known name or a Hub id) whose weights training
+            starts from.
         resume: true continues from the newest checkpoint in out_dir; auto does so where there is one and starts afresh
             otherwise; a path continues from that checkpoint.
         overwrite: Delete the run that out_dir holds.
@@ -108,8 +109,8 @@ def setup(
         compile: Compile the model's blocks with torch.compile; the first step then takes long.
         compiler: What compiles the blocks; naming one implies --compile true: torch (the default), or thunder for
             Lightning Thunder (extensions/thunder).
-        tokenizer_dir: Checkpoint (a directory, a .gguf file or a known name) whose tokenizer to use; by default that of
-            initial_checkpoint_dir.
+        tokenizer_dir: Checkpoint (a directory, a .gguf file, a known name or a Hub id) whose tokenizer to use; by
+            default that of initial_checkpoint_dir.
         tokenizer_vocab_size: Without a tokenizer_dir, train a byte-level BPE tokenizer of this size on the text.
         logger_name: csv, tensorboard, wandb, mlflow, or the dotted path of a logger class.
         seed: Decides the initial weights and all other random numbers.

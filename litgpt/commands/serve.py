@@ -63,7 +63,8 @@ def setup(
     Prometheus, /health for load balancers.
 
     Args:
-        checkpoint_dir: A checkpoint directory, a Hugging Face directory, a .gguf file, a known name or a Hub id.
+        checkpoint_dir: A checkpoint directory, a Hugging Face directory, a .gguf file, a directory of LoRA or adapter
+            weights, a known name or a Hub id.
         quantize: Load the weights in 4 or 8 bits; `litgpt generate --help` lists how.
         precision: 32-true, bf16-true, 16-true (weights and computation), bf16-mixed, 16-mixed (float32 weights). By
             default bf16-true where the device computes it in hardware, else 32-true.
@@ -90,8 +91,9 @@ def setup(
         kv_cache_memory_bytes: The most memory for keys and values, such as 2GB, of all adapters together. Requests wait
             while others need it; one that needs more than all of it is refused. By default nine tenths of what the
             device has left once the model is loaded, half of it on a CPU.
-        adapter: NAME=DIR, once or several times: a LoRA directory finetuned from this checkpoint, which requests choose
-            by the model name NAME. The weights of the base are shared; each adapter has a batch of its own.
+        adapter: NAME=DIR, once or several times: LoRA weights finetuned from this checkpoint (a directory, ours or
+            PEFT's, or a Hub id), which requests choose by the model name NAME. The weights of the base are shared; each
+            adapter has a batch of its own.
         generate_strategy: How several devices share the model. sequential: each has some blocks, for a model that is
             larger than one device; tensor_parallel: each has a part of every layer, and they work at once.
         prompt_style: Name of a prompt format, a class package.module.Class, or a chat template's .jinja file, in place

@@ -3,7 +3,8 @@
 With --json, one object is printed:
 
     checkpoint   its path
-    kind         litgpt, Hugging Face or GGUF; null where the name is known and the checkpoint is not on this machine
+    kind         litgpt, Hugging Face or GGUF, or what was learned on such a model: LoRA, PEFT or adapter; null where
+                 the name is known and the checkpoint is not on this machine
     valid        what the exit code says; null likewise
     problems     a list of {group, fails, message, details}; group is files, config, tokenizer or weights, and what does
                  not fail is a warning
@@ -27,6 +28,7 @@ import torch
 
 from litgpt.adaptation.lora import LoRASettings, apply_lora
 from litgpt.catalog import find_known
+from litgpt.checkpoint.names import LORA_WEIGHTS
 from litgpt.cli.plural import counted
 from litgpt.config import Config
 from litgpt.devices.accelerator import accelerator
@@ -36,10 +38,12 @@ from litgpt.formats.hf_config import config_to_hf
 from litgpt.model import GPT
 from litgpt.prompts import ChatTemplate, PromptStyle, WrittenStyle
 from litgpt.runs.memory_estimate import Usage, estimate_memory
-from litgpt.sources.checks import GROUPS, LORA_WEIGHTS, Findings, examine, special_ids
+from litgpt.sources.checks import examine
 from litgpt.sources.find import find_checkpoint, find_here
+from litgpt.sources.findings import GROUPS, Findings
 from litgpt.sources.meta import meta_model
 from litgpt.sources.source import Source
+from litgpt.sources.tokenizer_checks import special_ids
 from litgpt.tokenizer.tokenizer import Tokenizer
 from litgpt.training.frozen_weights import store_frozen_matrices
 
@@ -276,7 +280,7 @@ def summary_lines(summary: dict[str, Any]) -> Iterator[str]:
         "special tokens": ", ".join(f"{name} {token}" for name, token in known.items()),
         "prompt format": summary["prompt_format"],
         "quantised": summary["quantized"],
-        "LoRA": f"{LORA_WEIGHTS} is beside the weights" if summary["lora_weights"] else None,
+        "LoRA": f"{LORA_WEIGHTS} is there" if summary["lora_weights"] else None,
         "note": summary["note"],
     }
     for name, value in rows.items():

@@ -14,7 +14,7 @@ from torch import Tensor
 from litgpt.cli.suggest import did_you_mean
 from litgpt.config import Config
 from litgpt.formats.architectures import ARCHITECTURES
-from litgpt.formats.gguf.architectures_of_gguf import GGUF_ARCHITECTURES, GGUFArchitecture, HFConfig, Metadata
+from litgpt.formats.gguf.gguf_architectures import GGUF_ARCHITECTURES, GGUFArchitecture, HFConfig, Metadata
 from litgpt.formats.gguf.vocabulary import vocabulary
 from litgpt.formats.hf_config import config_from_hf, config_to_hf, differences
 from litgpt.formats.written_config import original_config

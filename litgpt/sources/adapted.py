@@ -78,8 +78,8 @@ class AdapterSource(AdaptedSource):
 
 
 def files_of(directory: Path, base: Source) -> Path:
-    """A directory with the tokenizer's and the JSON files of an adapted model: that of the adaptation, or a new one with
-    what it lacks from the base's."""
+    """Where the tokenizer's and the JSON files of an adapted model are: in the directory of the adaptation, or in a new
+    one, with what it lacks from the base's."""
     if holds_tokenizer(directory) and not is_peft_alone(directory):
         return directory
     files = kept_directory("litgpt-adapted-")  # PEFT leaves the tokenizer, and none of the rest

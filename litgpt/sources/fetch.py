@@ -55,11 +55,12 @@ def download(
     repository = open_repository(repo_id, revision, access_token)
     directory = Path(checkpoint_dir) / repo_id
     names = tokenizer_files(repository.files)
-    if tokenizer_only:
-        if not names:
-            raise HubError(f"{repo_id} has no tokenizer files.")
+    adapter = adapter_files(repository.files)
+    if tokenizer_only and names:
         return repository.fetch(names, directory)
-    if adapter := adapter_files(repository.files):
+    if tokenizer_only and not adapter:
+        raise HubError(f"{repo_id} has no tokenizer files.")
+    if adapter:  # whose tokenizer may be its model's
         given = {"--model_name": model_name, "--dtype": dtype}
         check_adapter(repository, directory, [option for option, value in given.items() if value is not None])
         return repository.fetch([*names, *adapter], directory)

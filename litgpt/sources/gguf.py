@@ -19,8 +19,8 @@ from torch import Tensor
 
 from litgpt.catalog import find_known
 from litgpt.formats.architectures import ARCHITECTURES
-from litgpt.formats.gguf.architectures_of_gguf import GGUF_ARCHITECTURES, GGUFArchitecture, Metadata
 from litgpt.formats.gguf.file import GGUFFile, GGUFTensor
+from litgpt.formats.gguf.gguf_architectures import GGUF_ARCHITECTURES, GGUFArchitecture, Metadata
 from litgpt.formats.gguf.tokenizer_files import write_tokenizer
 from litgpt.formats.hf_config import config_from_hf
 from litgpt.model import stretch_by_parts

@@ -115,7 +115,7 @@ class HFSource(Source):
         try:
             weights = read_quantised(tensors, self.config_json)
         except ValueError as error:
-            self._check(str(error).splitlines())
+            raise self._misfit(str(error).splitlines()) from None
         self.dtype = first_dtype(tensors)
         if any(isinstance(weight, Quantised) for weight in weights.values()):
             self.dtype = dequantised_type(self.config_json)
@@ -158,9 +158,12 @@ class HFSource(Source):
 
     def _check(self, problems: list[str]) -> None:
         if problems:
-            alias = self._alias()
-            told = f"'{self.files}/config.json'" + (f" ({alias})" if alias else "")
-            raise ValueError(misfit(self.files, told, problems))
+            raise self._misfit(problems)
+
+    def _misfit(self, problems: list[str]) -> ValueError:
+        alias = self._alias()
+        told = f"'{self.files}/config.json'" + (f" ({alias})" if alias else "")
+        return ValueError(misfit(self.files, told, problems))
 
     def _untie_if_different(self) -> None:
         """Files may hold a head that the config ties: a copy is dropped; other values mean that it is not tied."""
@@ -187,7 +190,9 @@ def _read_shard(file: Path) -> MappedTensors:
 def _usual_json(name: str | None) -> dict[str, Any]:
     """The `config.json` of a known model; with a tied head, unless the files turn out to hold one."""
     config = Config.from_name(name or "")
-    return config_to_hf(config, find_known(config.name).architecture) | {"tie_word_embeddings": True}
+    known = find_known(config.name)
+    assert known is not None, config.name
+    return config_to_hf(config, known.architecture) | {"tie_word_embeddings": True}
 
 
 def _label(path: Path) -> str:

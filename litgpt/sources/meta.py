@@ -51,8 +51,8 @@ def give_memory(model: GPT, dtype: torch.dtype, device: Place) -> None:
 class _NoInitialisation(TorchFunctionMode):
     """Skips `torch.nn.init`: on the meta device there is nothing to fill, and trying imports torch's compiler (3 s)."""
 
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(function, "__module__", None) == "torch.nn.init":
+        if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
-        return function(*args, **kwargs)
+        return func(*args, **kwargs)

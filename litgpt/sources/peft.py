@@ -169,7 +169,7 @@ def _settings(
         alone = LoRASettings(**{name: name == target for name in TARGETS})
         names = {layer for layer, _ in parts}
         rows = {name: adapted_rows(name, model.get_submodule(name), config, alone) for name in names}
-        switches[target] = any(rows[layer] is not None and rows[layer][number][1] for layer, number in parts)
+        switches[target] = any((of := rows[layer]) is not None and of[number][1] for layer, number in parts)
     rank = max(len(part.a) for part in parts.values())
     rs = bool(adapter_config.get("use_rslora"))
     return LoRASettings(
@@ -194,7 +194,7 @@ def _filled(parts: dict[tuple[str, int], Part], settings: LoRASettings, base: So
         for number, (size, updated) in enumerate(rows):
             if not updated:
                 continue
-            part = _full_rank(parts.get((name, number)), size, layer.in_features, settings.r)
+            part = _full_rank(parts.get((name, number)), size, layer.get_parameter("weight").shape[1], settings.r)
             if settings.dora and part.magnitude is None:
                 part.magnitude = lengths.of(f"{name}.weight")[starts[number] : starts[number + 1]]
             of_layer.append(part)

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from litgpt.sources.source import Named, Source
@@ -30,11 +31,11 @@ class WeightProgress:
         """The same stream, converted to `dtype` if one was given."""
         hidden = True if self.verbose else None  # None: hidden where stderr is no terminal
         with tqdm(total=self.total, desc=self.title, unit="B", unit_scale=True, delay=2, disable=hidden) as bar:
-            previous = converted = None
+            last: tuple[Tensor, Tensor] | None = None
             for name, tensor in weights:
                 if self.verbose:
                     print(f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
-                if tensor is not previous:  # tied weights come as one tensor, twice in a row, and must stay one
-                    previous, converted = tensor, tensor.to(self.dtype or tensor.dtype)
-                yield name, converted
+                if last is None or tensor is not last[0]:  # tied weights come as one, twice in a row, and stay one
+                    last = tensor, tensor.to(self.dtype or tensor.dtype)
+                yield name, last[1]
                 bar.update(tensor.numel() * tensor.dtype.itemsize)

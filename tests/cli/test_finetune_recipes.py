@@ -14,9 +14,9 @@ import yaml
 
 from litgpt.__main__ import main
 from litgpt.catalog import known_checkpoints
-from litgpt.checkpoint import resolve_checkpoint_dir
 from litgpt.cli import resources
 from litgpt.data import Alpaca2k
+from litgpt.sources.find import expected_on_hub, find_here
 
 HUB = resources.config_hub() / "finetune"
 RECIPES = sorted(path.relative_to(HUB).with_suffix("").as_posix() for path in HUB.glob("*/*.yaml"))
@@ -174,13 +174,12 @@ def test_a_recipe_shows_its_arithmetic(recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_its_checkpoint_is_a_known_one_and_downloaded_where_it_is_not_here(recipe, tmp_path):
+def test_its_checkpoint_is_a_known_one_and_downloaded_where_it_is_not_here(recipe, tmp_path, monkeypatch):
     place = settings_of(recipe)["checkpoint_dir"]
     assert place.removeprefix("checkpoints/") in known_checkpoints()
-    asked = []
-    with pytest.raises(FileNotFoundError):
-        resolve_checkpoint_dir(place, download=lambda repo_id: asked.append(repo_id) or tmp_path / "nothing")
-    assert asked == [place.removeprefix("checkpoints/")]
+    monkeypatch.chdir(tmp_path)
+    assert find_here(place) is None
+    assert expected_on_hub(place) == place.removeprefix("checkpoints/")
 
 
 def test_the_figures_in_the_readme_are_of_recipes_that_are_here():

@@ -115,7 +115,7 @@ def test_the_base_is_had_from_the_hub(base, tmp_path, monkeypatch):
         asked.append(repo_id)
         return base
 
-    monkeypatch.setattr("litgpt.sources.door.download", download)
+    monkeypatch.setattr("litgpt.sources.find.download", download)
     assert open_model(adapter).config.n_layer == 2
     assert asked == ["other/model"]
 
@@ -128,7 +128,7 @@ def test_a_base_that_is_not_there_is_one_clear_line(litgpt, base, tmp_path):
     assert len(lines) == 1
     assert "No checkpoint '/somewhere/else/model'" in lines[0]
     assert f"It is the model that '{adapter}' belongs to" in lines[0]
-    assert f"litgpt convert {adapter} --to litgpt --pretrained_checkpoint_dir" in lines[0]
+    assert f"litgpt merge_lora {adapter} --pretrained_checkpoint_dir" in lines[0]
     content = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
     (adapter / "adapter_config.json").write_text(json.dumps(content))
     assert "does not say which model it belongs to" in litgpt("generate", adapter, *GREEDY).err
@@ -145,12 +145,6 @@ def test_its_tokenizer_comes_first_and_as_a_whole(base, adapter):
     assert json.loads((files / "tokenizer_config.json").read_text()).get("chat_template") is None
     assert json.loads((files / "generation_config.json").read_text())["eos_token_id"] == [2, 7]
     assert (files / "config.json").is_file()
-
-
-def test_where_only_a_model_will_do_it_is_said_what_it_is(litgpt, adapter):
-    result = litgpt("finetune_lora", adapter, "--data", "JSON", "--data.json_path", "none.json")
-    assert result.code in (1, 2)
-    assert f"`litgpt convert {adapter} --to litgpt` and then `litgpt merge_lora {adapter}`" in result.err
 
 
 @pytest.fixture

@@ -301,7 +301,10 @@ def test_files_of_finetuning(validate, directory):
     assert report["summary"]["prompt_format"] == "alpaca"
     (directory / WEIGHTS).unlink()
     (directory / CONFIG).unlink()
-    assert any("LoRA's matrices" in message and "Merge them" in message for _, message in errors(validate(directory)))
+    problem = only_error(validate(directory))
+    assert problem["group"] == "weights"
+    assert "does not say which model it belongs to" in problem["message"]
+    assert f"litgpt merge_lora {directory} --pretrained_checkpoint_dir" in problem["message"]
 
 
 def test_a_truncated_gguf_file(validate, smollm2_gguf, tmp_path):

@@ -24,6 +24,8 @@ from litgpt.serving.connections import Limits
 from litgpt.serving.served import ServedModel
 from litgpt.serving.server import Server, listen
 from litgpt.serving.service import Service
+from litgpt.sources.adapted import add_lora
+from litgpt.sources.door import open_model
 from litgpt.tokenizer.tokenizer import Tokenizer
 from tests import checkpoint_files, tokenizer_files
 
@@ -122,7 +124,13 @@ def running(
     def load() -> list[ServedModel]:
         before_loading()
         base = ServedModel(llm.name, llm.tokenizer, llm.prompt_style, Worker(llm.engine))
-        return [base, *(adapted_model(llm, base, name, path, None) for name, path in adapters.items())]
+        return [
+            base,
+            *(
+                adapted_model(llm, base, name, add_lora(open_model(directory), path), None)
+                for name, path in adapters.items()
+            ),
+        ]
 
     server = Server(create_app(service, **options), service, load, limits, grace)
     listener = listen("127.0.0.1", 0)

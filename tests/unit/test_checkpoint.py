@@ -18,9 +18,7 @@ from litgpt.checkpoint import (
     atomic_directory,
     atomic_file,
     copy_companion_files,
-    missing_files,
     read_state_dict,
-    resolve_checkpoint_dir,
     save_model,
     write_state_dict,
 )
@@ -387,117 +385,6 @@ def checkpoint(tmp_path, monkeypatch):
 def test_a_saved_model_is_read_back(checkpoint):
     model = GPT(Config.from_checkpoint(checkpoint))
     model.load_state_dict(read_state_dict(checkpoint / WEIGHTS))
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "checkpoints/EleutherAI/pythia-14m",
-        "checkpoints/EleutherAI/pythia-14m/lit_model.pth",
-        "EleutherAI/pythia-14m",
-        "pythia-14m",
-        "eleutherai/PYTHIA-14m",
-    ],
-)
-def test_a_checkpoint_is_found_by_path_and_name(checkpoint, name):
-    assert resolve_checkpoint_dir(name).resolve() == checkpoint
-
-
-def test_a_gguf_file_is_found(checkpoint):
-    (checkpoint / "m.gguf").write_bytes(b"GGUF")
-    assert resolve_checkpoint_dir("EleutherAI/pythia-14m/m.gguf").name == "m.gguf"
-
-
-def test_what_is_not_here_is_downloaded(checkpoint):
-    asked = []
-
-    def download(repo_id):
-        asked.append(repo_id)
-        return checkpoint
-
-    assert resolve_checkpoint_dir("pythia-31m", download=download) == checkpoint
-    assert resolve_checkpoint_dir("someone/some-model", download=download) == checkpoint
-    assert resolve_checkpoint_dir("checkpoints/EleutherAI/pythia-31m", download=download) == checkpoint
-    assert resolve_checkpoint_dir("checkpoints/someone/some-model", download=download) == checkpoint
-    assert asked == ["EleutherAI/pythia-31m", "someone/some-model"] * 2
-    with pytest.raises(FileNotFoundError, match="litgpt download EleutherAI/pythia-31m"):
-        resolve_checkpoint_dir("pythia-31m")
-    with pytest.raises(FileNotFoundError):
-        resolve_checkpoint_dir("./not/here", download=download)
-    with pytest.raises(FileNotFoundError):
-        resolve_checkpoint_dir("checkpoints/mine", download=download)
-    assert len(asked) == 4
-
-
-def test_where_a_tokenizer_alone_was_downloaded_the_weights_are_too(checkpoint):
-    (checkpoint / WEIGHTS).unlink()
-    (checkpoint / CONFIG).unlink()
-    asked = []
-
-    def fetch(repo_id):
-        asked.append(repo_id)
-        (checkpoint / WEIGHTS).write_bytes(b"weights")
-        (checkpoint / CONFIG).write_text("")
-        return checkpoint
-
-    name = "EleutherAI/pythia-14m"
-    assert resolve_checkpoint_dir(name, download=fetch, tokenizer_only=True).resolve() == checkpoint.resolve()
-    assert asked == []
-    for wanted in (name, f"checkpoints/{name}", "pythia-14m"):
-        assert resolve_checkpoint_dir(wanted, download=fetch).resolve() == checkpoint.resolve()
-    assert asked == [name]
-    (checkpoint / WEIGHTS).unlink()
-    (checkpoint / CONFIG).unlink()
-    (checkpoint / "lit_model.pth.lora").write_bytes(b"")  # what was finetuned alone has a base that it names
-    assert resolve_checkpoint_dir(name, download=fetch).resolve() == checkpoint.resolve()
-    assert asked == [name]
-
-
-def test_a_near_miss_is_suggested(checkpoint):
-    with pytest.raises(FileNotFoundError, match=r"Did you mean.*EleutherAI/pythia-14m"):
-        resolve_checkpoint_dir("EleutherAI/pythia-14n")
-    with pytest.raises(FileNotFoundError, match=r"Did you mean.*pythia-14m"):
-        resolve_checkpoint_dir("pithia-14m")
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("microsoft/phi2", "Did you mean 'microsoft/phi-2'\\?"),
-        ("checkpoints/microsoft/phi2", "Did you mean 'microsoft/phi-2'\\?"),
-        ("./nope/dir", "Give the path"),
-        ("nope/x.gguf", "Give the path"),
-        ("here/dir", "Give the path"),
-    ],
-)
-def test_what_cannot_be_an_id_of_the_hub_is_not_asked_for_there(name, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "here").mkdir()
-    with pytest.raises(FileNotFoundError, match=message):
-        resolve_checkpoint_dir(name, download=lambda repo_id: pytest.fail(f"asked for {repo_id}"))
-
-
-def test_a_half_written_directory_says_what_it_lacks(checkpoint):
-    (checkpoint / CONFIG).unlink()
-    with pytest.raises(FileNotFoundError, match=r"incomplete.*model_config.yaml"):
-        resolve_checkpoint_dir("pythia-14m")
-    (checkpoint / WEIGHTS).unlink()
-    assert missing_files(checkpoint) == []  # still a tokenizer
-    assert "lit_model.pth" in missing_files(checkpoint, weights=True)[0]
-    (checkpoint / "tokenizer.json").unlink()
-    (checkpoint / "notes.txt").write_text("")
-    with pytest.raises(FileNotFoundError, match=r"lacks weights .* and model_config.yaml or config.json"):
-        resolve_checkpoint_dir("pythia-14m")
-
-
-def test_absent_shards_are_all_named(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-3.safetensors"}}'
-    )
-    (tmp_path / "model-2.safetensors").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match=r"model-1.safetensors and the weight file model-3.safetensors"):
-        resolve_checkpoint_dir(tmp_path)
 
 
 def test_companion_files_follow_and_never_overwrite(tmp_path):
