@@ -119,11 +119,10 @@ def find_lora(name_or_path: Path | str, access_token: Secret | str | None = None
 def _open(path: Path, access_token: Secret | str | None, depth: int = 0) -> Source:
     if not holds_adaptation_alone(path):
         return open_checkpoint(path)
-    merge, answer = (
-        f"merge_lora {path} --pretrained_checkpoint_dir MODEL",
-        f"generate_adapter MODEL --adapter_path {path}",
-    )
-    remedy = f"If it is elsewhere, say so with `litgpt {merge if is_lora(path) else answer}`."
+    command = f"generate_adapter MODEL --adapter_path {path}"
+    if is_lora(path):
+        command = f"merge_lora {path} --pretrained_checkpoint_dir MODEL"
+    remedy = f"If it is elsewhere, say where with `litgpt {command}`."
     return adapt(open_base(path, None, access_token, remedy, depth), path)
 
 

@@ -121,8 +121,7 @@ def find_base(
     if recorded is None:
         raise ValueError(f"'{adaptation}' does not say which model it belongs to. {remedy}".rstrip())
     near = (adaptation if adaptation.is_dir() else adaptation.parent) / recorded
-    here = (Path(recorded).expanduser(), CHECKPOINTS / recorded)
-    meant = near if near.exists() and not any(path.exists() for path in here) else recorded
+    meant = near if near.exists() and not any(path.exists() for path in _places(recorded)) else recorded
     try:
         return find_checkpoint(meant, access_token, tokenizer_only=tokenizer_only)
     except (OSError, ValueError) as error:

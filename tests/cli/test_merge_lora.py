@@ -187,12 +187,15 @@ def test_as_a_peft_adapter_and_back(litgpt, base, tuned, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["merge_lora", "nowhere"], "There is no 'nowhere'"),
-        (["merge_lora", "checkpoints/org/model"], "holds no lit_model.pth.lora"),
+        (["merge_lora", "nowhere"], "No checkpoint 'nowhere'"),
+        (["merge_lora", "checkpoints/org/model"], "holds no LoRA weights (no lit_model.pth.lora, no PEFT adapter)"),
         (["merge_lora", "out/final", "--precision", "bf61-true"], "--precision bf61-true"),
         (["merge_lora", "out/final", "--out_dir", "checkpoints/org/model"], "holds the model that was finetuned"),
         (["convert_from_litgpt", "out/final", "x", "--format", "peft", "--dtype", "bf16"], "--dtype bf16 cannot act"),
-        (["convert_from_litgpt", "checkpoints/org/model", "x", "--format", "peft"], "holds no lit_model.pth.lora"),
+        (
+            ["convert_from_litgpt", "checkpoints/org/model", "x", "--format", "peft"],
+            "holds no LoRA weights (no lit_model.pth.lora, no PEFT adapter)",
+        ),
         (
             ["convert_to_litgpt", "org/model", "--pretrained_checkpoint_dir", "org/model"],
             "--pretrained_checkpoint_dir org/model cannot act",

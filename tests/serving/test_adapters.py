@@ -71,7 +71,9 @@ def test_each_name_answers_with_its_adapter_and_the_base_is_shared(chat_director
             ask("poets")
 
 
-def test_models_of_one_server_share_the_memory_for_their_caches(chat_directory, adapted, monkeypatch):
+@pytest.fixture
+def loaded(monkeypatch):
+    """The models that `litgpt serve` with these words loads; they are not served."""
     served = []
 
     class Caught(Server):
@@ -82,13 +84,29 @@ def test_models_of_one_server_share_the_memory_for_their_caches(chat_directory, 
         def leave(self):
             """The process goes on."""
 
+    def load(*words):
+        assert main(["serve", *map(str, words), "--port", "0"]) == 0
+        return served
+
     monkeypatch.setattr("litgpt.serving.server.Server", Caught)
-    monkeypatch.setattr("litgpt.generation.engine.memory_free", lambda device: 3000)
-    words = [word for name, path in adapted[0].items() for word in ("--adapter", f"{name}={path}")]
-    assert main(["serve", str(chat_directory), "--port", "0", *words]) == 0
-    assert [model.worker.engine.cache_bytes for model in served] == [500] * 3
+    yield load
     for model in served:
         model.worker.close()
+
+
+def test_models_of_one_server_share_the_memory_for_their_caches(chat_directory, adapted, loaded, monkeypatch):
+    monkeypatch.setattr("litgpt.generation.engine.memory_free", lambda device: 3000)
+    words = [word for name, path in adapted[0].items() for word in ("--adapter", f"{name}={path}")]
+    assert [model.worker.engine.cache_bytes for model in loaded(chat_directory, *words)] == [500] * 3
+
+
+def test_an_adapter_of_peft_is_served_as_ours_is(chat_directory, adapted, loaded, tmp_path):
+    directories, models = adapted
+    assert main(["convert", str(directories["poet"]), str(tmp_path / "peft"), "--to", "peft"]) == 0
+    _, served = loaded(chat_directory, "--adapter", f"poet={tmp_path / 'peft'}", "--precision", "32-true")
+    served.worker.close()
+    request = Request([5, 6, 7], 20, Sampling(0))
+    assert served.worker.engine.complete([request]) == Engine(models["poet"]).complete([request])
 
 
 def test_adapters_that_cannot_be_served_are_refused(chat_directory, adapted, tmp_path, capsys):
