@@ -119,7 +119,7 @@ def test_weights_without_a_config_are_those_of_the_named_model(litgpt, ours):
         (("--to", "litgpt", "--model_name", "x"), "--model_name x cannot act: "),
         (("--to", "litgpt", "--pretrained_checkpoint_dir", "x"), "it is for --to litgpt from a PEFT adapter"),
         (("--to", "peft", "--dtype", "bf16"), "--dtype bf16 cannot act with --to peft"),
-        (("--to", "peft"), "holds no lit_model.pth.lora"),
+        (("--to", "peft"), "holds no LoRA weights"),
         (("--to", "gguf", "--dtype", "bf16", "--quantize", "q8_0"), "--dtype bf16 cannot act with --quantize q8_0"),
         (("--to", "litgpt", "out", "--quantize", "q8_0"), "--quantize q8_0 is not for inference"),
         (("--to", "gguf", "out"), "'out' is no name of a GGUF file"),

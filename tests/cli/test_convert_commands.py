@@ -187,7 +187,7 @@ def test_training_state_is_left_behind(litgpt, hf, tmp_path):
     ("arguments", "message"),
     [
         (["convert_to_litgpt", "nowhere"], "No checkpoint 'nowhere'"),
-        (["convert_to_litgpt", "{empty}"], "it lacks weights"),
+        (["convert_to_litgpt", "{empty}"], "lacks weights"),
         (["convert_to_litgpt", "{hf}", "--dtype", "bfloat61"], "Did you mean 'bfloat16'"),
         (["convert_from_litgpt", "{hf}", "{empty}", "--format", "zip"], "zip"),
         (["convert_pretrained_checkpoint", "{empty}", "x"], "it lacks weights"),
