@@ -20,7 +20,7 @@ from litgpt.sources.source import HEAD, Named, Source, Watch
 
 
 class AdaptedSource(Source):
-    """The base of an adaptation, as which it counts; subclasses add what was learned.
+    """An adapted model, so far that of its base; subclasses add what was learned.
 
     Args:
         base: The model that was finetuned.

@@ -1,6 +1,7 @@
 """Whatever a user may name as a model, every command opens it by the same door, or says why that has no meaning."""
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -14,6 +15,10 @@ from litgpt.__main__ import main
 from litgpt.adaptation.adapter import apply_adapter, is_adapter, save_adapter
 from litgpt.adaptation.lora import LoRASettings, apply_lora, is_lora, merge_lora, save_lora
 from litgpt.checkpoint import save_model
+from litgpt.generation.engine import Request
+from litgpt.generation.sampling import Sampling
+from litgpt.llm import LLM
+from litgpt.serving.server import Server
 from litgpt.sources.door import open_model
 from litgpt.sources.load import load_model
 from tests import checkpoint_files
@@ -93,6 +98,9 @@ TAKES = {
         {},
     ),
 }
+# Training takes its time: one kind of each sort will do.
+TRAINS = ("finetune", "pretrain")
+FEW = ("a directory", "a Hub id", "a GGUF file", "LoRA", "PEFT", "an adapter")
 EVERY = {name: words for table in (WRITES, TAKES) for name, (words, _) in table.items()} | ANSWERS
 
 
@@ -179,24 +187,67 @@ def run(litgpt, folder, server, tmp_path, monkeypatch):
     return run
 
 
+def cells(table):
+    """Each command with each kind."""
+    return [(name, kind) for name in table for kind in (FEW if name.startswith(TRAINS) else KINDS)]
+
+
+def sort_of(kind):
+    """A directory that holds the same as this kind."""
+    return "tuned/adapter" if kind == "an adapter" else "models/merged" if kind in ADAPTED else PLAIN
+
+
 def weights_in(place):
     return {name: tensor.clone() for name, tensor in open_model(place).weights()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("command", ANSWERS)
+@pytest.mark.parametrize(("command", "kind"), cells(ANSWERS))
 def test_the_model_answers_with_what_was_learned(run, litgpt, command, kind):
     result = run([*ANSWERS[command], *GREEDY], KINDS[kind])
     assert result.code == 0, result.err
     if kind == "an adapter":
         expected = litgpt("generate_adapter", PLAIN, "--adapter_path", "tuned/adapter", *GREEDY).out
     else:
-        expected = litgpt("generate", "models/merged" if kind in ADAPTED else PLAIN, *GREEDY).out
+        expected = litgpt("generate", sort_of(kind), *GREEDY).out
     assert result.out == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("command", WRITES)
+def test_chat_replies_with_what_was_learned(run, litgpt, monkeypatch, kind):
+    def chat(named):
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+        return run(["chat", "MODEL", *GREEDY[:-2]], named)
+
+    result = chat(KINDS[kind])
+    assert result.code == 0, result.err
+    said, expected = (text.partition("\n")[2] for text in (result.out, chat(sort_of(kind)).out))  # first is the name
+    assert ">> Reply:" in said
+    assert said == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_serve_and_the_python_api_load_what_was_learned(run, monkeypatch, kind):
+    served = []
+
+    class Caught(Server):
+        def serve_on(self, listener):
+            listener.close()
+            served.extend(self._load())
+
+        def leave(self):
+            """The process goes on."""
+
+    monkeypatch.setattr("litgpt.serving.server.Server", Caught)
+    request = Request([5, 6, 7], 10, Sampling(0))
+    expected = LLM.load(sort_of(kind)).engine.complete([request])
+    result = run(["serve", "MODEL", "--port", "0", "--precision", "32-true"], KINDS[kind])
+    assert result.code == 0, result.err
+    served[0].worker.close()
+    assert served[0].worker.engine.complete([request]) == expected
+    assert LLM.load(KINDS[kind], tokenizer_dir=KINDS[kind]).engine.complete([request]) == expected
+
+
+@pytest.mark.parametrize(("command", "kind"), cells(WRITES))
 def test_the_weights_come_out_merged_or_it_is_said_why_not(run, tmp_path, command, kind):
     words, refused = WRITES[command]
     result = run(words, KINDS[kind])
@@ -206,12 +257,11 @@ def test_the_weights_come_out_merged_or_it_is_said_why_not(run, tmp_path, comman
         return
     assert result.code == 0, result.err
     place = next(place for place in (tmp_path / "out.gguf", tmp_path / "out/final", tmp_path / "out") if place.exists())
-    expected = weights_in("models/merged" if kind in ADAPTED else PLAIN)
+    expected = weights_in(sort_of(kind))
     torch.testing.assert_close(weights_in(place), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("command", TAKES)
+@pytest.mark.parametrize(("command", "kind"), cells(TAKES))
 def test_every_other_command_takes_it_or_says_why_not(run, command, kind):
     words, refused = TAKES[command]
     result = run(words, KINDS[kind])
@@ -222,7 +272,7 @@ def test_every_other_command_takes_it_or_says_why_not(run, command, kind):
         assert result.code == 0, result.out + result.err
 
 
-@pytest.mark.parametrize("kind", ["a Hub id", "a GGUF file", *ADAPTED])
+@pytest.mark.parametrize("kind", ["a GGUF file", "PEFT", "PEFT on the Hub"])
 def test_a_new_model_takes_its_tokenizer(run, kind):
     shape = ["--model_config.n_layer", "1", "--model_config.n_embd", "32", "--model_config.n_head", "2"]
     result = run(
