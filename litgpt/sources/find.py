@@ -16,7 +16,8 @@ from litgpt.cli.suggest import did_you_mean, nearly
 from litgpt.sources.fetch import download
 
 CHECKPOINTS = Path("checkpoints")
-# A name that ends so, begins so, or lies in a folder that commands write to, is a path and no id of the Hub.
+# A name that ends so, begins so, or lies in a folder that commands write to, is a path and no id of the Hub. What
+# begins so is not looked for below checkpoints/ either.
 FILES = (".gguf", ".pth", ".lora", ".safetensors", ".bin", ".json", ".yaml")
 PATHS = (".", "~", "/")
 FOLDERS = ("out", "checkpoints")
@@ -181,10 +182,10 @@ def _repo_id(name: str) -> str | None:
 
 
 def _is_path(name: str) -> bool:
-    """Whether a name that may look like `org/name` is that of a file here: it begins or ends like one, or in a
-    directory that there is or that commands write to."""
+    """Whether a name that looks like `org/name` is that of a file here: it ends like one, or begins in a directory that
+    there is or that commands write to."""
     first = _model(name).partition("/")[0]
-    return name.startswith(PATHS) or Path(name).suffix in FILES or first in FOLDERS or Path(first).is_dir()
+    return Path(name).suffix in FILES or first in FOLDERS or Path(first).is_dir()
 
 
 def _places(name: str) -> list[Path]:
