@@ -78,7 +78,10 @@ class Ring:
 
 
 class LayerCache:
-    """What one layer remembers: tensors of shape (B, slots, G, D), in slots shared by the layers of its kind."""
+    """What one layer remembers: tensors of shape (B, slots, G, D), in slots shared by the layers of its kind.
+
+    A cache that remembers otherwise is a subclass with an `update` of its own; `GPT.layer_cache` puts it to use.
+    """
 
     def __init__(self, ring: Ring, tensors: Sequence[Tensor]) -> None:
         self.ring = ring
@@ -96,6 +99,12 @@ class LayerCache:
         if plan.reads == "cache":
             read = tuple(stored[chosen, : plan.read_length] for stored in self.tensors)
         return read
+
+    def select(self, ring: Ring) -> "LayerCache":
+        """The same memory, with the rows of this ring."""
+        selected = copy(self)
+        selected.ring = ring
+        return selected
 
 
 class LayerShape(NamedTuple):
@@ -123,6 +132,7 @@ class KVCache:
         device: torch.device | str,
         dtype: torch.dtype,
         spare: int = 0,
+        layer_cache: type[LayerCache] = LayerCache,
     ) -> None:
         if max_length <= 0:
             raise ValueError(f"max_length={max_length}: a cache holds at least one token.")
@@ -139,7 +149,7 @@ class KVCache:
         for window, shapes, place in layers:
             ring = self.rings[window]
             tensors = [torch.zeros(*ring.table.shape, *shape, dtype=dtype, device=place) for shape in shapes]
-            self.layers.append(LayerCache(ring, tensors))
+            self.layers.append(layer_cache(ring, tensors))
 
     def _rings(self, batch_size: int, max_length: int, device: torch.device | str) -> dict[int | None, Ring]:
         """One for each kind of layer."""
@@ -156,7 +166,7 @@ class KVCache:
         selected = copy(self)
         selected.rings = {window: ring.select(rows) for window, ring in self.rings.items()}
         layers = zip(self.windows, self.layers, strict=True)
-        selected.layers = [LayerCache(selected.rings[window], layer.tensors) for window, layer in layers]
+        selected.layers = [layer.select(selected.rings[window]) for window, layer in layers]
         selected.lengths = self.lengths[rows]
         selected.batch_size = selected.lengths.size(0)
         selected.is_empty = is_empty

@@ -53,7 +53,12 @@ class GPT(nn.Module):
 
     Args:
         config: the architecture. Built under `torch.device("meta")` the model has shapes and no memory.
+
+    Attributes:
+        layer_cache: What each layer of its caches is made of; a class of one's own remembers as it likes.
     """
+
+    layer_cache: type[LayerCache] = LayerCache
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -149,7 +154,9 @@ class GPT(nn.Module):
             LayerShape(window_of(self.config, layer), block.attn.cache_shapes(), place)
             for layer, (block, place) in enumerate(zip(blocks, places, strict=True))
         ]
-        return KVCache(layers, batch_size, max_length, device or weight.device, dtype or weight.dtype, spare)
+        return KVCache(
+            layers, batch_size, max_length, device or weight.device, dtype or weight.dtype, spare, self.layer_cache
+        )
 
     def init_weights(self) -> None:
         """Random weights from torch's global generator.

@@ -125,10 +125,17 @@ def measure(run: Answers, tokenizer: Tokenizer, documents: list[Document], *, wi
             owners.append(document)
             document.windows_left += 1
     with bar(sum(document.num_tokens for document in documents), "Reading", "token") as progress:
-        for index, logprobs in score(run, sequences):
+        shown = [0] * len(sequences)  # of the tokens that each predicts
+
+        def show(index: int, share: float) -> None:
+            count = int(share * (len(sequences[index].tokens) - sequences[index].start))
+            progress.update(count - shown[index])
+            shown[index] = count
+
+        for index, logprobs in score(run, sequences, on_prefill=show):
             owners[index].loglikelihood += sum(one.logprob for one in logprobs)
             owners[index].windows_left -= 1
-            progress.update(len(logprobs))
+            show(index, 1)
 
 
 def whole(documents: list[Document]) -> Document:

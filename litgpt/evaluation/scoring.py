@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from litgpt.evaluation.engines import Answers
@@ -21,10 +21,18 @@ class Scored(NamedTuple):
     """The first that is scored; 1 or more."""
 
 
-def score(run: Answers, sequences: Sequence[Scored]) -> Iterator[tuple[int, list[TokenLogprob]]]:
+def score(
+    run: Answers, sequences: Sequence[Scored], on_prefill: Callable[[int, float], None] | None = None
+) -> Iterator[tuple[int, list[TokenLogprob]]]:
     """The log-probabilities of the tokens that are asked for, with the likeliest token in the place of each.
 
     Sequences that differ in their last token alone (A, B, C or D) are one request.
+
+    Args:
+        run: Answers requests.
+        sequences: What to score.
+        on_prefill: Called with the index of a sequence and the share of it that the model has seen, after each chunk
+            of a long one.
 
     Yields:
         The index of a sequence and its tokens' log-probabilities, in the order in which they come.
@@ -39,13 +47,20 @@ def score(run: Answers, sequences: Sequence[Scored]) -> Iterator[tuple[int, list
     for first, *others in groups:
         tokens, start = sequences[first]
         alternatives = [sequences[other].tokens[-1] for other in others]
-        requests.append(Request(tokens, 0, logprobs=1, score_from=start, alternatives=alternatives))
+        request = Request(tokens, 0, logprobs=1, score_from=start, alternatives=alternatives)
+        request.reports_prefill = on_prefill is not None
+        requests.append(request)
 
-    def take(index: int, output: Output) -> tuple[tuple[int, list[TokenLogprob]], bool]:
-        return (index, output.prompt_logprobs), False
+    def take(index: int, output: Output) -> tuple[tuple[int, Output], bool]:
+        return (index, output), False
 
-    for place, logprobs in run(requests, take):
+    for place, output in run(requests, take):
         first, *others = groups[place]
+        if output.num_prefilled is not None:
+            assert on_prefill is not None
+            on_prefill(first, output.num_prefilled / requests[place].num_to_prefill)
+            continue
+        logprobs = output.prompt_logprobs
         count = len(sequences[first].tokens) - sequences[first].start
         yield first, logprobs[:count]
         for other, last in zip(others, logprobs[count:], strict=True):

@@ -16,7 +16,7 @@ from torch import Tensor
 import litgpt
 from litgpt.cli.resources import cache_directory
 from litgpt.generation import skinny_gemm
-from litgpt.kv_cache import KVCache
+from litgpt.kv_cache import KVCache, LayerCache
 from litgpt.model import GPT, LLaMAMoE
 from litgpt.quantization.layers import QuantizedLinear, quantized_layers
 from litgpt.quantization.weight_only import GROUP, Int4Weight, WeightOnly
@@ -71,6 +71,8 @@ def read_length(cache: KVCache) -> int:
 
 def why_not(model: GPT) -> str | None:
     """Why the step of such a model cannot be compiled; None if it can."""
+    if model.layer_cache is not LayerCache:
+        return f"keys and values are kept in a {model.layer_cache.__name__}"
     layers = {type(layer.quantized) for _, layer in quantized_layers(model)}
     if any(not issubclass(layer, WeightOnly) for layer in layers):
         return "the weights are quantised by bitsandbytes, whose kernels inductor does not know"

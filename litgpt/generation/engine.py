@@ -202,7 +202,11 @@ class Engine(GenerationEngine):
             tokens, logprobs = self.runner.first_tokens([ends[sequence] for sequence in begun], begun)
         self._prefilling += [sequence for sequence in sequences if not sequence.is_prefilled]
         self._decoding += begun
-        outputs = []
+        outputs = [
+            Output(sequence.number, [], num_prefilled=sequence.num_prefilled)
+            for sequence in sequences
+            if sequence.request.reports_prefill and not sequence.is_prefilled
+        ]
         for sequence in scored:
             outputs.append(sequence.finish_scoring())
             self._finish(sequence)

@@ -40,6 +40,8 @@ class Request:
     first, 0), with the `logprobs` likeliest in their places. max_new_tokens may then be 0: nothing is generated."""
     alternatives: Sequence[int] = ()
     """Tokens whose log-probabilities are asked for in the place of the prompt's last one, besides its own."""
+    reports_prefill: bool = False
+    """Asks for an output without tokens after each chunk of the prompt but the last."""
 
     @property
     def does_nothing(self) -> bool:
@@ -86,6 +88,8 @@ class Output:
     """How many tokens of the prompt came from the prefix cache."""
     stop_logprobs: list[TokenLogprob] = field(default_factory=list)
     """As `logprobs`, of the tokens of the stop sequence that ended it."""
+    num_prefilled: int | None = None
+    """How many tokens of the prompt the model has seen, where a request asks for that; None once it has seen all."""
 
 
 def check_request(request: Request, context: int) -> int:

@@ -8,7 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from litgpt.__main__ import main
-from litgpt.evaluation.perplexity import read_documents, windows
+from litgpt.evaluation import perplexity
+from litgpt.evaluation.perplexity import Document, measure, read_documents, windows
+from litgpt.generation.engine import Engine
+from litgpt.generation.live import LiveEngine
+from litgpt.sources.load import load_model
 from litgpt.tokenizer.tokenizer import Tokenizer
 from tests.evaluation.conftest import SENTENCE
 
@@ -69,6 +73,24 @@ def test_perplexity_is_that_of_the_reference(tiny_llama, tmp_path, capsys):
     assert "chat_template" not in printed.err  # it has nothing to do with it
     assert "token/s" in printed.err
     assert "request/s" not in printed.err
+
+
+def test_the_bar_moves_within_a_window(tiny_llama, monkeypatch):
+    run = LiveEngine(load_model(tiny_llama, dtype=torch.float32), Engine, prefill_chunk=32).run
+    made, moves = perplexity.bar, []
+
+    def watched(*args):
+        progress = made(*args)
+        update = progress.update
+        progress.update = lambda count: (moves.append(count), update(count))
+        return progress
+
+    monkeypatch.setattr(perplexity, "bar", watched)
+    document = Document("a", SENTENCE * 2)
+    measure(run, Tokenizer(tiny_llama), [document], window=128, stride=64)
+    assert sum(moves) == document.num_tokens == 129
+    assert [count for count in moves if count > 1] == [32, 32, 32, 32]
+    assert min(moves) >= 0
 
 
 @pytest.mark.parametrize(
