@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from litgpt.checkpoint import WEIGHTS, read_state_dict
 from litgpt.cli import ConfigOverrides
@@ -123,6 +124,27 @@ def assert_close_runs(one: Path, other: Path, steps: range, file: str = WEIGHTS)
     assert single.keys() == double.keys()
     for name, expected in single.items():
         torch.testing.assert_close(double[name], expected, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@contextmanager
+def compiling() -> Iterator[list[int]]:
+    """What trains inside is compiled anew; afterwards, the list holds the number of graphs that were."""
+    graphs: list[int] = []
+    torch.compiler.reset()
+    counters.clear()
+    yield graphs
+    graphs.append(counters["stats"]["unique_graphs"])
+    torch.compiler.reset()
+
+
+def assert_learns_compiled(plain: list[dict], compiled: list[dict], graphs: list[int]) -> None:
+    """Two runs, one of them by `--compile true`, learned the same. Inductor adds in another order, so to 1e-5."""
+    assert graphs[0] > 0, "nothing was compiled"
+    assert [row["step"] for row in plain] == [row["step"] for row in compiled]
+    for column in ("loss", "grad_norm"):
+        figures = [[float(row[column]) for row in rows] for rows in (plain, compiled)]
+        assert figures[0] == pytest.approx(figures[1], rel=1e-5), column
+    assert plain[0]["loss"] != plain[-1]["loss"]
 
 
 class Killed(BaseException):

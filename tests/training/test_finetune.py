@@ -24,7 +24,15 @@ from litgpt.training.arguments import EvalArgs, TrainArgs
 from litgpt.training.metrics import read_metrics
 from tests import checkpoint_files
 from tests.data_damage import flip
-from tests.training.conftest import assert_close_runs, assert_same_run, killed_in_step, on_two_ranks, weights
+from tests.training.conftest import (
+    assert_close_runs,
+    assert_learns_compiled,
+    assert_same_run,
+    compiling,
+    killed_in_step,
+    on_two_ranks,
+    weights,
+)
 
 METHODS = {
     # name: (the command's function, its own options, the file that its checkpoints hold)
@@ -246,6 +254,19 @@ def test_each_command_writes_to_its_own_place(capsys):
     for command, place in places.items():
         assert main([command, "x", "--print_config"]) == 0
         assert f"out_dir: out/{place}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("longest", [64, pytest.param(None, marks=pytest.mark.slow)])  # None: as wide as samples are
+def test_compiled_blocks_learn_the_same(base, records, tmp_path, longest):
+    """There is no dropout: compiled code draws other numbers."""
+    settings = {"max_steps": 3, "max_seq_length": longest, "lora_dropout": 0.0}
+    settings["eval"] = EvalArgs(final_validation=False)
+    plain = run("lora", base, records, tmp_path / "plain", **settings)
+    with compiling() as graphs:
+        compiled = run("lora", base, records, tmp_path / "compiled", **settings, compile=True)
+    assert_learns_compiled(plain, compiled, graphs)
+    expected, actual = (weights(tmp_path / name / "final", LORA_WEIGHTS) for name in ("plain", "compiled"))
+    assert expected.keys() == actual.keys()
 
 
 @pytest.mark.parametrize("method", ["lora", "adapter v2"])

@@ -384,7 +384,11 @@ def checkpoint(tmp_path, monkeypatch):
 
 def test_a_saved_model_is_read_back(checkpoint):
     model = GPT(Config.from_checkpoint(checkpoint))
-    model.load_state_dict(read_state_dict(checkpoint / WEIGHTS))
+    save_model(checkpoint, model, model.config)
+    expected, found = model.state_dict(), read_state_dict(checkpoint / WEIGHTS)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
 
 
 def test_companion_files_follow_and_never_overwrite(tmp_path):
