@@ -28,6 +28,13 @@ class AttentionPlan:
     """Of such attention."""
 
 
+def _arange(length: int, device: torch.device | str) -> Tensor:
+    """(length,) int64. On the meta device, where there are no values, torch.arange imports sympy: half a second."""
+    if torch.device(device).type == "meta":
+        return torch.empty(length, dtype=torch.int64, device=device)
+    return torch.arange(length, device=device)
+
+
 class Ring:
     """Which position each slot of a cache holds; slot = position modulo the number of slots.
 
@@ -39,7 +46,7 @@ class Ring:
         slots = -(-(length + 1) // 8) * 8
         self.table = torch.full((batch_size, slots), -1, dtype=torch.int64, device=device)  # -1 = empty
         self.chosen: slice | Tensor = slice(None)  # the rows that this call is about
-        self.rows = torch.arange(batch_size, device=device)[:, None]  # (B, 1), the same as indices
+        self.rows = _arange(batch_size, device)[:, None]  # (B, 1), the same as indices
         self.read_length: int | None = None
         self._elsewhere: dict[torch.device, tuple[Tensor, slice | Tensor]] = {}
 

@@ -17,7 +17,8 @@ from litgpt.cli.secret import Secret
 from litgpt.cli.suggest import did_you_mean
 from litgpt.generation.compile_notes import notes_wait
 from litgpt.generation.sampling import Sampling
-from litgpt.llm import LLM, load_llm
+from litgpt.llm.llm import LLM
+from litgpt.llm.loading import LoadOptions, load_parts
 from litgpt.llm.terminal import Stopwatch, announce_compilation, clean, cut_line, say
 from litgpt.prompts import format_of_options
 from litgpt.prompts.styles import Message
@@ -79,17 +80,11 @@ def setup(
         seed: Of the first reply; the others count on from it.
         access_token: For a gated model that has to be downloaded first.
     """
-    sampling = Sampling(temperature, top_k, top_p, min_p)
+    sampling = Sampling(temperature, top_k, top_p, min_p, seed=seed)
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens {max_new_tokens} is not possible: give 1 or more.")
-    llm = load_llm(
-        checkpoint_dir,
-        precision=precision,
-        compile=compile,
-        prompt_style=format_of_options(prompt_style, chat_template),
-        access_token=access_token,
-        quantize=quantize,
-    )
+    style = format_of_options(prompt_style, chat_template)
+    llm = LLM(load_parts(checkpoint_dir, LoadOptions(precision, quantize, compile, style, access_token)))
     print(f"Now chatting with {llm.name}.")
     if multiline:
         print("To send a prompt, enter '!submit' on a line of its own. To exit, enter '!quit' or press Ctrl-D.")
@@ -99,7 +94,7 @@ def setup(
     say("Ctrl-C stops a reply; /help lists what else can be typed.")
     if compile:
         announce_compilation(llm)
-    Chat(llm, max_new_tokens, sampling, seed, system_prompt).run(read_lines if multiline else read_line)
+    Chat(llm, max_new_tokens, sampling, system_prompt).run(read_lines if multiline else read_line)
 
 
 class Chat:
@@ -110,13 +105,11 @@ class Chat:
         llm: LLM,
         max_new_tokens: int | None,
         sampling: Sampling,
-        seed: int,
         system_prompt: str | None = None,
     ) -> None:
         self.llm = llm
         self.max_new_tokens = max_new_tokens
         self.sampling = sampling
-        self.seed = seed
         self.system: list[Message] = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
         self.turns: list[Message] = []  # what the model still remembers
         self.transcript: list[Message] = [*self.system]  # everything, for /save
@@ -167,14 +160,14 @@ class Chat:
             say(str(error))
             return
         stopwatch = Stopwatch()
-        request = self.llm.request(ids, self.max_new_tokens, self.sampling, self.seed)
-        self.seed += 1
+        request = self.llm.codec.request(ids, self.max_new_tokens, self.sampling)
+        self.sampling = self.sampling.following(1)
         reply = ""
-        stream = self.llm.stream(request)
+        stream = self.llm.live.stream(request)
         with notes_wait():
             with _unseen_typing(), contextlib.suppress(KeyboardInterrupt), contextlib.closing(stream):
                 print(">> Reply: ", end="", flush=True)
-                for piece in self.llm.text(stopwatch.count(stream), ids):
+                for piece in self.llm.codec.text(stopwatch.count(stream), ids):
                     reply += piece
                     print(piece, end="", flush=True)
             print("\n", flush=True)
@@ -216,12 +209,12 @@ class Chat:
         """
         context = self.llm.config.block_size
         reserved = min(self.max_new_tokens or REPLY, context // 2)  # for the reply
-        ids = self.llm.encode([*self.system, *self.turns])
+        ids = self.llm.codec.encode([*self.system, *self.turns])
         dropped = 0
         while len(ids) + reserved > context and len(self.turns) > 2:
             del self.turns[:2]
             dropped += 1
-            ids = self.llm.encode([*self.system, *self.turns])
+            ids = self.llm.codec.encode([*self.system, *self.turns])
         if dropped:
             turns = "its oldest turn is" if dropped == 1 else f"its {dropped} oldest turns are"
             say(f"The conversation is longer than the model's context of {context} tokens: {turns} dropped.")

@@ -94,7 +94,7 @@ def setup(
     from litgpt.evaluation import report
     from litgpt.evaluation.perplexity import Perplexity
     from litgpt.evaluation.work import Evaluated, Work, chosen_style, results_of, tell
-    from litgpt.llm.replicas import load_replicas
+    from litgpt.llm.replicas import Replicas, replica_devices
 
     started, slots, precision = time.time(), _slots(batch_size), _precision(dtype, precision)
     if force_conversion:
@@ -145,10 +145,9 @@ def setup(
             raise ValueError(
                 f"--out_dir {out_dir} cannot be written to ({error.strerror}). Choose another directory."
             ) from error
-    with load_replicas(
+    with Replicas(
         checkpoint_dir,
-        devices=devices,
-        device=device,
+        replica_devices(devices, device),
         max_slots=slots,
         precision=precision,
         quantize=quantize,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from litgpt import cli
-from litgpt.llm import load_llm
-from litgpt.llm.single_answer import DEFAULT_PROMPT, Options, answer
+from litgpt.llm.llm import LLM
+from litgpt.llm.loading import load_parts
+from litgpt.llm.single_answer import DEFAULT_PROMPT, Options, print_answers, read_prompt
 
 
 def setup(
@@ -23,4 +23,6 @@ def setup(
             weights, a known name or a Hub id.
         prompt: What to answer. Without this option a prompt that is piped in is taken, whole.
     """
-    answer(partial(load_llm, checkpoint_dir), prompt, options)
+    prompt = read_prompt(prompt)
+    llm = LLM(load_parts(checkpoint_dir, options.loading))
+    print_answers(llm, prompt, options)

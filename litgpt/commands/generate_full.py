@@ -1,17 +1,15 @@
 """Print what a model answers whose weights were all finetuned."""
 
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from litgpt import cli
 from litgpt.checkpoint import WEIGHTS
-from litgpt.llm import load_llm
-from litgpt.llm.single_answer import DEFAULT_PROMPT, Options, answer
-from litgpt.model import GPT
+from litgpt.llm.llm import LLM
+from litgpt.llm.loading import load_parts
+from litgpt.llm.single_answer import DEFAULT_PROMPT, Options, print_answers, read_prompt
+from litgpt.sources.door import open_model
 from litgpt.sources.lit import LitSource
-from litgpt.sources.load import load_model
-from litgpt.sources.source import Source
 
 
 def setup(
@@ -38,8 +36,7 @@ def setup(
             f"--finetuned_path {finetuned_path}: there is no file '{file}'. Give the weights that "
             "`litgpt finetune_full` has written, or their directory."
         )
-
-    def load(source: Source, **how: Any) -> GPT:
-        return load_model(LitSource(file.parent, base=source, weights=file), **how)
-
-    answer(partial(load_llm, checkpoint_dir, load=load, finetuned=file.parent), prompt, options, input)
+    prompt = read_prompt(prompt)
+    source = LitSource(file.parent, base=open_model(checkpoint_dir, options.access_token), weights=file)
+    llm = LLM(load_parts(checkpoint_dir, options.loading, source=source, finetuned=file.parent))
+    print_answers(llm, prompt, options, input)

@@ -1,13 +1,13 @@
 """Print what a model answers whose blocks lie on several devices."""
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from litgpt import cli
-from litgpt.llm import load_llm
+from litgpt.llm.llm import LLM
+from litgpt.llm.loading import load_parts
 from litgpt.llm.placement import place
-from litgpt.llm.single_answer import DEFAULT_PROMPT, Options, answer
+from litgpt.llm.single_answer import DEFAULT_PROMPT, Options, print_answers, read_prompt
 
 
 def setup(
@@ -27,4 +27,6 @@ def setup(
         devices: Number of devices, or their numbers as 0,2; auto takes all.
     """
     placement = place(devices=devices, strategy="sequential")
-    answer(partial(load_llm, checkpoint_dir, placement=placement), prompt, options)
+    prompt = read_prompt(prompt)
+    llm = LLM(load_parts(checkpoint_dir, options.loading, placement=placement))
+    print_answers(llm, prompt, options)

@@ -1,18 +1,16 @@
 """Print what a model answers to a prompt, its tokens drafted by a smaller model or taken from the text before."""
 
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from litgpt import cli
 from litgpt.generation.speculative import SpeculativeEngine
-from litgpt.llm import load_llm
-from litgpt.llm.single_answer import DEFAULT_PROMPT, Options, answer
+from litgpt.llm.llm import LLM
+from litgpt.llm.loading import load_parts
+from litgpt.llm.single_answer import DEFAULT_PROMPT, Options, print_answers, read_prompt
 from litgpt.llm.terminal import say
-from litgpt.model import GPT
 from litgpt.sources.door import open_model
 from litgpt.sources.load import load_model
-from litgpt.sources.source import Source
 from litgpt.tokenizer.tokenizer import Tokenizer
 
 
@@ -35,24 +33,24 @@ def setup(
             followed the last words earlier in the text, which suits answers that repeat much of the prompt.
         speculative_k: How many tokens are drafted at a time.
     """
-    drafts: dict[str, Any] = {"count": speculative_k, "draft": None}
-
-    def load(source: Source, **how: Any) -> GPT:
-        if draft_model_checkpoint_dir is not None:
-            draft = open_model(draft_model_checkpoint_dir, options.access_token)
-            check_same_tokens(Tokenizer(source.files), Tokenizer(draft.files))
-            drafts["draft"] = load_model(draft, **how | {"watch": iter})  # the bar is the larger model's
-        return load_model(source, **how)
-
-    def make_engine(model: GPT, **how: Any) -> SpeculativeEngine:
-        return SpeculativeEngine(model, **drafts, **how)
-
     if speculative_k < 1:
         raise ValueError(f"--speculative_k {speculative_k} is not possible: give 1 or more.")
     if options.compile:
         raise ValueError("--compile true cannot act: each length of a draft would be compiled. Leave it out.")
-    llm = answer(partial(load_llm, target_model_checkpoint_dir, load=load, make_engine=make_engine), prompt, options)
-    engine = llm.engine
+    prompt = read_prompt(prompt)
+    target = open_model(target_model_checkpoint_dir, options.access_token)
+    smaller = None
+    if draft_model_checkpoint_dir is not None:
+        smaller = open_model(draft_model_checkpoint_dir, options.access_token)
+        check_same_tokens(Tokenizer(target.files), Tokenizer(smaller.files))
+    parts = load_parts(target_model_checkpoint_dir, options.loading, source=target)
+    draft = None
+    if smaller is not None:
+        dtype = next(parts.model.parameters()).dtype
+        draft = load_model(smaller, dtype=dtype, device=parts.placement.device, quantize=options.quantize)
+    engine = SpeculativeEngine(parts.model, draft, count=speculative_k, autocast=parts.engine.autocast)
+    parts.make_engine = lambda model, options: engine
+    print_answers(LLM(parts), prompt, options)
     rate = engine.accepted / max(1, engine.proposed)
     tokens = engine.accepted + engine.calls
     say(

@@ -1,13 +1,13 @@
 """Print what a model answers that is split over several devices, each with a part of every layer."""
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from litgpt import cli
-from litgpt.llm import load_llm
+from litgpt.llm.llm import LLM
+from litgpt.llm.loading import load_parts
 from litgpt.llm.placement import place
-from litgpt.llm.single_answer import DEFAULT_PROMPT, Options, answer
+from litgpt.llm.single_answer import DEFAULT_PROMPT, Options, print_answers, read_prompt
 from litgpt.parallel.ranks import rank_from_environment
 
 
@@ -29,4 +29,6 @@ def setup(
     """
     placement = place(devices=devices, strategy="tensor_parallel")
     if rank_from_environment() == 0:  # under torchrun or srun the first one starts the others, too
-        answer(partial(load_llm, checkpoint_dir, placement=placement), prompt, options)
+        prompt = read_prompt(prompt)
+        llm = LLM(load_parts(checkpoint_dir, options.loading, placement=placement))
+        print_answers(llm, prompt, options)

@@ -331,6 +331,6 @@ def sample_text(gpt: GPT, tokenizer: Tokenizer, max_new_tokens: int, *, precisio
     """What the model writes after BOS, or after a line break where there is no such token."""
     start = [tokenizer.bos_id] if tokenizer.bos_id is not None else tokenizer.encode_ids("\n", bos=False)
     _, autocast = PRECISIONS[precision]
-    request = Request(start, max_new_tokens, Sampling(temperature=0.8, top_k=50), seed=seed)
+    request = Request(start, max_new_tokens, Sampling(temperature=0.8, top_k=50, seed=seed))
     (answer,) = complete(gpt, [request], autocast=autocast)
     return tokenizer.decode(answer)

@@ -7,17 +7,17 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from litgpt.adaptation.lora import adapted_copy
 from litgpt.cli.secret import Secret, hidden_secrets
-from litgpt.generation.engine import Engine, share_memory
+from litgpt.generation.engine import share_memory
+from litgpt.generation.interface import GenerationEngine
 from litgpt.generation.sampling import Sampling
-from litgpt.generation.worker import Worker
-from litgpt.llm import LLM, load_llm
+from litgpt.llm.llm import LLM
+from litgpt.llm.loading import LoadOptions, load_parts
 from litgpt.llm.placement import place
 from litgpt.llm.terminal import say
-from litgpt.prompts import NamedTemplate, choose_prompt_style, format_of_options
-from litgpt.serving.served import Defaults, ServedModel
-from litgpt.sources.adapted import LoRASource, add_lora
+from litgpt.prompts import format_of_options
+from litgpt.serving.served import Defaults, ServedModel, adapted_model
+from litgpt.sources.adapted import add_lora
 from litgpt.sources.door import find_lora, open_model
 from litgpt.sources.find import expect_checkpoint
 
@@ -116,7 +116,7 @@ def setup(
     from litgpt.serving.server import Server, listen
     from litgpt.serving.service import Service
 
-    Sampling(temperature, top_k, top_p)
+    defaults = Defaults(Sampling(temperature, top_k, top_p), max_new_tokens)
     for name, value, minimum in (
         ("max_new_tokens", max_new_tokens, 1),
         ("max_batch_size", max_batch_size, 1),
@@ -137,7 +137,7 @@ def setup(
         raise ValueError(f"--api_path {api_path} is taken. Choose another, such as /predict.")
     adapters = dict(_named_lora(spec, access_token) for spec in adapter or ())
     if len(adapters) < len(adapter or ()):
-        raise ValueError(f"--adapter: two have the same name ({', '.join(adapter)}). Give each its own.")
+        raise ValueError(f"--adapter: two have the same name ({', '.join(adapter or ())}). Give each its own.")
     style = format_of_options(prompt_style, chat_template)
     hosts, origins = _split(allowed_hosts), [_origin(text) for text in _split(cors_origins)]
     expect_checkpoint(checkpoint_dir)
@@ -150,31 +150,13 @@ def setup(
             service.say(f"loading {checkpoint_dir} ({share:.0%})")
 
         tell(0)
-        llm = load_llm(
-            checkpoint_dir,
-            precision=precision,
-            compile=on_one_cpu if compile is None else compile,
-            prompt_style=style,
-            access_token=access_token,
-            quantize=quantize,
-            placement=placement,
-            tell=tell,
-        )
-        if placement.leader is not None:
-            placement.leader.on_loss = server.fail
-        llm.engine.max_slots = max_batch_size
-        model = ServedModel(
-            llm.name,
-            llm.tokenizer,
-            llm.prompt_style,
-            Worker(llm.engine),
-            Defaults(temperature, top_k, top_p, max_new_tokens),
-            aliases=(str(checkpoint_dir),),
-        )
-        models = [model]
+        options = LoadOptions(precision, quantize, on_one_cpu if compile is None else compile, style, access_token)
+        llm = LLM(load_parts(checkpoint_dir, options, placement=placement, max_slots=max_batch_size, tell=tell))
+        placement.on_loss(server.fail)
+        models = [ServedModel(llm, defaults, aliases=(str(checkpoint_dir),))]
         for name, lora in adapters.items():
             source = add_lora(open_model(checkpoint_dir, access_token), lora)
-            models.append(adapted_model(llm, model, name, source, style))
+            models.append(adapted_model(models[0], name, source, style))
         engines = [each.worker.engine for each in models]
         share_memory(engines, most_bytes)
         say(_memory_line(engines))
@@ -246,7 +228,7 @@ def _bytes(text: str) -> float:
     return float(match[1]) * unit ** (" kmgt".index(match[2]) if match[2] else 0)
 
 
-def _memory_line(engines: list[Engine]) -> str:
+def _memory_line(engines: list[GenerationEngine]) -> str:
     """What the requests of all engines may take together."""
     engine, total = engines[0], sum(engine.cache_bytes for engine in engines)
     each = f", {len(engines)} models an equal part each" if len(engines) > 1 else ""
@@ -270,26 +252,3 @@ def _named_lora(spec: str, access_token: Secret | None) -> tuple[str, Path]:
         return name, find_lora(directory, access_token)
     except FileNotFoundError as error:
         raise ValueError(f"--adapter {spec}: {error}") from None
-
-
-def adapted_model(
-    llm: LLM, base: ServedModel, name: str, source: LoRASource, style: str | NamedTemplate | None
-) -> ServedModel:
-    """A model of the same weights with an adapter, by a name of its own.
-
-    Raises:
-        ValueError: the adapter belongs to another model, or its name is taken.
-    """
-    given = f"--adapter {name}={source.directory}"
-    if name == base.name:
-        raise ValueError(f"{given}: that is the name of the model itself. Choose another.")
-    try:
-        model = adapted_copy(llm.model, source.update, source.settings)
-    except ValueError as error:
-        raise ValueError(f"{given}: {error}") from None
-    compiles = llm.engine.compiles and llm.engine.device.type != "cpu"  # the code for CPUs knows no adapters
-    engine = Engine(model, max_slots=llm.engine.max_slots, compile=compiles, autocast=llm.engine.autocast)
-    own = choose_prompt_style(
-        Path(llm.tokenizer.dir), explicit=style, config=llm.config, tokenizer=llm.tokenizer, finetuned=source.directory
-    )
-    return ServedModel(name, llm.tokenizer, own, Worker(engine), base.defaults)

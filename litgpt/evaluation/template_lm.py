@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -254,7 +255,7 @@ class EngineLM(TemplateLM):
                 ends.append(ids)  # no text, so it never is in one
             else:
                 texts.append(stop)
-        request = Request(prompt, min(count, self.max_length - len(prompt)), sampling, ends, seed)
+        request = Request(prompt, min(count, self.max_length - len(prompt)), replace(sampling, seed=seed), ends)
         return Reply(request, TextStream(self.tokenizer, texts), texts)
 
     def _sampling(self, kwargs: dict[str, Any], task: str) -> Sampling:

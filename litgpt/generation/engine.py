@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import torch
 
 from litgpt.devices.memory import memory_free
-from litgpt.generation.interface import GenerationEngine
+from litgpt.generation.interface import MAX_SLOTS, GenerationEngine
 from litgpt.generation.kv_cache_manager import KVCacheManager, round_up
 from litgpt.generation.model_runner import ModelRunner
 from litgpt.generation.request import Output, Request, TokenLogprob
@@ -32,7 +32,6 @@ from litgpt.model import GPT
 
 __all__ = ["Engine", "Output", "Request", "share_memory"]
 
-MAX_SLOTS = 32  # sequences that run at a time
 PREFILL_CHUNK = 1024  # tokens of prompts that are prefilled in a step
 MAX_PADDING = 0.25  # of the tokens of prompts that are prefilled together
 FREE_PADDING = 128  # tokens of padding that cost less than another call
@@ -315,7 +314,7 @@ class Engine(GenerationEngine):
         return self.cache_manager.num_bytes(1, min(self.context, round_up(length)))
 
 
-def share_memory(engines: abc.Sequence[Engine], total: float | None = None) -> None:
+def share_memory(engines: abc.Sequence[GenerationEngine], total: float | None = None) -> None:
     """Give each of some engines on one device an equal part of what it has left for keys and values, or of `total`
     bytes.
 

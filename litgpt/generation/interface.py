@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 
 from litgpt.generation.request import Output, Request, check_request
 from litgpt.model import GPT
+
+MAX_SLOTS = 32  # sequences that run at a time
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine is to run its model."""
+
+    max_slots: int = MAX_SLOTS
+    """How many requests run at a time; others wait."""
+    compile: bool = False
+    """Compile the decode step: on a CPU in the background, on a GPU the first tokens wait for it."""
+    autocast: torch.dtype | None = None
+    """A dtype to compute in where the weights are kept in another (mixed precision)."""
+    fixed_length: int | None = None
+    """How many tokens prompt and answer may have together; memory for them is reserved at once."""
 
 
 class GenerationEngine(ABC):
@@ -126,3 +143,6 @@ class GenerationEngine(ABC):
         for output in self.generate(requests):
             results[output.request] += output.token_ids
         return results
+
+
+EngineMaker: TypeAlias = Callable[[GPT, EngineOptions], GenerationEngine]

@@ -7,14 +7,13 @@ import queue
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from litgpt.generation.engine import Engine
-from litgpt.generation.interface import GenerationEngine
+from litgpt.generation.interface import EngineMaker, EngineOptions, GenerationEngine
 from litgpt.generation.request import Output, Request
 from litgpt.generation.worker import Worker
 from litgpt.model import GPT
@@ -31,11 +30,11 @@ class LiveEngine:
 
     Args:
         model: The model.
-        make: Makes the engine, as `Engine` is made.
-        options: Arguments of `Engine`.
+        make: Makes the engine.
+        options: How it is to run the model.
     """
 
-    def __init__(self, model: GPT, make: Callable[..., GenerationEngine] = Engine, **options: Any) -> None:
+    def __init__(self, model: GPT, make: EngineMaker, options: EngineOptions) -> None:
         self.model, self.make, self.options = model, make, options
         self._lock = threading.Lock()
         self._engine: GenerationEngine | None = None
@@ -46,7 +45,7 @@ class LiveEngine:
         self._in_training: list[nn.Module] = []  # what is put back into training mode when they have theirs
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (self.model, self.make, self.options)  # a copy begins without engine and thread
+        return LiveEngine, (self.model, self.make, self.options)  # a copy begins without engine and thread
 
     @property
     def engine(self) -> GenerationEngine:
@@ -64,7 +63,9 @@ class LiveEngine:
         """Says so where `weights_version` might not show it."""
         self._changes += 1
 
-    def run(self, requests: Sequence[Request], take: Callable[[int, Output], tuple[Piece, bool]]) -> Iterator[Piece]:
+    def run(
+        self, requests: Sequence[Request], take: Callable[[int, Output], tuple[Piece, bool]]
+    ) -> Generator[Piece, None, None]:
         """Answers some requests, and yields what becomes of their outputs as they come.
 
         Args:
@@ -101,6 +102,18 @@ class LiveEngine:
                 for ticket in tickets.values():
                     ticket.cancel()
 
+    def stream(self, request: Request) -> Generator[int, None, str]:
+        """The token ids of an answer as they come; safe from any thread. Closing the iterator ends the answer.
+
+        Returns:
+            Why it ended: "stop" or "length", as in `Output.finish_reason`.
+        """
+        reason = "length"
+        for output in self.run([request], lambda _, output: (output, False)):
+            reason = output.finish_reason or reason
+            yield from output.token_ids
+        return reason
+
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
         with self._lock:
@@ -130,7 +143,7 @@ class LiveEngine:
                 self._worker.close(finish=True)
                 self._closing.detach()
             self._worker = self._engine = None
-            self._engine, self._made_with = self.make(self.model, **self.options), version
+            self._engine, self._made_with = self.make(self.model, self.options), version
         return self._engine
 
 
@@ -145,10 +158,6 @@ def weights_version(model: nn.Module) -> tuple[Any, ...]:
         versions += tensor.data_ptr(), tensor.dtype, tensor.device, _optimizer_steps[id(tensor)]
         versions.append(0 if tensor.is_inference() else tensor._version)
     return tuple(versions)
-
-
-def _restored(model: GPT, make: Callable[..., GenerationEngine], options: dict[str, Any]) -> LiveEngine:
-    return LiveEngine(model, make, **options)
 
 
 def _close(worker: Worker) -> None:

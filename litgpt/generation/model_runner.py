@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from litgpt.generation.compiled import CompiledDecoder, decoder
 from litgpt.generation.kv_cache_manager import limit_attention, power_of_two
 from litgpt.generation.request import TokenLogprob
 from litgpt.generation.sampling import Sampler
@@ -61,14 +60,22 @@ class ModelRunner:
     def __init__(self, model: GPT, *, compile: bool, autocast: torch.dtype | None, max_slots: int) -> None:
         self.model, self.autocast = model, autocast
         self.device = model.transformer.wte.weight.device  # the head may have been replaced
-        self.decode_step: Callable[..., Tensor] = decoder(model) if compile else model
+        self.decode_step: Callable[..., Tensor] = model
         self.hidden_states: Callable[..., Tensor] = model.hidden_states
-        # What torch.compile makes is for the shapes that it has seen.
-        self.has_one_shape = compile and not isinstance(self.decode_step, CompiledDecoder)
+        self.has_one_shape = False
+        if compile:
+            self._compile(max_slots)
+        self._batch: DecodeBatch | None = None  # that of the last step
+
+    def _compile(self, max_slots: int) -> None:
+        from litgpt.generation.compiled import CompiledDecoder, decoder  # registers operators with torch
+
+        self.decode_step = decoder(self.model)
         if isinstance(self.decode_step, CompiledDecoder):
             self.hidden_states = self.decode_step.hidden_states
             self.decode_step.load(sorted({min(1 << power, max_slots) for power in range(max_slots.bit_length() + 1)}))
-        self._batch: DecodeBatch | None = None  # that of the last step
+        else:
+            self.has_one_shape = True  # what torch.compile makes is for the shapes that it has seen
 
     # -- prefill
 

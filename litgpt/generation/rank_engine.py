@@ -148,7 +148,7 @@ class RankEngine(Engine):
         """On another rank than 0: one of the things that rank 0 has done."""
         if what == "submit":
             prompt, count, stops, (score_from, alternatives) = about
-            request = Request(prompt, count, Sampling(0), stops, seed=0)
+            request = Request(prompt, count, Sampling(0, seed=0), stops)
             request.score_from, request.alternatives = score_from, alternatives
             Engine.submit(self, request)
         elif what == "cancel":

@@ -30,8 +30,6 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     stops: Sequence[Sequence[int]] = ()
     """Token sequences that end the generation; they are not part of the output."""
-    seed: int | None = None
-    """Of this request's own random generator; None takes one from torch's global generator."""
     logprobs: int | None = None
     """Asks for the log-probability of each new token, and of this many of the likeliest in its place."""
     constraint: Constraint | None = None

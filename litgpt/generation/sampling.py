@@ -6,7 +6,7 @@ Shapes: B rows, V the vocabulary, K the candidates that are left of it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -42,6 +42,8 @@ class Sampling:
     """Taken off a token's logit for each time that the answer has had it."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these tokens."""
+    seed: int | None = None
+    """Of the answer's own random generator; None takes one from torch's global generator."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -60,6 +62,10 @@ class Sampling:
         for name in ("presence_penalty", "frequency_penalty"):
             if not abs(getattr(self, name)) <= 100:
                 raise ValueError(f"{name} {getattr(self, name)} is not possible: give -100 to 100, 0 for none.")
+
+    def following(self, index: int) -> Sampling:
+        """The settings of one of several answers, each of which has a seed of its own: they count on from the first."""
+        return self if self.seed is None or not index else replace(self, seed=self.seed + index)
 
     @property
     def is_greedy(self) -> bool:

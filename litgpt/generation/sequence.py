@@ -45,7 +45,9 @@ class Sequence:
         self.generator: torch.Generator | None = None
         if request.max_new_tokens:
             self.generator = torch.Generator(device)
-            seed = request.seed if request.seed is not None else int(torch.randint(2**62, ()))
+            seed = request.sampling.seed
+            if seed is None:
+                seed = int(torch.randint(2**62, ()))
             self.generator.manual_seed(seed)
         self._penalties: Penalties | None = None
 

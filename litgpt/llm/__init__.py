@@ -1,5 +1,5 @@
 """LLM, the Python API."""
 
-from litgpt.llm.llm import LLM, load_llm
+from litgpt.llm.llm import LLM
 
-__all__ = ["LLM", "load_llm"]
+__all__ = ["LLM"]

@@ -36,6 +36,9 @@ class ChildProcess:
             env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads)},
             start_new_session=True,  # Ctrl-C is for this process, which tells the others
         )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self._input, self._output = self.process.stdin, self.process.stdout
         self._reader = threading.Thread(target=self._read, name=name, daemon=True)
         self._reader.start()
         self.write(job)
@@ -51,8 +54,8 @@ class ChildProcess:
     def write(self, what: Any) -> None:
         """Sends a line."""
         try:
-            self.process.stdin.write(json.dumps(what).encode() + b"\n")
-            self.process.stdin.flush()
+            self._input.write(json.dumps(what).encode() + b"\n")
+            self._input.flush()
         except OSError:
             if not self.is_over:
                 self.expect_end(PATIENCE)
@@ -66,7 +69,7 @@ class ChildProcess:
         self.is_over = True
         self.write(None)
         with contextlib.suppress(OSError):  # it is gone already
-            self.process.stdin.close()
+            self._input.close()
 
     def wait(self) -> None:
         """Waits until it has ended, and makes it end if need be."""
@@ -77,7 +80,7 @@ class ChildProcess:
             self.process.wait()
 
     def _read(self) -> None:
-        for line in self.process.stdout:
+        for line in self._output:
             self.received(json.loads(line))
         code = self.process.wait()
         if not self.is_over:

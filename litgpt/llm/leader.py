@@ -114,7 +114,7 @@ class _Process(ChildProcess):
         super().__init__("litgpt.llm.follower", job, name=f"litgpt-rank-{self.rank}", threads=job["threads"])
 
     def wait_until_ready(self) -> None:
-        if self._replies.get() == "gone":
+        if self._replies.get() == "gone" and self.failure is not None:
             raise self.failure
 
     def received(self, message: dict[str, Any]) -> None:

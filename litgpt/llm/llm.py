@@ -2,40 +2,68 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from litgpt.checkpoint import atomic_directory, copy_companion_files, save_model
 from litgpt.cli.secret import Secret
+from litgpt.config import Config
+from litgpt.devices.memory import memory_used
 from litgpt.devices.precision import inference_dtypes, inference_precision
 from litgpt.formats.hf_config import save_config_json
 from litgpt.formats.quantised_parts import saved_weights
-from litgpt.generation.live import weights_version
-from litgpt.llm.loading import Parts, load_parts, random_parts, settled_kind, shown
-from litgpt.llm.placement import place
-from litgpt.llm.text_generation import Answering
-from litgpt.llm.training import Trainable
+from litgpt.generation.interface import GenerationEngine
+from litgpt.generation.live import LiveEngine, weights_version
+from litgpt.generation.sampling import Sampling
+from litgpt.generation.worker import Worker
+from litgpt.llm import reply
+from litgpt.llm.codec import Codec
+from litgpt.llm.loading import LoadOptions, Parts, check_load, load_parts, random_parts, settled_kind, shown
+from litgpt.llm.placement import Placement, fixed_length, place
+from litgpt.llm.reply import ChatSettings, GenerateSettings, Messages, No, Reply, SamplingSettings, Yes
+from litgpt.llm.training import LossFunction, next_token_loss, read_trainer_checkpoint, use_checkpoint_names
+from litgpt.model import GPT
 from litgpt.prompts import NamedTemplate, PromptStyle, save_prompt_style
 from litgpt.quantization.layers import check_quantize, kind_of, quantized_layers, replace_linears
 from litgpt.sources.door import open_model
 from litgpt.sources.fit import compare_shapes
 from litgpt.sources.meta import shapes_of
+from litgpt.tokenizer.tokenizer import Tokenizer
 
 
-class LLM(Answering, Trainable):
+class LLM(nn.Module):
     """A language model that answers prompts, and a module that is trained like any other.
 
-    Made by `LLM.load`.
+    `LLM.load` makes one; `LLM(load_parts(...))` has more to say about how it is loaded.
 
     Attributes:
         model: The GPT.
-        config: Its shape.
-        tokenizer: From text to token ids and back.
-        prompt_style: How a prompt is put to the model; may be replaced.
+        codec: Its tokenizer and the format of its prompts.
+        placement: The devices that it is on.
+        live: The engine that answers with the weights as they are.
         name: What the model is called.
     """
+
+    model: GPT
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__()
+        self.model, self.placement = parts.model, parts.placement
+        self.codec = Codec(parts.tokenizer, parts.prompt_style, parts.model.config)
+        self.live = LiveEngine(parts.model, parts.make_engine, parts.engine)
+        self.name = parts.name or parts.model.config.name or Path(parts.tokenizer.dir).name
+        self.training = parts.model.training
+        self._checkpoint = parts.checkpoint
+        self._loaded: tuple[Any, ...] | None = weights_version(parts.model)  # until something else is done to them
+        use_checkpoint_names(self)
 
     @classmethod
     def load(
@@ -51,7 +79,7 @@ class LLM(Answering, Trainable):
         prompt_style: str | PromptStyle | NamedTemplate | None = None,
         compile: bool = False,
     ) -> LLM:
-        """Loads a model; one that is not on this machine is downloaded first.
+        """Load a model; one that is not on this machine is downloaded first.
 
         Args:
             model: A checkpoint directory, a Hugging Face directory, a .gguf file, a directory of LoRA or adapter
@@ -72,42 +100,306 @@ class LLM(Answering, Trainable):
             FileNotFoundError: There is no such checkpoint, or it lacks something.
             ValueError: A file is damaged, the model is not supported, or an option cannot act.
         """
-        if init not in ("pretrained", "random"):
-            raise ValueError(f"init={init!r} is not possible: give 'pretrained' or 'random'.")
-        if distribute not in ("auto", None):
-            raise ValueError(f"distribute={distribute!r} is not possible: give 'auto' or None.")
-        if distribute is None and (precision or quantize):
-            option = f"precision={precision!r}" if precision else f"quantize={quantize!r}"
-            raise ValueError(
-                f"{option} cannot act with distribute=None. Give it to `distribute` then, or leave None out."
-            )
-        how: dict[str, Any] = {"precision": precision, "prompt_style": prompt_style, "access_token": access_token}
+        check_load(init, distribute, precision, quantize)
+        options = LoadOptions(precision, quantize, compile, prompt_style, access_token)
+        stays = distribute is None
+        dtype = torch.get_default_dtype() if stays else None
         if init == "random":
-            if quantize is not None:
-                raise ValueError(f"quantize={quantize!r} cannot act with init='random': train the model first.")
-            parts = random_parts(
-                model, tokenizer_dir=tokenizer_dir, places=distribute is not None, compile=compile, **how
-            )
+            parts = random_parts(model, options, tokenizer_dir=tokenizer_dir, dtype=dtype)
         else:
-            how |= {"quantize": quantize, "tokenizer_dir": tokenizer_dir}
-            if distribute is None:
-                how |= {"device": "cpu", "dtype": torch.get_default_dtype()}
-            parts = load_parts(model, compile=compile, **how)
-        llm = cls._of(parts)
-        llm.train(distribute is None)
-        return llm
+            placement = Placement([torch.device("cpu")]) if stays else None
+            parts = load_parts(model, options, placement=placement, dtype=dtype, tokenizer_dir=tokenizer_dir)
+        return cls(parts).train(stays)
 
-    @classmethod
-    def _of(cls, parts: Parts) -> LLM:
-        return cls(
-            parts.model,
-            parts.tokenizer,
-            parts.prompt_style,
-            name=parts.name,
-            checkpoint=parts.checkpoint,
-            placement=parts.placement,
-            **parts.engine,
-        )
+    @property
+    def config(self) -> Config:
+        """The model's shape."""
+        return self.model.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """From text to token ids and back."""
+        return self.codec.tokenizer
+
+    @property
+    def prompt_style(self) -> PromptStyle:
+        """How a prompt is put to the model; may be replaced."""
+        return self.codec.style
+
+    @prompt_style.setter
+    def prompt_style(self, style: PromptStyle) -> None:
+        self.codec.style = style
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.transformer.wte.weight.device
+
+    @property
+    def engine(self) -> GenerationEngine:
+        """The engine, made for the weights as they are now. Not for several threads at a time: see `worker`."""
+        return self.live.engine
+
+    @property
+    def worker(self) -> Worker:
+        """The thread that runs the engine for all callers."""
+        return self.live.worker
+
+    # -- asking
+
+    @overload
+    def generate(
+        self, prompt: str, *, return_as_token_ids: No = ..., stream: No = ..., **settings: Unpack[GenerateSettings]
+    ) -> str: ...
+    @overload
+    def generate(
+        self, prompt: str, *, return_as_token_ids: Yes, stream: No = ..., **settings: Unpack[GenerateSettings]
+    ) -> Tensor: ...
+    @overload
+    def generate(
+        self, prompt: str, *, return_as_token_ids: No = ..., stream: Yes, **settings: Unpack[GenerateSettings]
+    ) -> Iterator[str]: ...
+    @overload
+    def generate(
+        self, prompt: str, *, return_as_token_ids: Yes, stream: Yes, **settings: Unpack[GenerateSettings]
+    ) -> Iterator[int]: ...
+    @overload
+    def generate(
+        self, prompt: list[str], *, return_as_token_ids: No = ..., **settings: Unpack[GenerateSettings]
+    ) -> list[str]: ...
+    @overload
+    def generate(
+        self, prompt: list[str], *, return_as_token_ids: Yes, **settings: Unpack[GenerateSettings]
+    ) -> list[Tensor]: ...
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        sys_prompt: str | None = None,
+        max_new_tokens: int = 50,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        return_as_token_ids: bool = False,
+        stream: bool = False,
+        *,
+        min_p: float = 0.0,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+    ) -> str | Tensor | list[str] | list[Tensor] | Iterator[str] | Iterator[int]:
+        """Answer a prompt, or several at a time. May be called from many threads: the calls share one batch.
+
+        Args:
+            prompt: What to answer, without the model's prompt format: that is put around it. A list of prompts gives a
+                list of answers.
+            sys_prompt: Replaces the system message of the prompt format.
+            max_new_tokens: An answer ends after that many tokens, if the model does not end it before.
+            temperature: Below 1 the answer gets more certain, above 1 more varied; 0 always takes the likeliest token.
+            top_k: Sample only from the k most likely tokens; 1 always takes the most likely one.
+            top_p: Sample from the most likely tokens that together reach this probability.
+            return_as_token_ids: Give the answer's token ids, (T,) int64, and not its text.
+            stream: Give an iterator over the pieces of the text (or the token ids) as they come. Closing it, or
+                dropping it, ends the answer. Not for a list of prompts.
+            min_p: Sample from tokens at least this fraction as likely as the most likely one.
+            stop: A text, or several, that end the answer and are not part of it. Of token ids, the last are those that
+                complete it.
+            seed: Decides what is sampled; of a list of prompts, for the first, and the others count on from it. By
+                default torch's global generator does (`torch.manual_seed`).
+
+        Raises:
+            ValueError: A setting is not possible, or a prompt is longer than the model's context; from an iterator,
+                that comes with its first piece.
+        """
+        if stream and not isinstance(prompt, str):
+            raise ValueError("stream=True takes one prompt, not a list. Stream them one by one, or leave it out.")
+        sampling = SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+        replies = self._replies(prompt, sys_prompt, max_new_tokens, stop, **sampling)
+        if stream:
+            return (reply.stream_ids if return_as_token_ids else reply.stream_text)(self.live, replies[0])
+        reply.complete(self.live, replies)
+        answers = reply.answers(replies, return_as_token_ids)
+        return answers[0] if isinstance(prompt, str) else answers
+
+    @overload
+    def chat(
+        self, messages: Messages, *, return_as_token_ids: No = ..., stream: No = ..., **settings: Unpack[ChatSettings]
+    ) -> str: ...
+    @overload
+    def chat(
+        self, messages: Messages, *, return_as_token_ids: Yes, stream: No = ..., **settings: Unpack[ChatSettings]
+    ) -> Tensor: ...
+    @overload
+    def chat(
+        self, messages: Messages, *, return_as_token_ids: No = ..., stream: Yes, **settings: Unpack[ChatSettings]
+    ) -> Iterator[str]: ...
+    @overload
+    def chat(
+        self, messages: Messages, *, return_as_token_ids: Yes, stream: Yes, **settings: Unpack[ChatSettings]
+    ) -> Iterator[int]: ...
+    def chat(
+        self,
+        messages: Messages,
+        max_new_tokens: int = 50,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        return_as_token_ids: bool = False,
+        stream: bool = False,
+        *,
+        min_p: float = 0.0,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+    ) -> str | Tensor | Iterator[str] | Iterator[int]:
+        """The next reply of a conversation. What earlier calls have read of it is not read again.
+
+        Args:
+            messages: The conversation, as [{"role": "user", "content": "..."}, ...]: an optional "system" message, then
+                "user" and "assistant" in turn.
+            max_new_tokens, temperature, top_k, top_p, min_p, stop, seed: As for `generate`.
+            return_as_token_ids, stream: As for `generate`.
+
+        Raises:
+            ValueError: The prompt format refuses the conversation; and as for `generate`.
+        """
+        if isinstance(messages, str) or not all(isinstance(message, Mapping) for message in messages):
+            raise ValueError(
+                f"messages is {_short(messages)}: "
+                "give a list of messages, as [{'role': 'user', 'content': 'Hello'}]; a prompt alone is for generate."
+            )
+        answer = self._reply(messages, max_new_tokens, stop, Sampling(temperature, top_k, top_p, min_p, seed=seed))
+        if stream:
+            return (reply.stream_ids if return_as_token_ids else reply.stream_text)(self.live, answer)
+        reply.complete(self.live, [answer])
+        return answer.token_ids if return_as_token_ids else answer.text
+
+    def benchmark(
+        self,
+        num_iterations: int = 1,
+        prompt: str | Sequence[str] = "What do llamas eat?",
+        *,
+        stream: bool = False,
+        return_as_token_ids: bool = False,
+        **settings: Unpack[GenerateSettings],
+    ) -> tuple[str | Tensor | list[str] | list[Tensor], dict[str, list[float]]]:
+        """Answer several times, and measure it.
+
+        Args:
+            num_iterations: How many times. Each reads the whole prompt.
+            prompt: What to answer.
+            stream: Makes no difference: an answer is always measured as it comes.
+            return_as_token_ids: As for `generate`.
+            settings: Other arguments of `generate`.
+
+        Returns:
+            The last answer, and for each time: "Seconds total", "Seconds to first token", "Tokens generated",
+            "Inference speed in tokens/sec" (all tokens over all seconds), and the most memory used so far, of the GPU
+            ("Total GPU memory allocated in GB") or of the process ("Peak memory in GB").
+
+        Raises:
+            ValueError: num_iterations is not possible; and as for `generate`.
+        """
+        if num_iterations < 1:
+            raise ValueError(f"num_iterations={num_iterations} is not possible: give 1 or more.")
+        memory = "Total GPU memory allocated in GB" if self.device.type == "cuda" else "Peak memory in GB"
+        figures: dict[str, list[float]] = {}
+        replies: list[Reply] = []
+        for _ in range(num_iterations):
+            self.worker.clear_prefix_cache()
+            started = time.perf_counter()
+            replies = self._replies(prompt, **settings)
+            reply.complete(self.live, replies)
+            seconds, tokens = time.perf_counter() - started, sum(len(each.ids) for each in replies)
+            measured = {
+                "Seconds total": seconds,
+                "Seconds to first token": min(each.began for each in replies) - started,
+                "Tokens generated": tokens,
+                "Inference speed in tokens/sec": tokens / seconds,
+                memory: memory_used(self.device) / 1e9,
+            }
+            for name, value in measured.items():
+                figures.setdefault(name, []).append(value)
+        answers = reply.answers(replies, return_as_token_ids)
+        return answers[0] if isinstance(prompt, str) else answers, figures
+
+    def _replies(
+        self,
+        prompt: str | Sequence[str],
+        sys_prompt: str | None = None,
+        max_new_tokens: int = 50,
+        stop: str | Sequence[str] = (),
+        **sampling: Unpack[SamplingSettings],
+    ) -> list[Reply]:
+        """The replies to one prompt or to several, to be completed; arguments as for `generate`."""
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, Sequence) or not all(isinstance(text, str) for text in prompts):
+            raise ValueError(f"prompt is {_short(prompt)}: give a text, or a list of texts; chat takes messages.")
+        system: Messages = [] if sys_prompt is None else [{"role": "system", "content": sys_prompt}]
+        settings = Sampling(**sampling)
+        return [
+            self._reply([*system, {"role": "user", "content": text}], max_new_tokens, stop, settings.following(index))
+            for index, text in enumerate(prompts)
+        ]
+
+    def _reply(self, messages: Messages, max_new_tokens: int, stop: str | Sequence[str], sampling: Sampling) -> Reply:
+        ids = self.codec.encode(messages)
+        return Reply(self.codec.request(ids, max_new_tokens, sampling), self.codec.text_stream(ids, stop))
+
+    # -- training
+
+    def forward(
+        self, input_ids: Tensor, target_ids: Tensor | None = None, loss_fn: LossFunction | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The logits, and with targets the loss. Letters of shapes: B rows, T tokens, V the padded vocabulary.
+
+        Args:
+            input_ids: (B, T) int64.
+            target_ids: (B, T) int64, the same ids as `input_ids` where they are to be learned, -100 elsewhere: each
+                place's logits are compared with the next place's target.
+            loss_fn: Called with logits (B, T - 1, V) and targets (B, T - 1), in place of the cross-entropy.
+
+        Returns:
+            Logits (B, T, V); with targets also the loss: by default the mean over the targets, a float32 scalar, 0
+            where there are none.
+
+        Raises:
+            ValueError: T is larger than the model's context, the shapes of ids and targets differ, or this process has
+                only a part of the model.
+        """
+        if self.placement.is_split:
+            raise ValueError(
+                "The model is split over processes (tensor_parallel): it answers, but gives no logits and is not "
+                "trained. Load it again for that."
+            )
+        if self.training and torch.is_grad_enabled():  # the weights are about to change, perhaps without a trace
+            self._loaded = None
+            self.live.weights_changed()
+        if target_ids is not None and target_ids.shape != input_ids.shape:
+            raise ValueError(
+                f"target_ids {list(target_ids.shape)} must be of the shape of input_ids {list(input_ids.shape)}."
+            )
+        mixed = self.live.options.autocast
+        with torch.autocast(self.device.type, mixed) if mixed else contextlib.nullcontext():
+            logits = self.model(input_ids)
+        return logits if target_ids is None else (logits, next_token_loss(logits, target_ids, loss_fn))
+
+    def trainer_setup(self, trainer_ckpt: str | Path | None = None) -> None:
+        """For a Lightning Trainer's `setup` hook: take the weights of a checkpoint that a Trainer saved.
+
+        Args:
+            trainer_ckpt: The Trainer's .ckpt file; without one nothing happens, as the weights are there already.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is damaged, or holds another model's weights.
+        """
+        if trainer_ckpt is not None:
+            self.load_state_dict(read_trainer_checkpoint(trainer_ckpt, self.state_dict()))
+
+    def train(self, mode: bool = True) -> LLM:
+        """As of any module; and what the engine holds of earlier prompts is forgotten."""
+        self.live.weights_changed()
+        return super().train(mode)
+
+    # -- moving and saving
 
     def distribute(
         self,
@@ -118,7 +410,7 @@ class LLM(Answering, Trainable):
         generate_strategy: Literal["sequential", "tensor_parallel"] | None = None,
         fixed_kv_cache_size: int | Literal["max_model_supported"] | None = None,
     ) -> None:
-        """Moves the model to where it is to answer, and says how.
+        """Move the model to where it is to answer, and say how.
 
         A model whose weights are still those of its checkpoint is loaded anew, so that the result is the same as if it
         had been loaded so; its parameters are then other objects than before. Otherwise the weights that there are get
@@ -142,44 +434,38 @@ class LLM(Answering, Trainable):
             RanksLost: A process could not load its part of the model (a ChildProcessError).
         """
         placement = place(accelerator, devices, generate_strategy)
-        device = placement.device
-        untouched = self._checkpoint is not None and weights_version(self.model) == self._loaded
-        if placement.strategy is not None and not untouched:
+        checkpoint = self._checkpoint if weights_version(self.model) == self._loaded else None
+        if placement.strategy is not None and checkpoint is None:
             raise ValueError(
                 f"generate_strategy={generate_strategy!r} cannot act on a model that was trained since it was loaded. "
                 "Save it, and load what was saved."
             )
-        length = self.config.block_size if fixed_kv_cache_size == "max_model_supported" else fixed_kv_cache_size
-        if length is not None and not 1 < length <= self.config.block_size:
-            raise ValueError(
-                f"fixed_kv_cache_size={fixed_kv_cache_size!r} is not possible: give 2 to {self.config.block_size}, the "
-                "model's context."
-            )
-        precision = precision or inference_precision(device)
-        dtype, autocast = inference_dtypes(precision, device)
-        check_quantize(quantize, precision, training=False, device=device)
-        mode = self.training
-        if untouched:
-            source = open_model(self._checkpoint)
-            kind = settled_kind(source, quantize, precision, device)
-            placement.check(source, kind, self._engine_options.get("compile", False))
-            self._live = self.model = None  # their memory is free before the next are read
+        length = fixed_length(fixed_kv_cache_size, self.config)
+        precision = precision or inference_precision(placement.device)
+        dtype, autocast = inference_dtypes(precision, placement.device)
+        check_quantize(quantize, precision, training=False, device=placement.device)
+        options, mode = self.live.options, self.training
+        if checkpoint is not None:
+            source = open_model(checkpoint)
+            kind = settled_kind(source, quantize, precision, placement.device)
+            placement.check(source, kind, options.compile)
+            del self.live, self.model  # their memory is free before the next are read
             self.placement.close()
-            self.model = placement.load(self._checkpoint, source, dtype=dtype, quantize=quantize, watch=shown(source))
+            self.model = placement.load(checkpoint, source, dtype=dtype, quantize=quantize, watch=shown(source))
             self._loaded = weights_version(self.model)
         else:
             if next(quantized_layers(self.model), None):
                 raise ValueError("The weights are quantised and no longer those of the checkpoint. Load it again.")
-            self.model.to(device, dtype)
+            self.model.to(placement.device, dtype)
             if quantize is not None:
                 replace_linears(self.model, quantize, dtype)
         self.placement = placement
-        options = {"autocast": autocast, "fixed_length": length, "make": placement.make_engine}
-        self._use(self.model, **self._engine_options | options)
+        options = replace(options, autocast=autocast, fixed_length=length)
+        self.live = LiveEngine(self.model, placement.make_engine, options)
         super().train(mode)
 
     def save(self, out_dir: str | Path, prompt_style: str | PromptStyle | None = None) -> None:
-        """Writes a checkpoint directory that every command and `LLM.load` take; quantised weights as they are.
+        """Write a checkpoint directory that every command and `LLM.load` take; quantised weights as they are.
 
         Args:
             out_dir: A new directory, there whole or not at all.
@@ -198,14 +484,15 @@ class LLM(Answering, Trainable):
                 "This model is not a plain one any more; merge LoRA first (`litgpt.lora.merge_lora(llm.model)`):\n"
                 + "\n".join(problems[:4])
             )
-        with atomic_directory(out_dir) as place:
-            copy_companion_files(self.tokenizer.dir, place)
+        with atomic_directory(out_dir) as directory:
+            copy_companion_files(self.tokenizer.dir, directory)
             if self._checkpoint is None:  # the tokenizer's config.json is another model's
-                save_config_json(self.config, place)
-            save_prompt_style(prompt_style or self.prompt_style, place)
-            save_model(place, saved_weights(self.model), self.config)
+                save_config_json(self.config, directory)
+            save_prompt_style(prompt_style or self.prompt_style, directory)
+            save_model(directory, saved_weights(self.model), self.config)
 
 
-def load_llm(checkpoint: Path | str, **how: Any) -> LLM:
-    """As `LLM.load`, with more to say: takes the arguments of `litgpt.llm.loading.load_parts`."""
-    return LLM._of(load_parts(checkpoint, **how))
+def _short(value: Any) -> str:
+    """A value as it was given, as far as a line has room."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

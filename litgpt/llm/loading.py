@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from litgpt.devices.accelerator import accelerator as best_accelerator
 from litgpt.devices.precision import inference_dtypes, inference_precision
 from litgpt.formats.config_json import read_config_json
 from litgpt.formats.hf_config import config_from_hf
-from litgpt.generation.interface import GenerationEngine
+from litgpt.generation.interface import MAX_SLOTS, EngineMaker, EngineOptions
 from litgpt.llm.placement import Placement
 from litgpt.model import GPT
 from litgpt.prompts import NamedTemplate, PromptStyle, choose_prompt_style
@@ -26,81 +26,99 @@ from litgpt.quantization.layers import check_quantize
 from litgpt.quantization.weight_only import KINDS as WEIGHT_ONLY
 from litgpt.sources.door import open_model
 from litgpt.sources.find import find_here, find_tokenizer
-from litgpt.sources.load import kind_for, load_model
+from litgpt.sources.load import kind_for
 from litgpt.sources.meta import give_memory, meta_model
 from litgpt.sources.source import Source, Watch
 from litgpt.tokenizer.tokenizer import Tokenizer
 
 
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a checkpoint is loaded, as a user says it."""
+
+    precision: str | None = None
+    """32-true, bf16-true, 16-true, bf16-mixed or 16-mixed; None is what the device is best at."""
+    quantize: str | None = None
+    """Keep the weights in 4 or 8 bits; None leaves them as the checkpoint has them."""
+    compile: bool = False
+    """Compile the decoding."""
+    prompt_style: str | PromptStyle | NamedTemplate | None = None
+    """A prompt format in place of the checkpoint's own."""
+    access_token: Secret | str | None = None
+    """For a gated model that has to be downloaded."""
+
+
 @dataclass
 class Parts:
-    """What an LLM is made of; the arguments of `Assistant`."""
+    """What an LLM is made of."""
 
     model: GPT
     tokenizer: Tokenizer
     prompt_style: PromptStyle
+    placement: Placement
+    """Where the model is."""
+    engine: EngineOptions
+    """How its engine is to run it."""
+    make_engine: EngineMaker
+    """What makes that."""
     name: str | None = None
+    """What the model is called; None is what its configuration says."""
     checkpoint: Path | str | None = None
-    placement: Placement | None = None
-    engine: dict[str, Any] = field(default_factory=dict)
+    """Where the weights are from, if they may be read again."""
 
 
 def load_parts(
     checkpoint: Path | str,
+    options: LoadOptions = LoadOptions(),
     *,
-    precision: str | None = None,
-    compile: bool = False,
-    prompt_style: str | PromptStyle | NamedTemplate | None = None,
-    access_token: Secret | str | None = None,
-    quantize: str | None = None,
-    tokenizer_dir: Path | str | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
     placement: Placement | None = None,
-    load: Callable[..., GPT] = load_model,
+    dtype: torch.dtype | None = None,
+    tokenizer_dir: Path | str | None = None,
+    source: Source | None = None,
     finetuned: Path | None = None,
-    make_engine: Callable[..., GenerationEngine] | None = None,
+    max_slots: int = MAX_SLOTS,
     tell: Callable[[float], None] | None = None,
 ) -> Parts:
-    """Finds, downloads if need be, and loads a checkpoint: as `LLM.load`, with more to say.
+    """Find a checkpoint, download it if need be, and load it, saying so on stderr.
 
     Args:
-        checkpoint, precision, compile, prompt_style, access_token, quantize, tokenizer_dir: As for `LLM.load`.
-        device: Where to; by default the best device there is.
+        checkpoint: What the user named, as for `LLM.load`.
+        options: What the user wants of it.
+        placement: Where to; by default the best device there is.
         dtype: Type of the weights, in place of a precision.
-        placement: Several devices, in place of one.
-        load: Makes the model of the opened checkpoint; called as `load_model` is.
-        finetuned: The directory of what was finetuned from the checkpoint; its prompt format comes first.
-        make_engine: Makes the engine that answers, as `Engine` is made.
+        tokenizer_dir: A checkpoint whose tokenizer to use in place of the model's own.
+        source: What to load in place of the opened checkpoint, such as weights that were finetuned from it.
+        finetuned: The directory of these; its prompt format comes first.
+        max_slots: How many requests the engine runs at a time.
         tell: Called with the share of the weights that has been read, as they are.
 
     Raises:
         FileNotFoundError, ValueError: As for `LLM.load`.
     """
-    placement = placement or Placement([torch.device(device or best_accelerator())], load=load)
-    device, autocast = placement.device, None
+    placement = placement or Placement([torch.device(best_accelerator())])
+    device, precision, autocast = placement.device, options.precision, None
     if dtype is None:
         precision = precision or inference_precision(device)
         dtype, autocast = inference_dtypes(precision, device)
-        check_quantize(quantize, precision, training=False, device=device)
-    source = open_model(checkpoint, access_token)
-    kind = settled_kind(source, quantize, precision, device)
-    placement.check(source, kind, compile)
+        check_quantize(options.quantize, precision, training=False, device=device)
+    opened = source or open_model(checkpoint, options.access_token)
+    kind = settled_kind(opened, options.quantize, precision, device)
+    placement.check(opened, kind, options.compile)
     # The small files first: what is wrong with them is said before the weights are read.
-    files = find_tokenizer(tokenizer_dir, access_token) if tokenizer_dir else source.files
+    files = find_tokenizer(tokenizer_dir, options.access_token) if tokenizer_dir else opened.files
     tokenizer = Tokenizer(files)
     style = choose_prompt_style(
-        source.files, explicit=prompt_style, config=source.config, tokenizer=tokenizer, finetuned=finetuned
+        opened.files, explicit=options.prompt_style, config=opened.config, tokenizer=tokenizer, finetuned=finetuned
     )
-    name = source.config.name or Path(checkpoint).stem
+    name = opened.config.name or Path(checkpoint).stem
     how = (precision or str(dtype).removeprefix("torch."), kind, str(placement))
     _say(f"Loading {name} ({', '.join(filter(None, how))})")
-    if source.note:
-        _say(source.note)
-    model = placement.load(checkpoint, source, dtype=dtype, quantize=quantize, watch=shown(source, tell))
-    reloads = load is load_model
-    engine = {"make": make_engine or placement.make_engine, "autocast": autocast, "compile": compile}
-    return Parts(model, tokenizer, style, name, checkpoint if reloads else None, placement, engine)
+    if opened.note:
+        _say(opened.note)
+    model = placement.load(checkpoint, opened, dtype=dtype, quantize=options.quantize, watch=shown(opened, tell))
+    engine = EngineOptions(max_slots=max_slots, compile=options.compile, autocast=autocast)
+    again = checkpoint if source is None else None
+    return Parts(model, tokenizer, style, placement, engine, placement.make_engine, name, again)
 
 
 def shown(source: Source, tell: Callable[[float], None] | None = None) -> Watch:
@@ -141,21 +159,32 @@ def settled_kind(source: Source, quantize: str | None, precision: str | None, de
     return kind
 
 
+def check_load(init: str, distribute: str | None, precision: str | None, quantize: str | None) -> None:
+    """Refuse arguments of `LLM.load` that are not possible, or not together.
+
+    Raises:
+        ValueError: Says which.
+    """
+    if init not in ("pretrained", "random"):
+        raise ValueError(f"init={init!r} is not possible: give 'pretrained' or 'random'.")
+    if distribute not in ("auto", None):
+        raise ValueError(f"distribute={distribute!r} is not possible: give 'auto' or None.")
+    if distribute is None and (precision or quantize):
+        option = f"precision={precision!r}" if precision else f"quantize={quantize!r}"
+        raise ValueError(f"{option} cannot act with distribute=None. Give it to `distribute` then, or leave None out.")
+    if init == "random" and quantize is not None:
+        raise ValueError(f"quantize={quantize!r} cannot act with init='random': train the model first.")
+
+
 def random_parts(
-    model: str | Path,
-    *,
-    tokenizer_dir: str | Path | None,
-    places: bool,
-    compile: bool,
-    precision: str | None,
-    prompt_style: str | PromptStyle | NamedTemplate | None,
-    access_token: Secret | str | None,
+    model: str | Path, options: LoadOptions, *, tokenizer_dir: str | Path | None, dtype: torch.dtype | None = None
 ) -> Parts:
     """A model of random weights, with a tokenizer that there is: as `LLM.load`.
 
     Args:
-        places: Whether it goes where it answers quickest; else it stays on the CPU in torch's default type.
-        model, tokenizer_dir, compile, precision, prompt_style, access_token: As for `LLM.load`.
+        model, tokenizer_dir: As for `LLM.load`.
+        options: What the user wants of it; it is not quantised.
+        dtype: Stay on the CPU, in this type; None goes where it answers quickest, in the precision of the options.
 
     Raises:
         FileNotFoundError, ValueError: As for `LLM.load`.
@@ -166,16 +195,17 @@ def random_parts(
             f"init='random' makes the weights of {model}, but not its tokenizer. Give tokenizer_dir, a checkpoint "
             f"(`litgpt download {model} --tokenizer_only true`)."
         )
-    tokenizer = Tokenizer(find_tokenizer(tokenizer_dir or model, access_token))
-    style = choose_prompt_style(Path(tokenizer.dir), explicit=prompt_style, config=config, tokenizer=tokenizer)
-    device = torch.device(best_accelerator() if places else "cpu")
-    dtype, autocast = torch.get_default_dtype(), None
-    if places:
-        dtype, autocast = inference_dtypes(precision or inference_precision(device), device)
+    tokenizer = Tokenizer(find_tokenizer(tokenizer_dir or model, options.access_token))
+    style = choose_prompt_style(Path(tokenizer.dir), explicit=options.prompt_style, config=config, tokenizer=tokenizer)
+    device, autocast = torch.device(best_accelerator() if dtype is None else "cpu"), None
+    if dtype is None:
+        dtype, autocast = inference_dtypes(options.precision or inference_precision(device), device)
     gpt = meta_model(config)
     give_memory(gpt, dtype, device)
     gpt.init_weights()
-    return Parts(gpt, tokenizer, style, engine={"autocast": autocast, "compile": compile})
+    engine = EngineOptions(compile=options.compile, autocast=autocast)
+    placement = Placement([device])
+    return Parts(gpt, tokenizer, style, placement, engine, placement.make_engine)
 
 
 def _say(text: str) -> None:

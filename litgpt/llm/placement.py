@@ -5,24 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from litgpt.config import Config
 from litgpt.devices.accelerator import accelerator as best_accelerator
 from litgpt.devices.accelerator import chosen_devices
 from litgpt.generation.engine import Engine
-from litgpt.generation.rank_engine import RankEngine
-from litgpt.llm.leader import Leader
+from litgpt.generation.interface import EngineOptions, GenerationEngine
 from litgpt.model import GPT
-from litgpt.parallel.sequential import connect_blocks, place_blocks, placed_weights
-from litgpt.parallel.tensor_parallel import check_split, split_model
 from litgpt.quantization.layers import FOUR_BIT_KINDS
 from litgpt.sources.adapted import AdapterSource
 from litgpt.sources.load import load_model
 from litgpt.sources.meta import meta_model
 from litgpt.sources.part import check_whole
-from litgpt.sources.source import Source
+from litgpt.sources.source import Source, Watch
+
+if TYPE_CHECKING:  # what shares a model between devices is imported where several do
+    from litgpt.llm.leader import Leader
 
 STRATEGIES = ("sequential", "tensor_parallel")
 
@@ -34,18 +35,14 @@ class Placement:
         devices: Where it goes; inputs and outputs are on the first.
         strategy: "sequential" puts some blocks on each device, "tensor_parallel" a part of every layer, in a process
             for each; None for one device.
-        load: What loads the model where there is one device, in place of `load_model`.
 
     Attributes:
         leader: What runs the other processes, where there are some and the model is loaded.
     """
 
-    def __init__(
-        self, devices: Sequence[torch.device], strategy: str | None = None, load: Callable[..., GPT] = load_model
-    ) -> None:
+    def __init__(self, devices: Sequence[torch.device], strategy: str | None = None) -> None:
         self.devices, self.strategy = list(devices), strategy
         self.leader: Leader | None = None
-        self._load = load
 
     def __str__(self) -> str:
         """Such as "cpu", or "2 x cuda, sequential"."""
@@ -63,10 +60,10 @@ class Placement:
         return self.devices[0]
 
     def check(self, source: Source, quantize: str | None, compile: bool) -> None:
-        """Refuses a model or options that cannot be shared so, before any weights are read.
+        """Refuse a model or options that cannot be shared so, before any weights are read.
 
         Raises:
-            ValueError: Says what cannot act.
+            ValueError: Says what is not supported.
         """
         if self.strategy is None:
             return
@@ -76,6 +73,8 @@ class Placement:
                 "out, or take one device."
             )
         if self.strategy == "sequential":
+            from litgpt.parallel.sequential import place_blocks
+
             place_blocks(meta_model(source.config), len(self.devices))
             return
         check_whole(source)
@@ -89,46 +88,82 @@ class Placement:
                 f"'{source.files}' holds an adapter, which cannot be split over processes (tensor_parallel). Take "
                 "sequential, or one device."
             )
+        from litgpt.parallel.tensor_parallel import check_split
+
         check_split(source.config, len(self.devices))
 
-    def load(self, checkpoint: Path | str, source: Source, dtype: torch.dtype, **how: Any) -> GPT:
-        """Loads a model, here or everywhere.
+    def load(
+        self, checkpoint: Path | str, source: Source, *, dtype: torch.dtype, quantize: str | None, watch: Watch
+    ) -> GPT:
+        """Load a model, here or everywhere.
 
         Args:
             checkpoint: What the user named.
             source: The same, opened.
-            dtype: The type of the weights.
-            how: Other arguments of `load_model`.
+            dtype, quantize, watch: As for `load_model`.
 
         Raises:
             RanksLost: One of several processes could not load its part.
         """
-        if self.strategy is None:
-            return self._load(source, dtype=dtype, device=self.device, **how)
         if self.strategy == "sequential":
-            places = place_blocks(meta_model(source.config), len(self.devices))
-            model = self._load(source, dtype=dtype, device=placed_weights(places, self.devices), **how)
-            connect_blocks(model, places, self.devices)
-            return model
+            return self._load_in_blocks(source, dtype, quantize, watch)
+        if self.strategy == "tensor_parallel":
+            return self._load_in_parts(checkpoint, source, dtype, quantize, watch)
+        return load_model(source, dtype=dtype, device=self.device, quantize=quantize, watch=watch)
+
+    def _load_in_blocks(self, source: Source, dtype: torch.dtype, quantize: str | None, watch: Watch) -> GPT:
+        from litgpt.parallel.sequential import connect_blocks, place_blocks, placed_weights
+
+        places = place_blocks(meta_model(source.config), len(self.devices))
+        device = placed_weights(places, self.devices)
+        model = load_model(source, dtype=dtype, device=device, quantize=quantize, watch=watch)
+        connect_blocks(model, places, self.devices)
+        return model
+
+    def _load_in_parts(
+        self, checkpoint: Path | str, source: Source, dtype: torch.dtype, quantize: str | None, watch: Watch
+    ) -> GPT:
+        from litgpt.llm.leader import Leader
+        from litgpt.parallel.tensor_parallel import split_model
+
         name = str(dtype).removeprefix("torch.")
-        self.leader = Leader(
-            self.devices, {"checkpoint": str(checkpoint), "dtype": name, "quantize": how.get("quantize")}
-        )
+        self.leader = Leader(self.devices, {"checkpoint": str(checkpoint), "dtype": name, "quantize": quantize})
         try:
             split = partial(split_model, group=self.leader.group)
-            model = self._load(source, dtype=dtype, device=self.device, split=split, **how)
+            model = load_model(source, dtype=dtype, device=self.device, quantize=quantize, split=split, watch=watch)
             self.leader.rendezvous()
         except BaseException:
             self.leader.close()
             raise
         return model
 
-    def make_engine(self, model: GPT, **options: Any) -> Engine:
+    def make_engine(self, model: GPT, options: EngineOptions) -> GenerationEngine:
         """The engine of a model that was loaded so."""
-        return Engine(model, **options) if self.leader is None else RankEngine(model, self.leader, **options)
+        if self.leader is not None:
+            from litgpt.generation.rank_engine import RankEngine
+
+            return RankEngine(
+                model,
+                self.leader,
+                autocast=options.autocast,
+                max_slots=options.max_slots,
+                fixed_length=options.fixed_length,
+            )
+        return Engine(
+            model,
+            max_slots=options.max_slots,
+            compile=options.compile,
+            autocast=options.autocast,
+            fixed_length=options.fixed_length,
+        )
+
+    def on_loss(self, call: Callable[[BaseException], None]) -> None:
+        """Have a function called, in a thread of its own, where another process ends that nobody told to."""
+        if self.leader is not None:
+            self.leader.on_loss = call
 
     def close(self) -> None:
-        """Ends the other processes, if there are any."""
+        """End the other processes, if there are any."""
         if self.leader is not None:
             self.leader.close()
 
@@ -169,3 +204,19 @@ def named_device(kind: str) -> torch.device:
     if kind not in ("cpu", best):
         raise ValueError(f"--accelerator {kind}: there is none here. Give cpu or auto, which is {best}.")
     return torch.device(kind)
+
+
+def fixed_length(size: int | str | None, config: Config) -> int | None:
+    """How many tokens the KV cache always has room for, of what a user gives as `fixed_kv_cache_size`.
+
+    Raises:
+        ValueError: That is more than the model's context, or less than two.
+    """
+    length = config.block_size if size == "max_model_supported" else size
+    if length is None:
+        return None
+    if not isinstance(length, int) or not 1 < length <= config.block_size:
+        raise ValueError(
+            f"fixed_kv_cache_size={size!r} is not possible: give 2 to {config.block_size}, the model's context."
+        )
+    return length

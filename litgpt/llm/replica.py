@@ -17,8 +17,10 @@ import torch
 
 from litgpt.generation.request import Output, Request
 from litgpt.generation.sampling import Sampling
-from litgpt.generation.worker import Ticket, Worker
-from litgpt.llm.llm import load_llm
+from litgpt.generation.worker import Ticket
+from litgpt.llm.llm import LLM
+from litgpt.llm.loading import LoadOptions, load_parts
+from litgpt.llm.placement import Placement
 
 
 def main() -> None:
@@ -39,9 +41,9 @@ def _work(job: dict[str, Any], replies: Any) -> None:
     device = torch.device(job["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)  # or else it would take memory of the first one, too
-    llm = load_llm(job["checkpoint"], device=device, precision=job["precision"], quantize=job["quantize"])
-    worker: Worker = llm.worker
-    worker.engine.max_slots = job["max_slots"]
+    options = LoadOptions(job["precision"], job["quantize"])
+    llm = LLM(load_parts(job["checkpoint"], options, placement=Placement([device]), max_slots=job["max_slots"]))
+    worker = llm.worker
     tickets: dict[int, Ticket] = {}
     for line in sys.stdin.buffer:
         message = json.loads(line)
@@ -62,7 +64,7 @@ def _deliver(replies: Any, tickets: dict[int, Ticket], number: int, output: Outp
         os._exit(1)
     if output.finish_reason is not None:
         tickets.pop(number, None)
-    values = asdict(replace(output, request=number, logprobs=[], prompt_logprobs=[]))
+    values: dict[str, Any] = asdict(replace(output, request=number, logprobs=[], prompt_logprobs=[]))
     for name in ("logprobs", "prompt_logprobs"):
         values[name] = [(one.token, one.logprob, one.top_logprobs) for one in getattr(output, name)]
     _tell(replies, values)

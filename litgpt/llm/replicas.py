@@ -15,12 +15,13 @@ import torch
 from litgpt.cli.secret import Secret
 from litgpt.devices.accelerator import chosen_devices
 from litgpt.devices.precision import inference_precision
-from litgpt.generation.engine import MAX_SLOTS
+from litgpt.generation.interface import MAX_SLOTS
 from litgpt.generation.request import Output, Request, TokenLogprob
 from litgpt.generation.worker import Ticket
 from litgpt.llm.child_process import ChildProcess
-from litgpt.llm.llm import LLM, load_llm
-from litgpt.llm.placement import named_device
+from litgpt.llm.llm import LLM
+from litgpt.llm.loading import LoadOptions, load_parts
+from litgpt.llm.placement import Placement, named_device
 
 Piece = TypeVar("Piece")
 Deliver = Callable[[Output | Exception], None]
@@ -64,19 +65,21 @@ class Replicas:
         if devices[0].type == "cpu" and self.count > 1:
             threads = max(1, threads // self.count)
             torch.set_num_threads(threads)
-        how = {"precision": self.precision, "quantize": quantize}
+        options = LoadOptions(self.precision, quantize, access_token=access_token)
+        placement = Placement([devices[0]])
         try:
             # First here: what is wrong with the checkpoint is said once, and a download is made once.
-            self.llm: LLM = load_llm(checkpoint, device=devices[0], access_token=access_token, **how)
+            self.llm = LLM(load_parts(checkpoint, options, placement=placement, max_slots=self.max_slots))
             for device in devices[1:]:
                 job = {
                     "checkpoint": str(checkpoint),
                     "device": str(device),
+                    "precision": self.precision,
+                    "quantize": quantize,
                     "max_slots": self.max_slots,
                     "threads": threads,
                 }
-                self._others.append(_Replica(job | how, len(self._others) + 1))
-            self.llm.engine.max_slots = self.max_slots
+                self._others.append(_Replica(job, len(self._others) + 1))
         except BaseException:
             self.close()
             raise
@@ -95,7 +98,7 @@ class Replicas:
             ReplicaLost: A process is gone.
         """
         if not self._others:
-            yield from self.llm.run(requests, take)
+            yield from self.llm.live.run(requests, take)
             return
         for request in requests:
             self.llm.worker.engine.check(request)
@@ -179,9 +182,9 @@ class _Replica(ChildProcess):
         if "error" in message:
             self._reason = message["error"]
             return
+        for name in ("logprobs", "prompt_logprobs"):
+            message[name] = [TokenLogprob(*value) for value in message[name]]
         output = Output(**message)
-        for values in (output.logprobs, output.prompt_logprobs):
-            values[:] = [TokenLogprob(*value) for value in values]
         finished = output.finish_reason is not None
         deliver = self.deliveries.pop(output.request, None) if finished else self.deliveries.get(output.request)
         if deliver is not None:
@@ -195,17 +198,15 @@ class _Replica(ChildProcess):
             deliver(self.failure)
 
 
-def load_replicas(checkpoint: Path | str, *, devices: int | str = 1, device: str | None = None, **how: Any) -> Replicas:
-    """Loads a model on several devices.
+def replica_devices(devices: int | str = 1, device: str | None = None) -> list[torch.device]:
+    """Where the copies of a model go.
 
     Args:
-        checkpoint: What the user named.
         devices: How many, or their numbers as 0,2; auto takes all. On a CPU, the number of processes.
         device: cpu, cuda, mps or one such as cuda:1; by default the best there is.
-        how: Other arguments of `Replicas`.
 
     Raises:
-        ValueError: There is no such device; and as for `LLM.load`.
+        ValueError: There is no such device.
     """
     kind, _, number = (device or "auto").partition(":")
     try:
@@ -222,4 +223,4 @@ def load_replicas(checkpoint: Path | str, *, devices: int | str = 1, device: str
         places = chosen_devices(devices, kind=best.type)
     if len(places) > 1 and best.type == "cpu" and len(places) > (os.cpu_count() or 1):
         raise ValueError(f"--devices {devices} is more processes than this machine has cores ({os.cpu_count()}).")
-    return Replicas(checkpoint, places, **how)
+    return places

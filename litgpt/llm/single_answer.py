@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from litgpt.cli.secret import Secret
 from litgpt.generation.compile_notes import notes_wait
 from litgpt.generation.sampling import Sampling
-from litgpt.llm import LLM
+from litgpt.llm.llm import LLM
+from litgpt.llm.loading import LoadOptions
 from litgpt.llm.terminal import Stopwatch, announce_compilation, clean, cut_line, memory_line, say
 from litgpt.prompts import format_of_options
 from litgpt.prompts.styles import Message
@@ -58,68 +58,66 @@ class Options:
     access_token: Secret | None = None
     """For a gated model that has to be downloaded first."""
 
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise ValueError(f"--num_samples {self.num_samples} is not possible: give 1 or more.")
+        _ = self.sampling  # refuses what is not possible
 
-def answer(load: Callable[..., LLM], prompt: str, options: Options, input: str = "") -> LLM:
-    """Prints what a model answers, and what was measured.
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are sampled."""
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, seed=self.seed)
+
+    @property
+    def loading(self) -> LoadOptions:
+        """How the model is loaded."""
+        style = format_of_options(self.prompt_style, self.chat_template)
+        return LoadOptions(self.precision, self.quantize, self.compile, style, self.access_token)
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt that is given; the default stands for one that is piped in."""
+    return _piped_prompt() or prompt if prompt == DEFAULT_PROMPT else prompt
+
+
+def print_answers(llm: LLM, prompt: str, options: Options, input: str = "") -> None:
+    """Print what a model answers, and what was measured.
 
     Args:
-        load: Loads the model; takes those of the options that are about it. What can be wrong with the others is said
-            before.
-        prompt: What to answer; the default stands for one that is piped in.
+        llm: The model.
+        prompt: What to answer.
         options: The command's.
         input: What the prompt is about, in a prompt format's place for it, or after the prompt.
-
-    Returns:
-        The model that answered.
     """
-    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
-    if options.num_samples < 1:
-        raise ValueError(f"--num_samples {options.num_samples} is not possible: give 1 or more.")
-    prompt = _piped_prompt() or prompt if prompt == DEFAULT_PROMPT else prompt
-    llm = load(
-        precision=options.precision,
-        compile=options.compile,
-        prompt_style=format_of_options(options.prompt_style, options.chat_template),
-        access_token=options.access_token,
-        quantize=options.quantize,
-    )
     system: list[Message] = [] if options.sys_prompt is None else [{"role": "system", "content": options.sys_prompt}]
-    ids = llm.encode([*system, {"role": "user", "content": clean(prompt)}], clean(input))
+    ids = llm.codec.encode([*system, {"role": "user", "content": clean(prompt)}], clean(input))
     say(f"Seed set to {options.seed}")
     new, context = options.max_new_tokens, llm.config.block_size
     if new is not None and len(ids) + new > context > len(ids):
         say(f"The model's context of {context} tokens leaves room for {context - len(ids)} after the prompt.")
     if options.compile:
         announce_compilation(llm)
-    for sample in range(options.num_samples):
-        _answer(llm, ids, sample + 1, new, sampling, options.seed + sample, options.include_prompt)
+    for index in range(options.num_samples):
+        _print_answer(llm, ids, index, options)
     say(memory_line(llm))
-    return llm
 
 
-def _answer(
-    llm: LLM,
-    prompt: list[int],
-    number: int,
-    max_new_tokens: int | None,
-    sampling: Sampling,
-    seed: int,
-    include_prompt: bool,
-) -> None:
+def _print_answer(llm: LLM, prompt: list[int], index: int, options: Options) -> None:
+    """One of the answers, which has a seed of its own."""
     stopwatch = Stopwatch()
-    ids = llm.stream(llm.request(prompt, max_new_tokens, sampling, seed))
-    pieces = llm.text(stopwatch.count(ids), prompt, joins=include_prompt)
+    request = llm.codec.request(prompt, options.max_new_tokens, options.sampling.following(index))
+    pieces = llm.codec.text(stopwatch.count(llm.live.stream(request)), prompt, joins=options.include_prompt)
     first = next(pieces, "")  # a prompt that is too long is refused before anything is printed
-    if include_prompt:
+    if options.include_prompt:
         print(llm.tokenizer.decode(prompt), end="")
     with notes_wait():
         print(first, end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
-    if line := cut_line(llm, stopwatch, len(prompt), max_new_tokens):
+    if line := cut_line(llm, stopwatch, len(prompt), options.max_new_tokens):
         say(line)
-    say(f"Time for inference {number}: {stopwatch.report()}")
+    say(f"Time for inference {index + 1}: {stopwatch.report()}")
 
 
 def _piped_prompt() -> str:

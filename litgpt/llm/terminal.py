@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterator
 
 from litgpt.cli.plural import counted
 from litgpt.devices.memory import memory_used
-from litgpt.llm import LLM
+from litgpt.llm.llm import LLM
 
 
 def clean(text: str) -> str:

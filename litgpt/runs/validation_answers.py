@@ -92,7 +92,7 @@ class ValidationAnswers:
             mine.append(shown)
         stops = self.data.style.stop_sequences(self.tokenizer)
         requests = [
-            Request(self._prompt(index), self.evaluation.max_new_tokens, Sampling(temperature=0), stops, seed=0)
+            Request(self._prompt(index), self.evaluation.max_new_tokens, Sampling(temperature=0, seed=0), stops)
             for index in mine
         ]
         _, autocast = PRECISIONS[precision_of(self.fabric)]

@@ -62,9 +62,9 @@ class Answers:
         param: str = "prompt",
     ) -> None:
         self.service, self.model, self.requests, self.param = service, model, requests, param
-        joins = joins or model.style.continues_text
+        joins = joins or model.codec.style.continues_text
         self._texts = [
-            AnswerText(model.tokenizer, request.constraint, stops, request.prompt if joins else (), shown)
+            AnswerText(model.codec.tokenizer, request.constraint, stops, request.prompt if joins else (), shown)
             for request in requests
         ]
         each = len(requests) // prompts
@@ -210,10 +210,11 @@ class AnswerText:
 
 def several(request: Request, count: int) -> list[Request]:
     """The request so many times, each with a seed and a constraint of its own."""
+    seed = request.sampling.seed
     return [
         replace(
             request,
-            seed=None if request.seed is None else (request.seed + index) % 2**63,
+            sampling=request.sampling if seed is None else replace(request.sampling, seed=(seed + index) % 2**63),
             constraint=request.constraint and request.constraint.copy(),
         )
         for index in range(count)

@@ -24,7 +24,8 @@ def encode(model: ServedModel, request: ChatRequest, tools: Sequence[dict[str, A
     if tools:
         variables["tools"] = list(tools)
     try:
-        return model.encode([_message(message) for message in request.messages], **variables)
+        messages = [_message(message) for message in request.messages]
+        return model.codec.encode(messages, room=model.context, variables=variables)
     except ValueError as error:
         raise prompt_error(error, "messages") from None
 
@@ -37,7 +38,7 @@ def template_variables(model: ServedModel, request: ChatRequest) -> dict[str, An
             raise ApiError(400, f"chat_template_kwargs.{name} is not possible.", param="chat_template_kwargs")
     if request.reasoning_effort is not None:
         variables.setdefault("reasoning_effort", request.reasoning_effort)
-    if variables and not isinstance(model.style, ChatTemplate):
+    if variables and not isinstance(model.codec.style, ChatTemplate):
         name = "chat_template_kwargs" if request.chat_template_kwargs else "reasoning_effort"
         raise ApiError(
             400, f"{name} cannot act: this model has no chat template.", param=name, code="unsupported_value"

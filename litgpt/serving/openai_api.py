@@ -6,7 +6,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -78,27 +78,16 @@ def sampling_of(body: SamplingFields, model: ServedModel) -> Sampling:
     Raises:
         ApiError: a token of logit_bias is not in the vocabulary.
     """
-    defaults = model.defaults
-
-    def given(name: str, default: Any) -> Any:
-        value = getattr(body, name, None)
-        return default if value is None else value
-
-    temperature, top_k = given("temperature", defaults.temperature), given("top_k", defaults.top_k)
-    biases = given("logit_bias", {})
-    if biases and max(biases) >= model.config.padded_vocab_size:
-        message = f"logit_bias: there is no token {max(biases)}; the last is {model.config.padded_vocab_size - 1}."
+    fields = ("temperature", "top_k", "top_p", "min_p", "seed")
+    fields += ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
+    given = {name: value for name in fields if (value := getattr(body, name, None)) is not None}
+    if given.get("top_k", 1) <= ALL:
+        given["top_k"] = None
+    sampling = replace(model.defaults.sampling, **given)
+    if (largest := max(sampling.logit_bias, default=0)) >= model.vocab_size:
+        message = f"logit_bias: there is no token {largest}; the last is {model.vocab_size - 1}."
         raise ApiError(400, message, param="logit_bias", code="invalid_value")
-    return Sampling(
-        temperature=temperature if temperature >= 1e-5 else 0.0,  # what is smaller overflows
-        top_k=None if top_k is None or top_k <= ALL else top_k,
-        top_p=given("top_p", defaults.top_p),
-        min_p=given("min_p", 0.0),
-        repetition_penalty=given("repetition_penalty", 1.0),
-        presence_penalty=given("presence_penalty", 0.0),
-        frequency_penalty=given("frequency_penalty", 0.0),
-        logit_bias=biases,
-    )
+    return sampling if sampling.temperature >= 1e-5 else replace(sampling, temperature=0.0)  # it would overflow
 
 
 def engine_request(
@@ -110,7 +99,7 @@ def engine_request(
     constraint: GrammarConstraint | None = None,
 ) -> EngineRequest:
     stops = [] if body.ignore_eos else model.stops
-    return EngineRequest(prompt, most, sampling_of(body, model), stops, body.seed, logprobs, constraint)
+    return EngineRequest(prompt, most, sampling_of(body, model), stops, logprobs, constraint)
 
 
 def check_logprobs(model: ServedModel, requests: Sequence[EngineRequest], each: int | None) -> None:
@@ -164,7 +153,7 @@ def prepare_chat(service: Service, body: ChatRequest) -> ChatKind:
         model,
         several(request, body.n or 1),
         stops=body.stops,
-        shown=form.shown(model.tokenizer) if form else (),
+        shown=form.shown(model.codec.tokenizer) if form else (),
         param="messages",
     )
     readers = None
@@ -181,7 +170,7 @@ def _functions(body: ChatRequest, model: ServedModel) -> tuple[list[tools.Functi
         raise ApiError(400, "tool_choice needs tools.", param="tool_choice", code="invalid_value")
     if choice == "none":
         return [], None
-    form = tools.tool_form(model.style)
+    form = tools.tool_form(model.codec.style)
     if form is None:
         message = f"The prompt format of {model.name} has no place for tools. Leave them out, or take another model."
         raise ApiError(400, message, param="tools", code="unsupported_value")
@@ -216,7 +205,7 @@ def _grammar(
     if isinstance(body.tool_choice, NamedTool):
         functions = [function for function in functions if function.name == body.tool_choice.function.name]
     parallel = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedTool)
-    calls = form.rules(model.tokenizer, functions, parallel)
+    calls = form.rules(model.codec.tokenizer, functions, parallel)
     return f"start: calls\n{calls}" if must_call else f"start: calls | answer\n{calls}\n{answer}"
 
 
@@ -230,9 +219,7 @@ def prepare_completion(service: Service, body: CompletionRequest) -> CompletionK
         raise ApiError(400, "prompt is an empty list.", param="prompt", code="invalid_value")
     service.check_size(len(prompts) * (body.n or 1))
     try:
-        encoded = [
-            model.encode_text(prompt) if isinstance(prompt, str) else model.checked(list(prompt)) for prompt in prompts
-        ]
+        encoded = [model.encode_prompt(prompt) for prompt in prompts]
     except ValueError as error:
         raise prompt_error(error, "prompt") from None
     most = model.defaults.max_new_tokens if body.max_tokens is None else body.max_tokens
@@ -246,7 +233,7 @@ def prepare_completion(service: Service, body: CompletionRequest) -> CompletionK
     answers = Answers(service, model, requests, prompts=len(encoded), stops=body.stops, joins=True)
     echo = [""] * len(requests)
     if body.echo:
-        texts = [prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt) for prompt in prompts]
+        texts = [prompt if isinstance(prompt, str) else model.codec.tokenizer.decode(prompt) for prompt in prompts]
         echo = [text for text in texts for _ in range(body.n or 1)]
     return CompletionKind(model, answers, body, [text.encode("utf-8", "replace").decode() for text in echo])
 
@@ -412,7 +399,7 @@ class ChatKind(Kind):
         return {"content": content, "refusal": None}
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        data = self.model.tokenizer.token_bytes(token)
+        data = self.model.codec.tokenizer.token_bytes(token)
         return {
             "token": data.decode("utf-8", "replace"),
             "logprob": max(logprob, LEAST_LOGPROB),
@@ -456,7 +443,7 @@ class CompletionKind(Kind):
             for token, known in zip(prompt, [None, *choice.prompt_logprobs], strict=True):
                 text = self._text(token)
                 # What a tokenizer puts before a text is no part of it.
-                is_seen = not self.model.tokenizer.is_control(token) or echo.startswith(text, self.offsets[index])
+                is_seen = not self.model.codec.tokenizer.is_control(token) or echo.startswith(text, self.offsets[index])
                 write(token, len(text) if is_seen else 0, known)
             self.offsets[index] = len(echo)
         for known in choice.logprobs:
@@ -473,7 +460,7 @@ class CompletionKind(Kind):
         return found
 
     def _text(self, token: int) -> str:
-        return self.model.tokenizer.token_bytes(token).decode("utf-8", "replace")
+        return self.model.codec.tokenizer.token_bytes(token).decode("utf-8", "replace")
 
 
 def _described(model: ServedModel) -> dict[str, Any]:

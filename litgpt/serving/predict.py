@@ -49,11 +49,11 @@ def prepare(service: Service, body: PredictRequest) -> Answers:
     """
     model = service.model()
     try:
-        prompt = model.encode([{"role": "user", "content": body.prompt}])
+        prompt = model.codec.encode([{"role": "user", "content": body.prompt}], room=model.context)
     except ValueError as error:
         raise prompt_error(error, "prompt") from None
     most = body.max_new_tokens or model.defaults.max_new_tokens
-    return Answers(service, model, [EngineRequest(prompt, most, sampling_of(body, model), model.stops, body.seed)])
+    return Answers(service, model, [EngineRequest(prompt, most, sampling_of(body, model), model.stops)])
 
 
 async def _whole(answers: Answers) -> str:

@@ -62,11 +62,17 @@ class LoRASource(AdaptedSource):
 
 
 class AdapterSource(AdaptedSource):
-    """LLaMA-Adapter or Adapter v2, put into the model that the base's weights are loaded into."""
+    """LLaMA-Adapter or Adapter v2, put into the model that the base's weights are loaded into.
 
-    def __init__(self, base: Source, directory: Path) -> None:
-        super().__init__(base, directory)
-        self.adapter, _ = read_adapter(directory)
+    Args:
+        base: As for `AdaptedSource`.
+        adapter: The directory of the adapter, or its file.
+        files: Where the tokenizer and prompt style are, if not with the adapter.
+    """
+
+    def __init__(self, base: Source, adapter: Path, files: Path | None = None) -> None:
+        super().__init__(base, files or adapter)
+        self.adapter, _ = read_adapter(adapter)
         self.quantized, self.note = base.quantized, base.note
 
     def forms(self, kind: str | None) -> Iterator[tuple[str, Tensor | Parts]]:

@@ -16,7 +16,7 @@ import torch
 from litgpt.generation import compile_notes
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
-from litgpt.llm import LLM
+from litgpt.llm.codec import Codec
 from litgpt.prompts import choose_prompt_style
 from litgpt.sources.load import load_model
 from litgpt.tokenizer.tokenizer import Tokenizer
@@ -125,14 +125,14 @@ def test_reset_forgets(chat, chat_model):
 
 @pytest.mark.parametrize("command", ["chat", "generate"])
 def test_notes_on_compiling_do_not_break_a_reply(litgpt, chat, chat_model, monkeypatch, command):
-    waits, pieces = [], LLM.text
+    waits, pieces = [], Codec.text
 
     def watched(*args, **how):
         for piece in pieces(*args, **how):
             yield piece
             waits.append(compile_notes._waiting is not None)  # the piece is printed
 
-    monkeypatch.setattr(LLM, "text", watched)
+    monkeypatch.setattr(Codec, "text", watched)
     if command == "chat":
         assert replies(chat(chat_model, "Hello", "").out) == expected_replies(chat_model, ["Hello"])
     else:
@@ -229,9 +229,9 @@ def test_a_reply_goes_on_to_its_end_and_a_limit_that_cuts_it_is_said(chat, tmp_p
 
 def test_a_prompt_keeps_its_capitals(chat, chat_model, monkeypatch):
     seen = []
-    encode = LLM.encode
+    encode = Codec.encode
     monkeypatch.setattr(
-        LLM, "encode", lambda llm, messages, *more: (seen.append(messages), encode(llm, messages, *more))[1]
+        Codec, "encode", lambda codec, messages, *more: (seen.append(messages), encode(codec, messages, *more))[1]
     )
     assert chat(chat_model, "Who is NASA?", "").code == 0
     assert [message["content"] for message in seen[0]] == ["Who is NASA?"]

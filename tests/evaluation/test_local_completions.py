@@ -33,7 +33,7 @@ def test_the_harness_over_http_gives_the_figures_of_the_harness(request, model, 
                 "model": served.model.name,
                 "tokenizer": str(directory),
                 "max_length": ROOM,
-                "add_bos_token": served.model.tokenizer.adds_bos,  # there it is not the tokenizer that decides
+                "add_bos_token": served.model.codec.tokenizer.adds_bos,  # there it is not the tokenizer that decides
                 "num_concurrent": 2,
                 "max_retries": 1,
             },
@@ -44,7 +44,7 @@ def test_the_harness_over_http_gives_the_figures_of_the_harness(request, model, 
             bootstrap_iters=0,
             fewshot_as_multiturn=False,
         )["samples"]
-        tokenizer = served.model.tokenizer
+        tokenizer = served.model.codec.tokenizer
         compared = 0
         for name in TASKS:
             for one, other, third in zip(found[name], expected[name], own[name], strict=True):
@@ -81,7 +81,7 @@ def reference(served, ids: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("as_ids", [False, True])
 @pytest.mark.parametrize("count", [0, 5])
 def test_a_prompt_is_scored_token_by_token(served, as_ids, count):
-    tokenizer, text = served.model.tokenizer, "the king of France sat upon a stone"
+    tokenizer, text = served.model.codec.tokenizer, "the king of France sat upon a stone"
     ids = tokenizer.encode_ids(text)
     response = complete(served, prompt=ids if as_ids else text, max_tokens=count, echo=True, logprobs=2)
     [choice] = response["choices"]
@@ -148,7 +148,7 @@ def test_nothing_is_generated_where_nothing_is_asked_for(served):
 def test_a_token_that_ends_the_answer_is_scored_too(served):
     """Clients take the last entry to be generated."""
     ends = {stop[0]: 100 for stop in served.model.stops}
-    ids = served.model.tokenizer.encode_ids("the king")
+    ids = served.model.codec.tokenizer.encode_ids("the king")
     [choice] = complete(served, prompt=ids, max_tokens=1, echo=True, logprobs=1, logit_bias=ends)["choices"]
     assert (choice["finish_reason"], choice["text"]) == ("stop", "the king")
     assert len(choice["logprobs"]["token_logprobs"]) == len(ids) + 1

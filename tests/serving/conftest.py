@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from litgpt.checkpoint import WEIGHTS
-from litgpt.commands.serve import adapted_model
 from litgpt.generation.engine import Engine
-from litgpt.generation.worker import Worker
-from litgpt.llm import load_llm
+from litgpt.llm.llm import LLM
+from litgpt.llm.loading import LoadOptions, load_parts
+from litgpt.llm.placement import Placement
 from litgpt.serving.application import create_app
 from litgpt.serving.connections import Limits
-from litgpt.serving.served import ServedModel
+from litgpt.serving.served import ServedModel, adapted_model
 from litgpt.serving.server import Server, listen
 from litgpt.serving.service import Service
 from litgpt.sources.adapted import add_lora
@@ -116,21 +116,16 @@ def running(
     **options,
 ) -> Iterator[Running]:
     """A server for a checkpoint, in float32; `options` go to the application."""
-    llm = load_llm(directory, precision="32-true", device="cpu")
-    llm.engine.max_slots = slots
+    placement = Placement([torch.device("cpu")])
+    llm = LLM(load_parts(directory, LoadOptions("32-true"), placement=placement, max_slots=slots))
     service = Service(slots, queue, timeout)
     service.requests.write = None if log is None else log.append
 
     def load() -> list[ServedModel]:
         before_loading()
-        base = ServedModel(llm.name, llm.tokenizer, llm.prompt_style, Worker(llm.engine))
-        return [
-            base,
-            *(
-                adapted_model(llm, base, name, add_lora(open_model(directory), path), None)
-                for name, path in adapters.items()
-            ),
-        ]
+        base = ServedModel(llm)
+        loras = {name: add_lora(open_model(directory), path) for name, path in adapters.items()}
+        return [base, *(adapted_model(base, name, lora, None) for name, lora in loras.items())]
 
     server = Server(create_app(service, **options), service, load, limits, grace)
     listener = listen("127.0.0.1", 0)

@@ -45,7 +45,7 @@ def adapted(chat_directory, tmp_path_factory):
 def test_each_name_answers_with_its_adapter_and_the_base_is_shared(chat_directory, adapted):
     directories, models = adapted
     with running(chat_directory, adapters=directories) as server:
-        tokenizer, expected = server.model.tokenizer, {}
+        tokenizer, expected = server.model.codec.tokenizer, {}
         for name, model in models.items():
             style = PromptStyle.from_name("alpaca") if name == "clerk" else server.model.style
             request = Request(style.encode(tokenizer, MESSAGES), 20, Sampling(0))

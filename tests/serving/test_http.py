@@ -242,7 +242,7 @@ def test_a_client_that_does_not_read_holds_its_slot_no_longer_than_the_limit(cha
         brake = Brake(slow, after=8)
 
         async def read() -> None:
-            prompt = slow.model.encode(CHAT["messages"])
+            prompt = slow.model.codec.encode(CHAT["messages"])
             answers = Answers(slow.service, slow.model, [Request(prompt, 400, Sampling(0))])
             pieces = answers.pieces()
             assert (await anext(pieces)).text
@@ -303,7 +303,7 @@ def test_metrics(chat_directory):
         httpx.get(f"{server.url}/some/unknown/path")
         lines = httpx.get(f"{server.url}/metrics").text.splitlines()
         values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-        prompt = len(server.model.encode([{"role": "user", "content": "Hello"}]))
+        prompt = len(server.model.codec.encode([{"role": "user", "content": "Hello"}]))
         assert float(values["litgpt_generated_tokens_total"]) == 8
         assert float(values["litgpt_prompt_tokens_total"]) == 2 * prompt
         assert float(values["litgpt_cached_tokens_total"]) == prompt - 1
@@ -318,7 +318,7 @@ def test_metrics(chat_directory):
 
 def test_a_prompt_is_read_in_turns_with_the_answers_of_others(served):
     """The server's engine is the one that Request describes: nothing is between them but HTTP."""
-    prompt = served.model.encode([{"role": "user", "content": "Hello"}])
+    prompt = served.model.codec.encode([{"role": "user", "content": "Hello"}])
     tokens = list(served.model.worker.stream(Request(prompt, 4, Sampling(0), served.model.stops)))
     answer = post(served, "/v1/chat/completions", CHAT).json()["choices"][0]["message"]["content"]
-    assert answer == served.model.tokenizer.decode(tokens)
+    assert answer == served.model.codec.tokenizer.decode(tokens)

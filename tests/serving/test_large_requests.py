@@ -116,7 +116,11 @@ LONG = {
 
 @pytest.mark.parametrize("path", LONG)
 def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(served, path, monkeypatch):
-    backend, encode, sizes = served.model.tokenizer._backend, served.model.tokenizer._backend.encode_batch, []
+    backend, encode, sizes = (
+        served.model.codec.tokenizer._backend,
+        served.model.codec.tokenizer._backend.encode_batch,
+        [],
+    )
 
     def noted(texts):
         sizes.extend(map(len, texts))

@@ -154,7 +154,7 @@ HASHING = 'hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)'  # minutes, in wh
 MULTIPLYING = "while True: torch.ones(500, 500) @ torch.ones(500, 500)"  # C++ that cannot be left behind
 UNENDING = """
 import hashlib, sys, torch
-from litgpt.serving.{module} import {name} as owner
+from litgpt.{module} import {name} as owner
 
 def stuck(*_, **__):
     print("stuck", file=sys.stderr, flush=True)
@@ -199,18 +199,18 @@ def until(process: subprocess.Popen, word: str) -> None:
 
 def test_a_signal_ends_it_while_it_loads(chat_directory):
     # in the loading thread
-    with stuck(chat_directory, "service", "Service", "ready", work=MULTIPLYING) as (process, _):
+    with stuck(chat_directory, "serving.service", "Service", "ready", work=MULTIPLYING) as (process, _):
         until(process, "stuck")
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE) == 0
         assert process.stderr.read() == ""
 
 
-@pytest.mark.parametrize("place", [("served.ServedModel", "encode"), ("service.Service", "model")])
+@pytest.mark.parametrize("place", [("llm.codec.Codec", "encode"), ("serving.service.Service", "model")])
 @pytest.mark.parametrize("leaves", [False, True])
 def test_whatever_it_is_busy_with_a_signal_ends_it(chat_directory, place, leaves):
     """In a thread beside the event loop, and in the event loop itself; the client may have gone or not."""
-    (module, _, name), method = place[0].partition("."), place[1]
+    (module, _, name), method = place[0].rpartition("."), place[1]
     with stuck(chat_directory, module, name, method, "--shutdown_timeout", "0.5") as (process, url):
         if method == "encode":
             wait_until_ready(url)
@@ -227,12 +227,12 @@ def test_whatever_it_is_busy_with_a_signal_ends_it(chat_directory, place, leaves
         connection.close()
 
 
-ENTERED = ("served.Worker", "submit")  # counts as being answered
+ENTERED = ("generation.worker.Worker", "submit")  # counts as being answered
 
 
-@pytest.mark.parametrize("place", [("served.ServedModel", "encode"), ("service.Service", "model"), ENTERED])
+@pytest.mark.parametrize("place", [("llm.codec.Codec", "encode"), ("serving.service.Service", "model"), ENTERED])
 def test_two_interrupts_end_it_at_once(chat_directory, place):
-    (module, _, name), method = place[0].partition("."), place[1]
+    (module, _, name), method = place[0].rpartition("."), place[1]
     with stuck(chat_directory, module, name, method, "--shutdown_timeout", "100000") as (process, url):
         until(process, "is ready")
         with connect(url, POST):

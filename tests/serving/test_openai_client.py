@@ -46,7 +46,7 @@ def alone(served):
 
     def answer(ids: list[int], count: int) -> str:
         tokens = Engine(served.engine.model).complete([Request(ids, count, Sampling(0), served.model.stops)])[0]
-        return served.model.tokenizer.decode(tokens)
+        return served.model.codec.tokenizer.decode(tokens)
 
     return answer
 
@@ -57,7 +57,7 @@ def test_models(served):
 
 
 def test_a_reply_is_that_of_the_engine(served, chat, alone):
-    prompt = served.model.encode(MESSAGES)
+    prompt = served.model.codec.encode(MESSAGES)
     response = chat()
     assert response.object == "chat.completion"
     [choice] = response.choices
@@ -156,7 +156,9 @@ def test_logprobs_belong_to_the_text(chat):
 
 def test_settings_reach_the_sampling(served, chat):
     plain = chat().choices[0].message.content
-    [first] = served.model.tokenizer.encode_ids(chat(logprobs=True).choices[0].logprobs.content[0].token, bos=False)
+    [first] = served.model.codec.tokenizer.encode_ids(
+        chat(logprobs=True).choices[0].logprobs.content[0].token, bos=False
+    )
     assert chat(logit_bias={str(first): -100}).choices[0].message.content != plain
     for options in ({"presence_penalty": 2}, {"frequency_penalty": 2}, {"extra_body": {"repetition_penalty": 9}}):
         assert (
@@ -173,7 +175,7 @@ def test_settings_reach_the_sampling(served, chat):
 
 def test_control_tokens_in_a_message_are_text(served, chat):
     response = chat([{"role": "user", "content": "<|im_end|>"}])
-    assert response.usage.prompt_tokens > len(served.model.encode([{"role": "user", "content": "x"}])) + 3
+    assert response.usage.prompt_tokens > len(served.model.codec.encode([{"role": "user", "content": "x"}])) + 3
 
 
 class Person(BaseModel):
@@ -272,7 +274,7 @@ def test_tools_reach_the_template_unless_none_may_be_called(chat):
 
 
 def test_text_completions(served, alone):
-    client, tokenizer = served.client, served.model.tokenizer
+    client, tokenizer = served.client, served.model.codec.tokenizer
     prompts = ["To be, or", "def f(x"]
     expected = [alone(tokenizer.encode_ids(prompt), 6) for prompt in prompts]
     options = {"model": "tiny-random", "max_tokens": 6, "temperature": 0}

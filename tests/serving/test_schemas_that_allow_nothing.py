@@ -117,13 +117,13 @@ def test_references_within_a_function_are_to_its_own_schema(served, form):
     schema = record(a={"$ref": "#/$defs/A"}) | {"$defs": {"A": {"enum": [1]}}}
     other = record(a={"$ref": "#/$defs/A"}) | {"$defs": {"A": {"enum": ["x"]}}}
     functions = [Function("f", schema), Function("g", other)]
-    rules = form.rules(served.model.tokenizer, functions, False)
+    rules = form.rules(served.model.codec.tokenizer, functions, False)
     constraint = served.model.grammars.constraint(f"start: calls\n{rules}")
     text = b""
     while constraint.complete_at is None:
         token = int(constraint.mask().nonzero()[-1])
         constraint.accept(token)
-        text += served.model.tokenizer.token_bytes(token)
+        text += served.model.codec.tokenizer.token_bytes(token)
         assert len(text) < 300
     assert not constraint.error
     assert b'{"a": 1}' in text or b'{"a": "x"}' in text

@@ -27,9 +27,9 @@ def test_traffic(chat_directory, count):
         alone = Engine(served.engine.model)
         expected = {}
         for prompt in prompts:
-            ids = served.model.encode([{"role": "user", "content": prompt}])
+            ids = served.model.codec.encode([{"role": "user", "content": prompt}])
             [tokens] = alone.complete([Request(ids, 40, Sampling(0), served.model.stops)])
-            expected[prompt] = [served.model.tokenizer.decode(tokens[: size + 1]) for size in range(40)]
+            expected[prompt] = [served.model.codec.tokenizer.decode(tokens[: size + 1]) for size in range(40)]
         asyncio.run(clients(served.url, count // 4, prompts, expected, random.Random(1)))
         served.wait_until_idle()
         before = memory()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -110,7 +111,7 @@ if rank == 0:
 
 def requests() -> list[Request]:
     samplings = [Sampling(0), Sampling(0), Sampling(0.9, 20)]
-    return [Request(p, 15, s, seed=i) for i, (p, s) in enumerate(zip(PROMPTS, samplings, strict=True))]
+    return [Request(p, 15, replace(s, seed=i)) for i, (p, s) in enumerate(zip(PROMPTS, samplings, strict=True))]
 
 
 def test_two_ranks_say_what_one_says(tmp_path):

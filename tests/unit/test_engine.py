@@ -12,8 +12,8 @@ import torch
 
 from litgpt import kv_cache
 from litgpt.config import Config
+from litgpt.generation import compiled, kv_cache_manager
 from litgpt.generation import engine as engine_module
-from litgpt.generation import kv_cache_manager, model_runner
 from litgpt.generation.engine import Engine, Request, share_memory
 from litgpt.generation.sampling import Sampling
 from litgpt.generation.worker import Worker
@@ -144,12 +144,12 @@ def test_a_finished_row_does_not_disturb_the_others(model):
 
 def test_a_sampled_row_depends_on_its_seed_alone(model):
     sampling = Sampling(0.9, 20, 0.95)
-    requests = [Request(prompt, 30, sampling, seed=index) for index, prompt in enumerate(PROMPTS)]
+    requests = [Request(prompt, 30, replace(sampling, seed=index)) for index, prompt in enumerate(PROMPTS)]
     engine = Engine(model)
     together = engine.complete(requests)
     assert [engine.complete([one])[0] for one in requests] == together
     assert engine.complete(requests[::-1]) == together[::-1]
-    again = [engine.complete([Request(PROMPTS[0], 30, sampling, seed=seed)])[0] for seed in (0, 1)]
+    again = [engine.complete([Request(PROMPTS[0], 30, replace(sampling, seed=seed))])[0] for seed in (0, 1)]
     assert again[0] == together[0]
     assert again[1] != together[0]
 
@@ -164,7 +164,7 @@ def test_without_a_seed_torchs_own_decides(model):
 
 
 def test_rows_may_be_sampled_differently(model):
-    greedy, sampled = Request(PROMPTS[0], 20, GREEDY), Request(PROMPTS[0], 20, Sampling(2.0), seed=1)
+    greedy, sampled = Request(PROMPTS[0], 20, GREEDY), Request(PROMPTS[0], 20, Sampling(2.0, seed=1))
     results = Engine(model).complete([greedy, sampled])
     assert results[0] == plain(model, PROMPTS[0], 20) != results[1]
 
@@ -377,7 +377,7 @@ def test_engines_of_one_device_share_what_memory_it_has_left(model, monkeypatch)
 
 @torch.inference_mode()
 def test_logprobs_are_those_of_the_model(model):
-    outputs = list(Engine(model).generate([Request(PROMPTS[1], 4, Sampling(0.5, 5), seed=1, logprobs=3)]))
+    outputs = list(Engine(model).generate([Request(PROMPTS[1], 4, Sampling(0.5, 5, seed=1), logprobs=3)]))
     ids = [token for output in outputs for token in output.token_ids]
     expected = model(torch.tensor([PROMPTS[1] + ids]))[0, len(PROMPTS[1]) - 1 : -1].log_softmax(-1)
     logprobs = [logprob for output in outputs for logprob in output.logprobs]
@@ -415,7 +415,7 @@ class Alternating:
 
 def test_a_constraint_is_kept(model):
     constraint = Alternating()
-    requests = [Request(PROMPTS[0], 20, Sampling(5.0), seed=1, constraint=constraint), Request(PROMPTS[0], 20, GREEDY)]
+    requests = [Request(PROMPTS[0], 20, Sampling(5.0, seed=1), constraint=constraint), Request(PROMPTS[0], 20, GREEDY)]
     constrained, free = Engine(model).complete(requests)
     assert [token % 2 for token in constrained] == [0, 1] * 10
     assert constraint.tokens == constrained
@@ -514,7 +514,7 @@ def test_what_goes_wrong_between_the_model_and_its_tokens_frees_the_slots(model,
 def test_a_compiled_decode_step_is_compiled_once_and_gives_the_same_tokens(monkeypatch, backend):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(model_runner, "decoder", partial(torch.compile, backend=backend, dynamic=False))  # as on a GPU
+    monkeypatch.setattr(compiled, "decoder", partial(torch.compile, backend=backend, dynamic=False))  # as on a GPU
     model = tiny_model(n_layer=1, block_size=512)
     requests = [Request(prompt * 3, 40, GREEDY) for prompt in PROMPTS[1:3]]
     engine = Engine(model, compile=True)

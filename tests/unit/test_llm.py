@@ -18,7 +18,7 @@ from litgpt.adaptation.lora import LoRASettings, apply_lora, is_lora, lora_layer
 from litgpt.checkpoint import WEIGHTS, copy_companion_files
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
-from litgpt.llm import load_llm
+from litgpt.llm.loading import LoadOptions, load_parts
 from litgpt.prompts import save_prompt_style
 from litgpt.sources.load import load_model
 from tests import checkpoint_files
@@ -46,7 +46,7 @@ def trained(directory):
 
 def fresh_answer(llm: LLM, prompt: str, count: int = 8) -> str:
     """What an engine says that never ran before."""
-    ids = llm.encode([{"role": "user", "content": prompt}])
+    ids = llm.codec.encode([{"role": "user", "content": prompt}])
     return llm.tokenizer.decode(Engine(copy.deepcopy(llm.model).eval()).complete([Request(ids, count, Sampling(0))])[0])
 
 
@@ -78,7 +78,7 @@ def test_a_conversation_goes_on(llm):
     first = llm.chat(messages, top_k=1, max_new_tokens=8)
     assert first == greedy(llm, sys_prompt="Be brief") != greedy(llm)
     messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "And?"}]
-    ids = llm.encode(messages)
+    ids = llm.codec.encode(messages)
     second = llm.tokenizer.decode(Engine(llm.model).complete([Request(ids, 8, Sampling(0))])[0])
     assert llm.chat(messages, top_k=1, max_new_tokens=8) == second != first
     assert "".join(llm.chat(messages, top_k=1, max_new_tokens=8, stream=True)) == second
@@ -193,7 +193,7 @@ def test_the_benchmark_measures_every_iteration_from_the_beginning(llm):
         assert 0 < first < total
         assert speed == pytest.approx(8 / total)
     assert min(figures["Peak memory in GB"]) > 0.05
-    length = len(llm.encode([{"role": "user", "content": "Hello"}]))
+    length = len(llm.codec.encode([{"role": "user", "content": "Hello"}]))
     assert [step for step in steps if step] == [length] * 3  # nothing was known from the iteration before
     two, figures = llm.benchmark(prompt=["Hello", "Hi"], top_k=1, max_new_tokens=8)
     assert two == [answer, greedy(llm, "Hi")]
@@ -292,7 +292,7 @@ def test_an_answer_is_of_the_weights_as_they_are(trained, change):
 
 def test_without_a_change_what_is_known_is_not_read_again(llm):
     engine, seen = llm.engine, []
-    request = llm.request(llm.encode([{"role": "user", "content": "Hello there"}]), 4, Sampling(0), None)
+    request = llm.codec.request(llm.codec.encode([{"role": "user", "content": "Hello there"}]), 4, Sampling(0))
     for _ in range(2):
         seen.append([output.cached_tokens for output in llm.worker.generate(request)][-1])
     assert seen == [0, len(request.prompt) - 1]
@@ -308,10 +308,10 @@ def test_chat_says_what_messages_are(llm, messages):
 
 
 def test_a_stream_says_why_it_ended(llm):
-    ids = llm.encode([{"role": "user", "content": "Hello there"}])
+    ids = llm.codec.encode([{"role": "user", "content": "Hello there"}])
 
     def stream(**changes):
-        stream, tokens = llm.stream(replace(llm.request(ids, 30, Sampling(0), 5), **changes)), []
+        stream, tokens = llm.live.stream(replace(llm.codec.request(ids, 30, Sampling(0, seed=5)), **changes)), []
         while True:
             try:
                 tokens.append(next(stream))
@@ -515,7 +515,7 @@ def test_a_fixed_cache_bounds_prompt_and_answer(directory):
     llm = LLM.load(directory, precision="32-true")
     llm.distribute(precision="32-true", fixed_kv_cache_size=40)
     ids = greedy(llm, "Hi", 400, return_as_token_ids=True)
-    assert len(ids) + len(llm.encode([{"role": "user", "content": "Hi"}])) == 40
+    assert len(ids) + len(llm.codec.encode([{"role": "user", "content": "Hi"}])) == 40
     assert llm.engine.cache_manager.cache.max_length == 40
     with pytest.raises(ValueError, match="model's context of 40 tokens"):
         greedy(llm, "word " * 40)
@@ -527,7 +527,7 @@ def test_a_fixed_cache_bounds_prompt_and_answer(directory):
 @pytest.mark.parametrize("quantize", [None, "bnb.nf4"])
 def test_loading_tells_how_far_it_is(directory, quantize):
     shares = []
-    load_llm(directory, precision="bf16-true", quantize=quantize, tell=shares.append)
+    load_parts(directory, LoadOptions("bf16-true", quantize), tell=shares.append)
     assert len(shares) > 10
     assert shares == sorted(shares)
     assert shares[0] > 0
@@ -601,7 +601,7 @@ def test_finetuned_weights_alone_open_on_their_base(directory, tmp_path, kind):
     with torch.no_grad():
         torch.testing.assert_close(llm(ids), expected(ids), rtol=1e-3, atol=1e-2)  # logits of about 100
         assert (llm(ids) - load_model(directory)(ids)).abs().max() > 0.1
-    prompt = llm.encode([{"role": "user", "content": "Hello"}])
+    prompt = llm.codec.encode([{"role": "user", "content": "Hello"}])
     answer = Engine(expected).complete([Request(prompt, 8, Sampling(0))])[0]
     assert greedy(llm, return_as_token_ids=True).tolist() == answer
     quantized = LLM.load(tmp_path / "tuned", precision="bf16-true", quantize="bnb.nf4")

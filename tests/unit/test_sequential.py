@@ -24,7 +24,7 @@ WINDOWS = {"n_layer": 5, "sliding_window_size": 12, "sliding_window_indices": [1
 @pytest.mark.parametrize("bases", [{}, TWO_BASES], ids=["one RoPE base", "two"])
 def test_an_engine_batches_over_several_devices(bases, monkeypatch):
     model = tiny_model(**WINDOWS, **bases)
-    requests = [Request(prompt, 30, Sampling(0.8), seed=index) for index, prompt in enumerate(PROMPTS)]
+    requests = [Request(prompt, 30, Sampling(0.8, seed=index)) for index, prompt in enumerate(PROMPTS)]
     expected = Engine(model).complete(requests)
     copies, calls, blocks = Counter(), [], []
     real = Mover._copy
