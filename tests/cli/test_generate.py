@@ -47,6 +47,17 @@ def test_the_answer_alone_is_on_stdout_and_the_timing_on_stderr(litgpt, chat_mod
     assert "Seed set to 1234" in result.err
 
 
+def test_what_one_answer_on_one_device_does_not_need_is_not_imported(chat_model):
+    words = ["generate", str(chat_model), "--prompt", "Hello", "--max_new_tokens", "3"]
+    unused = ["litgpt.generation.skinny_gemm", "litgpt.parallel.tensor_parallel", "litgpt.llm.leader", "sympy"]
+    code = (
+        f"import sys; from litgpt.__main__ import main; assert main({words}) == 0;"
+        f"sys.exit(f'imported {{found}}' if (found := {set(unused)} & set(sys.modules)) else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert result.returncode == 0, result.stderr
+
+
 def test_the_prompt_is_printed_on_request_with_the_space_after_it(litgpt, bare_model):
     tokenizer, model = Tokenizer(bare_model), load_model(bare_model, dtype=torch.float32)
     prompt = tokenizer.encode_ids("To be, or not")

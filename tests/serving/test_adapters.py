@@ -47,7 +47,7 @@ def test_each_name_answers_with_its_adapter_and_the_base_is_shared(chat_director
     with running(chat_directory, adapters=directories) as server:
         tokenizer, expected = server.model.codec.tokenizer, {}
         for name, model in models.items():
-            style = PromptStyle.from_name("alpaca") if name == "clerk" else server.model.style
+            style = PromptStyle.from_name("alpaca") if name == "clerk" else server.model.codec.style
             request = Request(style.encode(tokenizer, MESSAGES), 20, Sampling(0))
             expected[name] = tokenizer.decode(Engine(model).complete([request])[0])
         assert len(set(expected.values())) == 3
