@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from litgpt.catalog import find_known
 from litgpt.checkpoint import CONFIG
 from litgpt.cli.secret import Secret
 from litgpt.config import Config
@@ -25,7 +26,7 @@ from litgpt.prompts import NamedTemplate, PromptStyle, choose_prompt_style
 from litgpt.quantization.layers import check_quantize
 from litgpt.quantization.weight_only import KINDS as WEIGHT_ONLY
 from litgpt.sources.door import open_model
-from litgpt.sources.find import find_here, find_tokenizer
+from litgpt.sources.find import find_checkpoint, find_here, find_tokenizer
 from litgpt.sources.load import kind_for
 from litgpt.sources.meta import give_memory, meta_model
 from litgpt.sources.source import Source, Watch
@@ -189,8 +190,8 @@ def random_parts(
     Raises:
         FileNotFoundError, ValueError: As for `LLM.load`.
     """
-    config = _shape_of(model)
-    if tokenizer_dir is None and not Path(model).is_dir():
+    config = _shape_of(model, options.access_token)
+    if tokenizer_dir is None and find_here(model, incomplete=True) is None:
         raise ValueError(
             f"init='random' makes the weights of {model}, but not its tokenizer. Give tokenizer_dir, a checkpoint "
             f"(`litgpt download {model} --tokenizer_only true`)."
@@ -213,13 +214,13 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _shape_of(model: str | Path) -> Config:
-    """The configuration of a checkpoint that is here, or of a known name."""
-    path = find_here(model, incomplete=True)
-    if path is None:
-        return Config.from_name(str(model).removeprefix("checkpoints/"))
-    if (path / CONFIG).is_file():
+def _shape_of(model: str | Path, access_token: Secret | str | None) -> Config:
+    """The configuration of a known name, or of whatever else names a model; its weights are not needed."""
+    path, known = find_here(model, incomplete=True), find_known(str(model).removeprefix("checkpoints/"))
+    if path is None and known is None:
+        path = find_checkpoint(model, access_token, tokenizer_only=True, incomplete=True)
+    if path is not None and (path / CONFIG).is_file():
         return Config.from_checkpoint(path)
-    if (path / "config.json").is_file():
+    if path is not None and (path / "config.json").is_file():
         return config_from_hf(read_config_json(path / "config.json"), str(model))
-    return Config.from_name(path.name)
+    return Config.from_name(known.name) if known else open_model(model, access_token).config

@@ -247,6 +247,13 @@ def test_serve_and_the_python_api_load_what_was_learned(run, monkeypatch, kind):
     assert LLM.load(KINDS[kind], tokenizer_dir=KINDS[kind]).engine.complete([request]) == expected
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_weights_take_the_shape_of_any(run, folder, kind):
+    llm = LLM.load(KINDS[kind], init="random", distribute=None)
+    assert llm.config.n_embd == open_model(PLAIN).config.n_embd
+    assert llm.tokenizer.vocab_size == LLM.load(PLAIN).tokenizer.vocab_size
+
+
 @pytest.mark.parametrize(("command", "kind"), cells(WRITES))
 def test_the_weights_come_out_merged_or_it_is_said_why_not(run, tmp_path, command, kind):
     words, refused = WRITES[command]
