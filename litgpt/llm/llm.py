@@ -131,6 +131,15 @@ class LLM(nn.Module):
         self.codec.style = style
 
     @property
+    def stops(self) -> list[list[int]]:
+        """Token sequences that end an answer."""
+        return self.codec.stops
+
+    def encode(self, messages: Messages, input: str = "") -> list[int]:
+        """The token ids of a conversation, ready for the reply; `input` is what the last question is about."""
+        return self.codec.encode(messages, input)
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.transformer.wte.weight.device
