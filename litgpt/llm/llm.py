@@ -16,7 +16,6 @@ from typing_extensions import Unpack
 from litgpt.checkpoint import atomic_directory, copy_companion_files, save_model
 from litgpt.cli.secret import Secret
 from litgpt.config import Config
-from litgpt.devices.memory import memory_used
 from litgpt.devices.precision import inference_dtypes, inference_precision
 from litgpt.formats.hf_config import save_config_json
 from litgpt.formats.quantised_parts import saved_weights
@@ -308,7 +307,6 @@ class LLM(nn.Module):
         """
         if num_iterations < 1:
             raise ValueError(f"num_iterations={num_iterations} is not possible: give 1 or more.")
-        memory = "Total GPU memory allocated in GB" if self.device.type == "cuda" else "Peak memory in GB"
         figures: dict[str, list[float]] = {}
         replies: list[Reply] = []
         for _ in range(num_iterations):
@@ -316,15 +314,7 @@ class LLM(nn.Module):
             started = time.perf_counter()
             replies = self._replies(prompt, **settings)
             reply.complete(self.live, replies)
-            seconds, tokens = time.perf_counter() - started, sum(len(each.ids) for each in replies)
-            measured = {
-                "Seconds total": seconds,
-                "Seconds to first token": min(each.began for each in replies) - started,
-                "Tokens generated": tokens,
-                "Inference speed in tokens/sec": tokens / seconds,
-                memory: memory_used(self.device) / 1e9,
-            }
-            for name, value in measured.items():
+            for name, value in reply.figures_of(replies, started, self.device).items():
                 figures.setdefault(name, []).append(value)
         answers = reply.answers(replies, return_as_token_ids)
         return answers[0] if isinstance(prompt, str) else answers, figures

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from litgpt.devices.memory import memory_used
 from litgpt.generation.live import LiveEngine
 from litgpt.generation.request import Output, Request
 from litgpt.generation.text import TextStream
@@ -90,6 +91,19 @@ class Reply:
 def answers(replies: Sequence[Reply], as_token_ids: bool) -> list[str] | list[Tensor]:
     """What has come of some answers: their texts, or their tokens."""
     return [reply.token_ids for reply in replies] if as_token_ids else [reply.text for reply in replies]
+
+
+def figures_of(replies: Sequence[Reply], started: float, device: torch.device) -> dict[str, float]:
+    """What `LLM.benchmark` says of answers that have just ended, which were begun at a time of `time.perf_counter`."""
+    seconds, tokens = time.perf_counter() - started, sum(len(reply.ids) for reply in replies)
+    memory = "Total GPU memory allocated in GB" if device.type == "cuda" else "Peak memory in GB"
+    return {
+        "Seconds total": seconds,
+        "Seconds to first token": min(reply.began for reply in replies) - started,
+        "Tokens generated": tokens,
+        "Inference speed in tokens/sec": tokens / seconds,
+        memory: memory_used(device) / 1e9,
+    }
 
 
 def run(engine: LiveEngine, replies: Sequence[Reply]) -> Generator[tuple[list[int], str], None, None]:
