@@ -11,7 +11,7 @@ from litgpt.checkpoint import save_model
 from litgpt.cli.flat import flattened
 from litgpt.commands import finetune_dpo, finetune_full, finetune_lora, pretrain
 from litgpt.data import JSON, Preferences
-from litgpt.runs import finetuning
+from litgpt.runs.options import OPTIMIZER, TRAIN
 from litgpt.sources.load import load_model
 from litgpt.training.arguments import EvalArgs
 from litgpt.training.metrics import read_metrics
@@ -56,9 +56,9 @@ def finetuned(base, tmp_path):
             checkpoint_dir=base,
             out_dir=out_dir,
             data=data(**{"json_path": tmp_path / file, "val_split_fraction": 0.25, "num_workers": 0, **more}),
-            train=replace(finetuning.TRAIN, **settings),
+            train=replace(TRAIN, **settings),
             eval=EvalArgs(interval=3, max_iters=2, max_new_tokens=4),
-            optimizer=replace(finetuning.OPTIMIZER, init_args={"lr": 0.003}),
+            optimizer=replace(OPTIMIZER, init_args={"lr": 0.003}),
             **options,
         )
         return read_metrics(out_dir / "metrics.csv")

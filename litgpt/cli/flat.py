@@ -86,8 +86,9 @@ def _documentation(function: Callable[..., Any], groups: dict[str, tuple[type, s
     own = docstring_parser.parse(inspect.getdoc(function) or "")
     texts: dict[str, str] = {}
     for cls, prefix in groups.values():
-        fields = docstring_parser.parse_from_object(cls).params
-        texts |= {prefix + entry.arg_name: entry.description or "" for entry in fields}
+        for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):  # each documents its own fields
+            fields = docstring_parser.parse_from_object(base).params
+            texts |= {prefix + entry.arg_name: entry.description or "" for entry in fields}
     texts |= {entry.arg_name: entry.description or "" for entry in own.params}
     about = filter(None, (own.short_description, own.long_description))
     arguments = [f"    {name}: {' '.join(texts[name].split())}" for name in names if name in texts]

@@ -1,7 +1,6 @@
 """Finetune a model on pairs of replies, of which one is preferred (DPO and its variants)."""
 
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,11 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from litgpt import cli
-from litgpt.adaptation.lora import LoRASettings
+from litgpt.adaptation.lora import LoRASettings, apply_lora
 from litgpt.checkpoint import atomic_file, save_model
 from litgpt.checkpoint.sums import check_archive
-from litgpt.runs.finetuning import TRAIN, Finetuning, Options
+from litgpt.data.preferences import PreferenceData
+from litgpt.runs.finetuning import Finetuning
+from litgpt.runs.job import trained_parameters
 from litgpt.runs.lora_finetuning import train_lora
+from litgpt.runs.options import TRAIN, FinetuneOptions
 from litgpt.training.preference import PreferenceLoss, PreferenceSettings, reference_log_probs
 from litgpt.training.run_lock import unlocks_at_end
 from litgpt.training.state import Saved
@@ -38,7 +40,7 @@ def setup(
     quantize: str | None = None,
     lora: Annotated[LoRASettings, cli.Flat("lora_")] = LoRASettings(),  # noqa: B008
     lora_plus_ratio: float | None = None,
-    options: Annotated[Options, cli.Flat()] = Options(train=TRAIN),  # noqa: B008
+    options: Annotated[FinetuneOptions, cli.Flat()] = FinetuneOptions(train=TRAIN),  # noqa: B008
 ) -> None:
     """Finetune a model on pairs of a chosen and a rejected reply: direct preference optimisation (DPO), or IPO.
 
@@ -64,18 +66,37 @@ def setup(
         refuse_lora_options(quantize, lora, lora_plus_ratio)
     settings = cli.spread(setup, locals())
     job = Finetuning(checkpoint_dir, out_dir, options, settings, quantize, on_pairs=True, trains_all=method == "full")
-    loss = partial(PreferenceLoss, settings=dpo)
+    job.check()
+    job.open_directory()
+    job.open_checkpoint()
+    job.launch()
+    job.prepare_data()
+
+    gpt = job.load_model()
     if method == "lora":
-        train_lora(job, lora, lora_plus_ratio, str(checkpoint_dir), loss)
+        apply_lora(gpt, lora)
+    else:
+        gpt.requires_grad_(True)
+    job.announce(gpt)
+    if options.dry_run:
         return
-    gpt = job.load_model().requires_grad_(True)
-    prepare = partial(bring_reference, job, base=str(checkpoint_dir))
-    outcome = job.train(gpt, Saved(), partial(save_model, config=job.config), loss=loss, prepare=prepare)
-    if outcome is not None and not outcome.interrupted:
+    loss = PreferenceLoss(gpt, dpo)
+    if method == "lora":
+        train_lora(job, loss, lora, lora_plus_ratio)
+        return
+
+    def save(directory: Path, weights: dict[str, Tensor]) -> None:
+        save_model(directory, weights, job.config)
+
+    model = job.set_up(loss)
+    optimizer = job.build_optimizer(trained_parameters(gpt))
+    bring_reference(job, model)
+    outcome = job.train(model, optimizer, save, Saved())
+    if not outcome.interrupted:
         job.console.print(f"To talk with it, run:\nlitgpt chat {outcome.checkpoint}")
 
 
-def with_learning_rate(options: Options, method: Method) -> Options:
+def with_learning_rate(options: FinetuneOptions, method: Method) -> FinetuneOptions:
     """The options with the method's own learning rate, unless they say one."""
     if options.train.learning_rate is not None or "lr" in options.optimizer.init_args:
         return options
@@ -92,14 +113,16 @@ def refuse_lora_options(quantize: str | None, lora: LoRASettings, lora_plus_rati
             raise ValueError(f"--{name} {value} is for --method lora; with --method full, leave it out.")
 
 
-def bring_reference(job: Finetuning, model: nn.Module, base: str) -> None:
+def bring_reference(job: Finetuning, model: nn.Module) -> None:
     """Let the batches bring the log-probabilities of their replies under the model as it is before training.
 
     They are computed once, and kept in `out_dir` for a run that is resumed.
     """
-    path, belongs_to = job.out_dir / REFERENCE_FILE, {"base": base, "data": job.data.identity}
+    data = job.data
+    assert isinstance(data, PreferenceData)
+    path, belongs_to = job.out_dir / REFERENCE_FILE, {"base": str(job.checkpoint_dir), "data": data.identity}
     found: list[Tensor] | None = None
-    if job.fabric.global_rank == 0 and job.checkpoint is not None and path.is_file():
+    if job.fabric.global_rank == 0 and job.resume_from is not None and path.is_file():
         try:
             check_archive(path)
             saved = torch.load(path, weights_only=True)
@@ -110,10 +133,10 @@ def bring_reference(job: Finetuning, model: nn.Module, base: str) -> None:
             found = saved["log_probs"]
     found = job.fabric.broadcast(found)
     if found is None:
-        sizes = [rows for _, rows in job.data.all_batches()]
+        sizes = [rows for _, rows in data.all_batches()]
         job.console.print(f"Computing the reference's log-probabilities of {sum(sizes):,} replies, once")
-        found = [reference_log_probs(job.fabric, model, *part) for part in job.data.all_batches()]
+        found = [reference_log_probs(job.fabric, model, *part) for part in data.all_batches()]
         if job.fabric.global_rank == 0:
             with atomic_file(path) as temporary:
                 torch.save({**belongs_to, "log_probs": found}, temporary)
-    job.data.set_reference(found)
+    data.set_reference(found)

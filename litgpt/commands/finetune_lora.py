@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Annotated
 
 from litgpt import cli
-from litgpt.adaptation.lora import LoRASettings
-from litgpt.runs.finetuning import Finetuning, Options
+from litgpt.adaptation.lora import LoRASettings, apply_lora
+from litgpt.runs.finetuning import Finetuning
 from litgpt.runs.lora_finetuning import train_lora
+from litgpt.runs.options import FinetuneOptions
+from litgpt.training.loss import NextTokenLoss
 from litgpt.training.run_lock import unlocks_at_end
 
 
@@ -17,7 +19,7 @@ def setup(
     quantize: str | None = None,
     lora: Annotated[LoRASettings, cli.Flat("lora_")] = LoRASettings(),  # noqa: B008
     lora_plus_ratio: float | None = None,
-    options: Annotated[Options, cli.Flat()] = Options(),  # noqa: B008
+    options: Annotated[FinetuneOptions, cli.Flat()] = FinetuneOptions(),  # noqa: B008
 ) -> None:
     """Finetune a model with LoRA: small matrices beside frozen weights.
 
@@ -30,4 +32,14 @@ def setup(
         lora_plus_ratio: Let the second matrix learn this many times as fast as the first (LoRA+).
     """
     job = Finetuning(checkpoint_dir, out_dir, options, cli.spread(setup, locals()), quantize)
-    train_lora(job, lora, lora_plus_ratio, str(checkpoint_dir))
+    job.check()
+    job.open_directory()
+    job.open_checkpoint()
+    job.launch()
+    job.prepare_data()
+
+    gpt = job.load_model()
+    apply_lora(gpt, lora)
+    job.announce(gpt)
+    if not options.dry_run:
+        train_lora(job, NextTokenLoss(gpt), lora, lora_plus_ratio)

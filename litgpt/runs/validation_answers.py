@@ -66,9 +66,14 @@ class ValidationAnswers:
         """Whether anything is to be generated."""
         return bool(self.evaluation.max_new_tokens and self.data.num_examples)
 
+    @property
+    def _max_new_tokens(self) -> int:
+        assert self.evaluation.max_new_tokens is not None, "nothing is generated where there is no limit"
+        return self.evaluation.max_new_tokens
+
     def describe(self) -> str:
         """What is scored and how, in one line."""
-        most, count = self.evaluation.max_new_tokens, len(self.replies)
+        most, count = self._max_new_tokens, len(self.replies)
         line = (
             f"Metrics: after each validation {count:,} of {self.data.num_examples:,} validation samples are answered, "
             f"with at most {most} tokens, and scored: {', '.join(self.metrics.higher_is_better)}."
@@ -92,8 +97,7 @@ class ValidationAnswers:
             mine.append(shown)
         stops = self.data.style.stop_sequences(self.tokenizer)
         requests = [
-            Request(self._prompt(index), self.evaluation.max_new_tokens, Sampling(temperature=0, seed=0), stops)
-            for index in mine
+            Request(self._prompt(index), self._max_new_tokens, Sampling(temperature=0, seed=0), stops) for index in mine
         ]
         _, autocast = PRECISIONS[precision_of(self.fabric)]
         progress = "Answering validation samples" if rank == 0 else None

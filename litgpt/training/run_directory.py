@@ -15,7 +15,7 @@ METRICS_FILE = "metrics.csv"
 LOGS_FILE = "logs.txt"
 PLOT_FILE = "loss.png"
 LOGGERS_DIR = "logs"
-TENSORBOARD_DIR = "lightning_logs"  # of finetuning
+TENSORBOARD_DIR = "lightning_logs"
 TOKENIZER_DIR = "tokenizer"
 STEP_DIR = re.compile(r"step-(\d{8,})")
 
@@ -54,6 +54,10 @@ class RunDirectory:
     def step(self, step: int) -> Path:
         """Where the checkpoint of a step belongs."""
         return self.path / f"step-{step:08d}"
+
+    def logs(self, logger_name: str) -> Path:
+        """Where a logger's files belong."""
+        return self.path / (TENSORBOARD_DIR if logger_name == "tensorboard" else LOGGERS_DIR)
 
     def step_checkpoints(self) -> list[Path]:
         """The step-* checkpoints that are there, oldest first."""

@@ -353,13 +353,14 @@ def test_missing_recipes_get_a_suggestion(tmp_path, monkeypatch):
 
 def pretrain_settings(*argv: object) -> dict:
     """What `litgpt pretrain` makes of a command line, without running it."""
+    from litgpt.cli.flat import flattened
     from litgpt.cli.resolve import resolve
     from litgpt.cli.run_command import gather
     from litgpt.cli.signature import Signature
     from litgpt.cli.words import split
     from litgpt.commands.pretrain import setup
 
-    signature = Signature(setup)
+    signature = Signature(flattened(setup))
     return resolve(gather(split([str(word) for word in argv], signature), signature), signature)[0]
 
 

@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 
 from litgpt.checkpoint import WEIGHTS, read_state_dict
 from litgpt.cli import ConfigOverrides
+from litgpt.cli.flat import flattened
 from litgpt.commands import pretrain
 from litgpt.data import TextFiles
 from litgpt.training import loop
@@ -73,9 +74,9 @@ def train(text):
             "max_norm": 1.0,
         }
         module = options.pop("module", None) or TextFiles(**{"train_data_path": text, "num_workers": 0, **(data or {})})
-        pretrain.setup(
-            "tiny",
-            ConfigOverrides(options.pop("shape", SHAPE)),
+        flattened(pretrain.setup)(
+            model_name="tiny",
+            model_config=ConfigOverrides(options.pop("shape", SHAPE)),
             out_dir=out_dir,
             data=module,
             train=replace(pretrain.TRAIN, **{**small, **settings}),

@@ -16,6 +16,7 @@ from litgpt.commands import pretrain
 from litgpt.data import JSON, Preferences
 from litgpt.generation.in_training import complete
 from litgpt.generation.request import Request
+from litgpt.runs.options import RunOptions
 from litgpt.sources.load import load_model
 from litgpt.tokenizer.tokenizer import Tokenizer
 from litgpt.training.arguments import EvalArgs
@@ -247,8 +248,9 @@ def test_what_cannot_be_is_said_before_training(evaluation, more, message, base,
 def test_pretraining_has_no_answers(tmp_path, capsys):
     assert main(["pretrain", "pythia-14m", "--eval.metrics", "bleu", "--out_dir", str(tmp_path)]) == 1
     assert "--eval.metrics is for finetuning: " in capsys.readouterr().err
+    options = RunOptions(data=JSON(json_path=tmp_path), eval=EvalArgs(best_by="bleu"))
     with pytest.raises(ValueError, match="this run has no such figure"):
-        pretrain.setup("pythia-14m", out_dir=tmp_path, data=JSON(json_path=tmp_path), eval=EvalArgs(best_by="bleu"))
+        pretrain.setup("pythia-14m", out_dir=tmp_path, options=options)
 
 
 def test_the_command_line_says_what_it_will_do(base, colours, tmp_path, capsys):

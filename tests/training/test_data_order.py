@@ -40,6 +40,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from litgpt.cli import ConfigOverrides
+from litgpt.cli.flat import flattened
 from litgpt.commands import pretrain
 from litgpt.data import LitData
 from litgpt.training.arguments import EvalArgs
@@ -61,7 +62,7 @@ train = replace(pretrain.TRAIN, global_batch_size=8, micro_batch_size=2, lr_warm
 shape = {**SHAPE, "vocab_size": 300, "padded_vocab_size": 300}
 data = LitData([first, second], weights=[2.0, 1.0], num_workers=2, isolate_documents=False)
 try:
-    pretrain.setup("tiny", ConfigOverrides(shape), out_dir=Path(out_dir), devices=2, strategy="ddp", train=train,
+    flattened(pretrain.setup)(model_name="tiny", model_config=ConfigOverrides(shape), out_dir=Path(out_dir), devices=2, strategy="ddp", train=train,
                    data=data, eval=EvalArgs(interval=5, max_iters=3), logger_name="csv", resume=resume)
 except Killed:
     print("killed")

@@ -13,6 +13,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from litgpt.cli import ConfigOverrides
+from litgpt.cli.flat import flattened
 from litgpt.commands import pretrain
 from litgpt.data import TextFiles
 from litgpt.training.arguments import EvalArgs
@@ -22,7 +23,7 @@ text, out_dir, strategy = sys.argv[1:4]
 train = replace(pretrain.TRAIN, global_batch_size=8, micro_batch_size=2, lr_warmup_steps=5, max_steps=int(sys.argv[4]),
                 save_interval=6, tie_embeddings=strategy == "fsdp",
                 activation_checkpointing="full" if strategy == "fsdp" else 2)
-pretrain.setup("tiny", ConfigOverrides(SHAPE), out_dir=Path(out_dir), devices=2, strategy=strategy, train=train,
+flattened(pretrain.setup)(model_name="tiny", model_config=ConfigOverrides(SHAPE), out_dir=Path(out_dir), devices=2, strategy=strategy, train=train,
                data=TextFiles(train_data_path=Path(text), num_workers=0), eval=EvalArgs(interval=4, max_iters=3),
                tokenizer_vocab_size=300, logger_name="csv", resume=sys.argv[5])
 """

@@ -17,7 +17,7 @@ from litgpt.commands import finetune_adapter, finetune_adapter_v2, finetune_full
 from litgpt.config import Config
 from litgpt.data import JSON
 from litgpt.model import GPT
-from litgpt.runs import finetuning
+from litgpt.runs.options import OPTIMIZER, TRAIN, FinetuneOptions
 from litgpt.sources.checkpoint import open_checkpoint
 from litgpt.sources.load import load_model
 from litgpt.training.arguments import EvalArgs, TrainArgs
@@ -75,8 +75,8 @@ def run(method: str, base: Path, records: Path, out_dir: Path, data: dict | None
         checkpoint_dir=base,
         out_dir=out_dir,
         data=JSON(**{"json_path": records, "val_split_fraction": 0.2, "num_workers": 0, **(data or {})}),
-        train=replace(finetuning.TRAIN, **{**small, **settings}),
-        **{"eval": EVALUATION, "optimizer": replace(finetuning.OPTIMIZER, init_args={"lr": 0.01}), **own, **options},
+        train=replace(TRAIN, **{**small, **settings}),
+        **{"eval": EVALUATION, "optimizer": replace(OPTIMIZER, init_args={"lr": 0.01}), **own, **options},
     )
     return read_metrics(out_dir / "metrics.csv")
 
@@ -240,7 +240,7 @@ def test_pretraining_data_is_refused_by_name(base, tmp_path):
     from litgpt.data import TextFiles
 
     with pytest.raises(ValueError, match=r"--data TextFiles is for pretraining.*--data JSON"):
-        finetune_full.setup(base, tmp_path / "out", finetuning.Options(data=TextFiles(train_data_path=tmp_path)))
+        finetune_full.setup(base, tmp_path / "out", FinetuneOptions(data=TextFiles(train_data_path=tmp_path)))
 
 
 @pytest.mark.parametrize("command", ["finetune", "finetune_full"])
@@ -284,7 +284,7 @@ def test_noise_on_the_embeddings_acts(base, records, tmp_path):
 
 
 def test_muon_trains_matrices_by_their_names(base, records, tmp_path):
-    muon = replace(finetuning.OPTIMIZER, class_path="Muon", init_args={"lr": 0.01})
+    muon = replace(OPTIMIZER, class_path="Muon", init_args={"lr": 0.01})
     rows = run("full", base, records, tmp_path, max_steps=6, optimizer=muon)
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
 

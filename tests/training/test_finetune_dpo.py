@@ -13,7 +13,7 @@ from litgpt.checkpoint import WEIGHTS, save_model
 from litgpt.cli.flat import flattened
 from litgpt.commands import finetune_dpo, finetune_lora
 from litgpt.data import JSON, Preferences
-from litgpt.runs import finetuning
+from litgpt.runs.options import OPTIMIZER, FinetuneOptions
 from litgpt.sources.load import load_model
 from litgpt.training.arguments import EvalArgs, TrainArgs
 from litgpt.training.metrics import read_metrics
@@ -21,7 +21,7 @@ from tests import checkpoint_files
 from tests.data_damage import flip
 from tests.training.conftest import assert_close_runs, assert_same_run, killed_in_step, on_two_ranks
 
-SLOW = replace(finetuning.OPTIMIZER, init_args={"lr": 0.0003})
+SLOW = replace(OPTIMIZER, init_args={"lr": 0.0003})
 METHODS = {
     # name: (own options, the file that its checkpoints hold)
     "full": ({"method": "full", "dpo_loss": "ipo", "optimizer": SLOW}, WEIGHTS),
@@ -67,7 +67,7 @@ def run(method: str, base: Path, records: Path, out_dir: Path, **options) -> lis
         train=replace(finetune_dpo.TRAIN, **{**small, **settings}),
         **{
             "eval": EVALUATION,
-            "optimizer": replace(finetuning.OPTIMIZER, init_args={"lr": 0.003}),
+            "optimizer": replace(OPTIMIZER, init_args={"lr": 0.003}),
             **METHODS[method][0],
             **options,
         },
@@ -172,7 +172,7 @@ def test_full_computes_the_reference_once(base, records, tmp_path, monkeypatch, 
 
 
 def test_the_learning_rate_goes_with_the_method(base, records, tmp_path):
-    options = {"optimizer": finetuning.OPTIMIZER, "max_steps": 1, "lr_warmup_steps": 0, "eval": EvalArgs(interval=99)}
+    options = {"optimizer": OPTIMIZER, "max_steps": 1, "lr_warmup_steps": 0, "eval": EvalArgs(interval=99)}
     for method, rate in (("lora", 5e-5), ("full", 5e-6)):
         assert float(run(method, base, records, tmp_path / method, **options)[0]["learning_rate"]) == rate
     given = run("lora", base, records, tmp_path / "given", **options, learning_rate=0.002)
@@ -221,9 +221,9 @@ def test_data_of_the_other_kind_is_refused_by_name(base, records, tmp_path):
     with pytest.raises(ValueError, match=r"--data is missing: a chosen and a rejected.*--data Preferences"):
         finetune_dpo.setup(base, tmp_path / "out")
     with pytest.raises(ValueError, match="--data JSON holds no pairs of replies"):
-        finetune_dpo.setup(base, tmp_path / "out", options=finetuning.Options(data=JSON(json_path=records)))
+        finetune_dpo.setup(base, tmp_path / "out", options=FinetuneOptions(data=JSON(json_path=records)))
     with pytest.raises(ValueError, match="--data Preferences holds pairs of replies, from which `litgpt finetune_dpo`"):
-        finetune_lora.setup(base, tmp_path / "out", options=finetuning.Options(data=Preferences(json_path=records)))
+        finetune_lora.setup(base, tmp_path / "out", options=FinetuneOptions(data=Preferences(json_path=records)))
 
 
 def test_the_command_line(base, records, tmp_path, capsys):

@@ -13,7 +13,7 @@ def test_tensorboard(train, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     rows = train(tmp_path / "run", max_steps=3, logger_name="tensorboard")
-    events = EventAccumulator(str(tmp_path / "run/logs/tensorboard")).Reload()
+    events = EventAccumulator(str(tmp_path / "run/lightning_logs/tensorboard")).Reload()
     assert [e.step for e in events.Scalars("loss")] == [1, 2, 3]
     assert [e.value for e in events.Scalars("loss")] == pytest.approx([float(r["loss"]) for r in rows])
     assert len(events.Scalars("val_loss")) == 1

@@ -109,6 +109,7 @@ from dataclasses import replace
 from pathlib import Path
 import pytest
 from litgpt.cli import ConfigOverrides
+from litgpt.cli.flat import flattened
 from litgpt.commands import pretrain
 from litgpt.training import loop
 from tests.training.ragged import Ragged
@@ -128,7 +129,7 @@ loop.Gradients = OnDevice
 train = replace(pretrain.TRAIN, global_batch_size=8, micro_batch_size=2, lr_warmup_steps=5, max_tokens=None,
                 max_norm=1.0, max_steps=6, skip_nonfinite=1, save_interval=3, log_interval=10)
 try:
-    pretrain.setup("tiny", ConfigOverrides(MODEL), out_dir=out_dir, devices=2, strategy=strategy, train=train,
+    flattened(pretrain.setup)(model_name="tiny", model_config=ConfigOverrides(MODEL), out_dir=out_dir, devices=2, strategy=strategy, train=train,
                    data=Ragged(), eval=EVALUATION, logger_name="csv")
 except loop.TrainingDiverged as error:
     print(f"{error}", flush=True)

@@ -29,6 +29,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from litgpt.cli import ConfigOverrides
+from litgpt.cli.flat import flattened
 from litgpt.commands import pretrain
 from tests.training.ragged import Ragged
 from tests.training.test_ragged import EVALUATION, MODEL
@@ -36,7 +37,7 @@ from tests.training.test_ragged import EVALUATION, MODEL
 out_dir, strategy, packed = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
 train = replace(pretrain.TRAIN, global_batch_size=8, micro_batch_size=2, lr_warmup_steps=5, max_tokens=None,
                 max_norm=1.0, max_steps=6, keep_best=True)
-pretrain.setup("tiny", ConfigOverrides(MODEL), out_dir=out_dir, devices=2, strategy=strategy, train=train,
+flattened(pretrain.setup)(model_name="tiny", model_config=ConfigOverrides(MODEL), out_dir=out_dir, devices=2, strategy=strategy, train=train,
                data=Ragged(packed), eval=EVALUATION, logger_name="csv")
 """
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from litgpt.cli import ConfigOverrides
+from litgpt.cli.flat import flattened
 from litgpt.commands import pretrain
 from litgpt.parallel import fabric as fabrics
 from litgpt.training import loop
@@ -42,7 +43,7 @@ out_dir, steps, resume = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 notes = lambda rank: out_dir.parent / f"{sys.argv[4]}{rank}.txt"
 train = replace(pretrain.TRAIN, global_batch_size=8, micro_batch_size=2, lr_warmup_steps=5, max_tokens=None,
                 max_steps=steps, save_interval=2, neftune_noise_alpha=5.0)
-pretrain.setup("tiny", ConfigOverrides(MODEL), out_dir=out_dir, devices=2, strategy="fsdp", train=train,
+flattened(pretrain.setup)(model_name="tiny", model_config=ConfigOverrides(MODEL), out_dir=out_dir, devices=2, strategy="fsdp", train=train,
                data=Ragged(), eval=EVALUATION, logger_name="csv", resume=resume)
 """
 

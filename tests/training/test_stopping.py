@@ -84,6 +84,7 @@ import os, signal, sys
 from dataclasses import replace
 from pathlib import Path
 from litgpt.cli import ConfigOverrides
+from litgpt.cli.flat import flattened
 from litgpt.commands import pretrain
 from litgpt.training.recorder import Recorder
 from tests.training.conftest import loop
@@ -108,7 +109,7 @@ loop.accumulate_gradients = interrupted
 train = replace(pretrain.TRAIN, global_batch_size=8, micro_batch_size=2, max_tokens=None, max_steps=12, log_interval=10,
                 max_time=50 if name == "max_time" else None)
 try:
-    pretrain.setup("tiny", ConfigOverrides(MODEL), out_dir=out_dir, devices=2, train=train, data=Ragged(False),
+    flattened(pretrain.setup)(model_name="tiny", model_config=ConfigOverrides(MODEL), out_dir=out_dir, devices=2, train=train, data=Ragged(False),
                    logger_name="csv")
 except SystemExit as stopped:
     assert stopped.code == 130, stopped.code
