@@ -68,6 +68,7 @@ def setup(
     initial_checkpoint_dir: Path | None = None,
     tokenizer_dir: Path | None = None,
     tokenizer_vocab_size: int | None = None,
+    dry_run: bool = False,
     options: Annotated[RunOptions, cli.Flat()] = DEFAULTS,
 ) -> None:
     """Train a model on text.
@@ -81,16 +82,16 @@ def setup(
         tokenizer_dir: Checkpoint (a directory, a .gguf file, a known name or a Hub id) whose tokenizer to use; by
             default that of initial_checkpoint_dir.
         tokenizer_vocab_size: Without a tokenizer_dir, train a byte-level BPE tokenizer of this size on the text.
+        dry_run: Stop before training: show the model's size, the tokens of a step and the memory needed. The data is
+            neither downloaded nor tokenised for that, and need not be there.
         data: What to train on, for example `--data TextFiles --data.train_data_path FOLDER`.
         devices: Devices per node; auto takes all (on a CPU, one process).
         seed: Decides the initial weights and all other random numbers.
         access_token: For downloading a gated model or its tokenizer.
-        dry_run: Stop before training: show the model's size, the tokens of a step and the memory needed. The data is
-            neither downloaded nor tokenised for that, and need not be there.
     """
-    job = Job(out_dir, options, cli.spread(setup, locals()), DEFAULTS)
+    job = Job(out_dir, options, cli.spread(setup, locals()), DEFAULTS, dry_run)
     job.check()
-    data = check_for_pretraining(options, tokenizer_dir, tokenizer_vocab_size)
+    data = check_for_pretraining(options, tokenizer_dir, tokenizer_vocab_size, dry_run)
     job.open_directory()
     source = None if initial_checkpoint_dir is None else open_merged(initial_checkpoint_dir, options.access_token)
     if source is not None and source.note_on_plain:
@@ -101,7 +102,7 @@ def setup(
     console, train, evaluation = job.console, job.options.train, options.eval
 
     # The tokenizer, and the shape of the model, which follows from it.
-    if tokenizer_vocab_size is not None and not options.dry_run:
+    if tokenizer_vocab_size is not None and not dry_run:
         tokenizer_dir = out_dir / TOKENIZER_DIR
         make_tokenizer(job, data, tokenizer_vocab_size, tokenizer_dir)
     tokenizer = Tokenizer(tokenizer_dir) if tokenizer_dir else None
@@ -116,7 +117,7 @@ def setup(
     # What it will take: told by a model without memory, before any weight is there.
     weights_dtype, _ = PRECISIONS[precision_of(job.fabric)]
     outline = meta_model(config).to(weights_dtype)
-    if options.dry_run:
+    if dry_run:
         job.describe(outline, Plan(train, job.world_size, tokens, batches=None), NEEDS_LESS)
         console.print("--dry_run: nothing was trained.")
         return
@@ -160,7 +161,7 @@ def setup(
 
 
 def check_for_pretraining(
-    options: RunOptions, tokenizer_dir: Path | None, tokenizer_vocab_size: int | None
+    options: RunOptions, tokenizer_dir: Path | None, tokenizer_vocab_size: int | None, dry_run: bool
 ) -> DataModule:
     """What to train on; ValueError where it is missing, or an option is for finetuning alone."""
     if options.eval.metrics:
@@ -171,7 +172,7 @@ def check_for_pretraining(
     choose_criterion(options.eval.best_by, {})
     if options.eval.evaluate_example != "first":
         raise ValueError("--eval.evaluate_example is for finetuning: pretraining data has no examples. Leave it out.")
-    if options.data is None and not options.dry_run:
+    if options.data is None and not dry_run:
         raise ValueError("--data is missing. For plain text: --data TextFiles --data.train_data_path FOLDER_OR_FILE.")
     if tokenizer_dir is not None and tokenizer_vocab_size is not None:
         raise ValueError("--tokenizer_dir and --tokenizer_vocab_size: use a tokenizer or train one, not both.")

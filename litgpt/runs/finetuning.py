@@ -80,7 +80,7 @@ class Finetuning(Job):
         on_pairs: bool = False,
         trains_all: bool = False,
     ) -> None:
-        super().__init__(out_dir, options, settings, FinetuneOptions())
+        super().__init__(out_dir, options, settings, FinetuneOptions(), options.dry_run)
         self.checkpoint_dir, self.chat_template, self.quantize = checkpoint_dir, options.chat_template, quantize
         self.on_pairs, self.trains_all = on_pairs, trains_all
 
@@ -176,7 +176,7 @@ class Finetuning(Job):
             self.console.print(self.answers.describe())
         for name, sample in data.shown().items():
             self.console.print(f"{name}, {DIMMED}:\n{sample_in_words(sample, self.tokenizer)}\n")
-        if self.options.dry_run:
+        if self.dry_run:
             self.console.print("--dry_run: nothing was trained.")
 
     @property

@@ -72,6 +72,7 @@ class Job:
         options: What all commands take.
         settings: All settings of the command by their names, to be shown and compared on a resume.
         defaults: What `options` are when nobody sets them: what differs from these was given.
+        dry_run: Whether it ends before it trains. It leaves `out_dir` as it is.
 
     Attributes:
         notes: What to say of the inputs once there is a console.
@@ -92,8 +93,15 @@ class Job:
     flops_per_token: float
     loss: LossModule
 
-    def __init__(self, out_dir: Path, options: RunOptions, settings: dict[str, Any], defaults: RunOptions) -> None:
-        self.out_dir, self.defaults = out_dir, defaults
+    def __init__(
+        self,
+        out_dir: Path,
+        options: RunOptions,
+        settings: dict[str, Any],
+        defaults: RunOptions,
+        dry_run: bool = False,
+    ) -> None:
+        self.out_dir, self.defaults, self.dry_run = out_dir, defaults, dry_run
         self.options = replace(options, train=replace(options.train))  # `check` settles the batch
         self.settings = {**settings, "train": self.options.train}
         self.directory = RunDirectory(out_dir)
@@ -120,7 +128,7 @@ class Job:
     def open_directory(self) -> None:
         """Keep other runs out of `out_dir`, and find the checkpoint to resume from."""
         options = self.options
-        if options.dry_run:  # a run that is here stays, and is no hindrance
+        if self.dry_run:  # a run that is here stays, and is no hindrance
             self.resume_from = self.directory.start(options.resume)
             return
         is_main = rank_from_environment() == 0
@@ -135,9 +143,9 @@ class Job:
         launcher.launch(self.fabric)
         self.resume_from = self.fabric.broadcast(self.resume_from)
         self.console = Console(self.fabric.global_rank == 0)
-        if options.log.save_logs and not options.dry_run:
+        if options.log.save_logs and not self.dry_run:
             self.console.save_to(self.out_dir / LOGS_FILE, append=self.resume_from is not None)
-        described = cli.describe_settings(None if options.dry_run else self.out_dir)
+        described = cli.describe_settings(None if self.dry_run else self.out_dir)
         self.console.print(described or pprint.pformat(dict(sorted(self.settings.items()))))
         seed_everything(options.seed)
         self.console.print(f"Seed set to {options.seed}\n{describe_devices(self.fabric)}")

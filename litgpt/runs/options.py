@@ -59,8 +59,6 @@ class RunOptions:
     """Decides all random numbers."""
     access_token: Secret | None = None
     """For downloading a gated model."""
-    dry_run: bool = False
-    """Stop before training: show what would be done and the memory needed."""
 
 
 @dataclass

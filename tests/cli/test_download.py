@@ -118,6 +118,25 @@ def test_an_unlisted_repository_downloads_and_generates(litgpt, hub, llama_files
     assert litgpt("generate", "other/some-org/unlisted-llama", *options).out == first.out
 
 
+def test_pretraining_takes_an_access_token(litgpt, hub, llama_files):
+    """For the model to start from and for a tokenizer, downloaded before anything else is done."""
+    gated = ("org/gated-model", "org/gated-tokenizer")
+    for name in gated:
+        hub.repositories[name] = llama_files[0]
+        hub.tokens[name] = "hf_right"
+    words = ("pretrain", "some-model", "--initial_checkpoint_dir", gated[0], "--tokenizer_dir", gated[1])
+    words += ("--dry_run", "true", "--devices", 1)
+    refused = litgpt(*words)
+    assert refused.code == 1
+    assert "pass a token of that account as --access_token" in refused.err
+    allowed = litgpt(*words, "--access_token", "hf_right")
+    assert allowed.code == 0, allowed.err
+    assert "--dry_run: nothing was trained." in allowed.out
+    assert "hf_right" not in allowed.err + allowed.out
+    assert "model.safetensors" in present("checkpoints/org/gated-model")
+    assert "model.safetensors" not in present("checkpoints/org/gated-tokenizer")
+
+
 def test_without_conversion_into_another_directory(litgpt, hub, llama_files):
     hub.repositories["org/tiny"] = llama_files[0]
     result = litgpt("download", "org/tiny", "--convert_checkpoint", "false", "--checkpoint_dir", "elsewhere")

@@ -1,5 +1,6 @@
 """`litgpt pretrain` as it is typed: in recipes, in the seeds' spellings, and wrongly."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,10 @@ import yaml
 
 from litgpt.__main__ import main
 from litgpt.config import Config
-from litgpt.training.metrics import read_metrics
+from litgpt.runs.memory_estimate import Usage, estimate_memory
+from litgpt.sources.load import load_model
+from litgpt.sources.meta import meta_model
+from litgpt.training.metrics import flops_per_token, read_metrics
 
 ROOT = Path(__file__).parents[2]
 TEXT = ROOT / "config_hub/pretrain/data/shakespeare.txt"
@@ -85,6 +89,58 @@ def test_flat_recipe_runs_and_its_record_repeats_it(place, capsys):
     printed = capsys.readouterr().out
     assert "litgpt chat out/pretrain/final" in printed
     assert f"Saving checkpoint to '{Path('out/pretrain/final')}'" in printed
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_a_dry_run_says_what_the_model_will_take(place, capsys, precision):
+    """Its figures are those of the model that is then trained, though it makes no tokenizer, no weights and no files."""
+    words = ["--config", "tiny.yaml", "--precision", precision, "--train.epochs", "1", "--train.max_seq_length", "24"]
+    assert run(*words, "--dry_run", "true") == 0
+    dry = capsys.readouterr().out
+    assert "--dry_run: nothing was trained." in dry
+    assert "Steps: at most 3, and no more than train.epochs 1 of the data" in dry
+    assert not (place / "out").exists()
+    assert not (place / "cache").exists()
+
+    assert run(*words) == 0
+    gpt = load_model(place / "out/pretrain/final")
+    usage = Usage(trains=True, batch_size=2, context=24)
+    for line in (
+        f"Number of trainable parameters: {sum(p.numel() for p in gpt.parameters()):,} (100.00% of all)",
+        "Number of non-trainable parameters: 0",
+        f"FLOPs per token: {flops_per_token(gpt, 24):,.0f} (forward and backward pass)",
+        "Tokens per step: 2 sequences x 2 accumulation x 1 device(s) x 24 tokens = 96",
+        f"Estimated memory: {sum(estimate_memory(gpt, usage).values()) / 1e9:.1f} GB at full length",
+    ):
+        assert line in dry
+    trained = (place / "out/pretrain/logs.txt").read_text()
+    figures = [line for line in dry.splitlines() if line.startswith(("Number", "FLOPs", "Tokens", "Estimated"))]
+    assert all(line in trained for line in figures)
+
+
+def test_a_dry_run_needs_no_data_and_leaves_the_run_that_is_there(place, capsys):
+    assert run("--config", "tiny.yaml") == 0
+    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    assert run("pythia-14m", "--dry_run", "true", "--overwrite", "true", "--devices", "1") == 0
+    out = capsys.readouterr().out
+    gpt = meta_model(Config.from_name("pythia-14m"))
+    assert f"Number of trainable parameters: {gpt.num_parameters():,} (100.00% of all)" in out
+    assert "x 512 tokens = 262,144\nSteps: 11,444,092\n" in out  # 3e12 tokens
+    assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+    assert "--train.max_seq_length 513 is longer" in fails(
+        capsys, "pythia-14m", "--dry_run", "true", "--train.max_seq_length", "513"
+    )
+
+
+def test_a_dry_run_counts_what_the_optimizer_keeps(place, capsys):
+    """Of Pythia-160M: two values for each of 162 million weights."""
+    needs = {}
+    for optimizer in ("AdamW", "SGD"):
+        assert (
+            run("pythia-160m", "--dry_run", "true", "--devices=1", "--optimizer", optimizer, "--optimizer.lr=0.1") == 0
+        )
+        needs[optimizer] = float(re.search(r"Estimated memory: ([\d.]+) GB", capsys.readouterr().out)[1])
+    assert needs["AdamW"] - needs["SGD"] == pytest.approx(2 * 4 * 0.1623, abs=0.11)
 
 
 def test_every_spelling_of_the_optimizer(place):

@@ -1,5 +1,6 @@
 """Two real processes (gloo) train as one does, which holds all activations while they compute theirs again."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,23 @@ def test_two_ranks_with_fsdp_go_on_from_what_one_wrote(train, text, tmp_path):
     train(tmp_path / "one", max_steps=16, resume=tmp_path / "one/final", **options)
     train(tmp_path / "two", max_steps=16, resume=tmp_path / "two/final", **options)
     assert_close_runs(tmp_path / "one", tmp_path / "two", range(7, 17))
+
+
+SAMPLES = RUN.replace("interval=4, max_iters=3", "interval=4, max_iters=3, initial_validation=True, max_new_tokens=12")
+
+
+def test_a_sharded_model_writes_samples(train, text, tmp_path):
+    """While it is trained and at the end, also of a run that had ended before; it begins with what one process begins."""
+    evaluation = EvalArgs(interval=4, max_iters=3, initial_validation=True, max_new_tokens=12)
+    train(tmp_path / "one", max_steps=4, micro_batch_size=2, tie_embeddings=True, eval=evaluation)
+    for resume in ("false", "auto"):
+        on_two_ranks(SAMPLES, tmp_path, text, tmp_path / "two", "fsdp", 4, resume)
+    one, two = ((tmp_path / run / "logs.txt").read_text() for run in ("one", "two"))
+    first = re.compile(r"^step 0 \| loss val.*? s\n(.+?)\nEpoch 1", re.DOTALL | re.MULTILINE)
+    assert first.search(one)[1] == first.search(two)[1]
+    texts = re.findall(r"The model writes:\n(.+?)\n\n", two, re.DOTALL)
+    assert len(texts) == 2
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize(
