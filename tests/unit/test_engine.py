@@ -728,6 +728,15 @@ def test_what_is_let_in_can_grow_to_its_end(roomy, monkeypatch):
         assert tokens == plain(roomy, request.prompt, request.max_new_tokens)
 
 
+def test_what_idle_slots_hold_makes_way_for_one_that_needs_the_memory(roomy):
+    [two] = sizes(roomy, (2, 512))
+    engine = Engine(roomy, kept_bytes=math.inf, cache_bytes=two)
+    engine.complete([Request([n] * 20, 4, GREEDY) for n in range(1, 5)])
+    assert len(engine.cache_manager.slots) == 4
+    for output in engine.generate([Request(list(range(90)) * 4, 40, GREEDY)]):
+        assert engine.cache_size <= two, output
+
+
 def test_a_cancelled_request_leaves_no_memory_behind(roomy):
     [kept] = sizes(roomy, (1, 128))
     engine = Engine(roomy, kept_bytes=kept)
