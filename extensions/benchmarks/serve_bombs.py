@@ -29,7 +29,7 @@ import psutil
 from side_by_side import ROOT
 
 POLLS = 20
-PATIENCE = 600  # seconds that a server may take for anything
+PATIENCE = 600  # seconds that a server may take for anything, its start included
 MB = 1e6
 
 CHAT, TEXT, PREDICT = "/v1/chat/completions", "/v1/completions", "/predict"
@@ -175,6 +175,13 @@ def tried(name: str, url: str, process: psutil.Process) -> str:
     return f"| {name} | {row} |"
 
 
+def is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=10).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 @contextmanager
 def started(
     root: Path, checkpoint: str, options: Sequence[str], files: int | None = None
@@ -197,16 +204,14 @@ def started(
     environment = {**os.environ, "PYTHONPATH": str(root)}
     with tempfile.TemporaryFile() as log:
         server = subprocess.Popen(command, env=environment, cwd=root, stdout=log, stderr=log)
+        deadline = time.monotonic() + PATIENCE
         try:
-            while True:
-                try:
-                    if httpx.get(f"{url}/health").status_code == 200:
-                        break
-                except httpx.TransportError:
-                    pass
-                if server.poll() is not None:
+            while not is_ready(url):
+                has_ended = server.poll() is not None
+                if has_ended or time.monotonic() > deadline:
                     log.seek(0)
-                    sys.exit(f"The server has ended: {log.read().decode()[-2000:]}")
+                    what = "has ended" if has_ended else f"is not ready after {PATIENCE} s"
+                    sys.exit(f"The server {what}. Its log:\n{log.read().decode(errors='replace')[-5000:]}")
                 time.sleep(0.2)
             yield url, psutil.Process(server.pid)
         finally:

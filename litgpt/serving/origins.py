@@ -56,7 +56,10 @@ class Origins:
             return True
         if origin is None:
             return site in (None, "none")
-        return _is_of(origin, headers.get("host", ""))
+        # A proxy says so what the browser asked for. No page of others can: a browser asks first (CORS) before it sends
+        # a header that forms do not have.
+        addresses = [headers.get("host", ""), *headers.get("x-forwarded-host", "").split(",")]
+        return any(_is_of(origin, address.strip()) for address in addresses)
 
 
 class OriginCheck:

@@ -210,6 +210,15 @@ def test_an_answer_streams_and_is_what_the_api_says(served, open_page):
     )
 
 
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "models.localhost"])
+def test_the_page_may_ask_by_whatever_name_of_this_machine_it_was_opened(served, open_page, name):
+    page = open_page(served.url.replace("127.0.0.1", name))
+    expect(page.locator("#model-name")).to_have_text("tiny-random")
+    ask(page, "Hello")
+    wait_until_whole(page)
+    expect(answer_text(page)).not_to_be_empty()
+
+
 def test_stop_frees_the_slot_and_keeps_what_was_written(served, open_page):
     page = open_page(served.url)
     brake = Brake(served, after=8)
