@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonargparse
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse.typing import register_type
 
@@ -16,6 +17,7 @@ from litgpt.cli.secret import REDACTED, Secret
 register_type(Secret, serializer=str, deserializer=Secret)
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_NULLS = ("~", "null", "Null", "NULL")
 _NUMBER = re.compile(r"[+-]?[\d_]*\.?[\d_]+([eE][+-]?\d+)?")
 
 
@@ -42,6 +44,19 @@ def as_hinted(value: Any, hint: Any) -> Any:
     if isinstance(value, str | float) and admits(hint, int) and not admits(hint, float):
         return as_integer(value)
     return value
+
+
+_load = jsonargparse.get_loader("yaml")
+
+
+def read_value(text: str) -> Any:
+    """As jsonargparse reads a value; but what YAML takes for nothing without its being null (a comment, `---`, an
+    anchor) is the text that was typed."""
+    value = _load(text)
+    return text if value is None and text.strip() not in _NULLS else value
+
+
+jsonargparse.set_loader("yaml", read_value, exceptions=(yaml.YAMLError,))
 
 
 def as_integer(value: str | float) -> Any:

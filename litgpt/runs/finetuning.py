@@ -37,6 +37,7 @@ from litgpt.training.criterion import Criterion, choose_criterion
 from litgpt.training.frozen_weights import store_frozen_matrices
 from litgpt.training.inputs import Inputs, new_digest, sampled
 from litgpt.training.loop import Generated, Outcome
+from litgpt.training.preference import PreferenceLoss
 from litgpt.training.state import Saved
 
 NEEDS_LESS = "--train.micro_batch_size, --train.max_seq_length, finetune_lora, --quantize"
@@ -94,7 +95,10 @@ class Finetuning(Job):
         evaluation = self.options.eval
         if evaluation.metrics and rank_from_environment() == 0:
             print("Loading torchmetrics", flush=True)  # it takes up to ten seconds
-        self.metrics = AnswerMetrics(evaluation.metrics if isinstance(evaluation.metrics, list) else [])
+        self.metrics = AnswerMetrics(
+            evaluation.metrics if isinstance(evaluation.metrics, list) else [],
+            figures=PreferenceLoss.figures if self.on_pairs else (),
+        )
         self.criterion = choose_criterion(evaluation.best_by, self.metrics.higher_is_better)
 
     def _precision(self, quantize: str | None) -> str:

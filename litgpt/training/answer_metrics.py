@@ -132,11 +132,12 @@ class AnswerMetrics:
 
     Args:
         values: As for `AnswerMetric`.
+        figures: Names of what the run's loss gives beside itself.
     """
 
-    def __init__(self, values: Sequence[str | dict[str, Any]]) -> None:
+    def __init__(self, values: Sequence[str | dict[str, Any]], figures: Sequence[str] = ()) -> None:
         self.metrics = [AnswerMetric(value) for value in values]
-        owners = {LOSS: "the run itself"}
+        owners = dict.fromkeys((LOSS, *figures), "the run itself")
         for metric in self.metrics:
             for name in metric.higher_is_better:
                 if name in owners:

@@ -85,6 +85,8 @@ def command(
     multiline: bool = False,
     prompt: str = "What?",
     access_token: str | None = None,
+    separator: str | None = None,
+    place: Path | None = None,
     lora_key: bool = False,
 ) -> SimpleNamespace:
     """Do what a test wants.
@@ -133,9 +135,24 @@ def test_large_integers_stay_exact():
     assert run("dir", "--train.max_steps", "9007199254740993").train.max_steps == 9007199254740993
 
 
-def test_text_stays_text():
-    for text in ("1e6", "null", "a: b", "[1, 2]", " x ", "-1", "", "true", "-- she said", "{a: 1}"):
+TEXTS = ["1e6", "a: b", "[1, 2]", " x ", "-1", "", "true", "-- she said", "{a: 1}"]
+NOTHING = ["\n---\n", "---", "# Title", "#", "&a", " # x\n", "--- # x", "%YAML", "!!null x"]  # to YAML
+
+
+def test_text_stays_text(tmp_path):
+    for text in (*TEXTS, *NOTHING):
         assert run("dir", "--prompt", text).prompt == text
+        assert run("dir", "--separator", text).separator == text
+        assert run("dir", "--data", "Text", "--data.path", "x", f"--data.api_key={text}").data.api_key == text
+    for text in NOTHING:
+        assert run("dir", "--place", text).place == Path(text)
+        assert run("dir", "--log.run", text).log.run == text
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"separator": text}))
+        assert run("dir", "--config", tmp_path / "config.yaml").separator == text
+    assert run("dir", "--prompt", "null").prompt == "null"
+    for text in ("null", "~"):
+        assert run("dir", "--separator", text).separator is None
+        assert run("dir", "--place", text).place is None
     assert run("dir", "--prompt=--train.x 1").prompt == "--train.x 1"
 
 

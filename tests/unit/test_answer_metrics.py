@@ -9,6 +9,7 @@ from torchmetrics import Metric
 from litgpt.training.answer_metrics import AnswerMetric, AnswerMetrics
 from litgpt.training.arguments import EvalArgs
 from litgpt.training.criterion import Criterion, choose_criterion
+from litgpt.training.preference import PreferenceLoss
 from litgpt.training.state import Progress
 
 REFERENCES = ["the cat sat on the mat", "all dogs bark", "yes"]
@@ -97,6 +98,11 @@ def test_two_figures_of_one_name_are_refused():
         AnswerMetrics(twice)
     with pytest.raises(ValueError, match="bleu and the run itself both have a figure called loss"):
         AnswerMetrics([{"class_path": "bleu", "name": "loss"}])
+    for figure in PreferenceLoss.figures:
+        named = [{"class_path": "bleu", "name": figure}]
+        with pytest.raises(ValueError, match=f"bleu and the run itself both have a figure called {figure}"):
+            AnswerMetrics(named, figures=PreferenceLoss.figures)
+        AnswerMetrics(named)
     assert list(AnswerMetrics([twice[0], {**twice[1], "name": "four"}]).higher_is_better) == ["BLEUScore", "four"]
 
 
