@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from litgpt.checkpoint import WEIGHTS, copy_companion_files
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
 from litgpt.llm.loading import LoadOptions, load_parts
+from litgpt.llm.reply import ChatSettings, GenerateSettings, SamplingSettings
 from litgpt.prompts import save_prompt_style
 from litgpt.sources.load import load_model
 from tests import checkpoint_files
@@ -143,6 +145,15 @@ def test_what_cannot_be_answered_is_refused(llm, options, message):
     with pytest.raises(ValueError, match=message):
         llm.generate(**options)
     assert not llm.engine.busy
+
+
+@pytest.mark.parametrize(("method", "settings"), [(LLM.generate, GenerateSettings), (LLM.chat, ChatSettings)])
+def test_the_settings_by_name_are_the_arguments(method, settings):
+    parameters = inspect.signature(method).parameters
+    form = {"self", "prompt", "messages", "return_as_token_ids", "stream"}
+    assert set(settings.__annotations__) == set(parameters) - form
+    chosen = {name: parameters[name].default for name in SamplingSettings.__annotations__}
+    assert Sampling(**chosen) == Sampling()  # what benchmark takes by default is what generate does
 
 
 def test_the_prompt_style_may_be_replaced(directory):
