@@ -81,7 +81,7 @@ def finetune(root: Path, paths: argparse.Namespace, scratch: Path) -> Figures:
     words += ["--data.val_split_fraction", "0.1", "--data.pack", "true", "--precision", "bf16-true"]
     words += ["--train.max_seq_length", "512", "--train.max_steps", "6", "--train.global_batch_size", "2"]
     words += ["--out_dir", str(scratch / "out"), "--overwrite", "true", "--eval.max_new_tokens", "8"]
-    seconds, memory = program(root).run(words)
+    _, memory = program(root).run(words)
     with open(scratch / "out/metrics.csv", newline="") as file:
         rates = [float(row["tokens_per_sec"]) for row in csv.DictReader(file) if row["tokens_per_sec"]]
     return {"LoRA, packed (tokens/s)": statistics.median(rates[1:]), "LoRA, peak (MB)": memory}
