@@ -59,6 +59,10 @@ Save = Callable[[Path, dict[str, Tensor]], None]
 """Writes the weights of a checkpoint, and all that belongs to them, into an empty directory"""
 
 
+# Settings that name what a run reads.
+INPUTS = ("checkpoint_dir", "initial_checkpoint_dir", "tokenizer_dir")
+
+
 def trained_parameters(gpt: GPT) -> list[tuple[str, nn.Parameter]]:
     """What is trained of a model, by name."""
     return [(name, p) for name, p in gpt.named_parameters() if p.requires_grad]
@@ -134,7 +138,8 @@ class Job:
         is_main = rank_from_environment() == 0
         if is_main:
             self.directory.lock()
-        self.resume_from = self.directory.prepare(options.resume, options.overwrite, is_main=is_main)
+        needed = [Path(str(self.settings[name])) for name in INPUTS if self.settings.get(name) is not None]
+        self.resume_from = self.directory.prepare(options.resume, options.overwrite, needed, is_main=is_main)
 
     def launch(self) -> None:
         """Start a process for each device, all with one seed, and say what runs where."""

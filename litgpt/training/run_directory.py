@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from litgpt.training.run_lock import RunLock
@@ -112,13 +113,16 @@ class RunDirectory:
         steps = [p for p in self.path.glob("step-*") if STEP_DIR.fullmatch(p.name)]
         return [p for p in (self.path / name for name in names) if p.exists()] + steps
 
-    def prepare(self, resume: bool | str | Path, overwrite: bool, *, is_main: bool = True) -> Path | None:
+    def prepare(
+        self, resume: bool | str | Path, overwrite: bool, needed: Iterable[Path] = (), *, is_main: bool = True
+    ) -> Path | None:
         """Decide where to begin, and make sure that nothing of another run is lost.
 
         Args:
             resume: False; True (from the newest checkpoint here); "auto" (the same, or afresh where there is none); or
                 a checkpoint directory.
             overwrite: Whether a run that is here may be deleted.
+            needed: What the new run reads, such as the model it starts from; that is never deleted.
             is_main: Whether this process is the one to delete it, and to look whether a checkpoint is whole: what it
                 finds, the others are told.
 
@@ -127,7 +131,7 @@ class RunDirectory:
 
         Raises:
             FileNotFoundError: There is nothing to resume from.
-            ValueError: A run is here and may not be overwritten, or the checkpoint is damaged.
+            ValueError: A run is here and may not be overwritten, or holds what is needed; or the checkpoint is damaged.
         """
         checkpoint = self.start(resume, check=is_main)
         if checkpoint is not None:
@@ -140,7 +144,15 @@ class RunDirectory:
         if kept and not overwrite:
             raise ValueError(self._refusal())
         if is_main:
-            for artifact in self.artifacts():
+            artifacts = self.artifacts()
+            for path in needed:
+                place = path.expanduser().resolve()
+                if any(place.is_relative_to(artifact.resolve()) for artifact in artifacts):
+                    raise ValueError(
+                        f"A new run in '{self.path}' would delete '{path}', which it starts from. "
+                        "Choose another --out_dir."
+                    )
+            for artifact in artifacts:
                 shutil.rmtree(artifact) if artifact.is_dir() else artifact.unlink()
         return None
 

@@ -279,6 +279,23 @@ def test_every_other_command_takes_it_or_says_why_not(run, command, kind):
         assert result.code == 0, result.out + result.err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["finetune_lora", "MODEL", *RECORDS],
+        ["pretrain", "tiny", "--initial_checkpoint_dir", "MODEL", *TEXT],
+        ["pretrain", "pythia-14m", "--tokenizer_dir", "MODEL", *TEXT],
+    ],
+)
+def test_a_new_run_never_deletes_what_it_starts_from(run, tmp_path, words):
+    first = tmp_path / "out" / "best"
+    shutil.copytree("tuned/lora", first)
+    result = run([*words, "--out_dir", "OUT", "--overwrite", "true", *STILL], str(first))
+    assert result.code == 1
+    assert f"would delete '{first}', which it starts from. Choose another --out_dir." in result.err
+    assert (first / "lit_model.pth.lora").is_file()
+
+
 @pytest.mark.parametrize("kind", ["a GGUF file", "PEFT", "PEFT on the Hub"])
 def test_a_new_model_takes_its_tokenizer(run, kind):
     shape = ["--model_config.n_layer", "1", "--model_config.n_embd", "32", "--model_config.n_head", "2"]
