@@ -39,6 +39,17 @@ def test_resumed_at_20_equals_40_in_one_go(train, tmp_path, monkeypatch, setting
     assert_same_run(tmp_path / "whole", tmp_path / "parts", rows=40)
 
 
+def test_a_second_resume_goes_on_with_the_data_where_the_first_left_off(train, tmp_path, monkeypatch):
+    train(tmp_path / "whole", max_steps=12)
+    settings = {"max_steps": 12, "save_interval": 2, "resume": "auto"}
+    for dies_in_step in (5, 4):  # of the steps of that process: 5, and 8 of all
+        with killed_in_step(dies_in_step, monkeypatch):
+            train(tmp_path / "parts", **settings)
+    assert saved_step(tmp_path / "parts/step-00000006") == 6
+    train(tmp_path / "parts", **settings)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", rows=12)
+
+
 SUBPROCESS_SHAPE = {
     **{"block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 32},
     **{"parallel_residual": False, "bias": False},
