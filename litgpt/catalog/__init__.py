@@ -70,8 +70,8 @@ def _read_family(family: str, content: dict[str, Any]) -> Iterator[KnownCheckpoi
             entry = {"size": entry} if isinstance(entry, str) else dict(entry)
             org, repo = repo_id.split("/")
             origin = {"name": repo, "hf_config": {"org": org, "name": repo}}
-            config = {**origin, **outer, **group["sizes"][entry.pop("size")], **entry}
-            labels = {label: config.pop(label) for label in (*LABELS, "parameters")}
+            config: dict[str, Any] = {**origin, **outer, **group["sizes"][entry.pop("size")], **entry}
+            labels: dict[str, Any] = {label: config.pop(label) for label in (*LABELS, "parameters")}
             yield KnownCheckpoint(repo_id, config["name"], family, config=config, **labels)
 
 

@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -50,7 +50,7 @@ class ClassChoice:
         exported = getattr(module, "__all__", None) or dir(module)
         return sorted(name for name in exported if self._is_choice(getattr(module, name, None)))
 
-    def _is_choice(self, value: Any) -> bool:
+    def _is_choice(self, value: Any) -> TypeGuard[type]:
         return inspect.isclass(value) and issubclass(value, self.base) and value is not self.base
 
     def canonical(self, name: str) -> str:

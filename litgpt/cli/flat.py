@@ -35,9 +35,12 @@ def flattened(function: Callable[..., Any]) -> Callable[..., Any]:
         else:
             parameters.append(parameter.replace(annotation=hints.get(parameter.name, Any)))
 
+    # The last: parameters with a default may stand before those without where all are given by name.
+    signature = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters])
+
     @wraps(function)
     def call(**given: Any) -> Any:
-        arguments = call.__signature__.bind(**given)
+        arguments = signature.bind(**given)
         arguments.apply_defaults()
         values = arguments.arguments
         for name, (cls, prefix) in groups.items():
@@ -45,8 +48,7 @@ def flattened(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(**values)
 
     del call.__wrapped__
-    # The last: parameters with a default may stand before those without where all are given by name.
-    call.__signature__ = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters])
+    vars(call)["__signature__"] = signature
     call.__annotations__ = {p.name: p.annotation for p in parameters}
     call.__doc__ = _documentation(function, groups, [p.name for p in parameters])
     return call

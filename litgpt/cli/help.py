@@ -3,6 +3,7 @@
 import inspect
 import re
 from argparse import SUPPRESS
+from typing import Any
 
 import docstring_parser
 from jsonargparse import ArgumentParser
@@ -38,7 +39,7 @@ def help_parser(signature: Signature, prog: str) -> ArgumentParser:
         ("--print_config", None, "print the resolved settings as YAML and leave"),
         ("--debug", None, "show the traceback of an error"),
     ):
-        settings = {"metavar": metavar} if metavar else {"action": "store_true"}
+        settings: dict[str, Any] = {"metavar": metavar} if metavar else {"action": "store_true"}
         parser.add_argument(name, default=SUPPRESS, help=text, **settings)
     for action in parser._actions:  # of a list, jsonargparse offers `--name+`, too: here the option is repeated
         action.option_strings = [option for option in action.option_strings if not option.endswith("+")]

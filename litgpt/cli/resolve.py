@@ -23,9 +23,8 @@ def resolve(layer: Layer, signature: Signature) -> tuple[dict[str, Any], dict[st
     missing = signature.missing(layer)
     plain = [p.name for p in signature.of_kind("value", "group") if p.name not in missing]
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_function_arguments(
-        signature.function, skip=set(signature.parameters) - set(plain), fail_untyped=False, sub_configs=False
-    )
+    skip: set[str | int] = {name for name in signature.parameters if name not in plain}
+    parser.add_function_arguments(signature.function, skip=skip, fail_untyped=False, sub_configs=False)
     parsed = check_types(parser, {name: value for name, value in layer.items() if name in plain}, signature)
     made = instantiate(parser, copy.deepcopy(parsed))
     values, settings = {}, {}

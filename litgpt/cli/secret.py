@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, overload
 
 REDACTED = "***"
 NAME = re.compile(
@@ -59,6 +59,12 @@ class Secret:
         return Secret, (self._value,)
 
 
+@overload
+def reveal(secret: Secret | str) -> str: ...
+@overload
+def reveal(secret: None) -> None: ...
+@overload
+def reveal(secret: Secret | str | None) -> str | None: ...
 def reveal(secret: Secret | str | None) -> str | None:
     """The text itself, for the one who needs it; `hide` knows it from now on."""
     if isinstance(secret, Secret):
@@ -217,7 +223,7 @@ def _overwrite(found: list[tuple[int, str]], count: int) -> bool:
 
 def _set_title(words: list[str], found: list[tuple[int, str]]) -> None:
     if importlib.util.find_spec("setproctitle"):
-        import setproctitle
+        import setproctitle  # pyrefly: ignore[missing-import] - optional
 
         setproctitle.setproctitle(" ".join(["litgpt", *sys.argv[1:]]))
         return

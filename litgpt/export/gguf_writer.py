@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -212,5 +213,5 @@ def _rope_factors(config: Config) -> Tensor | None:
     """By what the rotary frequencies of Llama 3.1 are divided; (P,)."""
     if config.rope_kind != "llama3":
         return None
-    plain = Config(**{**vars(config), "rope_adjustments": None})
+    plain = replace(config, rope_adjustments=None)
     return (rope_frequencies(plain)[0] / rope_frequencies(config)[0])[0].to(torch.float32)

@@ -97,7 +97,7 @@ def _to_theirs(
     updates: dict[str, Update] = {}
     for family in families:
         pieces = [name.removesuffix(".weight") for name in family.ours]
-        rows = [layers.get(piece) or [(model.get_submodule(piece).out_features, False)] for piece in pieces]
+        rows = [layers.get(piece) or [(model.get_parameter(f"{piece}.weight").size(0), False)] for piece in pieces]
         blocks = [part for piece, of in zip(pieces, rows, strict=True) for part in _split(weights, piece, of)]
         columns = columns_of_parts(rows, blocks, settings.r)
         theirs, masks, magnitudes = (family.transform.to_theirs(each, config) for each in zip(*columns, strict=True))

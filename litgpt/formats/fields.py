@@ -155,9 +155,8 @@ class SlidingWindow:
         return [int(kind == SLIDING) for kind in types]
 
     def write(self, config: Config) -> HFConfig:
-        size, indices = config.sliding_window_size, config.sliding_window_indices
-        if size is None:
-            indices = [0] * config.n_layer
+        size = config.sliding_window_size
+        indices = (size is not None and config.sliding_window_indices) or [0] * config.n_layer
         theirs: HFConfig = {"sliding_window": size}
         if self.switch is not None:
             theirs[self.switch] = size is not None
@@ -244,7 +243,7 @@ class Rope:
     def write(self, config: Config) -> HFConfig:
         # The older spelling: transformers 4 and 5, and the other readers of config.json, all know it.
         theirs: HFConfig = {self.theta_keys[0]: float(config.rope_base), "rope_scaling": self.write_scaling(config)}
-        if config.rope_kind == "longrope":  # where Phi 3 looks first
+        if config.rope_kind == "longrope" and config.rope_adjustments:  # where Phi 3 looks first
             theirs["original_max_position_embeddings"] = config.rope_adjustments["original_max_seq_len"]
         if self.share_keys:
             theirs[self.share_keys[0]] = config.rotary_percentage

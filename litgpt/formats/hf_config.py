@@ -82,7 +82,7 @@ def _labels(label: str, rows: int) -> dict[str, Any]:
     if known is None:
         return {"name": label.split("/")[-1]}
     usual = Config(**known.config)
-    labels = {"name": usual.name, "hf_config": dict(usual.hf_config)}
+    labels: dict[str, Any] = {"name": usual.name, "hf_config": dict(usual.hf_config)}
     if usual.padded_vocab_size == rows:
         labels.update(vocab_size=usual.vocab_size, padding_multiple=usual.padding_multiple)
     return labels

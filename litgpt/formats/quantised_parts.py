@@ -47,7 +47,7 @@ def quantised_stream(weights: Iterable[Named], model: GPT, release: Release) -> 
     """
     yield from _kind_record(kind_of(model))
     layers, likes = dict(quantized_layers(model)), model.state_dict()
-    previous = converted = None
+    previous, converted = None, None
     for name, tensor in weights:
         layer = layers.get(name.removesuffix(".weight"))
         if layer is not None:
@@ -55,7 +55,7 @@ def quantised_stream(weights: Iterable[Named], model: GPT, release: Release) -> 
             filled.load_weight(tensor, release)
             yield from _named(name.removesuffix(".weight"), _parts(filled.quantized))
             continue
-        if tensor is not previous:
+        if converted is None or tensor is not previous:
             previous, converted = tensor, tensor.to(likes[name].dtype)
         yield name, converted
 
@@ -113,7 +113,7 @@ def saved_shapes(model: GPT) -> dict[str, Tensor]:
 
 
 def _part_shapes(weight: nn.Module) -> Parts:
-    own = dict(weight.named_parameters())
+    own: Parts = dict(weight.named_parameters())
     if not isinstance(weight, Int4Weight):
         return own
     return {

@@ -40,7 +40,8 @@ class Same:
     def to_ours(self, theirs: Sequence[Tensor], config: Config) -> list[Tensor]:
         return list(theirs)
 
-    to_theirs = to_ours
+    def to_theirs(self, ours: Sequence[Tensor], config: Config) -> list[Tensor]:
+        return list(ours)
 
 
 @dataclass(frozen=True)
@@ -201,8 +202,8 @@ class RuleTable:
             return None
         if rule.is_stacked and ours:
             numbers.pop()  # the expert's, which theirs does not have
-        sides = (rule.names(side, kind, numbers, config) for side in (True, False))
-        return Family(*sides, rule.transform)
+        mine, theirs = (rule.names(side, kind, numbers, config) for side in (True, False))
+        return Family(mine, theirs, rule.transform)
 
     def is_ignored(self, name: str) -> bool:
         """Whether a tensor of a Hugging Face file is none of the model's weights."""
@@ -260,7 +261,7 @@ def _shape_of(name: str) -> tuple[str, list[str]]:
     return ".".join("#" if part.isdigit() else part for part in parts), [part for part in parts if part.isdigit()]
 
 
-def _fill(template: str, kind: str, numbers: list[str]) -> str:
+def _fill(template: str, kind: str, numbers: Sequence[str]) -> str:
     # Placeholders come in the same order on both sides: layer, then expert.
     remaining = iter(numbers)
     return re.sub(r"\{\w+\}", lambda match: next(remaining), template.replace("{p}", kind))

@@ -95,6 +95,6 @@ def _refused(repo_id: str, page: str, status: int, access_token: Secret | str | 
 
 def _cause(error: BaseException) -> str:
     """The innermost reason."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
     return hide(str(error)) or type(error).__name__  # a header that is not valid is shown, token and all

@@ -158,7 +158,7 @@ def open_repository(repo_id: str, revision: str | None = None, access_token: Sec
     with clear_errors(repo_id, access_token, revision):
         api = HfApi(token=reveal(access_token))
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        commit = _patiently(lambda: api.model_info(repo_id, revision=revision, timeout=timeout)).sha
+        commit = _patiently(lambda: api.model_info(repo_id, revision=revision, timeout=timeout)).sha or revision
         tree = _patiently(lambda: list(api.list_repo_tree(repo_id, revision=commit)))
         if any(entry.path == TEMPLATES for entry in tree):
             tree += _patiently(lambda: list(api.list_repo_tree(repo_id, TEMPLATES, revision=commit)))

@@ -77,7 +77,7 @@ def _special_tokens(files: Path, tokenizer: Tokenizer) -> dict[str, Any]:
         "unknown_token_id": named.get("unk_token"),
         "padding_token_id": named.get("pad_token"),
     }
-    found = {PREFIX + name: token for name, token in ids.items() if token is not None}
+    found: dict[str, Any] = {PREFIX + name: token for name, token in ids.items() if token is not None}
     found |= {PREFIX + "add_bos_token": tokenizer.adds_bos, PREFIX + "add_eos_token": tokenizer.adds_eos}
     if DEFAULT in templates:
         found["tokenizer.chat_template"] = templates.pop(DEFAULT)
