@@ -8,7 +8,7 @@ import torch
 from litgpt.checkpoint import save_model
 from litgpt.config import Config
 from litgpt.model import GPT
-from tests import tokenizer_files
+from tests import shapes, tokenizer_files
 
 
 def chat_model(directory: Path, *, block_size: int = 512, template: str | None = tokenizer_files.CHATML) -> Path:
@@ -34,11 +34,7 @@ def with_model(directory: Path, block_size: int, likely: list[int] | None = None
         n_head=2,
         vocab_size=700,
         padded_vocab_size=704,
-        rotary_percentage=1.0,
-        parallel_residual=False,
-        bias=False,
-        norm_class_name="RMSNorm",
-        mlp_class_name="LLaMAMLP",
+        **shapes.LLAMA,
         intermediate_size=64,
     )
     torch.manual_seed(0)

@@ -20,14 +20,14 @@ from litgpt.catalog import find_known, known_checkpoints
 from litgpt.config import Config
 from litgpt.export import lit
 from litgpt.sources.source import Source
-from tests import tokenizer_files
+from tests import shapes, tokenizer_files
 from tests.hub_server import Hub, commit_of, serve_hub
 
 PATIENCE = 300  # seconds that a busy machine is given
 LLAMA = {
     "n_layer": 2, "n_embd": 32, "n_head": 2, "n_query_groups": 1, "vocab_size": 700, "padded_vocab_size": 704,
-    "rotary_percentage": 1.0, "parallel_residual": False, "bias": False, "norm_class_name": "RMSNorm",
-    "mlp_class_name": "LLaMAMLP", "intermediate_size": 64, "block_size": 512,
+    **shapes.LLAMA,
+    "intermediate_size": 64, "block_size": 512,
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
 from litgpt.model import GPT, starts_of_documents
 from litgpt.parallel.process_group import ProcessGroup
-from tests import checkpoint_files
+from tests import checkpoint_files, shapes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,11 +24,7 @@ SHAPE = {
     "n_embd": 256,
     "intermediate_size": 512,
     "vocab_size": 1000,
-    "norm_class_name": "RMSNorm",
-    "mlp_class_name": "LLaMAMLP",
-    "rotary_percentage": 1.0,
-    "parallel_residual": False,
-    "bias": False,
+    **shapes.LLAMA,
 }
 KINDS = {
     "grouped-query": {},

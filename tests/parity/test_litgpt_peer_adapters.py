@@ -16,17 +16,11 @@ from litgpt.config import Config
 from litgpt.model import GPT
 from litgpt.sources.load import load_model
 from tests import tokenizer_files
+from tests.shapes import LLAMA
 
 pytestmark = pytest.mark.slow
 
 SIZES = {"n_layer": 4, "n_embd": 32, "n_head": 4, "intermediate_size": 40, "vocab_size": 704, "block_size": 64}
-LLAMA = {
-    "bias": False,
-    "parallel_residual": False,
-    "norm_class_name": "RMSNorm",
-    "mlp_class_name": "LLaMAMLP",
-    "rotary_percentage": 1.0,
-}
 GEMMA = LLAMA | {
     "name": "Gemma-2-tiny",
     "mlp_class_name": "GemmaMLP",

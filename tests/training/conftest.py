@@ -24,6 +24,7 @@ from litgpt.data import TextFiles
 from litgpt.training import loop
 from litgpt.training.arguments import EvalArgs, TrainArgs
 from litgpt.training.metrics import read_metrics
+from tests import shapes
 from tests.training.two_ranks import TwoRanks
 
 TEXT = Path(__file__).parents[2] / "config_hub/pretrain/data/shakespeare.txt"
@@ -33,11 +34,7 @@ SHAPE = {
     "n_head": 2,
     "n_embd": 32,
     "intermediate_size": 64,
-    "norm_class_name": "RMSNorm",
-    "mlp_class_name": "LLaMAMLP",
-    "rotary_percentage": 1.0,
-    "parallel_residual": False,
-    "bias": False,
+    **shapes.LLAMA,
 }
 
 TRAIN_FIELDS = TrainArgs.__dataclass_fields__.keys() - {"logger_name"}

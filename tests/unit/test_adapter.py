@@ -23,6 +23,7 @@ from litgpt.config import Config
 from litgpt.model import GPT
 from litgpt.sources.load import load_model
 from litgpt.training.loss import NextTokenLoss
+from tests.shapes import LLAMA
 
 SIZES = {
     "n_layer": 4,
@@ -32,13 +33,6 @@ SIZES = {
     "vocab_size": 64,
     "block_size": 64,
     "padding_multiple": 64,
-}
-LLAMA = {
-    "bias": False,
-    "parallel_residual": False,
-    "norm_class_name": "RMSNorm",
-    "mlp_class_name": "LLaMAMLP",
-    "rotary_percentage": 1.0,
 }
 KINDS = {
     "multi-head, parallel": {"bias": True},

@@ -20,6 +20,7 @@ from litgpt.generation.compiled import READING, CompiledDecoder, decoder
 from litgpt.generation.compiled_program import path_of, reads_compiled, specification
 from litgpt.model import GPT
 from litgpt.quantization.layers import replace_linears
+from tests import shapes
 
 CONFIG = Config(
     block_size=256,
@@ -29,11 +30,7 @@ CONFIG = Config(
     n_query_groups=2,
     padded_vocab_size=96,
     intermediate_size=96,
-    bias=False,
-    parallel_residual=False,
-    rotary_percentage=1.0,
-    norm_class_name="RMSNorm",
-    mlp_class_name="LLaMAMLP",
+    **shapes.LLAMA,
     tie_embeddings=True,
 )
 ROWS, KIND = 2, (2, torch.float32)

@@ -17,6 +17,7 @@ from litgpt.model import GPT, rope_frequencies
 from litgpt.sources.checkpoint import open_checkpoint
 from litgpt.sources.gguf import model_name
 from litgpt.sources.load import load_model
+from tests import shapes
 
 TEXTS = [
     "ROMEO: But, soft! what light through yonder window breaks?",
@@ -33,11 +34,7 @@ CONFIG = Config(
     vocab_size=320,
     padded_vocab_size=320,
     intermediate_size=96,
-    norm_class_name="RMSNorm",
-    mlp_class_name="LLaMAMLP",
-    bias=False,
-    parallel_residual=False,
-    rotary_percentage=1.0,
+    **shapes.LLAMA,
     rope_base=50000,
 )
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -18,6 +18,7 @@ from litgpt.generation.engine import Engine, Request, share_memory
 from litgpt.generation.sampling import Sampling
 from litgpt.generation.worker import Worker
 from litgpt.model import GPT
+from tests import shapes
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[1, 2, 3], list(range(40)), [5] * 17, [7]]
@@ -34,11 +35,7 @@ def tiny_model(**changes) -> GPT:
             "n_query_groups": 2,
             "vocab_size": 97,
             "padded_vocab_size": 97,
-            "rotary_percentage": 1.0,
-            "parallel_residual": False,
-            "bias": False,
-            "norm_class_name": "RMSNorm",
-            "mlp_class_name": "LLaMAMLP",
+            **shapes.LLAMA,
             "intermediate_size": 64,
             **changes,
         },

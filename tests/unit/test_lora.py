@@ -30,6 +30,7 @@ from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
 from litgpt.model import GPT
 from litgpt.training.loss import NextTokenLoss
+from tests.shapes import LLAMA
 
 SIZES = {
     "n_layer": 2,
@@ -39,13 +40,6 @@ SIZES = {
     "vocab_size": 64,
     "block_size": 64,
     "padding_multiple": 64,
-}
-LLAMA = {
-    "bias": False,
-    "parallel_residual": False,
-    "norm_class_name": "RMSNorm",
-    "mlp_class_name": "LLaMAMLP",
-    "rotary_percentage": 1.0,
 }
 LATENT = {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 10}
 KINDS = {

@@ -23,6 +23,7 @@ from litgpt.model import (
     starts_of_documents,
     window_of,
 )
+from tests import shapes
 
 LLAMA = {
     "n_layer": 3,
@@ -33,11 +34,7 @@ LLAMA = {
     "padded_vocab_size": 64,
     "block_size": 64,
     "intermediate_size": 48,
-    "rotary_percentage": 1.0,
-    "parallel_residual": False,
-    "bias": False,
-    "norm_class_name": "RMSNorm",
-    "mlp_class_name": "LLaMAMLP",
+    **shapes.LLAMA,
 }
 MOE = {**LLAMA, "mlp_class_name": "LLaMAMoE", "n_expert": 8, "n_expert_per_token": 2, "moe_intermediate_size": 20}
 GROUPED = {

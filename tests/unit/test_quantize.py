@@ -33,6 +33,7 @@ from litgpt.sources.checkpoint import open_checkpoint
 from litgpt.sources.load import load_model
 from litgpt.sources.meta import meta_model
 from litgpt.training.loss import NextTokenLoss
+from tests import shapes
 
 pytestmark = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 
@@ -40,11 +41,7 @@ KINDS = (*TRAINING_KINDS, "bnb.int8")
 ROUNDING = {"nf4": 0.10, "fp4": 0.13, "int": 0.01}  # relative error of normally distributed weights, by type
 SIZES = {"block_size": 64, "n_layer": 2, "n_embd": 96, "n_head": 4, "vocab_size": 128, "padded_vocab_size": 128}
 LLAMA = {
-    "norm_class_name": "RMSNorm",
-    "mlp_class_name": "LLaMAMLP",
-    "rotary_percentage": 1.0,
-    "parallel_residual": False,
-    "bias": False,
+    **shapes.LLAMA,
     "n_query_groups": 2,
     "intermediate_size": 160,
 }

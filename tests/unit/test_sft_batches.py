@@ -15,7 +15,7 @@ from litgpt.model import GPT
 from litgpt.tokenizer.tokenizer import Tokenizer
 from litgpt.training.batches import BatchStream, micro_batch
 from litgpt.training.loss import NextTokenLoss
-from tests import tokenizer_files
+from tests import shapes, tokenizer_files
 
 LENGTH = 96
 
@@ -183,7 +183,7 @@ MODELS = {
 def test_packed_samples_have_the_loss_and_gradient_of_padded_ones(name, records, tokenizer):
     config = Config(
         block_size=LENGTH, n_layer=2, n_embd=32, n_head=4, vocab_size=400, padded_vocab_size=400, intermediate_size=64,
-        norm_class_name="RMSNorm", mlp_class_name="LLaMAMLP", rotary_percentage=1.0, parallel_residual=False, bias=False, **MODELS[name],
+        **shapes.LLAMA, **MODELS[name],
     )  # fmt: skip
     torch.manual_seed(0)
     gpt = GPT(config)

@@ -15,6 +15,7 @@ from litgpt.quantization import weight_only
 from litgpt.quantization.layers import QuantizedLinear, check_quantize, quantized_layers, replace_linears
 from litgpt.quantization.weight_only import FEW, GROUP, KINDS, Int4Weight, Int8Weight
 from litgpt.sources.load import load_model
+from tests import shapes
 
 # Relative errors of normally distributed weights, as of a uniform grid over the range of 32 values or of a row.
 ROUNDING = {"int4": 0.08, "int8": 0.009}
@@ -26,11 +27,7 @@ TIED = Config(
     n_query_groups=2,
     padded_vocab_size=200,
     intermediate_size=160,
-    bias=False,
-    parallel_residual=False,
-    rotary_percentage=1.0,
-    norm_class_name="RMSNorm",
-    mlp_class_name="LLaMAMLP",
+    **shapes.LLAMA,
     tie_embeddings=True,
 )
 
