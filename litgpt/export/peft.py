@@ -17,7 +17,7 @@ from litgpt.formats.written_config import export_config
 from litgpt.prompts import STYLE_FILE
 from litgpt.sources.door import find_lora, open_base
 from litgpt.sources.peft import import_peft
-from litgpt.sources.peft_files import base_of
+from litgpt.sources.peft_files import base_of_peft
 
 
 def save_peft(checkpoint_dir: Path | str, directory: Path, access_token: Secret | str | None = None) -> None:
@@ -61,7 +61,7 @@ def save_lora_of_peft(
         pretrained_checkpoint_dir: The model that it belongs to, where it is another than the adapter says.
         access_token: For a model that has to be downloaded first.
     """
-    recorded = base_of(adapter)
+    recorded = base_of_peft(adapter)
     base = open_base(adapter, pretrained_checkpoint_dir, access_token)
     notes: list[str] = []
     weights, settings = import_peft(adapter, base, notes)

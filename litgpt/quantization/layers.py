@@ -115,7 +115,7 @@ class FourBitWeight(nn.Module):
         return super()._apply(keeping_types(fn), recurse)
 
 
-class Int8Weight(nn.Module):
+class EightBitWeight(nn.Module):
     """An (out, in) matrix in 8 bits: `codes` times `absmax` / 127, the largest size in each row.
 
     Args:
@@ -152,7 +152,7 @@ class Int8Weight(nn.Module):
         state.CB, state.SCB = self.codes, self.absmax
         return library.matmul(x, self.codes, state=state, threshold=OUTLIER)
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> Int8Weight:
+    def _apply(self, fn: Callable, recurse: bool = True) -> EightBitWeight:
         return super()._apply(keeping_types(fn), recurse)
 
 
@@ -224,11 +224,11 @@ class QuantizedLinear(nn.Module):
 
 def _quantized_weight(
     shape: tuple[int, int], kind: str, dtype: torch.dtype, device: torch.device | str
-) -> FourBitWeight | Int8Weight | weight_only.WeightOnly:
+) -> FourBitWeight | EightBitWeight | weight_only.WeightOnly:
     if kind in weight_only.KINDS:
         return (weight_only.Int4Weight if kind == "int4" else weight_only.Int8Weight)(shape, dtype, device)
     if kind not in FOUR_BIT_KINDS:
-        return Int8Weight(shape, device)
+        return EightBitWeight(shape, device)
     code, _, nested = kind.removeprefix("bnb.").partition("-")
     return FourBitWeight(shape, code, nested == "dq", device)
 

@@ -15,7 +15,7 @@ from litgpt.formats.quantised_parts import Parts
 from litgpt.model import GPT
 from litgpt.sources.kept import kept_directory
 from litgpt.sources.peft import import_peft
-from litgpt.sources.peft_files import base_of as base_of_peft
+from litgpt.sources.peft_files import base_of_peft
 from litgpt.sources.source import HEAD, Named, Source, Watch
 
 
@@ -94,7 +94,7 @@ def files_of(directory: Path, base: Source) -> Path:
     return files
 
 
-def is_lora(place: Path) -> bool:
+def holds_lora(place: Path) -> bool:
     """Whether a directory holds weights of LoRA, ours or PEFT's, or a file is to be read as such."""
     return _is_ours(place) or is_peft_alone(place)
 
@@ -116,7 +116,7 @@ def adapt(base: Source, place: Path) -> AdaptedSource:
     Raises:
         ValueError: The adaptation is damaged, or belongs to another model.
     """
-    return add_lora(base, place) if is_lora(place) else AdapterSource(base, place)
+    return add_lora(base, place) if holds_lora(place) else AdapterSource(base, place)
 
 
 def add_lora(base: Source, place: Path) -> LoRASource:

@@ -7,7 +7,7 @@ from pathlib import Path
 from litgpt.adaptation.lora import LORA_WEIGHTS
 from litgpt.checkpoint import holds_adaptation_alone, is_peft_alone
 from litgpt.cli.secret import Secret
-from litgpt.sources.adapted import AdapterSource, LoRASource, adapt, add_lora, base_of, is_lora
+from litgpt.sources.adapted import AdapterSource, LoRASource, adapt, add_lora, base_of, holds_lora
 from litgpt.sources.checkpoint import open_checkpoint
 from litgpt.sources.find import CHECKPOINTS, MAX_DEPTH, find_base, find_checkpoint, too_deep
 from litgpt.sources.source import Source
@@ -120,7 +120,7 @@ def _open(path: Path, access_token: Secret | str | None, depth: int = 0) -> Sour
     if not holds_adaptation_alone(path):
         return open_checkpoint(path)
     command = f"generate_adapter MODEL --adapter_path {path}"
-    if is_lora(path):
+    if holds_lora(path):
         command = f"merge_lora {path} --pretrained_checkpoint_dir MODEL"
     remedy = f"If it is elsewhere, say where with `litgpt {command}`."
     return adapt(open_base(path, None, access_token, remedy, depth), path)

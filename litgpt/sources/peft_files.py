@@ -45,7 +45,7 @@ NEUTRAL = {
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def base_of(path: Path) -> str | None:
+def base_of_peft(path: Path) -> str | None:
     """The name or path of the model that an adapter says it belongs to."""
     return read_config(path).get("base_model_name_or_path") or None
 
