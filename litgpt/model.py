@@ -594,7 +594,7 @@ class RMSNorm(nn.Module):
         weight = 1 + self.weight.float() if self.unit_offset else self.weight
         y, weight = (x, weight) if weight.dtype == x.dtype else (x.float(), weight.float())
         if cpu_backward.suits(y, weight):
-            y = cpu_backward.RMSNorm.apply(y, weight, self.eps)
+            y = cpu_backward.RMSNormFunction.apply(y, weight, self.eps)
         else:
             y = F.rms_norm(y, self.weight.shape, weight, self.eps)  # one kernel, in float32 within
         return y.to(x.dtype)

@@ -22,7 +22,7 @@ _THREADS = 8  # CRC-32 goes at about 1 GB/s on a core: some cores keep up with a
 _LOCAL_HEADER = 30
 
 
-class Part(NamedTuple):
+class CheckedPart(NamedTuple):
     """A piece of a file, and the CRC-32 that it was written with."""
 
     name: str
@@ -62,16 +62,16 @@ def _check_archive(path: Path, version: tuple[int, int, int]) -> None:
     check_parts(path, parts)
 
 
-def _part(record: zipfile.ZipInfo, file: IO[bytes]) -> Part:
+def _part(record: zipfile.ZipInfo, file: IO[bytes]) -> CheckedPart:
     """Where torch finds a record: behind the header before it, whose length is in that header."""
     file.seek(record.header_offset)
     header = file.read(_LOCAL_HEADER)
     name, extra = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
     label = record.filename.partition("/")[2]  # what is before it is the archive's name
-    return Part(label, record.header_offset + _LOCAL_HEADER + name + extra, record.file_size, record.CRC)
+    return CheckedPart(label, record.header_offset + _LOCAL_HEADER + name + extra, record.file_size, record.CRC)
 
 
-def check_parts(path: Path, parts: Iterable[Part]) -> None:
+def check_parts(path: Path, parts: Iterable[CheckedPart]) -> None:
     """Compares parts of a file with their sums, on several cores.
 
     Raises:
@@ -84,7 +84,7 @@ def check_parts(path: Path, parts: Iterable[Part]) -> None:
     local = threading.local()
     files: list[IO[bytes]] = []
 
-    def differs(part: Part) -> bool:
+    def differs(part: CheckedPart) -> bool:
         if not hasattr(local, "file"):
             local.file, local.buffer = path.open("rb", buffering=0), bytearray(_BLOCK)
             files.append(local.file)
@@ -106,7 +106,7 @@ def check_parts(path: Path, parts: Iterable[Part]) -> None:
         raise DamagedFile(_difference(wrong, len(parts)))
 
 
-def _sum_of(file: IO[bytes], part: Part, buffer: memoryview, bar: tqdm) -> int | None:
+def _sum_of(file: IO[bytes], part: CheckedPart, buffer: memoryview, bar: tqdm) -> int | None:
     """The CRC-32 of a part; None where the file ends before."""
     file.seek(part.offset)
     found, left = 0, part.size
@@ -120,7 +120,7 @@ def _sum_of(file: IO[bytes], part: Part, buffer: memoryview, bar: tqdm) -> int |
     return found
 
 
-def _difference(wrong: Sequence[Part], total: int) -> str:
+def _difference(wrong: Sequence[CheckedPart], total: int) -> str:
     if len(wrong) == 1:
         return f"it is damaged, {wrong[0].name} is not as it was written"
     return f"it is damaged, {len(wrong)} of its {total} parts are not as they were written ({wrong[0].name}, ...)"

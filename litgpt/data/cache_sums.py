@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from litgpt.checkpoint.sums import DamagedFile, Part, check_parts
+from litgpt.checkpoint.sums import CheckedPart, DamagedFile, check_parts
 
 SUMS_FILE = "sums.json"
 _PART = 64 * 2**20  # several cores look at a large file
@@ -38,7 +38,7 @@ def damage_in(directory: Path) -> str | None:
                 return f"{name} has {path.stat().st_size:,} bytes, not {size:,}"
             starts = range(0, size, _PART)
             parts = zip(starts, values, strict=True)
-            check_parts(path, [Part(name, start, min(_PART, size - start), value) for start, value in parts])
+            check_parts(path, [CheckedPart(name, start, min(_PART, size - start), value) for start, value in parts])
     except FileNotFoundError as error:
         name = Path(error.filename).name
         return None if name == SUMS_FILE else f"{name} is missing"

@@ -30,7 +30,7 @@ PREPARE = "litgpt prepare_dataset --source_path TEXT --checkpoint_dir TOKENIZER 
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """A prepared data set among those that are trained on.
 
     Attributes:
@@ -70,7 +70,7 @@ class ChunkData(DataModule):
         self._batch_size, self._block_size = 1, 0
         self._fetched: set[str] = set()
 
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[DataSource]:
         """What is trained and validated on; called after `prepare_data`."""
         return [splits_of(self.data_path)]
 
@@ -191,7 +191,7 @@ class ChunkData(DataModule):
     def _record(self, path: str) -> DatasetRecord | None:
         return DatasetRecord.read(self._near(path))
 
-    def _check_tokenizer(self, sources: list[Source]) -> None:
+    def _check_tokenizer(self, sources: list[DataSource]) -> None:
         tokenizer = self._tokenizer
         for source in sources:
             record = self._record(source.path)
@@ -203,7 +203,7 @@ class ChunkData(DataModule):
                 f"prepare the text again with --checkpoint_dir {tokenizer.dir}."
             )
 
-    def _marks(self, sources: list[Source]) -> DocumentMarks:
+    def _marks(self, sources: list[DataSource]) -> DocumentMarks:
         records = [self._record(source.path) for source in sources]
         ends = {record.eos_id for record in records if record is not None}
         if None in records and self._tokenizer is not None and self._tokenizer.eos_id is not None:
@@ -226,7 +226,7 @@ class ChunkData(DataModule):
         )
 
 
-def splits_of(path: str, split_names: tuple[str, str] | None = None, weight: float | None = None) -> Source:
+def splits_of(path: str, split_names: tuple[str, str] | None = None, weight: float | None = None) -> DataSource:
     """The training and validation chunks of a data set: in the folders `split_names`, by default train and val; else
     all is for training.
 
@@ -234,12 +234,12 @@ def splits_of(path: str, split_names: tuple[str, str] | None = None, weight: flo
         FileNotFoundError: There are no chunks.
     """
     if split_names is not None:
-        return Source(path, join(path, split_names[0]), join(path, split_names[1]), weight)
+        return DataSource(path, join(path, split_names[0]), join(path, split_names[1]), weight)
     if has_chunks(join(path, TRAIN)):
         val = join(path, VAL)
-        return Source(path, join(path, TRAIN), val if has_chunks(val) else None, weight)
+        return DataSource(path, join(path, TRAIN), val if has_chunks(val) else None, weight)
     if has_chunks(path):
-        return Source(path, path, None, weight)
+        return DataSource(path, path, None, weight)
     if is_remote(path):
         raise FileNotFoundError(
             f"--data.data_path {path}: there is neither {TRAIN}/{INDEX_FILE} nor {INDEX_FILE}, so no prepared data. "

@@ -11,7 +11,7 @@ from litgpt.data.source_files import Extent, Report, SourceFile, decompressed, r
 from litgpt.data.text_reading import (
     LINE_BREAK,
     MAX_CHUNK_BYTES,
-    Piece,
+    FilePiece,
     decode_chunks,
     last_line_break,
     lies_across,
@@ -80,14 +80,14 @@ def _text_documents(file: SourceFile, extent: Extent, separators: Sequence[str],
     if file.compression:
         chunks = decode_chunks(decompressed(file, report), file.path, whole_words=separators)
     else:
-        piece = Piece(file.path, extent.first, extent.last)
+        piece = FilePiece(file.path, extent.first, extent.last)
         start, at_separator = _text_cut(piece, extent.start, separators)
         goes_on = start > extent.first and not at_separator
         end, _ = _text_cut(piece, extent.end, separators)
         if start == end:  # the units before and after it meet beyond it
             return
         ends = end == extent.last
-        chunks = _reported(read_chunks(Piece(file.path, start, end), separators), report)
+        chunks = _reported(read_chunks(FilePiece(file.path, start, end), separators), report)
     split = re.compile("|".join(map(re.escape, sorted(separators, key=len, reverse=True)))) if separators else None
     for chunk in chunks:
         *whole, rest = split.split(chunk) if split else [chunk]
@@ -108,7 +108,7 @@ def _reported(chunks: Iterator[str], report: Report) -> Iterator[str]:
         yield chunk
 
 
-def _text_cut(piece: Piece, near: int, separators: Sequence[str]) -> tuple[int, bool]:
+def _text_cut(piece: FilePiece, near: int, separators: Sequence[str]) -> tuple[int, bool]:
     """Where the units on both sides of byte `near` of a text meet: the first place from there on where a cut changes no
     token, and whether a document begins there."""
     if near in (piece.start, piece.end):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from litgpt.data.chunk_data import ChunkData, Source, splits_of
+from litgpt.data.chunk_data import ChunkData, DataSource, splits_of
 
 ALIASES = ("path", "data_dir")
 
@@ -50,7 +50,7 @@ class LitData(ChunkData):
     def roots(self) -> list[str]:
         return self.data_path if isinstance(self.data_path, list) else [self.data_path]
 
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[DataSource]:
         weights = self.weights or [None] * len(self.roots())
         return [splits_of(path, self.split_names, w) for path, w in zip(self.roots(), weights, strict=True)]
 

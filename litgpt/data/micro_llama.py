@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from litgpt.data.chunk_data import ChunkData, Source
+from litgpt.data.chunk_data import ChunkData, DataSource
 from litgpt.data.object_store import join
 from litgpt.data.tiny_llama import slimpajama
 
@@ -19,5 +19,5 @@ class MicroLlama(ChunkData):
     def roots(self) -> list[str]:
         return [join(self.data_path, "slimpajama")]
 
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[DataSource]:
         return slimpajama(self.data_path, use_starcoder=False)

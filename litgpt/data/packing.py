@@ -18,7 +18,7 @@ NO_DOCUMENT = -1  # document id and position of padding
 PADDING_ID = 0  # any id will do: nothing attends to it, and it is never a target
 
 
-class Part(NamedTuple):
+class PackedSample(NamedTuple):
     """One sample in a row."""
 
     sample: int
@@ -41,8 +41,8 @@ class Rows(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> list[Part]:
-        return [Part(sample, *self.samples.tokens_of(sample)) for sample in self.rows[index]]
+    def __getitem__(self, index: int) -> list[PackedSample]:
+        return [PackedSample(sample, *self.samples.tokens_of(sample)) for sample in self.rows[index]]
 
 
 def pack(lengths: np.ndarray, capacity: int, seed: int) -> list[list[int]]:
@@ -100,7 +100,7 @@ class Collate:
     def __init__(self, packed: bool, multiple: int = 1, longest: int | None = None) -> None:
         self.packed, self.multiple, self.longest = packed, multiple, longest
 
-    def __call__(self, rows: list[list[Part]]) -> dict[str, Tensor]:
+    def __call__(self, rows: list[list[PackedSample]]) -> dict[str, Tensor]:
         sizes = [sum(len(part.ids) for part in row) for row in rows]
         shape = (len(rows), self._width(max(sizes)))
         batch = {"input_ids": np.full(shape, PADDING_ID), "labels": np.full(shape, IGNORE_INDEX)}

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from litgpt.cli.plural import counted
 from litgpt.data.hub_data import HFDataset
 from litgpt.data.json_data import JSON
-from litgpt.data.packing import Collate, Part, Rows
+from litgpt.data.packing import Collate, PackedSample, Rows
 from litgpt.data.preference_records import Preference, read_preferences
 from litgpt.data.record_files import read_records
 from litgpt.data.records import Conversation
@@ -71,7 +71,7 @@ class PairCollate(Collate):
 
     reference: Tensor | None = None
 
-    def __call__(self, pairs: list[list[Part]]) -> dict[str, Tensor]:
+    def __call__(self, pairs: list[list[PackedSample]]) -> dict[str, Tensor]:
         rows = [part for pair in pairs for part in pair]
         batch = super().__call__([[row] for row in rows])
         numbers = batch["samples"]  # (B, 1)

@@ -20,7 +20,7 @@ from litgpt.cli.resources import cache_directory, find
 from litgpt.data.base import DataModule, stream_loader
 from litgpt.data.cache_sums import is_whole
 from litgpt.data.document_marks import DocumentMarks
-from litgpt.data.text_reading import Piece, encode_texts, hold_out, read_chunks, spelled_tokens, whole
+from litgpt.data.text_reading import FilePiece, encode_texts, hold_out, read_chunks, spelled_tokens, whole
 from litgpt.data.token_stream import TokenBlocks, TokenFile
 from litgpt.data.word_cache import WordCache
 
@@ -139,7 +139,7 @@ class TextFiles(DataModule):
             f"{counted(len(self._val), 'token')}); --data.val_data_path chooses another text."
         )
 
-    def _pieces(self) -> tuple[list[Piece], list[Piece]]:
+    def _pieces(self) -> tuple[list[FilePiece], list[FilePiece]]:
         """What to train on, and what to validate on."""
         if self.train_data_path is None:
             raise ValueError(
@@ -157,7 +157,7 @@ class TextFiles(DataModule):
             )
         return [whole(path) for path in train], [whole(path) for path in val]
 
-    def _tokens(self, name: str, pieces: list[Piece], make: bool = False) -> TokenFile:
+    def _tokens(self, name: str, pieces: list[FilePiece], make: bool = False) -> TokenFile:
         """The tokens of `pieces` from the cache; `make` puts them there where they are not."""
         if self._tokenizer is None:
             raise ValueError(
@@ -199,12 +199,12 @@ def text_files(path: Path, option: str) -> list[Path]:
     return [file for file in files if file.stat().st_size]
 
 
-def content_hash(piece: Piece) -> str:
+def content_hash(piece: FilePiece) -> str:
     return _content_hash(piece, piece.path.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=100_000)
-def _content_hash(piece: Piece, changed: int) -> str:
+def _content_hash(piece: FilePiece, changed: int) -> str:
     digest, left = hashlib.blake2b(digest_size=16), piece.size
     with open(piece.path, "rb") as file:
         file.seek(piece.start)
@@ -214,7 +214,7 @@ def _content_hash(piece: Piece, changed: int) -> str:
     return digest.hexdigest()
 
 
-def tokenize(pieces: list[Piece], tokenizer: Tokenizer) -> Iterator[Sequence[int] | np.ndarray]:
+def tokenize(pieces: list[FilePiece], tokenizer: Tokenizer) -> Iterator[Sequence[int] | np.ndarray]:
     """The ids of every piece in order, with BOS (or EOS) before the start of each file."""
     first, spelled = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id, spelled_tokens(tokenizer)
     total, words = sum(piece.size for piece in pieces), WordCache(tokenizer)

@@ -26,7 +26,7 @@ MANY_FILES = 20  # from here on whole files are held out for validation, below i
 
 
 @dataclass(frozen=True)
-class Piece:
+class FilePiece:
     """The bytes `start` to `end` of a text file."""
 
     path: Path
@@ -38,11 +38,13 @@ class Piece:
         return self.end - self.start
 
 
-def whole(path: Path) -> Piece:
-    return Piece(path, 0, path.stat().st_size)
+def whole(path: Path) -> FilePiece:
+    return FilePiece(path, 0, path.stat().st_size)
 
 
-def hold_out(files: list[Path], fraction: float, whole_words: Sequence[str] = ()) -> tuple[list[Piece], list[Piece]]:
+def hold_out(
+    files: list[Path], fraction: float, whole_words: Sequence[str] = ()
+) -> tuple[list[FilePiece], list[FilePiece]]:
     """Split off `fraction` of the text: whole files, evenly spread, of many; else the end of each, from the start of a
     line on that lies in none of `whole_words`."""
     if fraction == 0:
@@ -55,8 +57,8 @@ def hold_out(files: list[Path], fraction: float, whole_words: Sequence[str] = ()
     for path in files:
         size = path.stat().st_size
         cut = beyond(path, line_start(path, int(size * (1 - fraction)), size), whole_words)
-        train.append(Piece(path, 0, cut))
-        val.append(Piece(path, cut, size))
+        train.append(FilePiece(path, 0, cut))
+        val.append(FilePiece(path, cut, size))
     return train, [piece for piece in val if piece.size]
 
 
@@ -84,7 +86,7 @@ def beyond(path: Path, place: int, whole_words: Sequence[str]) -> int:
     return place
 
 
-def read_chunks(piece: Piece, whole_words: Sequence[str] = ()) -> Iterator[str]:
+def read_chunks(piece: FilePiece, whole_words: Sequence[str] = ()) -> Iterator[str]:
     """The text of `piece` in chunks of about CHUNK_BYTES, cut at line breaks, and through none of `whole_words`.
 
     Raises:

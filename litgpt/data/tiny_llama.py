@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from litgpt.data.chunk_data import ChunkData, Source, splits_of
+from litgpt.data.chunk_data import ChunkData, DataSource, splits_of
 from litgpt.data.object_store import join
 
 # Shares of the samples, from TinyLlama's training code (https://github.com/jzhang38/TinyLlama).
@@ -26,11 +26,11 @@ class TinyLlama(ChunkData):
         names = ["slimpajama", "starcoder"] if self.use_starcoder else ["slimpajama"]
         return [join(self.data_path, name) for name in names]
 
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[DataSource]:
         return slimpajama(self.data_path, self.use_starcoder)
 
 
-def slimpajama(data_path: str, use_starcoder: bool) -> list[Source]:
+def slimpajama(data_path: str, use_starcoder: bool) -> list[DataSource]:
     """SlimPajama's training and validation chunks, and StarCoder's for training.
 
     Raises:
@@ -52,6 +52,6 @@ def slimpajama(data_path: str, use_starcoder: bool) -> list[Source]:
             + "\n  ".join(commands)
         ) from None
     return [
-        Source(web.path, web.train, web.val, SLIMPAJAMA),
-        *(Source(source.path, source.train, None, STARCODER) for source in code),
+        DataSource(web.path, web.train, web.val, SLIMPAJAMA),
+        *(DataSource(source.path, source.train, None, STARCODER) for source in code),
     ]

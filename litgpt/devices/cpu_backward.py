@@ -86,7 +86,7 @@ def _by_group(x: Tensor, groups: int) -> Tensor:
     return x.transpose(1, 2).reshape(x.size(0) * groups, -1, x.size(3))
 
 
-class RMSNorm(torch.autograd.Function):
+class RMSNormFunction(torch.autograd.Function):
     """x / sqrt(mean(x^2) + eps) * weight: (..., C) and (C,) of the same type -> (..., C). It holds x, and a float for
     each row."""
 

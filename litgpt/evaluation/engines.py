@@ -10,7 +10,7 @@ from litgpt.generation.request import Output, Request
 Piece = TypeVar("Piece")
 
 
-class Answers(Protocol):
+class RequestRunner(Protocol):
     """What runs requests, as `litgpt.generation.live.LiveEngine.run` does."""
 
     def __call__(

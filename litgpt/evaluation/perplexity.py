@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt.evaluation.bos import prefix_token
-from litgpt.evaluation.engines import Answers
+from litgpt.evaluation.engines import RequestRunner
 from litgpt.evaluation.progress import bar
 from litgpt.evaluation.scoring import Scored, score
 from litgpt.evaluation.work import Evaluated
@@ -105,7 +105,7 @@ def windows(num_tokens: int, window: int, stride: int) -> Iterator[tuple[int, in
         yield max(-1, end - 1 - window), start, end
 
 
-def measure(run: Answers, tokenizer: Tokenizer, documents: list[Document], *, window: int, stride: int) -> None:
+def measure(run: RequestRunner, tokenizer: Tokenizer, documents: list[Document], *, window: int, stride: int) -> None:
     """Has the model read the documents, and notes what it thinks of each.
 
     Args:

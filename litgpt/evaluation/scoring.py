@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from litgpt.evaluation.engines import Answers
+from litgpt.evaluation.engines import RequestRunner
 from litgpt.generation.request import Output, Request, TokenLogprob
 
 BEGINNING = 32  # tokens that tell whether sequences begin alike
@@ -22,7 +22,7 @@ class Scored(NamedTuple):
 
 
 def score(
-    run: Answers, sequences: Sequence[Scored], on_prefill: Callable[[int, float], None] | None = None
+    run: RequestRunner, sequences: Sequence[Scored], on_prefill: Callable[[int, float], None] | None = None
 ) -> Iterator[tuple[int, list[TokenLogprob]]]:
     """The log-probabilities of the tokens that are asked for, with the likeliest token in the place of each.
 

@@ -231,7 +231,7 @@ class EngineLM(TemplateLM):
                 progress.update()
         return answers
 
-    def _reply(self, instance: Instance, seed: int) -> Reply:
+    def _reply(self, instance: Instance, seed: int) -> Continuation:
         text, settings = instance.args
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
         eos = self.tokenizer.decode([self.eot_token_id], skip_special=False) if self.eot_token_id is not None else None
@@ -256,7 +256,7 @@ class EngineLM(TemplateLM):
             else:
                 texts.append(stop)
         request = Request(prompt, min(count, self.max_length - len(prompt)), replace(sampling, seed=seed), ends)
-        return Reply(request, TextStream(self.tokenizer, texts), texts)
+        return Continuation(request, TextStream(self.tokenizer, texts), texts)
 
     def _sampling(self, kwargs: dict[str, Any], task: str) -> Sampling:
         """How the answers to a task are drawn.
@@ -295,7 +295,7 @@ class EngineLM(TemplateLM):
                 self.tell(name, request.args[0], continuation)
 
 
-class Reply:
+class Continuation:
     """A text on its way."""
 
     def __init__(self, request: Request, stream: TextStream, stops: Sequence[str]) -> None:

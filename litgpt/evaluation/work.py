@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from litgpt.config import Config
-from litgpt.evaluation.engines import Answers
+from litgpt.evaluation.engines import RequestRunner
 from litgpt.prompts import ChatTemplate, PromptStyle
 from litgpt.tokenizer.tokenizer import Tokenizer
 
@@ -17,7 +17,7 @@ from litgpt.tokenizer.tokenizer import Tokenizer
 class Evaluated:
     """A model that is loaded."""
 
-    run: Answers
+    run: RequestRunner
     tokenizer: Tokenizer
     config: Config
     style: PromptStyle

@@ -20,7 +20,7 @@ from litgpt.formats.peft import (
     IN_MEMORY,
     MAGNITUDE,
     PREFIX,
-    Part,
+    RowUpdate,
     Update,
     columns_of_parts,
     family_of,
@@ -112,13 +112,13 @@ def _to_theirs(
                 )
             a = torch.cat([blocks[block].a for block in used])
             growth = len(used) ** (0.5 if settings.rs else 1)  # so that alpha / r, or alpha / sqrt(r), stays
-            part = Part(a, b[:, used].flatten(1), magnitude if settings.dora else None)
+            part = RowUpdate(a, b[:, used].flatten(1), magnitude if settings.dora else None)
             module = name.removesuffix(".weight")
             updates[IN_MEMORY.get(module, module)] = Update(part, plain_number(settings.alpha * growth))
     return updates
 
 
-def _split(weights: dict[str, Tensor], name: str, rows: Sequence[tuple[int, bool]]) -> list[Part]:
+def _split(weights: dict[str, Tensor], name: str, rows: Sequence[tuple[int, bool]]) -> list[RowUpdate]:
     """The updated parts of a layer of ours."""
     sizes = [size for size, updated in rows if updated]
     if not sizes:
@@ -127,7 +127,7 @@ def _split(weights: dict[str, Tensor], name: str, rows: Sequence[tuple[int, bool
     magnitudes = magnitude.split(sizes) if magnitude is not None else [None] * len(sizes)
     a = weights[f"{name}.lora_A"].chunk(len(sizes))
     b = weights[f"{name}.lora_B"].split(sizes)
-    return [Part(*part) for part in zip(a, b, magnitudes, strict=True)]
+    return [RowUpdate(*part) for part in zip(a, b, magnitudes, strict=True)]
 
 
 def _adapter_config(

@@ -31,7 +31,7 @@ IN_MEMORY = {"embed_out": "lm_head"}
 
 
 @dataclass
-class Part:
+class RowUpdate:
     """The update of some rows: `scaling * B A`; or those of all experts of a layer."""
 
     a: Tensor
@@ -46,7 +46,7 @@ class Part:
 class Update:
     """The update of one module of theirs, or of a tensor of all experts in a layer."""
 
-    part: Part
+    part: RowUpdate
     alpha: float
 
     @property
@@ -62,7 +62,7 @@ def family_of(table: RuleTable, name: str, config: Config, ours: bool) -> Family
 
 
 def columns_of_parts(
-    rows: list[list[tuple[int, bool]]], blocks: list[Part], rank: int
+    rows: list[list[tuple[int, bool]]], blocks: list[RowUpdate], rank: int
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """For each tensor of a family: B (rows, blocks, r), which blocks update which rows, and the lengths of the rows."""
     columns, block = [], 0

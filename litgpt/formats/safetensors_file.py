@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from litgpt.checkpoint import MappedTensors, Release, raw_parts, unreadable
-from litgpt.checkpoint.sums import DamagedFile, Part, check_parts
+from litgpt.checkpoint.sums import CheckedPart, DamagedFile, check_parts
 from litgpt.untrusted import MAX_INTEGER, is_count, parse_json_object, shown
 
 _MAX_HEADER = 100_000_000  # the format's own limit
@@ -115,7 +115,7 @@ def _compare(path: Path, length: int, places: list[tuple[str, int, int]], sums: 
         if zlib.crc32(text) != values[0]:
             raise DamagedFile("it is damaged, its header is not as it was written")
         start, named = 8 + length, zip(places, values[1:], strict=True)
-        check_parts(path, [Part(name, start + begin, end - begin, value) for (name, begin, end), value in named])
+        check_parts(path, [CheckedPart(name, start + begin, end - begin, value) for (name, begin, end), value in named])
     except DamagedFile as error:
         raise ValueError(unreadable(path, str(error))) from error
 

@@ -32,14 +32,14 @@ LOST = ("connection closed", "connection reset", "connection refused", "broken p
 GO_ON = "The run ends here; the same command with --resume auto goes on from its newest checkpoint."
 INTERRUPTED = 130  # exit code of a rank that a second Ctrl-C ended
 
-_here: Ranks | None = None
+_here: RankTopology | None = None
 
 
 class LostRank(ValueError):
     """Another process of the run has ended or cannot be reached."""
 
 
-class Ranks:
+class RankTopology:
     """What this process knows of the others.
 
     Args:
@@ -177,7 +177,7 @@ def launch(fabric: Fabric) -> None:
     started_here = not environment.creates_processes_externally
     local_rank = environment.local_rank()
     rank = environment.node_rank() * local + local_rank
-    _here = ranks = Ranks(rank, local_rank, local, world_size, started_here)
+    _here = ranks = RankTopology(rank, local_rank, local, world_size, started_here)
     address, port = environment.main_address, environment.main_port
     if started_here:
         ranks.start(address, port)
@@ -189,7 +189,7 @@ def launch(fabric: Fabric) -> None:
     del store
 
 
-def rendezvous(ranks: Ranks, address: str, port: int, limit: float = LONGEST_MEETING) -> object:
+def rendezvous(ranks: RankTopology, address: str, port: int, limit: float = LONGEST_MEETING) -> object:
     """Wait until all ranks are there. It can be interrupted, and says after a while who is missing, and where.
 
     Returns:
@@ -240,7 +240,7 @@ def _key(rank: int) -> str:
     return f"litgpt/here/{rank}"
 
 
-def _start_the_others(ranks: Ranks) -> str:
+def _start_the_others(ranks: RankTopology) -> str:
     if ranks.world_size == ranks.local:
         return "Ctrl-C ends it."
     nodes = ranks.world_size // ranks.local

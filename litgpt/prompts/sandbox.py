@@ -96,7 +96,7 @@ def answer(source: str, variables: dict[str, Any] | None, max_characters: float)
     return (TOO_LONG, "") if len(text) > max_characters else (TEXT, text)
 
 
-class Limits:
+class ProcessLimits:
     """Of this process. Where a system has not the one or the other, that is left to the process that asks."""
 
     def __init__(self) -> None:
@@ -126,7 +126,7 @@ class Limits:
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     """Answers requests until there are no more."""
     environment()
-    limits = Limits()
+    limits = ProcessLimits()
     while head := requests.read(REQUEST.size):
         length, seconds, memory, max_characters = REQUEST.unpack(head)
         limits.memory(memory)

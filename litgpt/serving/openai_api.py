@@ -163,7 +163,7 @@ def prepare_chat(service: Service, body: ChatRequest) -> ChatKind:
     return ChatKind(model, answers, body, readers)
 
 
-def _functions(body: ChatRequest, model: ServedModel) -> tuple[list[tools.Function], tools.ToolForm | None]:
+def _functions(body: ChatRequest, model: ServedModel) -> tuple[list[tools.ToolFunction], tools.ToolForm | None]:
     """The functions that may be called, and how the model writes calls."""
     choice = body.tool_choice or ("auto" if body.tools else "none")
     if choice != "none" and not body.tools:
@@ -175,7 +175,9 @@ def _functions(body: ChatRequest, model: ServedModel) -> tuple[list[tools.Functi
         message = f"The prompt format of {model.name} has no place for tools. Leave them out, or take another model."
         raise ApiError(400, message, param="tools", code="unsupported_value")
     nothing = {"type": "object", "properties": {}, "additionalProperties": False}
-    functions = [tools.Function(tool.function.name, tool.function.parameters or nothing) for tool in body.tools or ()]
+    functions = [
+        tools.ToolFunction(tool.function.name, tool.function.parameters or nothing) for tool in body.tools or ()
+    ]
     if isinstance(choice, NamedTool) and choice.function.name not in {function.name for function in functions}:
         message = f"tool_choice names {choice.function.name[:100]!r}, which is not among the tools."
         raise ApiError(400, message, param="tool_choice", code="invalid_value")
@@ -183,7 +185,7 @@ def _functions(body: ChatRequest, model: ServedModel) -> tuple[list[tools.Functi
 
 
 def _grammar(
-    body: ChatRequest, model: ServedModel, functions: list[tools.Function], form: tools.ToolForm | None
+    body: ChatRequest, model: ServedModel, functions: list[tools.ToolFunction], form: tools.ToolForm | None
 ) -> str | None:
     """What the answer must keep to, in Lark; None where it is free."""
     wanted = body.response_format
@@ -242,7 +244,7 @@ def prepare_completion(service: Service, body: CompletionRequest) -> CompletionK
 
 
 @dataclass
-class Choice:
+class PendingChoice:
     """One answer while it is gathered."""
 
     text: list[str] = field(default_factory=list)
@@ -280,7 +282,7 @@ class Kind:
 
     async def whole(self) -> dict[str, Any]:
         """The response, when everything is there."""
-        choices = [Choice() for _ in self.answers.requests]
+        choices = [PendingChoice() for _ in self.answers.requests]
         async with contextlib.aclosing(self.parts()) as parts:
             async for index, new in parts:
                 choice = choices[index]
@@ -295,7 +297,7 @@ class Kind:
             return self._whole(choices)
         return await self.answers.service.aside(lambda: self._whole(choices), size)
 
-    def _whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
+    def _whole(self, choices: Sequence[PendingChoice]) -> dict[str, Any]:
         return {
             **self.head,
             "object": self.whole_object,
@@ -317,21 +319,21 @@ class Kind:
             yield event({**head, "choices": [], "usage": self.usage})
         yield DONE
 
-    async def parts(self) -> AsyncIterator[tuple[int, Choice]]:
+    async def parts(self) -> AsyncIterator[tuple[int, PendingChoice]]:
         """What is new of which answer."""
         async with contextlib.aclosing(self.answers.pieces()) as pieces:
             async for piece in pieces:
                 yield piece.index, self.part(piece)
 
-    def part(self, piece: Piece) -> Choice:
+    def part(self, piece: Piece) -> PendingChoice:
         text = [piece.text] if piece.text else []
-        return Choice(text, [], piece.logprobs, piece.finish_reason, piece.prompt_logprobs, piece.stop_logprobs)
+        return PendingChoice(text, [], piece.logprobs, piece.finish_reason, piece.prompt_logprobs, piece.stop_logprobs)
 
-    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
+    def choice(self, index: int, choice: PendingChoice) -> dict[str, Any]:
         """A whole choice."""
         raise NotImplementedError
 
-    def deltas(self, index: int, new: Choice, first: bool) -> list[dict[str, Any]]:
+    def deltas(self, index: int, new: PendingChoice, first: bool) -> list[dict[str, Any]]:
         """The choices of the events that say what is new."""
         raise NotImplementedError
 
@@ -348,7 +350,7 @@ class ChatKind(Kind):
         self.readers = readers
         self.only_one = body.parallel_tool_calls is False
 
-    def part(self, piece: Piece) -> Choice:
+    def part(self, piece: Piece) -> PendingChoice:
         part = super().part(piece)
         if self.readers is None:
             return part
@@ -363,7 +365,7 @@ class ChatKind(Kind):
             part.finish_reason = "tool_calls"
         return part
 
-    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
+    def choice(self, index: int, choice: PendingChoice) -> dict[str, Any]:
         content = "".join(choice.text)
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if choice.calls:
@@ -372,7 +374,7 @@ class ChatKind(Kind):
         logprobs = {"logprobs": self._logprobs(choice.logprobs)}
         return {"index": index, "message": message, **logprobs, "finish_reason": choice.finish_reason}
 
-    def deltas(self, index: int, new: Choice, first: bool) -> list[dict[str, Any]]:
+    def deltas(self, index: int, new: PendingChoice, first: bool) -> list[dict[str, Any]]:
         deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}] if first else []
         deltas += [{"content": text} for text in new.text]
         start = self.readers[index].count - len(new.calls) if new.calls else 0
@@ -417,18 +419,18 @@ class CompletionKind(Kind):
         self.echo = echo
         self.offsets = [0] * len(echo)
 
-    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
+    def choice(self, index: int, choice: PendingChoice) -> dict[str, Any]:
         return self._choice(index, choice, True)
 
-    def deltas(self, index: int, new: Choice, first: bool) -> list[dict[str, Any]]:
+    def deltas(self, index: int, new: PendingChoice, first: bool) -> list[dict[str, Any]]:
         return [self._choice(index, new, first)]
 
-    def _choice(self, index: int, choice: Choice, first: bool) -> dict[str, Any]:
+    def _choice(self, index: int, choice: PendingChoice, first: bool) -> dict[str, Any]:
         text = (self.echo[index] if first else "") + "".join(choice.text)
         logprobs = self._logprobs(index, choice, first) if self.body.logprobs is not None else None
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
-    def _logprobs(self, index: int, choice: Choice, first: bool) -> dict[str, Any]:
+    def _logprobs(self, index: int, choice: PendingChoice, first: bool) -> dict[str, Any]:
         written: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
         def write(token: int, width: int, known: TokenLogprob | None) -> None:

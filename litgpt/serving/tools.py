@@ -23,7 +23,7 @@ LETTERS = string.ascii_letters + string.digits
 
 
 @dataclass(frozen=True)
-class Function:
+class ToolFunction:
     """A function that the model may call."""
 
     name: str
@@ -74,7 +74,7 @@ class ToolForm:
             if (token_id := _control_token(tokenizer, text)) is not None
         ]
 
-    def rules(self, tokenizer: Tokenizer, functions: Sequence[Function], parallel: bool) -> str:
+    def rules(self, tokenizer: Tokenizer, functions: Sequence[ToolFunction], parallel: bool) -> str:
         """Grammar rules for one call or more; that of the whole is `calls`."""
 
         def literal(text: str) -> str:

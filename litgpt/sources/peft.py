@@ -15,7 +15,7 @@ from torch import Tensor
 from litgpt.adaptation.lora import TARGETS, LoRASettings, adapted_rows
 from litgpt.config import Config
 from litgpt.formats.architectures import ARCHITECTURES
-from litgpt.formats.peft import IN_MEMORY, Part, Update, columns_of_parts, family_of, plain_number
+from litgpt.formats.peft import IN_MEMORY, RowUpdate, Update, columns_of_parts, family_of, plain_number
 from litgpt.formats.rules import Family, RuleTable
 from litgpt.formats.written_config import export_config
 from litgpt.sources.meta import meta_model
@@ -57,12 +57,12 @@ def _scaling(update: Update, adapter_config: dict[str, Any]) -> float:
 
 def _to_ours(
     updates: dict[str, Update], scaling: float, adapter_config: dict[str, Any], config: Config, table: RuleTable
-) -> dict[tuple[str, int], Part]:
+) -> dict[tuple[str, int], RowUpdate]:
     """Parts by the name of our layer and their number in it, all with the same scaling."""
     model = meta_model(config)
     weights = model.state_dict()
     shapes = dict(table.to_theirs(weights.items(), config))
-    families: dict[Family, dict[str, Part]] = {}
+    families: dict[Family, dict[str, RowUpdate]] = {}
     stacks = {module: update for module, update in updates.items() if update.part.a.dim() == 3}
     for module, update in updates.items():
         if module in stacks:
@@ -71,7 +71,7 @@ def _to_ours(
         family = family_of(table, name, config, False)
         _check_shapes(name, update.part, shapes[name])
         families.setdefault(family, {})[name] = _scaled(update.part, _scaling(update, adapter_config) / scaling)
-    parts: dict[tuple[str, int], Part] = {}
+    parts: dict[tuple[str, int], RowUpdate] = {}
     for module, update in stacks.items():
         for name, part in _of_each_expert(module, update.part, config, table).items():
             if f"{name}.weight" not in weights:
@@ -81,7 +81,7 @@ def _to_ours(
         blocks = [adapted[name] for name in family.theirs if name in adapted]
         rank = max(len(block.a) for block in blocks)
         rows = [[(len(shapes[name]), name in adapted)] for name in family.theirs]
-        columns = columns_of_parts(rows, [Part(x.a, _widened(x.b, rank), x.magnitude) for x in blocks], rank)
+        columns = columns_of_parts(rows, [RowUpdate(x.a, _widened(x.b, rank), x.magnitude) for x in blocks], rank)
         ours, masks, magnitudes = (family.transform.to_ours(each, config) for each in zip(*columns, strict=True))
         sizes = [[size for size, _ in _every_part(model, name, config)] for name in family.ours]
         split = sum(map(len, sizes)) > len(family.theirs)
@@ -91,7 +91,7 @@ def _to_ours(
                 a = [blocks[block].a for block in used]
                 b = [b[:, block, : len(blocks[block].a)] for block in used]
                 lengths = magnitude if adapter_config.get("use_dora") else None
-                part = Part(torch.cat(a), torch.cat(b, dim=1), lengths) if used else None
+                part = RowUpdate(torch.cat(a), torch.cat(b, dim=1), lengths) if used else None
                 if part is not None and split and pieces[0].any():
                     part = _without_empty_columns(part)
                 if part is not None and len(part.a):
@@ -99,7 +99,7 @@ def _to_ours(
     return parts
 
 
-def _of_each_expert(module: str, part: Part, config: Config, table: RuleTable) -> dict[str, Part]:
+def _of_each_expert(module: str, part: RowUpdate, config: Config, table: RuleTable) -> dict[str, RowUpdate]:
     """The update of each expert's layers, by our names, from that of the tensor that holds all of a layer's."""
     layer = re.search(r"\.layers\.(\d+)\.", module)
     if layer is None:
@@ -110,12 +110,12 @@ def _of_each_expert(module: str, part: Part, config: Config, table: RuleTable) -
     if len(family.theirs) == 1 and len(family.ours) > 1:  # one tensor in the files, too, maybe in an order of its own
         rows = family.transform.to_ours([part.b.mT], config)
         return {
-            ours.removesuffix(".weight"): Part(part.a[number % count], each, None)
+            ours.removesuffix(".weight"): RowUpdate(part.a[number % count], each, None)
             for number, (ours, each) in enumerate(zip(family.ours, rows, strict=True))
         }
     halves = part.b.chunk(len(layers), dim=1)
     return {
-        name.format(expert, ours): Part(part.a[expert], half[expert], None)
+        name.format(expert, ours): RowUpdate(part.a[expert], half[expert], None)
         for ours, half in zip(layers, halves, strict=True)
         for expert in range(count)
     }
@@ -137,7 +137,7 @@ def _every_part(model: nn.Module, weight: str, config: Config) -> list[tuple[int
     return rows
 
 
-def _check_shapes(name: str, part: Part, weight: Tensor) -> None:
+def _check_shapes(name: str, part: RowUpdate, weight: Tensor) -> None:
     if part.a.shape[1] != weight.shape[1] or part.b.shape[0] != weight.shape[0] or part.b.shape[1] != len(part.a):
         raise ValueError(
             f"The PEFT adapter belongs to another model: {name} is {list(weight.shape)} here, its lora_A "
@@ -145,22 +145,22 @@ def _check_shapes(name: str, part: Part, weight: Tensor) -> None:
         )
 
 
-def _scaled(part: Part, factor: float) -> Part:
-    return part if factor == 1 else Part(part.a, part.b * factor, part.magnitude)
+def _scaled(part: RowUpdate, factor: float) -> RowUpdate:
+    return part if factor == 1 else RowUpdate(part.a, part.b * factor, part.magnitude)
 
 
 def _widened(b: Tensor, rank: int) -> Tensor:
     return torch.nn.functional.pad(b, (0, rank - b.shape[1]))
 
 
-def _without_empty_columns(part: Part) -> Part:
+def _without_empty_columns(part: RowUpdate) -> RowUpdate:
     """Without the ranks that belong to other rows of the module that was theirs."""
     kept = part.b.any(0)
-    return Part(part.a[kept], part.b[:, kept], part.magnitude)
+    return RowUpdate(part.a[kept], part.b[:, kept], part.magnitude)
 
 
 def _settings(
-    parts: dict[tuple[str, int], Part], scaling: float, adapter_config: dict[str, Any], config: Config
+    parts: dict[tuple[str, int], RowUpdate], scaling: float, adapter_config: dict[str, Any], config: Config
 ) -> LoRASettings:
     """What the whole is: every target that some part belongs to, and the largest rank."""
     model = meta_model(config)
@@ -182,7 +182,7 @@ def _settings(
     )
 
 
-def _filled(parts: dict[tuple[str, int], Part], settings: LoRASettings, base: Source) -> dict[str, Tensor]:
+def _filled(parts: dict[tuple[str, int], RowUpdate], settings: LoRASettings, base: Source) -> dict[str, Tensor]:
     """All matrices that a model with these settings has; those that are not there do nothing."""
     weights: dict[str, Tensor] = {}
     lengths = _Lengths(base)
@@ -220,13 +220,13 @@ class _Lengths:
         return {name: tensor.float().norm(dim=1) for name, tensor in self.base.weights() if tensor.dim() == 2}
 
 
-def _full_rank(part: Part | None, rows: int, width: int, rank: int) -> Part:
+def _full_rank(part: RowUpdate | None, rows: int, width: int, rank: int) -> RowUpdate:
     """A part of rank `rank`; what is added has a random A, so that it can learn, and B zero."""
     if part is None:
-        part = Part(torch.empty(0, width), torch.empty(rows, 0), None)
+        part = RowUpdate(torch.empty(0, width), torch.empty(rows, 0), None)
     missing = rank - len(part.a)
     if not missing:
         return part
     a = torch.empty(rank, width)
     nn.init.kaiming_uniform_(a, a=5**0.5)
-    return Part(torch.cat([part.a, a[:missing]]), _widened(part.b, rank), part.magnitude)
+    return RowUpdate(torch.cat([part.a, a[:missing]]), _widened(part.b, rank), part.magnitude)

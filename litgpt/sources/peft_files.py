@@ -11,7 +11,7 @@ from torch import Tensor
 from litgpt.checkpoint import read_state_dict
 from litgpt.checkpoint.names import PEFT_CONFIG
 from litgpt.config import Config
-from litgpt.formats.peft import ADAPTER_BIN, ADAPTER_MODEL, MAGNITUDE, PREFIX, Part, Update
+from litgpt.formats.peft import ADAPTER_BIN, ADAPTER_MODEL, MAGNITUDE, PREFIX, RowUpdate, Update
 from litgpt.formats.recognition import text_name
 from litgpt.formats.safetensors_file import read_safetensors
 from litgpt.untrusted import is_slow, read_json_object, shown
@@ -109,7 +109,7 @@ def read_updates(path: Path, adapter_config: dict[str, Any], config: Config) -> 
             raise ValueError(f"'{file}': of {module} there is only {', '.join(sorted(tensors))}.")
         if tensors["lora_A"].dim() != 2 or tensors["lora_B"].dim() != 2 or 0 in tensors["lora_A"].shape:
             raise ValueError(f"'{file}': lora_A and lora_B of {module} are no matrices.")
-        part = Part(tensors["lora_A"], tensors["lora_B"], tensors.get(MAGNITUDE))
+        part = RowUpdate(tensors["lora_A"], tensors["lora_B"], tensors.get(MAGNITUDE))
         if EXPERTS.search(module):
             module, part = _of_all_experts(module, part, config)
         updates[module] = Update(part, _alpha_of(module, adapter_config))
@@ -151,7 +151,7 @@ def _alpha_of(module: str, adapter_config: dict[str, Any]) -> float:
     return adapter_config.get("lora_alpha", 8)
 
 
-def _of_all_experts(module: str, part: Part, config: Config) -> tuple[str, Part]:
+def _of_all_experts(module: str, part: RowUpdate, config: Config) -> tuple[str, RowUpdate]:
     """The tensor that holds all experts of a layer, whose name only the shapes tell, and its update for each of them.
 
     Earlier versions of PEFT took a weight's rows for its input; then A and B are exchanged.
@@ -168,4 +168,4 @@ def _of_all_experts(module: str, part: Part, config: Config) -> tuple[str, Part]
     b = part.b.unflatten(1, (-1, count)).permute(2, 0, 1)  # (E, out, r)
     if shape not in kinds:
         a, b, shape = b.mT, a.mT, shape[::-1]
-    return f"{EXPERTS.sub('.experts', module)}.{kinds[shape]}", Part(a, b, None)
+    return f"{EXPERTS.sub('.experts', module)}.{kinds[shape]}", RowUpdate(a, b, None)

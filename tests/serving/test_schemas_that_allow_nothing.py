@@ -7,7 +7,7 @@ import jsonschema_rs
 import pytest
 
 from litgpt.serving.json_schema import allows_something
-from litgpt.serving.tools import HERMES, LLAMA, MISTRAL, MISTRAL_ARGS, Function
+from litgpt.serving.tools import HERMES, LLAMA, MISTRAL, MISTRAL_ARGS, ToolFunction
 from tests.serving.conftest import PATIENCE
 
 
@@ -116,7 +116,7 @@ def test_references_within_a_function_are_to_its_own_schema(served, form):
     """As pydantic writes a model within a model."""
     schema = record(a={"$ref": "#/$defs/A"}) | {"$defs": {"A": {"enum": [1]}}}
     other = record(a={"$ref": "#/$defs/A"}) | {"$defs": {"A": {"enum": ["x"]}}}
-    functions = [Function("f", schema), Function("g", other)]
+    functions = [ToolFunction("f", schema), ToolFunction("g", other)]
     rules = form.rules(served.model.codec.tokenizer, functions, False)
     constraint = served.model.grammars.constraint(f"start: calls\n{rules}")
     text = b""

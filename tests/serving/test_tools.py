@@ -7,7 +7,7 @@ import pytest
 
 from litgpt.prompts import ChatTemplate, PromptStyle
 from litgpt.serving.constraint import Grammars
-from litgpt.serving.tools import HERMES, LLAMA, MISTRAL, MISTRAL_ARGS, Call, CallReader, Function, tool_form
+from litgpt.serving.tools import HERMES, LLAMA, MISTRAL, MISTRAL_ARGS, Call, CallReader, ToolFunction, tool_form
 from litgpt.tokenizer.tokenizer import Tokenizer
 from tests import tokenizer_files
 
@@ -101,7 +101,7 @@ def test_what_the_grammar_lets_through_is_read_as_calls(tmp_path, form, parallel
         "required": ["x"],
         "additionalProperties": False,
     }
-    functions = [Function("f", schema), Function("g", {"type": "object", "additionalProperties": False})]
+    functions = [ToolFunction("f", schema), ToolFunction("g", {"type": "object", "additionalProperties": False})]
     draws, counts = random.Random(0), set()
     for _ in range(8):
         constraint = grammars.constraint(f"start: calls\n{form.rules(tokenizer, functions, parallel)}")

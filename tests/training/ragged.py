@@ -6,18 +6,18 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from litgpt.data.base import DataModule, LengthGroupedSampler, stream_loader
-from litgpt.data.packing import Collate, Part, pack
+from litgpt.data.packing import Collate, PackedSample, pack
 
 LONGEST = 33
 
 
-def ragged_samples(count: int, seed: int) -> list[Part]:
+def ragged_samples(count: int, seed: int) -> list[PackedSample]:
     """Samples of 2 to 33 tokens below 250; of each, the first part is not to be predicted."""
     random = np.random.default_rng(seed)
     samples = []
     for number in range(count):
         ids = random.integers(0, 250, size=random.integers(2, LONGEST + 1))
-        samples.append(Part(number, ids, np.arange(len(ids)) > random.integers(0, len(ids) - 1)))
+        samples.append(PackedSample(number, ids, np.arange(len(ids)) > random.integers(0, len(ids) - 1)))
     return samples
 
 
@@ -44,7 +44,7 @@ class Ragged(DataModule):
         # 9 samples alone, or in 5 rows: a number that neither batches nor ranks divide
         return DataLoader(self._rows(9, seed=2), self._batch_size, collate_fn=Collate(self.packed))
 
-    def _rows(self, count: int, seed: int) -> list[list[Part]]:
+    def _rows(self, count: int, seed: int) -> list[list[PackedSample]]:
         samples = ragged_samples(count, seed)
         if not self.packed:
             return [[sample] for sample in samples]

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from litgpt.adaptation.lora import LoRASettings, apply_lora, is_lora
-from litgpt.data.packing import Part
+from litgpt.data.packing import PackedSample
 from litgpt.data.preferences import PairCollate
 from litgpt.export.peft_writer import export_peft
 from litgpt.sources.load import load_model
@@ -43,7 +43,7 @@ def replies() -> list[tuple[torch.Tensor, int]]:
 
 
 def batch(first: int = 0, last: int = len(PAIRS)) -> MicroBatch:
-    parts = [Part(i, ids.numpy(), np.arange(len(ids)) >= start) for i, (ids, start) in enumerate(replies())]
+    parts = [PackedSample(i, ids.numpy(), np.arange(len(ids)) >= start) for i, (ids, start) in enumerate(replies())]
     return micro_batch(PairCollate(False)([parts[2 * pair : 2 * pair + 2] for pair in range(first, last)]))
 
 
@@ -233,7 +233,7 @@ def test_reference_log_probs_of_all_rows(llama):
     base, _, folder, _ = llama
     fabric = Fabric(accelerator="cpu", devices=1)
     model = fabric.setup_module(PreferenceLoss(load_model(folder, dtype=torch.float32), VARIANTS["DPO"]))
-    parts = [Part(i, ids.numpy(), np.arange(len(ids)) >= start) for i, (ids, start) in enumerate(replies())]
+    parts = [PackedSample(i, ids.numpy(), np.arange(len(ids)) >= start) for i, (ids, start) in enumerate(replies())]
     batches = [PairCollate(False)([parts[:2], parts[2:4]]), PairCollate(False)([parts[4:]])]
     found = reference_log_probs(fabric, model, batches, 2 * len(PAIRS))
     with torch.no_grad():

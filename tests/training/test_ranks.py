@@ -132,7 +132,7 @@ def test_a_rank_that_was_killed_is_called_lost(start):
 )
 def test_how_a_rank_was_lost_is_said(monkeypatch, code, kills, said):
     monkeypatch.setattr(launcher, "_out_of_memory_kills", lambda: 5)
-    ranks = launcher.Ranks(4, 0, 2, 6, started_here=True)
+    ranks = launcher.RankTopology(4, 0, 2, 6, started_here=True)
     ranks.children = {5: SimpleNamespace(poll=lambda: code, pid=77)}
     monkeypatch.setattr(launcher, "_out_of_memory_kills", lambda: 5 + kills)
     lost = ranks._lost()

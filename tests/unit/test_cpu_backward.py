@@ -85,7 +85,7 @@ def test_rms_norm_has_the_gradients_of_autograd(dtype, trained):
         y.backward(gradient.to(y.dtype))
         return [y.detach(), *(leaf.grad for leaf in leaves if leaf.requires_grad)]
 
-    found = outcome(lambda x, weight: cpu_backward.RMSNorm.apply(x, weight, 0.1), x, weight)
+    found = outcome(lambda x, weight: cpu_backward.RMSNormFunction.apply(x, weight, 0.1), x, weight)
     exact = outcome(lambda x, weight: F.rms_norm(x, weight.shape, weight, 0.1), x.double(), weight.double())
     assert len(found) == 2 + trained
     for one, right in zip(found, exact, strict=True):
@@ -108,8 +108,10 @@ def test_rms_norm_is_what_training_on_a_cpu_uses(config, monkeypatch):
         F.cross_entropy(gpt(idx).flatten(0, 1), idx.flatten()).backward()
         return {name: p.grad for name, p in gpt.named_parameters()}
 
-    backward = cpu_backward.RMSNorm.backward
-    monkeypatch.setattr(cpu_backward.RMSNorm, "backward", lambda *given: calls.append(given) or backward(*given))
+    backward = cpu_backward.RMSNormFunction.backward
+    monkeypatch.setattr(
+        cpu_backward.RMSNormFunction, "backward", lambda *given: calls.append(given) or backward(*given)
+    )
     found = gradients()
     assert len(calls) == sum(type(module).__name__ == "RMSNorm" for module in gpt.modules())
     monkeypatch.setattr(cpu_backward, "suits", lambda *tensors: False)

@@ -15,6 +15,8 @@ PACKAGE = Path(litgpt.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 # One module per format on the way in and on the way out; these implement one interface each.
 FORMATS = {"gguf.py", "huggingface.py", "lit.py", "peft.py"}
+# What one package asks of a class, and the class that a package above it has.
+INTERFACES = {"Tokenizer", "Part", "Ranks"}
 LINES, ENTRIES = 500, 27
 # Names that once stood here, and what torch, vLLM and the papers call these things.
 WORDS = {
@@ -110,7 +112,20 @@ def test_things_have_the_names_of_the_field():
 
 
 def test_classes_have_the_names_of_classes():
-    classes = [
-        node.name for file in FILES for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ClassDef)
-    ]
-    assert [name for name in classes if not name.lstrip("_")[:1].isupper()] == []
+    assert [name for name in classes_by_name() if not name.lstrip("_")[:1].isupper()] == []
+
+
+def test_one_name_one_class():
+    twice = {name: files for name, files in classes_by_name().items() if len(files) > 1 and name[0] != "_"}
+    assert {name: files for name, files in twice.items() if name not in INTERFACES} == {}
+    assert twice.keys() >= INTERFACES
+
+
+def classes_by_name() -> dict[str, list[str]]:
+    """Where the classes of each name are."""
+    places = defaultdict(list)
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(module_of(file))
+    return places

@@ -199,7 +199,7 @@ def test_units_begin_between_separators_or_where_no_token_changes(tmp_path):
     text = "Grüße\n---\none two\nthree<|endoftext|>é\n---\n\n---\n---\nababa four\nababa\n// five\n\nsix 漢字\nabab"
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     data, split = text.encode(), re.compile("|".join(map(re.escape, separators)))
-    piece, places = text_reading.Piece(tmp_path / "a.txt", 0, len(data)), set()
+    piece, places = text_reading.FilePiece(tmp_path / "a.txt", 0, len(data)), set()
     for near in range(len(data) + 1):
         place, at_separator = documents_module._text_cut(piece, near, separators)
         assert place >= near

@@ -10,7 +10,7 @@ import torch
 
 from litgpt.config import Config
 from litgpt.data import JSON, LengthGroupedSampler, StreamSampler
-from litgpt.data.packing import Collate, Part, pack
+from litgpt.data.packing import Collate, PackedSample, pack
 from litgpt.model import GPT
 from litgpt.tokenizer.tokenizer import Tokenizer
 from litgpt.training.batches import BatchStream, micro_batch
@@ -141,7 +141,10 @@ def test_every_sample_is_in_one_row_and_rows_are_full():
 
 
 def test_a_packed_row_says_where_each_sample_begins():
-    parts = [Part(7, np.array([1, 2, 3]), np.array([0, 1, 1])), Part(4, np.array([8, 9]), np.array([0, 1]))]
+    parts = [
+        PackedSample(7, np.array([1, 2, 3]), np.array([0, 1, 1])),
+        PackedSample(4, np.array([8, 9]), np.array([0, 1])),
+    ]
     batch = Collate(packed=True, multiple=8)([parts, parts[1:]])
     assert batch["input_ids"][0].tolist() == [1, 2, 3, 8, 9, 0, 0, 0, 0]
     assert batch["labels"][0].tolist() == [-100, 2, 3, -100, 9, -100, -100, -100, -100]
@@ -158,13 +161,13 @@ def test_a_packed_row_says_where_each_sample_begins():
     [(9, 8, None, 9), (10, 8, None, 17), (10, 8, 12, 13), (10, 1, 5, 10), (1, 1, None, 2)],
 )
 def test_width_of_a_batch(tokens, multiple, longest, width):
-    part = Part(0, np.zeros(tokens), np.zeros(tokens))
+    part = PackedSample(0, np.zeros(tokens), np.zeros(tokens))
     assert Collate(False, multiple, longest)([[part]])["input_ids"].shape == (1, width)
 
 
 def test_packed_rows_have_one_width():
     """However full: one shape is quicker, and leaves no holes in memory."""
-    rows = [[Part(0, np.arange(count), np.ones(count, bool))] for count in (33, 20, 5)]
+    rows = [[PackedSample(0, np.arange(count), np.ones(count, bool))] for count in (33, 20, 5)]
     assert {Collate(True, 1, 32)([row])["input_ids"].shape for row in rows} == {(1, 33)}
 
 
@@ -217,8 +220,8 @@ def test_padding_reaches_no_gradient(records, tokenizer):
     config = Config(block_size=64, n_layer=1, n_embd=32, n_head=4, vocab_size=400, padded_vocab_size=400)
     torch.manual_seed(0)
     model = NextTokenLoss(GPT(config))
-    row = [Part(0, np.arange(10, 20), np.ones(10)), Part(1, np.arange(30, 35), np.ones(5))]
-    long = [Part(2, np.arange(60), np.ones(60))]
+    row = [PackedSample(0, np.arange(10, 20), np.ones(10)), PackedSample(1, np.arange(30, 35), np.ones(5))]
+    long = [PackedSample(2, np.arange(60), np.ones(60))]
     batch = Collate(packed=True)([row, long])
     losses = []
     for filler in (0, 399):

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from litgpt.checkpoint import WEIGHTS, read_state_dict, save_model, write_state_dict
-from litgpt.checkpoint.sums import DamagedFile, Part, check_archive, check_parts
+from litgpt.checkpoint.sums import CheckedPart, DamagedFile, check_archive, check_parts
 from litgpt.config import Config
 from litgpt.formats.safetensors_file import read_safetensors, write_safetensors
 from litgpt.model import GPT
@@ -95,9 +95,9 @@ def test_a_file_whose_records_overlap_is_not_read_over_and_over(tmp_path):
     path = tmp_path / "f"
     path.write_bytes(b"0" * 1000)
     with pytest.raises(DamagedFile, match="overlap"):
-        check_parts(path, [Part(str(i), 0, 900, zlib.crc32(b"0" * 900)) for i in range(2)])
+        check_parts(path, [CheckedPart(str(i), 0, 900, zlib.crc32(b"0" * 900)) for i in range(2)])
     with pytest.raises(DamagedFile, match="p is not as it was written"):
-        check_parts(path, [Part("p", 500, 900, 1)])
+        check_parts(path, [CheckedPart("p", 500, 900, 1)])
 
 
 def test_a_compressed_record_is_left_to_torch(tmp_path):

@@ -39,7 +39,7 @@ def sigmoid_groups(
     )
 
 
-class LatentAttention:
+class LatentSizes:
     """The ranks and sizes of multi-head latent attention; `q_lora_rank` may be null."""
 
     def read(self, theirs: HFConfig) -> dict[str, Any]:
@@ -101,7 +101,7 @@ DEEPSEEK_V2 = llama_like(
         "router_scores": "softmax",
         "softmax_after_topk": False,  # whatever norm_topk_prob says: neither the original nor transformers reads it
     },
-    head_size=LatentAttention(),
+    head_size=LatentSizes(),
     biases=attention_bias(),
     extra=(
         *_experts(experts=64, shared=2, width=1407, dense=0, factor=1.0),
@@ -117,7 +117,7 @@ DEEPSEEK_V3 = llama_like(
     "deepseek_v3",
     implied={"mlp_class_name": "LLaMAMoE"},
     context=Field("block_size", "max_position_embeddings", 4096),
-    head_size=LatentAttention(),
+    head_size=LatentSizes(),
     biases=attention_bias(),
     extra=(
         Field("rope_interleave", "rope_interleave", True),
