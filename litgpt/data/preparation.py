@@ -24,7 +24,7 @@ from litgpt.data.dataset_record import DatasetRecord
 from litgpt.data.preparation_end import finish
 from litgpt.data.preparation_plan import SHARDS_FILE, SPLITS, claim, guard_sources, make_plan, remove_work
 from litgpt.data.source_files import Report
-from litgpt.data.unit_tokens import Job, read_result
+from litgpt.data.unit_tokens import UnitJob, read_result
 from litgpt.tokenizer.tokenizer import Tokenizer
 
 VAL_FRACTION, VAL_BYTES = 0.05, 100 << 20  # what is held out by default: the smaller of the two
@@ -174,13 +174,13 @@ def _val_fraction(sources: Mapping[str, Sequence[Path]], splits: Sequence[str], 
     return min(VAL_FRACTION, VAL_BYTES / max(1, total))
 
 
-def _note_shards(job: Job, shard: Shard) -> None:
+def _note_shards(job: UnitJob, shard: Shard) -> None:
     """So that whoever merges can say which are missing."""
     with atomic_file(job.work_dir / SHARDS_FILE) as temporary:
         temporary.write_text(json.dumps(shard.count), encoding="utf-8")
 
 
-def _work(job: Job, units: Sequence[Unit], num_workers: int | None, engine: Engine) -> None:
+def _work(job: UnitJob, units: Sequence[Unit], num_workers: int | None, engine: Engine) -> None:
     """Do what is not done yet."""
     if num_workers is not None and num_workers < 1:
         raise ValueError(f"--num_workers {num_workers}: at least one process is needed.")
@@ -202,7 +202,7 @@ def _work(job: Job, units: Sequence[Unit], num_workers: int | None, engine: Engi
         _runner(engine, num_workers)(job, left, bar.update)
 
 
-def _runner(engine: Engine, num_workers: int | None) -> Callable[[Job, Sequence[Unit], Report], None]:
+def _runner(engine: Engine, num_workers: int | None) -> Callable[[UnitJob, Sequence[Unit], Report], None]:
     if engine == "ray":
         from litgpt.data.ray_units import run_on_ray
 

@@ -25,13 +25,13 @@ from litgpt.data.token_chunks import (
     write_chunk_bytes,
     write_index,
 )
-from litgpt.data.unit_tokens import Job, UnitResult, read_result
+from litgpt.data.unit_tokens import UnitJob, UnitResult, read_result
 from litgpt.tokenizer.tokenizer import Tokenizer
 
 CHUNK_BYTES = 16 << 20  # files of units become a chunk when they hold that much together
 
 
-def finish(job: Job, options: dict[str, Any], tokenizer: Tokenizer) -> DatasetRecord:
+def finish(job: UnitJob, options: dict[str, Any], tokenizer: Tokenizer) -> DatasetRecord:
     """Put the units' files together, in their order; the indices come last."""
     from litgpt.checkpoint import copy_companion_files
 
@@ -55,12 +55,12 @@ def finish(job: Job, options: dict[str, Any], tokenizer: Tokenizer) -> DatasetRe
     return record
 
 
-def _made(job: Job) -> list[str]:
+def _made(job: UnitJob) -> list[str]:
     """The splits that come of the corpus."""
     return [split for split in SPLITS if split in job.corpus.splits or (split == "val" and job.val_fraction)]
 
 
-def _all_results(job: Job) -> list[UnitResult]:
+def _all_results(job: UnitJob) -> list[UnitResult]:
     results = [read_result(job, unit) for unit in job.corpus.units]
     missing = [number for number, result in enumerate(results) if result is None]
     if not missing:
@@ -78,7 +78,7 @@ def _all_results(job: Job) -> list[UnitResult]:
     )
 
 
-def _check_documents(job: Job, results: Sequence[UnitResult]) -> None:
+def _check_documents(job: UnitJob, results: Sequence[UnitResult]) -> None:
     records, without = (sum(getattr(result, name) for result in results) for name in ("records", "without_text"))
     if without and without == records:
         raise ValueError(
@@ -95,7 +95,7 @@ def _check_documents(job: Job, results: Sequence[UnitResult]) -> None:
             raise ValueError(f"There is no document for {split} among {records:,}. {remedy}")
 
 
-def _make_chunks(job: Job, split: str, results: Sequence[UnitResult]) -> list[ChunkInfo]:
+def _make_chunks(job: UnitJob, split: str, results: Sequence[UnitResult]) -> list[ChunkInfo]:
     """The chunks of a split: a large file of a unit as it is, small ones put together."""
     directory, chunks = job.destination / split, []
     directory.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def _link(part: Path, path: Path) -> None:
             shutil.copyfile(part, temporary)
 
 
-def _concatenate(job: Job, group: Sequence[ChunkInfo], path: Path) -> ChunkInfo:
+def _concatenate(job: UnitJob, group: Sequence[ChunkInfo], path: Path) -> ChunkInfo:
     files = [(job.work_dir / part.filename, part) for part in group]
     lengths = np.concatenate([np.diff(document_offsets(file, part, job.dtype)) for file, part in files])
     return write_chunk_bytes(path, lengths * job.dtype.itemsize, _bodies(files), job.dtype)

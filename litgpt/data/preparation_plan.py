@@ -16,7 +16,7 @@ from litgpt.data.text_reading import spelled_tokens
 from litgpt.data.token_chunks import (
     token_dtype,
 )
-from litgpt.data.unit_tokens import WORK_DIR, Job, UnitResult
+from litgpt.data.unit_tokens import WORK_DIR, UnitJob, UnitResult
 from litgpt.tokenizer.tokenizer import Tokenizer
 
 PLAN_FILE = "plan.json"
@@ -35,7 +35,7 @@ def make_plan(
     eos_token: str | None,
     add_bos: bool,
     seed: int,
-) -> tuple[Job, dict[str, Any]]:
+) -> tuple[UnitJob, dict[str, Any]]:
     """All that decides the result, and those of its parts that users choose, for the record."""
     separator = None if separator is None else separator.replace("\\n", "\n").replace("\\t", "\t")
     if separator == "":
@@ -68,7 +68,7 @@ def make_plan(
         "files": [[file.name, file.form, file.size, file.changed] for file in corpus.files],
         "units": hashlib.sha256(repr([(unit.split, unit.extents) for unit in corpus.units]).encode()).hexdigest(),
     }
-    job = Job(
+    job = UnitJob(
         corpus=corpus,
         destination=destination,
         tokenizer_dir=tokenizer.dir,
@@ -84,7 +84,7 @@ def make_plan(
     return job, {"recorded": options, "named": {**facts, "source files": files}}
 
 
-def guard_sources(job: Job) -> None:
+def guard_sources(job: UnitJob) -> None:
     """Nothing that is read may lie where something is written or removed."""
     ours = [(job.destination / name).resolve() for name in (*SPLITS, TOKENIZER_DIR, WORK_DIR)]
     for path in [*(file.path for file in job.corpus.files), job.tokenizer_dir / "tokenizer.json"]:
@@ -101,7 +101,7 @@ def remove_work(destination: Path) -> None:
     (destination / RECORD_FILE).unlink(missing_ok=True)
 
 
-def claim(job: Job, options: dict[str, Any], tokenizer: Tokenizer) -> DatasetRecord | None:
+def claim(job: UnitJob, options: dict[str, Any], tokenizer: Tokenizer) -> DatasetRecord | None:
     """Make the destination ours. The record where all is done already.
 
     Raises:
@@ -131,14 +131,14 @@ def claim(job: Job, options: dict[str, Any], tokenizer: Tokenizer) -> DatasetRec
     return None
 
 
-def _read_plan(job: Job) -> dict[str, Any] | None:
+def _read_plan(job: UnitJob) -> dict[str, Any] | None:
     try:
         return json.loads((job.work_dir / PLAN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
 
-def _occupied(job: Job, what: str) -> str:
+def _occupied(job: UnitJob, what: str) -> str:
     return (
         f"--destination_path {job.destination} holds {what}. Choose another one, or replace it with --overwrite true."
     )
@@ -151,7 +151,7 @@ def _differing(ours: DatasetRecord, theirs: DatasetRecord) -> list[str]:
     return names + sorted(key for key in keys if ours.options.get(key) != theirs.options.get(key))
 
 
-def _check_space(job: Job) -> None:
+def _check_space(job: UnitJob) -> None:
     """Refuses what has no chance to fit: a token stands for hardly more than 5 bytes of text on average."""
     job.destination.mkdir(parents=True, exist_ok=True)
     text = sum(file.size * (EXPANSION if file.compression else 1) for file in job.corpus.files)
@@ -164,7 +164,7 @@ def _check_space(job: Job) -> None:
 
 
 def record_of(
-    job: Job,
+    job: UnitJob,
     options: dict[str, Any],
     tokenizer: Tokenizer,
     results: Sequence[UnitResult],

@@ -12,7 +12,7 @@ from typing import Any
 
 from litgpt.data.corpus import Unit
 from litgpt.data.source_files import Report
-from litgpt.data.unit_tokens import Job, prepare_unit
+from litgpt.data.unit_tokens import UnitJob, prepare_unit
 from litgpt.data.word_cache import WordCache
 from litgpt.tokenizer.tokenizer import Tokenizer
 
@@ -25,7 +25,7 @@ def require_ray() -> None:
         raise ValueError(f"--engine ray needs Ray Data ({error}): pip install 'litgpt[ray]'.") from None
 
 
-def run_on_ray(job: Job, units: Sequence[Unit], report: Report, num_workers: int | None) -> None:
+def run_on_ray(job: UnitJob, units: Sequence[Unit], report: Report, num_workers: int | None) -> None:
     """As `run_in_processes`, on the cluster that RAY_ADDRESS names, else on one started on this machine."""
     require_ray()
     import ray
@@ -47,7 +47,7 @@ def run_on_ray(job: Job, units: Sequence[Unit], report: Report, num_workers: int
         report(int(row["size"]))
 
 
-def _with_absolute_paths(job: Job) -> Job:
+def _with_absolute_paths(job: UnitJob) -> UnitJob:
     """A worker's current directory is another one."""
     files = tuple(replace(file, path=file.path.absolute()) for file in job.corpus.files)
     return replace(

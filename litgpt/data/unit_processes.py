@@ -13,12 +13,12 @@ from typing import Any
 
 from litgpt.data.corpus import Unit
 from litgpt.data.source_files import Report
-from litgpt.data.unit_tokens import Job, prepare_unit
+from litgpt.data.unit_tokens import UnitJob, prepare_unit
 from litgpt.data.word_cache import WordCache
 from litgpt.tokenizer.tokenizer import Tokenizer
 
 
-def run_in_processes(job: Job, units: Sequence[Unit], report: Report, num_workers: int | None) -> None:
+def run_in_processes(job: UnitJob, units: Sequence[Unit], report: Report, num_workers: int | None) -> None:
     """Work on `units`.
 
     Args:
@@ -72,7 +72,7 @@ def cores() -> int:
 _state: dict[str, Any] = {}
 
 
-def _begin(job: Job, counter: Any) -> None:
+def _begin(job: UnitJob, counter: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already

@@ -26,7 +26,7 @@ BATCH_CHARACTERS, BATCH_FRAGMENTS = 1 << 18, 1024  # what is tokenised at a time
 
 
 @dataclass(frozen=True)
-class Job:
+class UnitJob:
     """Everything that a worker has to know.
 
     Attributes:
@@ -75,7 +75,7 @@ class UnitResult:
     without_text: int = 0
 
 
-def read_result(job: Job, unit: Unit) -> UnitResult | None:
+def read_result(job: UnitJob, unit: Unit) -> UnitResult | None:
     """What came of a unit; None where it has not been worked on yet, or was for another plan."""
     try:
         content = read_json_object(_result_file(job, unit), limit=LARGE_BYTES)
@@ -88,7 +88,7 @@ def read_result(job: Job, unit: Unit) -> UnitResult | None:
         return None
 
 
-def prepare_unit(job: Job, unit: Unit, words: WordCache, report: Report) -> None:
+def prepare_unit(job: UnitJob, unit: Unit, words: WordCache, report: Report) -> None:
     """Tokenise a unit's documents and write them; whoever finds its result finds all of it.
 
     Raises:
@@ -119,14 +119,14 @@ def prepare_unit(job: Job, unit: Unit, words: WordCache, report: Report) -> None
     report(unit.size - done)
 
 
-def _result_file(job: Job, unit: Unit) -> Path:
+def _result_file(job: UnitJob, unit: Unit) -> Path:
     return job.work_dir / f"unit-{unit.number:07d}.json"
 
 
 _Batch = list[tuple[str, Fragment]]
 
 
-def _batches(job: Job, unit: Unit, result: UnitResult, report: Report) -> Iterator[_Batch]:
+def _batches(job: UnitJob, unit: Unit, result: UnitResult, report: Report) -> Iterator[_Batch]:
     batch, size = [], 0
     split = "train"
     for fragment in read_documents(job.corpus, unit, report):
@@ -145,7 +145,7 @@ def _batches(job: Job, unit: Unit, result: UnitResult, report: Report) -> Iterat
         yield batch
 
 
-def _draw(job: Job, text: str) -> str:
+def _draw(job: UnitJob, text: str) -> str:
     """Whether a document is held out. Its own text decides, so that it goes to the same side from any kind of file, and
     one that is there twice is not both trained and validated on."""
     key = job.seed.to_bytes(16, "little", signed=True)
@@ -154,7 +154,7 @@ def _draw(job: Job, text: str) -> str:
 
 
 def _encoded(
-    job: Job, batch: _Batch, words: WordCache, spelled: dict[str, int]
+    job: UnitJob, batch: _Batch, words: WordCache, spelled: dict[str, int]
 ) -> Iterator[tuple[str, Fragment, list[np.ndarray]]]:
     texts, continues = [fragment.text for _, fragment in batch], [fragment.continues for _, fragment in batch]
     encoded = encode_texts(texts, words, continues=continues, spelled=spelled)
@@ -173,7 +173,7 @@ def _fitting(ids: np.ndarray, dtype: np.dtype) -> np.ndarray:
 class _PartWriter:
     """Collects a split's ids, and writes them to a file when they become many."""
 
-    def __init__(self, job: Job, unit: Unit, split: str) -> None:
+    def __init__(self, job: UnitJob, unit: Unit, split: str) -> None:
         self._job, self._name = job, f"{split}-{unit.number:07d}"
         self._body, self._lengths, self._open = bytearray(), array("q"), False
         self.parts: list[ChunkInfo] = []

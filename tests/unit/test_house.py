@@ -15,8 +15,8 @@ PACKAGE = Path(litgpt.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 # One module per format on the way in and on the way out; these implement one interface each.
 FORMATS = {"gguf.py", "huggingface.py", "lit.py", "peft.py"}
-# What one package asks of a class, and the class that a package above it has.
-INTERFACES = {"Tokenizer", "Part", "Ranks"}
+# What prompts ask of a tokenizer, and the class that is one.
+INTERFACES = {"Tokenizer"}
 LINES, ENTRIES = 500, 27
 # Names that once stood here, and what torch, vLLM and the papers call these things.
 WORDS = {
