@@ -95,7 +95,7 @@ def parse_json_object(
     except ValueError as error:
         raise _wrong(name, f"{NO_JSON} ({_short(error)})", remedy) from None
     if not isinstance(content, dict):
-        raise _wrong(name, f"is {kind_of(content)}, where an object of settings is expected", remedy)
+        raise _wrong(name, f"is {json_kind(content)}, where an object of settings is expected", remedy)
     return content
 
 
@@ -120,7 +120,7 @@ def read_yaml_mapping(
     """The `key: value` lines of a YAML file. As `read_json_object`; an empty file is an error, too."""
     content = parse_yaml(read_bounded(path, limit, remedy), str(path), remedy)
     if not isinstance(content, dict):
-        raise _wrong(path, f"is {kind_of(content)}, where `key: value` lines are expected", remedy)
+        raise _wrong(path, f"is {json_kind(content)}, where `key: value` lines are expected", remedy)
     return content
 
 
@@ -189,7 +189,7 @@ def is_count(value: Any, at_most: int = MAX_INTEGER) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= at_most
 
 
-def kind_of(value: Any) -> str:
+def json_kind(value: Any) -> str:
     """What a value is called in JSON, with its article."""
     kinds: Iterable[tuple[type, str]] = (
         (bool, "a boolean"),

@@ -98,7 +98,7 @@ def find_corpus(
         for option, value in given.items():
             if value is not None:
                 raise ValueError(f"--{option} is for a data set on the Hub, and --source_path {source} is none.")
-        return find_files(path), path if path.is_dir() else path.parent
+        return find_corpus_files(path), path if path.is_dir() else path.parent
     folder = Path(download_dir or Path("data") / str(source).replace("/", "--"))
     try:
         return _fetch(str(source), name, revision, access_token, folder), folder
@@ -119,7 +119,7 @@ def _fetch(
     return {"val" if split == "validation" else split: paths for split, paths in found.items()}
 
 
-def find_files(source: Path) -> dict[str, list[Path]]:
+def find_corpus_files(source: Path) -> dict[str, list[Path]]:
     """The files of a folder by split, sorted; {"train": [...]} where it has no folders train and val, or is a file.
 
     Raises:

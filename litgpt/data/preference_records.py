@@ -18,7 +18,7 @@ from litgpt.data.records import (
     tools_of,
     with_system,
 )
-from litgpt.data.wording import kind_of, listed
+from litgpt.data.wording import listed, value_kind
 
 REPLIES = ("chosen", "rejected")
 # What stands before the replies; the first that is there.
@@ -136,4 +136,4 @@ def _check(reply: str, messages: list[Message], common: int) -> None:
             f"ends with one of the {roles[-1]}; both have to be the assistant's."
         )
     if not isinstance(messages[-1]["content"], str):
-        raise ValueError(f"has a {reply!r} that is {kind_of(messages[-1]['content'])}, not a text.")
+        raise ValueError(f"has a {reply!r} that is {value_kind(messages[-1]['content'])}, not a text.")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from litgpt.cli.plural import counted
 from litgpt.data.tool_calls import present, read_calls, read_tools
-from litgpt.data.wording import kind_of, listed
+from litgpt.data.wording import listed, value_kind
 from litgpt.untrusted import parse_json
 
 INSTRUCTION, COMPLETION = "instruction/input/output", "prompt/completion"
@@ -172,7 +172,7 @@ def keyed_values(record: Record, columns: Mapping[str, str] | None) -> Mapping[s
     column."""
     values = record.values
     if not isinstance(values, Mapping):
-        raise ValueError(f"a record is an object with keys such as instruction and output, not {kind_of(values)}.")
+        raise ValueError(f"a record is an object with keys such as instruction and output, not {value_kind(values)}.")
     if not columns:
         return present(values)
     missing = [source for source in columns.values() if source not in values]
@@ -205,7 +205,7 @@ def read_messages(value: Any) -> list[Message]:
         except ValueError:
             raise ValueError("its messages are a text that is not JSON; a list of messages is expected.") from None
     if not isinstance(value, (list, tuple)) or not value:
-        raise ValueError(f"a list of messages is expected, not {kind_of(value)}.")
+        raise ValueError(f"a list of messages is expected, not {value_kind(value)}.")
     if all(isinstance(entry, str) for entry in value):
         return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(value)]
     return [_message(number, entry) for number, entry in enumerate(value, start=1)]
@@ -213,7 +213,7 @@ def read_messages(value: Any) -> list[Message]:
 
 def _message(number: int, entry: Any) -> Message:
     if not isinstance(entry, Mapping):
-        raise ValueError(f"message {number} is {kind_of(entry)}; {{role, content}} is expected.")
+        raise ValueError(f"message {number} is {value_kind(entry)}; {{role, content}} is expected.")
     is_sharegpt = entry.get("from") is not None and entry.get("role") is None
     role_key, text_key = ("from", "value") if is_sharegpt else ("role", "content")
     calls = entry.get("tool_calls") or entry.get("function_call")  # the latter is OpenAI's older word
@@ -263,9 +263,9 @@ def _content(number: int, content: Any) -> str:
         texts = [part.get("text") for part in content]
         for place, text in enumerate(texts, start=1):
             if text is not None and not isinstance(text, str):
-                raise ValueError(f"message {number}, part {place}: its 'text' is {kind_of(text)}, not a text.")
+                raise ValueError(f"message {number}, part {place}: its 'text' is {value_kind(text)}, not a text.")
         return "".join(text or "" for text in texts)
-    raise ValueError(f"message {number} holds {kind_of(content)}; only text can be trained on.")
+    raise ValueError(f"message {number} holds {value_kind(content)}; only text can be trained on.")
 
 
 def tools_of(values: Mapping) -> list[dict[str, Any]] | None:
@@ -276,7 +276,7 @@ def tools_of(values: Mapping) -> list[dict[str, Any]] | None:
 def text_of(values: Mapping, key: str) -> str:
     value = values[key]
     if not isinstance(value, str):
-        raise ValueError(f"its {key!r} is {kind_of(value)}, not a text.")
+        raise ValueError(f"its {key!r} is {value_kind(value)}, not a text.")
     return value
 
 

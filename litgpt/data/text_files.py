@@ -166,7 +166,7 @@ class TextFiles(DataModule):
             )
         digest = hashlib.sha256(f"{CACHE_FORMAT} {self._tokenizer.fingerprint()}".encode())
         for piece in pieces:
-            digest.update(f"{piece.start} {content_hash(piece)}".encode())
+            digest.update(f"{piece.start} {piece_hash(piece)}".encode())
         directory = Path(self.cache_dir or cache_directory()).expanduser() / "tokens" / digest.hexdigest()[:32]
         if make and not is_whole(directory, "index.json", "token cache"):
             start = time.perf_counter()
@@ -199,7 +199,7 @@ def text_files(path: Path, option: str) -> list[Path]:
     return [file for file in files if file.stat().st_size]
 
 
-def content_hash(piece: FilePiece) -> str:
+def piece_hash(piece: FilePiece) -> str:
     return _content_hash(piece, piece.path.stat().st_mtime_ns)
 
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from litgpt.data.wording import kind_of
+from litgpt.data.wording import value_kind
 
 CALL_KEYS = ("arguments", "parameters")  # Llama 3 says parameters
 
@@ -29,13 +29,13 @@ def read_tools(value: Any) -> list[dict[str, Any]] | None:
     if not value:
         return None
     if not isinstance(value, Sequence):
-        raise ValueError(f"its 'tools' are {kind_of(value)}; a list is expected.")
+        raise ValueError(f"its 'tools' are {value_kind(value)}; a list is expected.")
     return [_tool(number, _parsed(entry, f"tool {number}")) for number, entry in enumerate(value, start=1)]
 
 
 def _tool(number: int, entry: Any) -> dict[str, Any]:
     if not isinstance(entry, Mapping):
-        raise ValueError(f"tool {number} is {kind_of(entry)}; an object is expected.")
+        raise ValueError(f"tool {number} is {value_kind(entry)}; an object is expected.")
     entry = present(entry)
     if isinstance(function := entry.get("function"), Mapping):
         return {**entry, "function": present(function)}
@@ -58,7 +58,7 @@ def read_calls(value: Any) -> list[dict[str, Any]]:
     value = _parsed(value, "its call of a tool")
     entries = [value] if isinstance(value, Mapping) else value
     if not isinstance(entries, Sequence):
-        raise ValueError(f"its calls of tools are {kind_of(value)}; a list is expected.")
+        raise ValueError(f"its calls of tools are {value_kind(value)}; a list is expected.")
     return [_call(_parsed(entry, "a call of a tool")) for entry in entries]
 
 
@@ -67,7 +67,7 @@ def _call(entry: Any) -> dict[str, Any]:
     function = function if isinstance(function, Mapping) else entry
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str) or not name:
-        raise ValueError(f"a call of a tool is {kind_of(entry)} without a name; {{name, arguments}} is expected.")
+        raise ValueError(f"a call of a tool is {value_kind(entry)} without a name; {{name, arguments}} is expected.")
     written = next((function[key] for key in CALL_KEYS if function.get(key) is not None), {})
     arguments = _parsed(written, f"the argument list of the call of {name!r}")
     call = {"type": "function", "function": {"name": name, "arguments": {} if arguments is None else arguments}}

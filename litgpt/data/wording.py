@@ -11,7 +11,7 @@ def listed(names: Iterable[Any]) -> str:
     return ", ".join(repr(str(name)) for name in names) or "none"
 
 
-def kind_of(value: Any) -> str:
+def value_kind(value: Any) -> str:
     """What kind of value something is, or the value itself where that is short."""
     names = {dict: "an object", list: "an empty list" if value == [] else "a list", str: "a text", type(None): "null"}
     return names.get(type(value), f"{value!r}"[:40])

@@ -47,7 +47,7 @@ class Document:
         return -self.loglikelihood / math.log(2) / self.num_bytes if self.num_bytes else math.nan
 
 
-def read_documents(path: Path) -> list[Document]:
+def read_texts(path: Path) -> list[Document]:
     """The texts of a file or folder: a .txt file is one, each line of a .jsonl file has one as "text".
 
     Raises:
@@ -161,7 +161,7 @@ class Perplexity:
 
     def __init__(self, source: Path, window: int | None, stride: int | None, limit: float | None) -> None:
         self.source, self.window, self.stride = source, window, stride
-        self.documents = read_documents(source)
+        self.documents = read_texts(source)
         self.num_all = len(self.documents)
         if limit is not None:
             self.documents = self.documents[: math.ceil(limit * self.num_all) if limit < 1 else int(limit)]

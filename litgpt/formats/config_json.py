@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt.config import MAX_LAYERS
-from litgpt.untrusted import FETCH_AGAIN, is_count, kind_of, parse_json_object, read_bounded, shown
+from litgpt.untrusted import FETCH_AGAIN, is_count, json_kind, parse_json_object, read_bounded, shown
 
 # Entries that are read in more places than one, where each relies on what they are.
 _OBJECTS = ("text_config", "llm_config", "rope_scaling", "rope_parameters", "quantization_config")
@@ -34,7 +34,7 @@ def parse_config_json(content: bytes, name: str) -> dict[str, Any]:
 
 def _check(entries: dict[str, Any], name: str) -> None:
     problems = [
-        f"{key} is {kind_of(entries[key])}, where an object is expected"
+        f"{key} is {json_kind(entries[key])}, where an object is expected"
         for key in _OBJECTS
         if entries.get(key) is not None and not isinstance(entries[key], dict)
     ]

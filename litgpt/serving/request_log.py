@@ -69,12 +69,13 @@ class RequestLog:
         if self.write is None:
             return
         tokens = f", {tally.prompt} tokens in, {tally.generated} out" if tally and tally.prompt else ""
-        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shown(method)} {shown(path)} {status}{tokens}, {seconds:.2f} s"
+        what = f"{printable(method)} {printable(path)} {status}{tokens}, {seconds:.2f} s"
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {what}"
         with contextlib.suppress(OSError):  # a full disk, a terminal that is gone: the answer was given
             self.write(line)
 
 
-def shown(text: str) -> str:
+def printable(text: str) -> str:
     """A client's words, fit for a terminal: no control characters, one line, not too long."""
     text = text if len(text) <= LONGEST else text[:LONGEST] + "..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

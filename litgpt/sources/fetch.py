@@ -85,7 +85,7 @@ def supported_config(repository: Repository, model_name: str | None) -> tuple[Co
     from litgpt.formats.hf_config import config_from_hf  # imports torch
 
     try:
-        config_json = without_stale_method(read_config_json(repository), repository)
+        config_json = without_stale_method(fetch_config_json(repository), repository)
         return config_from_hf(config_json, model_name or repository.repo_id), None
     except HubError:
         raise
@@ -100,7 +100,7 @@ def supported_config(repository: Repository, model_name: str | None) -> tuple[Co
         return Config.from_name(known.name), known
 
 
-def read_config_json(repository: Repository) -> dict[str, Any]:
+def fetch_config_json(repository: Repository) -> dict[str, Any]:
     """The repository's `config.json`. Raises `ValueError` if it has none, or none that describes a model."""
     if "config.json" not in repository.files:
         raise ValueError("it has no config.json.")

@@ -19,7 +19,7 @@ from litgpt.formats.peft import IN_MEMORY, RowUpdate, Update, columns_of_parts, 
 from litgpt.formats.rules import Family, RuleTable
 from litgpt.formats.written_config import export_config
 from litgpt.sources.meta import meta_model
-from litgpt.sources.peft_files import check_config, check_experts, of_text_model, read_config, read_updates
+from litgpt.sources.peft_files import check_config, check_experts, of_text_model, read_peft_config, read_updates
 from litgpt.sources.source import Source
 
 
@@ -38,7 +38,7 @@ def import_peft(path: Path, base: Source, notes: list[str] | None = None) -> tup
         FileNotFoundError: There are no weights.
         ValueError: The adapter is of another kind, or belongs to another model; names what is in the way.
     """
-    adapter_config, config = read_config(path), base.config
+    adapter_config, config = read_peft_config(path), base.config
     check_config(adapter_config)
     table = ARCHITECTURES[export_config(config, base.files, base.dtype)["architectures"][0]].weights
     notes = [] if notes is None else notes

@@ -47,10 +47,10 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 def base_of_peft(path: Path) -> str | None:
     """The name or path of the model that an adapter says it belongs to."""
-    return read_config(path).get("base_model_name_or_path") or None
+    return read_peft_config(path).get("base_model_name_or_path") or None
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_peft_config(path: Path) -> dict[str, Any]:
     content = read_json_object(path / PEFT_CONFIG)
     alphas = content.get("alpha_pattern") or {}
     wrong = [

@@ -44,7 +44,7 @@ def steps_of_decoder(decoder: dict[str, Any] | None, file: Path) -> tuple[list[_
     return steps, leading
 
 
-def flattened(component: Any, parts: str) -> list[dict[str, Any]]:
+def flat_parts(component: Any, parts: str) -> list[dict[str, Any]]:
     """The parts of a normalizer or pre-tokenizer of the library, as tokenizer.json writes them."""
     layout = None if component is None else parse_json(component.__getstate__())
     return [] if layout is None else layout[parts] if layout["type"] == "Sequence" else [layout]

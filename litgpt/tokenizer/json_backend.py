@@ -16,7 +16,7 @@ from litgpt.untrusted import is_slow, parse_json, shown
 if TYPE_CHECKING:
     pass
 from litgpt.tokenizer.backend import MOST_COMPOSED, Backend, damaged
-from litgpt.tokenizer.decoder_steps import flattened, from_byte_level, steps_of_decoder, token_to_bytes
+from litgpt.tokenizer.decoder_steps import flat_parts, from_byte_level, steps_of_decoder, token_to_bytes
 from litgpt.tokenizer.token_settings import TOKEN_FLAGS, named_tokens
 
 MAX_GROWTH = 64  # by how much replacements may lengthen a text
@@ -73,8 +73,8 @@ class JsonBackend(Backend):
 
         if not isinstance(model := self._tokenizer.model, tokenizers.models.BPE) or model.dropout:
             return False
-        normalizers = flattened(self._tokenizer.normalizer, "normalizers")
-        parts = flattened(self._tokenizer.pre_tokenizer, "pretokenizers")
+        normalizers = flat_parts(self._tokenizer.normalizer, "normalizers")
+        parts = flat_parts(self._tokenizer.pre_tokenizer, "pretokenizers")
         cuts = any(part["type"] == "Split" or part.get("use_regex") for part in parts)
         byte_level = any(part["type"] == "ByteLevel" and not part["add_prefix_space"] for part in parts)
         kinds = {part["type"] for part in parts} <= {"Split", "ByteLevel", "Digits"}
@@ -89,14 +89,14 @@ class JsonBackend(Backend):
     def most_bytes(self) -> int | None:
         import tokenizers
 
-        parts = flattened(self._tokenizer.pre_tokenizer, "pretokenizers")
+        parts = flat_parts(self._tokenizer.pre_tokenizer, "pretokenizers")
         byte_level = any(part["type"] == "ByteLevel" for part in parts)
         is_complete = byte_level or getattr(self._tokenizer.model, "byte_fallback", False)
         drops = any(part["type"] not in CUTTERS or part.get("behavior") == "Removed" for part in parts)
         if not isinstance(self._tokenizer.model, tokenizers.models.BPE) or drops or not is_complete:
             return None
         shrinks = 1
-        for part in flattened(self._tokenizer.normalizer, "normalizers"):
+        for part in flat_parts(self._tokenizer.normalizer, "normalizers"):
             if part["type"] in ("NFC", "NFD", "NFKC", "NFKD", "Lowercase"):
                 shrinks = MOST_COMPOSED
             elif part["type"] == "Replace":

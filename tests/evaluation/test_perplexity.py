@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from litgpt.__main__ import main
 from litgpt.evaluation import perplexity
-from litgpt.evaluation.perplexity import Document, measure, read_documents, windows
+from litgpt.evaluation.perplexity import Document, measure, read_texts, windows
 from litgpt.generation.engine import Engine
 from litgpt.generation.live import LiveEngine
 from litgpt.sources.load import load_model
@@ -123,6 +123,6 @@ def test_what_is_no_text_is_named(tmp_path):
         ("empty.txt", "no text in it"),
     ):
         with pytest.raises(ValueError, match=message):
-            read_documents(tmp_path / name)
+            read_texts(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
-        read_documents(tmp_path / "nowhere")
+        read_texts(tmp_path / "nowhere")

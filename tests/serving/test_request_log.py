@@ -5,7 +5,7 @@ import re
 
 import httpx
 
-from litgpt.serving.request_log import shown
+from litgpt.serving.request_log import printable
 from tests.serving.conftest import PATIENCE, connect, raw_request, running, wait_for
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "temperature": 0, "ignore_eos": True}
@@ -77,6 +77,6 @@ def test_a_log_that_cannot_be_written_stops_nothing(chat_directory):
 
 
 def test_a_clients_words_are_shown_on_one_line():
-    assert shown("/a\nb\x1b[31m\u2028\x7f\x00") == "/a\\nb\\x1b[31m\\u2028\\x7f\\x00"
-    assert shown("/caf\xe9") == "/caf\xe9"
-    assert len(shown("/" * 10_000)) < 300
+    assert printable("/a\nb\x1b[31m\u2028\x7f\x00") == "/a\\nb\\x1b[31m\\u2028\\x7f\\x00"
+    assert printable("/caf\xe9") == "/caf\xe9"
+    assert len(printable("/" * 10_000)) < 300

@@ -172,7 +172,7 @@ class Heads:
             raise ValueError("another number of heads in every layer is not supported")
         if not self.of_keys:
             return {"num_attention_heads": heads}
-        return {"num_attention_heads": heads, "num_key_value_heads": keys, "head_dim": head_size(metadata)}
+        return {"num_attention_heads": heads, "num_key_value_heads": keys, "head_dim": gguf_head_size(metadata)}
 
     def write(self, config_json: HFConfig) -> dict[str, Any]:
         heads = config_json["num_attention_heads"]
@@ -184,7 +184,7 @@ class Heads:
         return written
 
 
-def head_size(metadata: Metadata) -> int:
+def gguf_head_size(metadata: Metadata) -> int:
     """The size of a head that metadata mean."""
     given = metadata.own("attention.key_length")
     return given or metadata.need("embedding_length") // metadata.need("attention.head_count")
@@ -208,7 +208,7 @@ class Rotary:
     share: str | None = None
 
     def read(self, metadata: Metadata) -> HFConfig:
-        size = head_size(metadata)
+        size = gguf_head_size(metadata)
         rotated = metadata.own("rope.dimension_count", size)
         if self.share is None and rotated != size:
             raise ValueError(f"rotating only {rotated} of {size} values is not supported")
@@ -266,7 +266,7 @@ class QueryScale:
         if metadata.need("block_count") == self.large:
             scale = metadata.need("embedding_length") // metadata.need("attention.head_count")
         else:
-            scale = head_size(metadata)
+            scale = gguf_head_size(metadata)
         return {"query_pre_attn_scalar": scale}
 
     def write(self, config_json: HFConfig) -> dict[str, Any]:
