@@ -136,12 +136,13 @@ def compiling() -> Iterator[list[int]]:
 
 
 def assert_learns_compiled(plain: list[dict], compiled: list[dict], graphs: list[int]) -> None:
-    """Two runs, one of them by `--compile true`, learned the same. Inductor adds in another order, so to 1e-5."""
+    """Two runs, one of them by `--compile true`, learned the same, as closely as on several ranks: compiled code adds in
+    another order."""
     assert graphs[0] > 0, "nothing was compiled"
     assert [row["step"] for row in plain] == [row["step"] for row in compiled]
-    for column in ("loss", "grad_norm"):
+    for column, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4)):
         figures = [[float(row[column]) for row in rows] for rows in (plain, compiled)]
-        assert figures[0] == pytest.approx(figures[1], rel=1e-5), column
+        assert figures[0] == pytest.approx(figures[1], rel=tolerance), column
     assert plain[0]["loss"] != plain[-1]["loss"]
 
 
