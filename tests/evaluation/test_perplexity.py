@@ -11,7 +11,9 @@ from litgpt.__main__ import main
 from litgpt.evaluation import perplexity
 from litgpt.evaluation.perplexity import Document, measure, read_texts, windows
 from litgpt.generation.engine import Engine
+from litgpt.generation.interface import EngineOptions
 from litgpt.generation.live import LiveEngine
+from litgpt.model import GPT
 from litgpt.sources.load import load_model
 from litgpt.tokenizer.tokenizer import Tokenizer
 from tests.evaluation.conftest import SENTENCE
@@ -76,7 +78,10 @@ def test_perplexity_is_that_of_the_reference(tiny_llama, tmp_path, capsys):
 
 
 def test_the_bar_moves_within_a_window(tiny_llama, monkeypatch):
-    run = LiveEngine(load_model(tiny_llama, dtype=torch.float32), Engine, prefill_chunk=32).run
+    def engine(model: GPT, _: EngineOptions) -> Engine:
+        return Engine(model, prefill_chunk=32)
+
+    run = LiveEngine(load_model(tiny_llama, dtype=torch.float32), engine, EngineOptions()).run
     made, moves = perplexity.bar, []
 
     def watched(*args):
