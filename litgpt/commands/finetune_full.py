@@ -60,4 +60,4 @@ def finetune(
 
 finetune.__doc__ = setup.__doc__
 for command in (setup, finetune):
-    command.options_elsewhere = {"lora_": "litgpt finetune_lora", "quantize": "litgpt finetune_lora"}
+    vars(command)["options_elsewhere"] = {"lora_": "litgpt finetune_lora", "quantize": "litgpt finetune_lora"}

@@ -132,15 +132,17 @@ def test_a_dry_run_needs_no_data_and_leaves_the_run_that_is_there(place, capsys)
     )
 
 
-def test_a_dry_run_counts_what_the_optimizer_keeps(place, capsys):
-    """Of Pythia-160M: two values for each of 162 million weights."""
+def test_a_dry_run_counts_what_optimizer_and_precision_take(place, capsys):
+    """Of Pythia-160M: AdamW keeps two values for each of 162 million weights, in the type of the weights."""
     needs = {}
-    for optimizer in ("AdamW", "SGD"):
-        assert (
-            run("pythia-160m", "--dry_run", "true", "--devices=1", "--optimizer", optimizer, "--optimizer.lr=0.1") == 0
-        )
-        needs[optimizer] = float(re.search(r"Estimated memory: ([\d.]+) GB", capsys.readouterr().out)[1])
-    assert needs["AdamW"] - needs["SGD"] == pytest.approx(2 * 4 * 0.1623, abs=0.11)
+    for optimizer, precision in (("AdamW", "32-true"), ("SGD", "32-true"), ("AdamW", "bf16-true")):
+        words = [f"--optimizer={optimizer}", "--optimizer.lr=0.1", f"--precision={precision}", "--devices=1"]
+        assert run("pythia-160m", "--dry_run", "true", "--train.micro_batch_size=1", *words) == 0
+        estimate = re.search(r"Estimated memory: ([\d.]+) GB", capsys.readouterr().out)
+        needs[optimizer, precision] = float(estimate[1])
+    whole = needs["AdamW", "32-true"]
+    assert whole - needs["SGD", "32-true"] == pytest.approx(2 * 4 * 0.1623, abs=0.11)
+    assert whole - needs["AdamW", "bf16-true"] > 4 * 2 * 0.1623 - 0.11  # weights and gradients, too, take half
 
 
 def test_every_spelling_of_the_optimizer(place):

@@ -17,6 +17,7 @@ from litgpt.commands import finetune_adapter, finetune_adapter_v2, finetune_full
 from litgpt.config import Config
 from litgpt.data import JSON
 from litgpt.model import GPT
+from litgpt.runs.finetuning import Finetuning
 from litgpt.runs.options import OPTIMIZER, TRAIN, FinetuneOptions
 from litgpt.sources.checkpoint import open_checkpoint
 from litgpt.sources.load import load_model
@@ -234,6 +235,20 @@ def test_a_dry_run_leaves_the_run_that_is_there(base, records, tmp_path, capsys)
         flattened(setup)(checkpoint_dir=base, data=data, **options, **own)
         assert "--dry_run: nothing was trained." in capsys.readouterr().out
         assert earlier.read_bytes() == b"weights"
+
+
+def test_making_a_job_does_nothing_yet(tmp_path, monkeypatch):
+    """It stores what was asked; what deletes, downloads, launches and tokenises are its steps."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    earlier = tmp_path / "out/final/lit_model.pth"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_bytes(b"weights")
+    options = FinetuneOptions(data=JSON(json_path=tmp_path / "nowhere"), overwrite=True, devices=2)
+    job = Finetuning(Path("nobody/has-it"), tmp_path / "out", options, settings={}, quantize="unknown")
+    assert earlier.read_bytes() == b"weights"
+    with pytest.raises(ValueError, match="--quantize unknown"):
+        job.check()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "final", "lit_model.pth"]
 
 
 def test_pretraining_data_is_refused_by_name(base, tmp_path):
