@@ -231,22 +231,21 @@ def report(error: Exception, debug: bool) -> int:
     cause = first_cause(error)
     if cause is None:
         return getattr(error, "exit_code", 1)
-    error = cause
-    message = user_message(error)
+    message = user_message(cause)
     if message is None:
         if not debug:
             print_traceback()
         print(
-            f"error: {type(error).__name__}: {hide(str(error))}\nThis looks like a bug in litgpt, not a mistake of "
+            f"error: {type(cause).__name__}: {hide(str(cause))}\nThis looks like a bug in litgpt, not a mistake of "
             "yours: please report it with the traceback above.",
             file=sys.stderr,
         )
         return 1
     print(f"error: {hide(message)}", file=sys.stderr)
-    return getattr(error, "exit_code", 1)
+    return getattr(cause, "exit_code", 1)
 
 
-def user_message(error: Exception) -> str | None:
+def user_message(error: BaseException) -> str | None:
     """The clean message for an error that the user can mend; None for what must be a bug."""
     if isinstance(error, ImportError):
         if error.name is None:  # raised by litgpt with the remedy in its message
@@ -265,7 +264,7 @@ def user_message(error: Exception) -> str | None:
     return None
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
 
 

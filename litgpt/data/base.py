@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -168,7 +168,7 @@ class LengthGroupedSampler(StreamSampler):
     def __init__(self, lengths: Sequence[int], batch_size: int, samples_per_step: int, *, seed: int = 42) -> None:
         super().__init__(len(lengths), batch_size, seed=seed)
         self.lengths, self.samples_per_step = lengths, samples_per_step
-        self._step, self._step_samples = range(0), []
+        self._step, self._step_samples = range(0), list[int]()
 
     @property
     def order(self) -> str:
@@ -185,8 +185,16 @@ class LengthGroupedSampler(StreamSampler):
         return self._step_samples[position - first]
 
 
+class Samples(Protocol):
+    """What `stream_loader` asks of data: how many samples there are, and each of them by its number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
 def stream_loader(
-    dataset: Dataset,
+    dataset: Samples,
     batch_size: int,
     *,
     seed: int,
@@ -199,7 +207,7 @@ def stream_loader(
     worker per CPU core."""
     sampler = sampler or StreamSampler(len(dataset), batch_size, shuffle=shuffle, seed=seed)
     return DataLoader(
-        dataset,
+        cast("Dataset[Any]", dataset),  # torch declares its own class, and asks for no more than this
         batch_sampler=sampler,
         num_workers=min(num_workers, usable_cores()),
         collate_fn=collate_fn,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
+from typing import overload
 
 from litgpt.checkpoint.atomic import atomic_file
 
@@ -53,6 +54,12 @@ class ChunkCache:
                     os.utime(path)
                     return path, descriptor
             os.close(descriptor)
+
+    @overload
+    def obtain(self, name: str, size: int, make: Callable[[Path], None]) -> Path: ...
+
+    @overload
+    def obtain(self, name: str, size: int, make: Callable[[Path], None], wait: bool) -> Path | None: ...
 
     def obtain(self, name: str, size: int, make: Callable[[Path], None], wait: bool = True) -> Path | None:
         """A chunk's file, made where it is not there.

@@ -40,7 +40,7 @@ class Window:
     number: int
     chunks: list[int]
     ends: list[int]
-    permutation: Sequence[int]
+    permutation: KeyedPermutation
 
     def place(self, index: int) -> Place:
         """The block that comes as number `index` of the window."""
@@ -97,8 +97,8 @@ class ChunkOrder:
         """The chunks in this epoch's order, and how many blocks there are up to the end of each window."""
         order = list(KeyedPermutation(len(self.used), self.seed, epoch))
         chunks = self.used[order]
-        ends = np.cumsum(self.num_blocks[chunks])[self.window - 1 :: self.window].tolist()
-        return chunks.tolist(), ends if ends and ends[-1] == self.total else [*ends, self.total]
+        ends = [int(end) for end in np.cumsum(self.num_blocks[chunks])[self.window - 1 :: self.window]]
+        return [int(chunk) for chunk in chunks], ends if ends and ends[-1] == self.total else [*ends, self.total]
 
     def _make_window(self, epoch: int, number: int) -> Window:
         chunks = self._epoch(epoch)[0][number * self.window : (number + 1) * self.window]

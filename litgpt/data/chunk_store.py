@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -73,7 +75,7 @@ class ChunkStore:
                 check_sum(path, info, str(path))
                 self._checked.add(number)
         else:
-            ids, self._held[number] = self._cached_chunk(info, number in self._checked)
+            ids, self._held[number] = self._cached_chunk(self._cache, info, number in self._checked)
             self._checked.add(number)
         self._open[number] = ids
         while len(self._open) > OPEN_CHUNKS:
@@ -82,16 +84,16 @@ class ChunkStore:
                 os.close(held)
         return ids
 
-    def _cached_chunk(self, info: ChunkInfo, was_checked: bool) -> tuple[np.ndarray, int]:
+    def _cached_chunk(self, cache: ChunkCache, info: ChunkInfo, was_checked: bool) -> tuple[np.ndarray, int]:
         """A chunk in the cache and the descriptor that keeps it there; one that lies there damaged is fetched again."""
         for attempt in (1, 2):
-            path, held = self._cache.hold(info.filename, info.num_bytes, lambda path: self._fetch(info, path, True))
+            path, held = cache.hold(info.filename, info.num_bytes, lambda path: self._fetch(info, path, True))
             try:
                 ids = open_chunk(path, info, self.index.dtype)
                 if not was_checked:
                     check_sum(path, info, str(path))
             except ValueError:
-                self._cache.discard(info.filename, held)
+                cache.discard(info.filename, held)
                 if attempt == 2:
                     raise
             else:
@@ -108,7 +110,8 @@ class ChunkStore:
 
     def _fetch_ahead(self, number: int) -> None:
         info = self.index.chunks[number]
-        self._cache.obtain(info.filename, info.num_bytes, lambda path: self._fetch(info, path, False), wait=False)
+        if self._cache is not None:
+            self._cache.obtain(info.filename, info.num_bytes, lambda path: self._fetch(info, path, False), wait=False)
 
     def _fetch(self, info: ChunkInfo, path: Path, shows: bool) -> None:
         """Get a chunk into a file as it is not compressed, and check it."""
@@ -126,20 +129,22 @@ class ChunkStore:
                     raise
 
     def _get(self, info: ChunkInfo, where: str, path: Path, shows: bool) -> None:
+        compression = self.index.compression
         if not is_remote(self.path):
             if not Path(where).is_file():
                 raise FileNotFoundError(f"The chunk {where} is missing, though {INDEX_FILE} names it. Copy it there.")
-            return _decompress(self.index.compression, Path(where), path, info.num_bytes)
+            assert compression is not None  # other chunks of a folder are read where they are
+            return _decompress(compression, Path(where), path, info.num_bytes)
         bar = tqdm(
             total=info.num_bytes, desc=info.filename, unit="B", unit_scale=True, delay=2, leave=False, disable=not shows
         )
         with bar:
-            if self.index.compression is None:
+            if compression is None:
                 return fetch(where, path, bar.update)
             packed = path.with_name(f"{path.name}.packed")
             try:
                 fetch(where, packed, bar.update)
-                _decompress(self.index.compression, packed, path, info.num_bytes)
+                _decompress(compression, packed, path, info.num_bytes)
             finally:
                 packed.unlink(missing_ok=True)
         return None
@@ -165,12 +170,11 @@ def _decompressor(compression: str, where: str) -> Callable[[IO[bytes]], IO[byte
     """Opens a file that is compressed as a whole."""
     if compression.partition(":")[0] != "zstd":
         raise ValueError(f"The chunks of {where} are compressed with {compression!r}; only zstd is supported.")
-    try:
-        from compression.zstd import ZstdFile  # Python 3.14
+    if sys.version_info >= (3, 14):
+        with suppress(ImportError):  # Python was built without it
+            from compression.zstd import ZstdFile
 
-        return ZstdFile
-    except ImportError:
-        pass
+            return ZstdFile
     try:
         import zstandard
     except ImportError:

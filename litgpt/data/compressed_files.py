@@ -8,7 +8,11 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, cast
+
+if TYPE_CHECKING:
+    import zstandard
+    from _typeshed import WriteableBuffer
 
 COMPRESSIONS = (".gz", ".zst")
 BLOCK_BYTES = 1 << 18  # of what is in a file, read at a time
@@ -17,7 +21,7 @@ INPUT_BYTES = 1 << 12
 MAX_WINDOW = 1 << 27  # what the program zstd accepts without being asked to
 
 
-def open_bytes(path: Path) -> BinaryIO:
+def open_bytes(path: Path) -> io.BufferedIOBase:
     """The bytes in a file, decompressed if its name ends in .gz or .zst.
 
     Reading raises what the library raises for a damaged file, and EOFError where it is cut off.
@@ -29,10 +33,10 @@ def open_bytes(path: Path) -> BinaryIO:
     return open(path, "rb")
 
 
-def compressed_position(stream: BinaryIO) -> int:
+def compressed_position(stream: io.BufferedIOBase) -> int:
     """How many bytes on the disk a stream of `open_bytes` has read."""
     if isinstance(stream, gzip.GzipFile):
-        return stream.fileobj.tell()
+        return cast("BinaryIO", stream.fileobj).tell()  # opened by its path, so a file
     raw = getattr(stream, "raw", None)
     return raw.compressed_position() if isinstance(raw, ZstandardFile) else stream.tell()
 
@@ -72,12 +76,14 @@ class ZstandardFile(io.RawIOBase):
             ) from error
         self._new_frame = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).decompressobj
         self._file = open(path, "rb")  # noqa: SIM115
-        self._frame, self._waiting, self._text = None, b"", memoryview(b"")
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._waiting, self._text = b"", memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        into = memoryview(buffer).cast("B")
         while not self._text:
             block, self._waiting = self._waiting or self._file.read(INPUT_BYTES), b""
             if not block:
@@ -87,8 +93,8 @@ class ZstandardFile(io.RawIOBase):
             frame = self._frame or self._new_frame()
             self._text = memoryview(frame.decompress(block))
             self._frame, self._waiting = (None, frame.unused_data) if frame.eof else (frame, b"")
-        size = min(len(buffer), len(self._text))
-        buffer[:size] = self._text[:size]
+        size = min(len(into), len(self._text))
+        into[:size] = self._text[:size]
         self._text = self._text[size:]
         return size
 

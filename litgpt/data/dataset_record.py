@@ -90,10 +90,11 @@ class DatasetRecord:
         return record
 
 
-def _fits(value: Any, kind: str) -> bool:
-    """Whether a value is of the kind that a field's annotation names."""
-    kinds = {"int": is_count, "str": lambda text: isinstance(text, str)}
-    return kinds.get(kind, lambda other: isinstance(other, dict))(value)
+def _fits(value: Any, annotation: object) -> bool:
+    """Whether a value is of the kind that a field's annotation (here a string) names."""
+    if annotation == "int":
+        return is_count(value)
+    return isinstance(value, str if annotation == "str" else dict)
 
 
 def _damaged(path: Path, reason: str) -> ValueError:

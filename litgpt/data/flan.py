@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from litgpt.data.hub_data import HubData
+from litgpt.data.hub_data import HubFiles
 from litgpt.data.hub_dataset import Wanted, fetched
 
 ADDRESS = re.compile(r"https?://[^/]+/datasets/(?P<repo_id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/?")
@@ -15,7 +15,7 @@ TRAIN, TEST = "train/*_train.jsonl", "test/*_test.jsonl"
 
 
 @dataclass(repr=False)
-class FLAN(HubData):
+class FLAN(HubFiles):
     """FLAN: 1,753,240 records of many tasks, of which some may be chosen."""
 
     download_dir: Path = Path("data/flan")
@@ -30,16 +30,16 @@ class FLAN(HubData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not ADDRESS.fullmatch(self.url):
-            raise ValueError(
-                f"--data.url {self.url}: expected https://huggingface.co/datasets/ORG/NAME/resolve/REVISION."
-            )
+        self._address()
 
     def wanted(self) -> Wanted:
-        address = ADDRESS.fullmatch(self.url)
+        address = self._address()
         names = [name.strip() for name in self.subsets.split(",")] if self.subsets else ["*"]
         patterns = tuple(pattern.replace("*", name) for pattern in (TRAIN, TEST) for name in names)
         return Wanted(address["repo_id"], patterns, revision=address["revision"])
+
+    def folder(self) -> Path:
+        return Path(self.download_dir)
 
     def files(self) -> tuple[list[Path], list[Path]]:
         splits = fetched(self.wanted(), self.folder())
@@ -48,3 +48,10 @@ class FLAN(HubData):
         half = len(splits) // 2
         train, test = list(splits.values())[:half], list(splits.values())[half:]
         return [path for paths in train for path in paths], [path for paths in test for path in paths]
+
+    def _address(self) -> re.Match[str]:
+        if (address := ADDRESS.fullmatch(self.url)) is None:
+            raise ValueError(
+                f"--data.url {self.url}: expected https://huggingface.co/datasets/ORG/NAME/resolve/REVISION."
+            )
+        return address

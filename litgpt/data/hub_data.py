@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -12,39 +13,55 @@ from litgpt.data.sft import SFTData
 
 
 @dataclass(kw_only=True, repr=False)
-class HubData(SFTData):
-    """A data set of the Hub. A subclass has the fields `repo_id` and `download_dir`, and may have `access_token`."""
+class HubFiles(SFTData):
+    """Files of a data set of the Hub."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (token := getattr(self, "access_token", None)) is not None:
-            self.access_token = Secret(token)
+    def wanted(self) -> Wanted:
+        """What to fetch."""
+        raise TypeError(f"{type(self).__name__} has no wanted(): it must say what of which data set to fetch.")
 
-    def download(self) -> None:
-        fetch_dataset(self.wanted(), self.folder(), getattr(self, "access_token", None))
-
-    def files(self) -> tuple[list[Path], list[Path]]:
-        splits = fetched(self.wanted(), self.folder())
-        if splits is None:
-            raise FileNotFoundError(f"The data set {self.repo_id} is not in '{self.folder()}'; prepare_data() gets it.")
-        train, val = self.splits()
-        return splits[train], splits[val] if val is not None else []
+    def folder(self) -> Path:
+        """Where the files are, or go."""
+        raise TypeError(f"{type(self).__name__} has no folder(): it must say where the files go.")
 
     def splits(self) -> tuple[str, str | None]:
         """The splits to train and to validate on; without the latter, some of the former is held out."""
         return "train", None
 
+    def token(self) -> Secret | None:
+        """The token to fetch with, for data sets that may need one."""
+        return None
+
+    def download(self) -> None:
+        fetch_dataset(self.wanted(), self.folder(), self.token())
+
+    def files(self) -> tuple[list[Path], list[Path]]:
+        wanted, folder = self.wanted(), self.folder()
+        found = fetched(wanted, folder)
+        if found is None:
+            raise FileNotFoundError(f"The data set {wanted.repo_id} is not in '{folder}'; prepare_data() gets it.")
+        train, val = self.splits()
+        return found[train], found[val] if val is not None else []
+
+
+@dataclass(kw_only=True, repr=False)
+class HubData(HubFiles):
+    """A data set of the Hub that is known: a subclass gives its id, and where it goes."""
+
+    download_dir: Path
+    """Where the files are, or go"""
+    repo_id: str
+    """Data set on the Hub"""
+
     def wanted(self) -> Wanted:
-        """What to fetch."""
         return Wanted(self.repo_id, tuple(split for split in self.splits() if split is not None))
 
     def folder(self) -> Path:
-        """Where the files are, or go."""
         return Path(self.download_dir)
 
 
 @dataclass(repr=False)
-class HFDataset(HubData):
+class HFDataset(HubFiles):
     """Any data set of the Hub with instructions or conversations, read from its parquet or JSON files; where it has
     none, from the parquet files that the Hub makes of it."""
 
@@ -71,24 +88,32 @@ class HFDataset(HubData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.repo_id:
-            raise ValueError("HFDataset needs to know which data set: --data.repo_id ORG/NAME is missing.")
+        self._repo_id()
         if self.val_split is not None and self.val_split_fraction is not None:
             raise ValueError(
                 f"--data.val_split {self.val_split} and --data.val_split_fraction {self.val_split_fraction}: the "
                 "validation records come from the split. Give only one of them."
             )
+        if self.access_token is not None:
+            self.access_token = Secret(self.access_token)
 
-    @property
-    def key_names(self) -> dict[str, str]:
+    def keys(self) -> Mapping[str, str]:
         return self.columns or {}
 
     def splits(self) -> tuple[str, str | None]:
         return self.split, self.val_split
 
+    def token(self) -> Secret | None:
+        return self.access_token
+
     def wanted(self) -> Wanted:
         splits = tuple(split for split in self.splits() if split is not None)
-        return Wanted(self.repo_id, splits, self.name, self.revision)
+        return Wanted(self._repo_id(), splits, self.name, self.revision)
 
     def folder(self) -> Path:
-        return Path(self.download_dir or Path("data") / self.repo_id.replace("/", "--"))
+        return Path(self.download_dir or Path("data") / self._repo_id().replace("/", "--"))
+
+    def _repo_id(self) -> str:
+        if not self.repo_id:
+            raise ValueError("HFDataset needs to know which data set: --data.repo_id ORG/NAME is missing.")
+        return self.repo_id

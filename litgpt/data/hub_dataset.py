@@ -72,7 +72,7 @@ def fetch_dataset(wanted: Wanted, directory: Path, access_token: Secret | str | 
         if (found := fetched(wanted, directory)) is not None:  # another process was quicker
             return found
         dataset = HubDataset(wanted.repo_id, wanted.revision, access_token)
-        splits = {}
+        splits: dict[str, list[str]] = {}
         for split in wanted.splits:
             source, files = _find(dataset, split, wanted)
             source.fetch(files, directory)
@@ -80,7 +80,7 @@ def fetch_dataset(wanted: Wanted, directory: Path, access_token: Secret | str | 
         manifest = {"wanted": _as_json(wanted), "splits": splits}
         with atomic_file(_manifest(wanted, directory)) as temporary:
             temporary.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    return fetched(wanted, directory)
+    return {split: [directory / path for path in paths] for split, paths in splits.items()}
 
 
 def fetched(wanted: Wanted, directory: Path) -> dict[str, list[Path]] | None:

@@ -47,3 +47,11 @@ class LIMA(FirstExchanges):
     """Token of an account that has access, also taken from HF_TOKEN; it is not recorded"""
     download_dir: Path = Path("data/lima")
     """Where the files are, or go"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.access_token is not None:
+            self.access_token = Secret(self.access_token)
+
+    def token(self) -> Secret | None:
+        return self.access_token

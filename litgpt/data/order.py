@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from math import isqrt
 
 ORDER_VERSION = 2  # raise it when the same seed would give another order; 1 was torch's randperm
@@ -45,6 +46,9 @@ class KeyedPermutation:
         while value >= self.size:
             value = self._once(value)
         return value
+
+    def __iter__(self) -> Iterator[int]:
+        return map(self.__getitem__, range(self.size))
 
     def _once(self, value: int) -> int:
         a, b = self._left, self._right

@@ -103,7 +103,7 @@ class PreferenceData(SFTData):
             )
 
     def conversations(self, split: str) -> list[Preference]:
-        return read_preferences(read_records(self.files()[SPLITS.index(split)], split), self.key_names)
+        return read_preferences(read_records(self.files()[SPLITS.index(split)], split), self.keys())
 
     def setup(self, stage: str = "") -> None:
         super().setup(stage)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -99,7 +99,11 @@ class SFTData(DataModule):
     def conversations(self, split: str) -> list[Conversation]:
         """The records of one of SPLITS as conversations."""
         records = read_records(self.files()[SPLITS.index(split)], split)
-        return read_conversations(records, self.key_names)
+        return read_conversations(records, self.keys())
+
+    def keys(self) -> Mapping[str, str]:
+        """Key of a form (see `litgpt.data.records`) -> what this data set calls it."""
+        return self.key_names
 
     # -- what a command calls
 

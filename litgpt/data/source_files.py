@@ -206,7 +206,7 @@ def _json_records(file: SourceFile, report: Report) -> Iterator[tuple[str, Any]]
         text = next(chunks, "").lstrip()
         if not text.startswith("["):
             records = (record for record in read_records([file.path], "train"))
-            yield from ((record.place.rpartition(", ")[2], record.values) for record in records)
+            yield from ((record.where.rpartition(", ")[2], record.values) for record in records)
             return
         decoder, text, number = json.JSONDecoder(), text[1:], 0
         while True:

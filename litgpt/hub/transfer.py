@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
 
@@ -49,6 +49,10 @@ class RemoteFile:
         return self.digest in (None, hasher.hexdigest())
 
 
+File = TypeVar("File", bound=RemoteFile)
+Result = TypeVar("Result")
+
+
 class Stopped(Exception):
     """Another file's failure, or Ctrl-C, has ended this transfer too."""
 
@@ -84,7 +88,7 @@ class Patience:
         self.pause(seconds)
 
 
-class Transfer:
+class Transfer(Generic[File]):
     """The transfers of one run.
 
     Args:
@@ -93,12 +97,12 @@ class Transfer:
         bar: Advances by every byte that has been checked.
     """
 
-    def __init__(self, address: Callable[[RemoteFile], str], headers: dict[str, str], bar: tqdm) -> None:
+    def __init__(self, address: Callable[[File], str], headers: dict[str, str], bar: tqdm) -> None:
         self.address, self.headers, self.bar = address, headers, bar
         self.stop = threading.Event()
         self.counting = threading.Lock()
 
-    def each(self, work: Callable[[RemoteFile], Any], files: Iterable[RemoteFile]) -> list[Any]:
+    def each(self, work: Callable[[File], Result], files: Iterable[File]) -> list[Result]:
         """The results of `work` on every file, several at once; the first failure stops all."""
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             futures = [pool.submit(work, file) for file in files]
@@ -111,7 +115,7 @@ class Transfer:
                 raise
         return [future.result() for future in futures]
 
-    def holds(self, folder: Path, file: RemoteFile) -> bool:
+    def holds(self, folder: Path, file: File) -> bool:
         """Whether that very file is in the folder."""
         path = folder / file.name
         if not path.is_file() or path.stat().st_size != file.size:
@@ -126,7 +130,7 @@ class Transfer:
             return False
         return True
 
-    def fetch(self, folder: Path, file: RemoteFile) -> None:
+    def fetch(self, folder: Path, file: File) -> None:
         """Downloads a file into the folder, going on with what an earlier attempt left there.
 
         Raises:
@@ -143,7 +147,7 @@ class Transfer:
         (folder / file.name).parent.mkdir(exist_ok=True)
         os.replace(path, folder / file.name)
 
-    def _attempt(self, path: Path, file: RemoteFile) -> bool:
+    def _attempt(self, path: Path, file: File) -> bool:
         """Fetches what is missing of a file and says whether it is right now; if not, nothing of it is kept."""
         with PartialFile(path, file, self.advance) as partial:
             patience = Patience(connected=True, pause=self.stop.wait)
@@ -166,7 +170,7 @@ class Transfer:
         path.unlink()
         return False
 
-    def _request(self, file: RemoteFile, partial: "PartialFile") -> None:
+    def _request(self, file: File, partial: "PartialFile") -> None:
         """One request for what is missing of a file."""
         last = min(partial.size + REQUEST, file.size) - 1
         with self._answer(file, partial.size, last) as response:
@@ -175,7 +179,7 @@ class Transfer:
             for chunk in response.iter_bytes():  # as they arrive: what a lost connection has brought is kept
                 partial.append(chunk)
 
-    def beginning(self, file: RemoteFile, count: int) -> bytes:
+    def beginning(self, file: File, count: int) -> bytes:
         """The first `count` bytes of a file, by one request."""
         content = bytearray()
         with self._answer(file, 0, count - 1) as response:
@@ -186,7 +190,7 @@ class Transfer:
         return bytes(content[:count])
 
     @contextmanager
-    def _answer(self, file: RemoteFile, first: int, last: int) -> Iterator[Any]:
+    def _answer(self, file: File, first: int, last: int) -> Iterator[Any]:
         """The answer to a request for the bytes `first` to `last` of a file."""
         from huggingface_hub import constants
         from huggingface_hub.utils import get_session, hf_raise_for_status
