@@ -229,7 +229,7 @@ def test_json_object_gives_an_object(chat, served):
         chat(response_format={"type": "json_object"}, temperature=1, seed=1, max_tokens=5).choices[0].message.content
     )
     assert content.startswith("{")
-    ending = {served.model.tokenizer.token_to_id("}"): 100}  # otherwise the model goes on and on
+    ending = {served.model.codec.tokenizer.token_to_id("}"): 100}  # otherwise the model goes on and on
     [choice] = chat(response_format={"type": "json_object"}, logit_bias=ending).choices
     assert choice.finish_reason == "stop"
     assert json.loads(choice.message.content) == {}
