@@ -21,6 +21,7 @@ from litgpt.llm import LLM
 from litgpt.serving.server import Server
 from litgpt.sources.door import open_model
 from litgpt.sources.load import load_model
+from litgpt.tokenizer.tokenizer import Tokenizer
 from tests import checkpoint_files
 from tests.hub_server import Hub, connect, serve_hub
 
@@ -297,12 +298,14 @@ def test_a_new_run_never_deletes_what_it_starts_from(run, tmp_path, words):
 
 
 @pytest.mark.parametrize("kind", ["a GGUF file", "PEFT", "PEFT on the Hub"])
-def test_a_new_model_takes_its_tokenizer(run, kind):
+def test_a_new_model_takes_its_tokenizer(run, tmp_path, kind):
     shape = ["--model_config.n_layer", "1", "--model_config.n_embd", "32", "--model_config.n_head", "2"]
     result = run(
         ["pretrain", "pythia-14m", *shape, "--tokenizer_dir", "MODEL", "--out_dir", "OUT", *TEXT, *STILL], KINDS[kind]
     )
     assert result.code == 0, result.err
+    tokenizers = [Tokenizer(Path(place)) for place in (PLAIN, tmp_path / "out/final")]
+    assert len({tuple(tokenizer.encode_ids("Hello world", bos=False)) for tokenizer in tokenizers}) == 1
 
 
 @pytest.mark.parametrize("command", EVERY)

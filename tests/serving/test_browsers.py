@@ -234,7 +234,9 @@ def test_curl_needs_no_header(served):
 
 @pytest.mark.parametrize("kind", [None, "application/x-www-form-urlencoded", "text/plain; charset=utf-8", "x"])
 def test_json_is_taken_whatever_it_is_called(served, kind):
-    for path, body in (("/v1/chat/completions", CHAT), ("/predict", {"prompt": "x", "max_new_tokens": 2})):
+    asked = {"choices": ("/v1/chat/completions", CHAT), "output": ("/predict", {"prompt": "x", "max_new_tokens": 2})}
+    for answers, (path, body) in asked.items():
         headers = {"Content-Type": kind} if kind else {}
         answer = httpx.post(served.url + path, content=json.dumps(body), headers=headers, timeout=PATIENCE)
         assert answer.status_code == 200, answer.text
+        assert answer.json()[answers]
