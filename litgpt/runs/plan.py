@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from litgpt.cli.plural import counted
 from litgpt.config import Config
 from litgpt.devices.memory import memory_present
 from litgpt.model import GPT
@@ -88,10 +89,12 @@ class Plan:
     def lines(self, optimizer: OptimizerSpec) -> list[str]:
         """The plan in words, and what may surprise about the schedule."""
         train, tokens, most = self.train, self.tokens_per_sample, "up to " if self.varies else ""
-        samples = "sequences" if self.rows_per_sample == 1 else "pairs"
+        sample = "sequence" if self.rows_per_sample == 1 else "pair"
+        samples = f"{sample}s"
         lines = [
-            f"Tokens per step: {train.micro_batch_size} {samples} x {train.accumulation(self.world_size)} accumulation "
-            f"x {self.world_size} device(s) x {most}{tokens} tokens = {most}{train.global_batch_size * tokens:,}"
+            f"Tokens per step: {counted(train.micro_batch_size, sample)} x {train.accumulation(self.world_size)} "
+            f"accumulation x {counted(self.world_size, 'device')} x {most}{tokens} tokens = "
+            f"{most}{train.global_batch_size * tokens:,}"
         ]
         steps, per_epoch = self.total_steps, self._samples_per_epoch
         if self._end_is_unknown:
@@ -99,6 +102,8 @@ class Plan:
             lines.append(f"Steps: {limit} train.epochs {train.epochs} of the data, which a dry run does not open")
             return lines
         lines.append(f"Steps: {steps:,}" if steps else f"Steps: not known beforehand (max_time {train.max_time} s)")
+        if steps and train.epochs is not None and train.max_tokens is None and steps < (train.max_steps or 0):
+            lines[-1] += f" (train.epochs {train.epochs} ends the run before train.max_steps {train.max_steps:,})"
         if self.batches is not None and per_epoch and per_epoch < train.global_batch_size:
             lines.append(
                 f"Note: there are {per_epoch:,} training {samples}, fewer than train.global_batch_size "

@@ -95,13 +95,20 @@ def validation_error(problems: Sequence[Mapping[str, Any]], known: Sequence[str]
     """
     parts, params = [], []
     for problem in problems[:5]:
-        place = ".".join(str(part) for part in problem["loc"] if part != "body")[:100]
+        place = ".".join(str(part) for part in problem["loc"] if part != "body" and not _is_branch(part))[:100]
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             message = f"there is no such field.{did_you_mean(place, known)}"
-        parts.append(f"{place}: {message}" if place else f"The body: {message}")
-        params.append(place)
+        said = f"{place}: {message}" if place else f"The body: {message}"
+        if said not in parts:
+            parts.append(said)
+            params.append(place)
     return ApiError(422, "; ".join(parts), param=params[0] if params else None, code="invalid_request")
+
+
+def _is_branch(part: object) -> bool:
+    """Whether a part of a place is no field: pydantic's word for one of the types that a field may have."""
+    return isinstance(part, str) and (part in ("str", "int", "float", "bool", "dict") or part.endswith("]"))
 
 
 class Unforeseen:

@@ -109,7 +109,7 @@ def test_a_dry_run_says_what_the_model_will_take(place, capsys, precision):
         f"Number of trainable parameters: {sum(p.numel() for p in gpt.parameters()):,} (100.00% of all)",
         "Number of non-trainable parameters: 0",
         f"FLOPs per token: {flops_per_token(gpt, 24):,.0f} (forward and backward pass)",
-        "Tokens per step: 2 sequences x 2 accumulation x 1 device(s) x 24 tokens = 96",
+        "Tokens per step: 2 sequences x 2 accumulation x 1 device x 24 tokens = 96",
         f"Estimated memory: {sum(estimate_memory(gpt, usage).values()) / 1e9:.1f} GB at full length",
     ):
         assert line in dry

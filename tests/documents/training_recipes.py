@@ -317,7 +317,7 @@ ROWS = [
         f"""litgpt finetune_lora {LLAMA} \\
      --devices 4  # Use 4 GPUs with FSDP""",
         extra=f"{ON_ALPACA} --train.micro_batch_size 1 --train.global_batch_size 2 --devices 2",
-        then=prints("x 2 device(s)"),
+        then=prints("x 2 devices"),
     ),
     options(
         "--train.gradient_accumulation_iters 16",

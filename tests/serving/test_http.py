@@ -117,6 +117,14 @@ def test_other_mistakes_of_clients(served):
     assert httpx.get(f"{served.url}/docs").status_code == 200
 
 
+def test_a_mistake_in_a_field_of_several_types_names_the_field(served):
+    error = post(served, "/v1/completions", {"prompt": [-1, -1]}).json()["error"]
+    assert error["param"] == "prompt"
+    assert "prompt.0: Input should be greater than or equal to 0" in error["message"]
+    assert "constrained" not in error["message"]
+    assert "str:" not in error["message"]
+
+
 def test_a_body_may_not_be_larger_than_the_limit(chat_directory):
     with running(chat_directory, largest_body=5000) as small:
         response = post(small, "/predict", {"prompt": "x" * 6000})

@@ -212,7 +212,7 @@ def test_a_dry_run_says_everything_and_trains_nothing(base, records, tmp_path, c
     for line in (
         "Number of trainable parameters: ",
         "Number of non-trainable parameters: ",
-        "Tokens per step: 1 sequences x 16 accumulation x 1 device(s) x up to ",
+        "Tokens per step: 1 sequence x 16 accumulation x 1 device x up to ",
         "Steps: 10",  # 5 epochs of 32 records in batches of 16
         "Estimated memory: ",
         "One training sample, what is not trained on in <<...>>:\n",

@@ -194,7 +194,7 @@ def test_a_dry_run_shows_a_pair(base, records, tmp_path, capsys):
     out = capsys.readouterr().out
     for line in (
         "Training data: 30 pairs of 30 records (prompt/chosen/rejected); ",
-        "Tokens per step: 4 pairs x 2 accumulation x 1 device(s) x up to ",
+        "Tokens per step: 4 pairs x 2 accumulation x 1 device x up to ",
         "Estimated memory: ",
         "One pair, the chosen reply, what is not trained on in <<...>>:\n<<<|im_start|>user\nCount to",
         "The same, the rejected reply, what is not trained on in <<...>>:\n<<<|im_start|>user\nCount to",

@@ -139,7 +139,7 @@ def test_metrics_and_lines(train, tmp_path, capsys):
         "Seed set to 42",
         "Number of trainable parameters: ",
         "Number of non-trainable parameters: 0",
-        "Tokens per step: 4 sequences x 2 accumulation x 1 device(s) x 32 tokens = 256",
+        "Tokens per step: 4 sequences x 2 accumulation x 1 device x 32 tokens = 256",
         "Training time: ",
         "Memory used: ",
         f"Saving checkpoint to '{tmp_path / 'run/final'}'",
