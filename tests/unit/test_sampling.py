@@ -57,7 +57,9 @@ def test_tokens_are_drawn_as_often_as_they_should_be(sampling, expected):
     assert ((measured > 0) == (expected > 0)).all()
 
 
-@pytest.mark.parametrize("sampling", [Sampling(0), Sampling(top_k=1), Sampling(top_p=0), Sampling(0, 50, 0.5)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(0), Sampling(top_k=1), Sampling(top_p=0), Sampling(0, 50, 0.5), Sampling(0, None, 1.0)]
+)
 def test_greedy_takes_the_most_likely(sampling):
     assert sampling.is_greedy
     assert next_tokens(LOGITS[None], [sampling], [generator()]).tolist() == [1]
