@@ -43,7 +43,9 @@ class ExcessError(ValueError):
     """A text is nested too deep, or stands for more than a reader has time and memory for."""
 
 
-def parse_json(text: str | bytes, unique_keys: bool = False, deep: bool = False, max_values: int | None = None) -> Any:
+def parse_json(
+    text: str | bytes | bytearray, unique_keys: bool = False, deep: bool = False, max_values: int | None = None
+) -> Any:
     """What a JSON text says, nested at most MAX_DEPTH levels deep; as quick as `json.loads`.
 
     Args:
@@ -67,7 +69,7 @@ def parse_json(text: str | bytes, unique_keys: bool = False, deep: bool = False,
     return value
 
 
-def check_count(text: str | bytes, at_most: int = MAX_VALUES) -> None:
+def check_count(text: str | bytes | bytearray, at_most: int = MAX_VALUES) -> None:
     """Refuses a text that stands for too many values, by its commas and brackets, before any is made.
 
     Raises:

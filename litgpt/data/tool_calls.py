@@ -6,11 +6,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from litgpt.data.wording import value_kind
+from litgpt.untrusted import ExcessError, parse_json
 
 CALL_KEYS = ("arguments", "parameters")  # Llama 3 says parameters
 
@@ -84,6 +84,8 @@ def _parsed(value: Any, what: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value) if value.strip() else None
-    except (ValueError, RecursionError):
+        return parse_json(value) if value.strip() else None
+    except ExcessError as error:
+        raise ValueError(f"{what} holds a JSON text that cannot be taken: {error}.") from None
+    except ValueError:
         raise ValueError(f"{what} holds a text that is not JSON.") from None

@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect
 from litgpt.serving.errors import ApiError, validation_error
 from litgpt.serving.event_stream import ClientGone
 from litgpt.serving.service import Service
+from litgpt.untrusted import ExcessError, parse_json
 
 MOST_VALUES = 2**19
 """Numbers, texts, lists and objects in a body. Python's JSON takes 100 bytes for each, and holds everything up."""
@@ -65,11 +66,14 @@ def parse(data: bytes | bytearray, model: type[Model]) -> Model:
         message = f"The body has {values:,} commas and brackets; {MOST_VALUES:,} are the most. Send less at a time."
         raise ApiError(413, message, code="body_too_large")
     try:
-        content = json.loads(data)
+        content = parse_json(data)
     except json.JSONDecodeError as error:
         message = f"The body is not valid JSON: {error.msg} at character {error.pos}"
         raise ApiError(422, message, code="invalid_request") from None
-    except (ValueError, RecursionError):  # no text, a number of thousands of digits, depth without end
+    except ExcessError as error:
+        message = f"The body is not taken: {error}. Send it with fewer lists and objects in each other."
+        raise ApiError(400, message, code="invalid_request") from None
+    except ValueError:  # no text, a number of thousands of digits
         raise ApiError(400, "There was an error parsing the body: it is no JSON that can be read.") from None
     try:
         return model.model_validate(content)

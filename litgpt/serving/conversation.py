@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from litgpt.prompts import ChatTemplate
 from litgpt.serving.errors import ApiError, prompt_error
 from litgpt.serving.schemas import ChatMessage, ChatRequest, TextPart, ToolCall
 from litgpt.serving.served import ServedModel
+from litgpt.untrusted import ExcessError, parse_json
 
 TAKEN = ("self", "tokenizer", "messages", "tools", "room", "add_generation_prompt")  # not for chat_template_kwargs
 
@@ -69,9 +69,10 @@ def _call(call: ToolCall) -> dict[str, Any]:
     arguments = call.function.arguments
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            message = f"The arguments of the call of {call.function.name[:100]!r} are no JSON."
+            arguments = parse_json(arguments or "{}")
+        except ValueError as error:
+            why = f" that can be taken: {error}" if isinstance(error, ExcessError) else ""
+            message = f"The arguments of the call of {call.function.name[:100]!r} are no JSON{why}."
             raise ApiError(400, message, param="messages", code="invalid_value") from None
     written = {"type": "function", "function": {"name": call.function.name, "arguments": arguments}}
     return {"id": call.id, **written} if call.id is not None else written

@@ -66,6 +66,22 @@ def test_lists_have_a_bound(name):
     assert len(refused.value.message) < 1000
 
 
+@pytest.mark.parametrize("depth", [60, 900, 100_000])
+@pytest.mark.parametrize("field", ["chat_template_kwargs", "metadata", "tools", "arguments"])
+def test_what_is_nested_deep_is_refused_before_anything_follows_it(served, depth, field):
+    deep = '{"a": ' + "[" * (depth - 10) + "]" * (depth - 10) + "}"
+    if field == "arguments":  # as text, which is JSON again
+        calls = f'[{{"id": "x", "function": {{"name": "f", "arguments": {json.dumps(deep)}}}}}]'
+        body = f'{{"max_tokens": 1, "messages": [{{"role": "assistant", "tool_calls": {calls}}}]}}'
+    else:
+        tools = f'[{{"type": "function", "function": {{"name": "f", "parameters": {deep}}}}}]'
+        value = tools if field == "tools" else deep
+        body = f'{{"max_tokens": 1, "messages": [{{"role": "user", "content": "x"}}], "{field}": {value}}}'
+    answer = httpx.post(f"{served.url}/v1/chat/completions", content=body, timeout=PATIENCE)
+    assert answer.status_code == (200 if depth == 60 else 400), answer.text
+    assert depth == 60 or "nested more than" in answer.json()["error"]["message"]
+
+
 def test_what_is_within_the_bounds_is_taken():
     ids = parse(json.dumps({"prompt": [list(range(1000))] * 200}).encode(), CompletionRequest).prompt
     assert (len(ids), ids[0]) == (200, list(range(1000)))
