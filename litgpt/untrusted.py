@@ -12,6 +12,7 @@ import json
 import math
 import re
 import stat
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,10 @@ def parse_json(
         value = json.loads(text, object_pairs_hook=_unique if unique_keys else None)
     except RecursionError:
         raise ExcessError(_too_deep()) from None
+    except ValueError as error:
+        if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) or "digits" not in str(error):
+            raise
+        raise ExcessError(f"it has an integer of more than {sys.get_int_max_str_digits():,} digits") from None
     brackets = ("[", "{") if isinstance(text, str) else (b"[", b"{")
     if not deep and sum(map(text.count, brackets)) > MAX_DEPTH:
         _check_depth(value)

@@ -21,6 +21,20 @@ def cache_directory() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "litgpt"
 
 
+def find_file_or_folder(path: str | Path) -> Path:
+    """As `find`, of what is read more than once: not a pipe or a device.
+
+    Raises:
+        ValueError: it is neither a file nor a folder.
+    """
+    found = find(path)
+    if not found.is_file() and not found.is_dir():
+        raise ValueError(
+            f"{path} is neither a file nor a folder. Data is read more than once: write it to a file first."
+        )
+    return found
+
+
 def find(path: str | Path) -> Path:
     """Locate a file: `path` as given if it exists, else the same path inside the packaged `config_hub`.
 

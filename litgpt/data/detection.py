@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from litgpt.cli.resources import find
+from litgpt.cli.resources import find_file_or_folder
 from litgpt.data.object_store import is_remote
 from litgpt.data.token_chunks import INDEX_FILE
 
@@ -33,7 +33,7 @@ def module_for(settings: dict[str, Any], choices: Sequence[str]) -> str | None:
     if not isinstance(value, str | Path) or is_remote(str(value)) or str(value).lstrip().startswith("["):
         return _of(choices, "LitData")
     try:
-        path = find(value)
+        path = find_file_or_folder(value)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"--data.{option} {value}: no such file or folder. Give a folder of text files, or one that `litgpt "

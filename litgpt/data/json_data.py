@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from litgpt.cli.resources import find
+from litgpt.cli.resources import find_file_or_folder
 from litgpt.data.record_files import has_validation_part, record_files
 from litgpt.data.sft import SFTData
 
@@ -64,7 +64,7 @@ class JSON(SFTData):
 def find_files(given: Path, option: str) -> tuple[list[Path], list[Path]]:
     """The files with training records and those with validation records that a path stands for."""
     try:
-        path = find(given)
+        path = find_file_or_folder(given)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"--data.{option} {given}: no such file or folder. Give a .json or .jsonl file, or a folder of them."

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,9 @@ def _json_records(path: Path, split: str) -> Iterator[Record]:
     if isinstance(content, dict):
         records = _part(content, split)
         if records is None:
+            keys = ", ".join(repr(key[:40]) for key in islice(content, 5)) + (", ..." if len(content) > 5 else "")
             raise ValueError(
-                f"{path}: holds an object with the keys {', '.join(map(repr, content))}. A list of records is "
+                f"{path}: holds an object with the keys {keys}. A list of records is "
                 'expected, or an object {"train": [...], "val": [...]}; records one per line belong into a .jsonl file.'
             )
     else:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from litgpt.cli.plural import counted
-from litgpt.cli.resources import cache_directory, find
+from litgpt.cli.resources import cache_directory, find_file_or_folder
 from litgpt.data.base import DataModule, stream_loader
 from litgpt.data.cache_sums import is_whole
 from litgpt.data.document_marks import DocumentMarks
@@ -182,7 +182,7 @@ class TextFiles(DataModule):
 def text_files(path: Path, option: str) -> list[Path]:
     """The text files that `path` stands for, sorted; an error names the option and the remedy."""
     try:
-        path = find(path)
+        path = find_file_or_folder(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"--data.{option} {path}: no such file or folder. Give a folder of .txt files or one text file."

@@ -73,7 +73,7 @@ BAD_BODIES = {
     "infinity": (b'{"messages": [{"role": "user", "content": "x"}], "presence_penalty": -Infinity}', 422, "presence_penalty"),
     "huge number": (b'{"messages": [{"role": "user", "content": "x"}], "n": ' + b"9" * 5000 + b"}", 400, ""),
     "deep": (b"[" * 100_000, 400, ""),
-    "deep message": (b'{"messages": [{"role": "user", "content": ' + b"[" * 500 + b"]" * 500 + b"}]}", 422, "content"),
+    "deep message": (b'{"messages": [{"role": "user", "content": ' + b"[" * 500 + b"]" * 500 + b"}]}", 400, "nested more than 64 levels deep"),
     "role": (b'{"messages": [{"role": "king", "content": "x"}]}', 422, "role"),
     "surrogate in a field": (b'{"messages": [{"role": "user", "content": "x"}], "\\ud800": 1}', 422, "unicode"),
     "surrogate in the model": (b'{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}', (404, 422), ""),

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 import tracemalloc
 from pathlib import Path
@@ -537,3 +538,28 @@ def test_text_files_in_utf_16_get_the_right_remedy(tmp_path):
         ValueError, match=r"a\.txt is text in UTF-16, not in UTF-8\. Convert it: iconv -f UTF-16 -t UTF-8"
     ):
         "".join(read_chunks(whole(tmp_path / "a.txt")))
+
+
+def test_a_pipe_is_no_data(tmp_path):
+    """As `<(...)` makes one: it can be read once."""
+    from litgpt.data.text_files import text_files
+
+    os.mkfifo(tmp_path / "a.json")
+    for read in (lambda path: JSON(json_path=path).files(), lambda path: text_files(path, "train_data_path")):
+        with pytest.raises(ValueError, match=r"a\.json is neither a file nor a folder.*write it to a file"):
+            read(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (json.dumps({f"key {n}": 1 for n in range(9999)}), r"the keys 'key 0', .*'key 4', \.\.\.\. A list"),
+        (json.dumps({"x" * 9999: 1}), r"the keys 'x{40}'\. A list"),
+        ('[{"instruction": "a", "id": ' + "9" * 5000 + "}]", "it has an integer of more than 4,300 digits"),
+    ],
+)
+def test_what_is_said_of_a_file_is_short(content, message, tmp_path):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=message) as refused:
+        list(read_records([tmp_path / "a.json"]))
+    assert len(str(refused.value)) < 500
