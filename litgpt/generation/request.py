@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Protocol
 
 from torch import Tensor
@@ -96,6 +97,8 @@ def check_request(request: Request, context: int) -> int:
     Raises:
         ValueError: The prompt is empty or leaves no room, or nothing is asked for.
     """
+    if not isinstance(request.max_new_tokens, Integral):
+        raise ValueError(f"max_new_tokens {request.max_new_tokens!r} is not possible: give an integer.")
     length, scores = len(request.prompt), request.score_from is not None
     if request.max_new_tokens < (0 if scores else 1):
         raise ValueError(f"max_new_tokens {request.max_new_tokens} is not possible: give 1 or more.")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,12 @@ class Sampling:
     """Of the answer's own random generator; None takes one from torch's global generator."""
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            if not isinstance(getattr(self, name), Real):
+                raise ValueError(f"{name} {getattr(self, name)!r} is not possible: give a number.")
+        for name in ("top_k", "seed"):
+            if not isinstance(getattr(self, name), Integral | None):
+                raise ValueError(f"{name} {getattr(self, name)!r} is not possible: give an integer, or leave it out.")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature {self.temperature} is not possible: give 0 (greedy) or more.")
         if self.top_k is not None and self.top_k < 0:

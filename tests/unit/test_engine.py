@@ -223,6 +223,8 @@ def test_the_context_is_filled_to_its_last_token(model):
         ([3] * 128, 5, "The prompt has 128 tokens, and the model's context of 128 tokens"),
         ([], 5, "The prompt is empty"),
         ([3], 0, "max_new_tokens 0 is not possible"),
+        ([3], 1.5, "max_new_tokens 1.5 is not possible: give an integer"),
+        ([3], "5", "max_new_tokens '5' is not possible: give an integer"),
     ],
 )
 def test_a_request_that_cannot_be_served_is_refused(model, prompt, count, message):

@@ -172,6 +172,11 @@ def test_penalties():
         ("presence_penalty", float("nan")),
         ("frequency_penalty", float("inf")),
         ("frequency_penalty", 1e300),
+        ("temperature", None),
+        ("top_k", 1.5),
+        ("top_p", ()),
+        ("min_p", [0.1]),
+        ("seed", 0.5),
     ],
 )
 def test_a_value_out_of_range_is_named(name, value):
