@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from litgpt.generation.request import Output, Request, TokenLogprob
@@ -73,7 +73,7 @@ class Answers:
         self.generated_tokens = 0
         self._each = each
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
         """What comes, until all answers are finished. Closing it ends those that are not.
 
         Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 from fastapi.responses import StreamingResponse
@@ -25,11 +25,17 @@ class ClientGone(Exception):
 class Stream(StreamingResponse):
     """A streamed response whose source is closed at once when the client goes away."""
 
+    def __init__(
+        self, parts: AsyncGenerator[str, None], media_type: str, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(parts, media_type=media_type, headers=headers)
+        self.parts = parts
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self.body_iterator.aclose()
+            await self.parts.aclose()
 
 
 def event(content: dict[str, Any]) -> str:
@@ -42,7 +48,7 @@ def line(content: dict[str, Any]) -> str:
     return json.dumps(content, ensure_ascii=False) + "\n"
 
 
-async def begun(request: Request, parts: AsyncIterator[T]) -> AsyncIterator[T]:
+async def begun(request: Request, parts: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
     """The parts again, once the first is there: what goes wrong until then is the response's status.
 
     Raises:
@@ -55,7 +61,7 @@ async def begun(request: Request, parts: AsyncIterator[T]) -> AsyncIterator[T]:
         await parts.aclose()
         raise
 
-    async def all_parts() -> AsyncIterator[T]:
+    async def all_parts() -> AsyncGenerator[T, None]:
         async with contextlib.aclosing(parts):
             yield first
             async for part in parts:
@@ -64,7 +70,9 @@ async def begun(request: Request, parts: AsyncIterator[T]) -> AsyncIterator[T]:
     return all_parts()
 
 
-async def with_errors(parts: AsyncIterator[str], write) -> AsyncIterator[str]:
+async def with_errors(
+    parts: AsyncGenerator[str, None], write: Callable[[dict[str, Any]], str]
+) -> AsyncGenerator[str, None]:
     """The parts; an error on the way is the last of them, as the status cannot say it any more."""
     async with contextlib.aclosing(parts):
         try:
@@ -76,7 +84,7 @@ async def with_errors(parts: AsyncIterator[str], write) -> AsyncIterator[str]:
             yield write(internal_error(error).body)
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     """What the work gives, which ends when the client goes away.
 
     Raises:

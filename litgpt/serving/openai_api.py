@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -255,7 +255,10 @@ class PendingChoice:
     stop_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
-class Kind:
+Body = TypeVar("Body", bound=OpenAIRequest)
+
+
+class Kind(Generic[Body]):
     """What chat and text completions differ in: the form of their parts.
 
     Args:
@@ -266,7 +269,7 @@ class Kind:
 
     prefix, whole_object, part_object = "", "", ""
 
-    def __init__(self, model: ServedModel, answers: Answers, body: OpenAIRequest) -> None:
+    def __init__(self, model: ServedModel, answers: Answers, body: Body) -> None:
         self.model, self.answers, self.body = model, answers, body
         self.head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model.name}
 
@@ -305,7 +308,7 @@ class Kind:
             "usage": self.usage,
         }
 
-    async def events(self, includes_usage: bool) -> AsyncIterator[str]:
+    async def events(self, includes_usage: bool) -> AsyncGenerator[str, None]:
         """The response as server-sent events."""
         head = {**self.head, "object": self.part_object}
         usage = {"usage": None} if includes_usage else {}
@@ -319,7 +322,7 @@ class Kind:
             yield event({**head, "choices": [], "usage": self.usage})
         yield DONE
 
-    async def parts(self) -> AsyncIterator[tuple[int, PendingChoice]]:
+    async def parts(self) -> AsyncGenerator[tuple[int, PendingChoice], None]:
         """What is new of which answer."""
         async with contextlib.aclosing(self.answers.pieces()) as pieces:
             async for piece in pieces:
@@ -338,7 +341,7 @@ class Kind:
         raise NotImplementedError
 
 
-class ChatKind(Kind):
+class ChatKind(Kind[ChatRequest]):
     """A chat completion; `readers` find the calls in each answer."""
 
     prefix, whole_object, part_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
@@ -379,7 +382,9 @@ class ChatKind(Kind):
         deltas += [{"content": text} for text in new.text]
         start = self.readers[index].count - len(new.calls) if new.calls else 0
         deltas += [{"tool_calls": [{"index": start + place, **call.to_dict()}]} for place, call in enumerate(new.calls)]
-        choices = [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for delta in deltas]
+        choices: list[dict[str, Any]] = [
+            {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for delta in deltas
+        ]
         if new.logprobs:
             if not choices or (first and len(choices) == 1):
                 choices.append({"index": index, "delta": {"content": ""}, "finish_reason": None})
@@ -409,7 +414,7 @@ class ChatKind(Kind):
         }
 
 
-class CompletionKind(Kind):
+class CompletionKind(Kind[CompletionRequest]):
     """A text completion; `echo` is what stands before each answer."""
 
     prefix, whole_object, part_object = "cmpl", "text_completion", "text_completion"

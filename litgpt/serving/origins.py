@@ -43,8 +43,9 @@ class Origins:
         if not self.allowed:
             return {}
         headers = {"Vary": "Origin"}
-        if ANY in self.allowed or origin in self.allowed:
-            headers["Access-Control-Allow-Origin"] = ANY if ANY in self.allowed else origin
+        allowed = ANY if ANY in self.allowed else origin
+        if allowed is not None and allowed in self.allowed:
+            headers["Access-Control-Allow-Origin"] = allowed
             headers["Access-Control-Expose-Headers"] = EXPOSED
         return headers
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -61,7 +61,7 @@ async def _whole(answers: Answers) -> str:
         return "".join([piece.text async for piece in pieces])
 
 
-async def _lines(answers: Answers) -> AsyncIterator[str]:
+async def _lines(answers: Answers) -> AsyncGenerator[str, None]:
     async with contextlib.aclosing(answers.pieces()) as pieces:
         async for piece in pieces:
             yield line({"output": piece.text})
