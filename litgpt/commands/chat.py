@@ -71,8 +71,8 @@ def setup(
         prompt_style: Name of a prompt format, a class package.module.Class, or a chat template's .jinja file, in place
             of the checkpoint's own; `default` gives the model the bare prompt.
         chat_template: Name of one of the checkpoint's chat templates, where it has several; by default the usual one.
-        quantize: Keep the weights in 4 or 8 bits: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8, or for CPUs
-            int4 or int8. By default as the checkpoint has them.
+        quantize: Keep the weights in 4 or 8 bits: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8; for CPUs
+            int4 or int8, or gguf, the blocks of a GGUF file as they lie in it. By default as the checkpoint has them.
         precision: 32-true, bf16-true, 16-true (weights and computation), bf16-mixed, 16-mixed (float32 weights). By
             default bf16-true where the device computes it in hardware, else 32-true.
         compile: Compile the decoding: on a CPU in the background, for later runs too; a GPU's first answer waits.

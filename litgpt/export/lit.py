@@ -13,7 +13,7 @@ from litgpt.checkpoint import (
 )
 from litgpt.devices.dtypes import dtype_from_name
 from litgpt.formats.quantised_parts import quantised_stream
-from litgpt.quantization.layers import check_quantize
+from litgpt.quantization.layers import SAVED_KINDS, check_quantize
 from litgpt.sources.load import kind_for
 from litgpt.sources.meta import meta_model
 from litgpt.sources.source import Source
@@ -27,6 +27,9 @@ def check_form(dtype: str | None, quantize: str | None) -> torch.dtype | None:
         ValueError: There is no such type or kind, or the two do not go together.
     """
     target = dtype_from_name(dtype)
+    if quantize is not None and quantize not in SAVED_KINDS:
+        kinds = ", ".join(SAVED_KINDS)
+        raise ValueError(f"--quantize {quantize} is not for checkpoints in litgpt's format. Choose one of: {kinds}.")
     check_quantize(quantize, "32-true", training=False)
     if quantize is not None and target is torch.float64:
         raise ValueError(f"--dtype {dtype} cannot act with --quantize {quantize}. Use --dtype float32 or less.")

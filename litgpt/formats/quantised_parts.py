@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from litgpt.checkpoint import Release
 from litgpt.model import GPT
-from litgpt.quantization.layers import INFERENCE_KINDS, QuantizedLinear, is_quantized, kind_of, quantized_layers
+from litgpt.quantization import block_weight
+from litgpt.quantization.layers import SAVED_KINDS, QuantizedLinear, is_quantized, kind_of, quantized_layers
 from litgpt.quantization.weight_only import Int4Weight
 
 KIND = "quantize"
@@ -30,11 +31,30 @@ Parts = dict[str, Tensor]
 
 
 def saved_weights(model: GPT) -> Iterator[Named]:
-    """A model's weights as a file holds them, quantised or not."""
-    yield from _kind_record(kind_of(model))
+    """A model's weights as a file holds them, quantised or not; the blocks of a GGUF file de-quantised."""
+    kind = kind_of(model)
+    if kind == block_weight.KIND:
+        yield from _without_blocks(model)
+        return
+    yield from _kind_record(kind)
     yield from ((name, tensor) for name, tensor in model.state_dict().items() if not is_quantized(name))
     for name, layer in quantized_layers(model):
         yield from _named(name, _parts(layer.quantized))
+
+
+def _without_blocks(model: GPT) -> Iterator[Named]:
+    """A model's weights, one matrix de-quantised at a time; a tied head is the embedding's tensor."""
+    yield from ((name, tensor) for name, tensor in model.state_dict().items() if not is_quantized(name))
+    shared: tuple[nn.Module, Tensor] | None = None
+    for name, layer in sorted(quantized_layers(model), key=lambda pair: pair[0] != "lm_head"):
+        if name == "transformer.wte" and shared is not None and shared[0] is layer.quantized:
+            yield f"{name}.weight", shared[1]
+            shared = None
+            continue
+        weight = layer.plain_weight()
+        if name == "lm_head":
+            shared = layer.quantized, weight
+        yield f"{name}.weight", weight
 
 
 def quantised_stream(weights: Iterable[Named], model: GPT, release: Release) -> Iterator[Named]:
@@ -91,9 +111,9 @@ def take_kind(tensors: dict[str, Tensor], file: Path) -> str | None:
             )
         return None
     kind = bytes(record.flatten().to(torch.uint8).tolist()[:40]).decode(errors="replace")
-    if kind not in INFERENCE_KINDS:
+    if kind not in SAVED_KINDS:
         raise ValueError(
-            f"The weights in '{file}' are quantised as {kind!r}, which is none of {', '.join(INFERENCE_KINDS)}. "
+            f"The weights in '{file}' are quantised as {kind!r}, which is none of {', '.join(SAVED_KINDS)}. "
             "Update litgpt, or quantise the model again."
         )
     return kind

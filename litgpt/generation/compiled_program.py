@@ -18,6 +18,7 @@ from litgpt.cli.resources import cache_directory
 from litgpt.generation import skinny_gemm
 from litgpt.kv_cache import KVCache, LayerCache
 from litgpt.model import GPT, LLaMAMoE
+from litgpt.quantization.block_weight import BlockWeight
 from litgpt.quantization.layers import QuantizedLinear, quantized_layers
 from litgpt.quantization.weight_only import GROUP, Int4Weight, WeightOnly
 
@@ -74,6 +75,8 @@ def why_not(model: GPT) -> str | None:
     if model.layer_cache is not LayerCache:
         return f"keys and values are kept in a {model.layer_cache.__name__}"
     layers = {type(layer.quantized) for _, layer in quantized_layers(model)}
+    if BlockWeight in layers:
+        return "the weights are the blocks of a GGUF file, which inductor does not know"
     if any(not issubclass(layer, WeightOnly) for layer in layers):
         return "the weights are quantised by bitsandbytes, whose kernels inductor does not know"
     for module in model.transformer.h.modules():

@@ -31,7 +31,7 @@ from litgpt.llm.reply import ChatSettings, GenerateSettings, Messages, No, Reply
 from litgpt.llm.training import LossFunction, next_token_loss, read_trainer_checkpoint, use_checkpoint_names
 from litgpt.model import GPT
 from litgpt.prompts import NamedTemplate, PromptStyle, save_prompt_style
-from litgpt.quantization.layers import check_quantize, kind_of, quantized_layers, replace_linears
+from litgpt.quantization.layers import check_quantize, is_quantized, kind_of, quantized_layers, replace_linears
 from litgpt.sources.door import open_model
 from litgpt.sources.fit import compare_shapes
 from litgpt.sources.meta import shapes_of
@@ -466,6 +466,8 @@ class LLM(nn.Module):
     def save(self, out_dir: str | Path, prompt_style: str | PromptStyle | None = None) -> None:
         """Write a checkpoint directory that every command and `LLM.load` take; quantised weights as they are.
 
+        The blocks of a GGUF file are de-quantised.
+
         Args:
             out_dir: A new directory, there whole or not at all.
             prompt_style: The format of prompts to record with it; by default the model's.
@@ -476,8 +478,9 @@ class LLM(nn.Module):
         """
         if self.placement.is_split:
             raise ValueError("The model is split over processes (tensor_parallel). Load it again, and save that.")
-        wanted = shapes_of(self.config, kind_of(self.model))
-        problems = compare_shapes(wanted, self.model.state_dict(), "a checkpoint", "this model")
+        wanted, found = shapes_of(self.config, kind_of(self.model)), self.model.state_dict()
+        wanted, found = ({n: t for n, t in each.items() if not is_quantized(n)} for each in (wanted, found))
+        problems = compare_shapes(wanted, found, "a checkpoint", "this model")
         if problems:
             raise ValueError(
                 "This model is not a plain one any more; merge LoRA first (`litgpt.lora.merge_lora(llm.model)`):\n"

@@ -49,8 +49,8 @@ class Options:
     """32-true, bf16-true, 16-true (weights and computation), bf16-mixed, 16-mixed (float32 weights). By default
     bf16-true where the device computes it in hardware, else 32-true."""
     quantize: str | None = None
-    """Keep the weights in 4 or 8 bits: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8, or for CPUs int4 or int8.
-    By default as the checkpoint has them."""
+    """Keep the weights in 4 or 8 bits: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8; for CPUs int4 or int8, or
+    gguf, the blocks of a GGUF file as they lie in it. By default as the checkpoint has them."""
     compile: bool = False
     """Compile the decoding: on a CPU in the background, for later runs too; a GPU's first answer waits."""
     seed: int = 1234

@@ -5,6 +5,8 @@
     bnb.int8-training         8 bits a value and a scale for every row; inputs are quantised for the product as well,
     bnb.int8                  but for their outliers (LLM.int8(), https://arxiv.org/abs/2208.07339)
     int4, int8                for inference on CPUs, the head as well; see `litgpt.quantization.weight_only`
+    gguf                      the blocks of a GGUF file as they lie there, also of head and embedding, for inference on
+                              CPUs; see `litgpt.quantization.block_weight`
 
 The arithmetic of the first is bitsandbytes', which must be installed; it has kernels for CUDA, ROCm, Apple GPUs and
 CPUs. Its layers are not used: they keep the scales in Python objects beside the weight, which `load_state_dict`, FSDP2
@@ -27,12 +29,15 @@ from torch import Tensor, nn
 
 from litgpt.adaptation.modules import replace_module
 from litgpt.model import GPT
-from litgpt.quantization import weight_only
+from litgpt.quantization import block_weight, weight_only
+from litgpt.quantization.block_weight import BlockEmbedding, BlockWeight
 from litgpt.quantization.weight_only import frozen, keeping_types
 
 FOUR_BIT_KINDS = ("bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq")
 TRAINING_KINDS = (*FOUR_BIT_KINDS, "bnb.int8-training")
-INFERENCE_KINDS = (*FOUR_BIT_KINDS, "bnb.int8", *weight_only.KINDS)
+FOR_CPUS = (*weight_only.KINDS, block_weight.KIND)
+SAVED_KINDS = (*FOUR_BIT_KINDS, "bnb.int8", *weight_only.KINDS)  # in our own format
+INFERENCE_KINDS = (*SAVED_KINDS, block_weight.KIND)
 # The layer whose matrix latent attention takes apart at every token it decodes, a hundredth of a block's weights.
 KEPT = ("kv_b_proj",)
 
@@ -127,6 +132,7 @@ class EightBitWeight(nn.Module):
 
     def __init__(self, shape: tuple[int, int], device: torch.device | str) -> None:
         super().__init__()
+        self.shape = torch.Size(shape)
         self.codes = frozen(shape, torch.int8, device)
         self.absmax = frozen(shape[0], torch.float32, device)
 
@@ -198,7 +204,7 @@ class QuantizedLinear(nn.Module):
 
     def _parts(self, weight: Tensor, done: Callable[[Tensor], None]) -> Iterator[Tensor]:
         """Some rows of a weight at a time, where the quantised one is, in a type that its library knows."""
-        device = self.quantized.codes.device
+        device = next(self.quantized.parameters(), weight).device
         dtype = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float32
         together = self.quantized.rows_together
         rows = _AT_ONCE.get(device.type, _MANY_AT_ONCE) // self.in_features // together * together
@@ -224,7 +230,9 @@ class QuantizedLinear(nn.Module):
 
 def _quantized_weight(
     shape: tuple[int, int], kind: str, dtype: torch.dtype, device: torch.device | str
-) -> FourBitWeight | EightBitWeight | weight_only.WeightOnly:
+) -> FourBitWeight | EightBitWeight | weight_only.WeightOnly | BlockWeight:
+    if kind == block_weight.KIND:
+        return BlockWeight(shape, dtype)
     if kind in weight_only.KINDS:
         return (weight_only.Int4Weight if kind == "int4" else weight_only.Int8Weight)(shape, dtype, device)
     if kind not in FOUR_BIT_KINDS:
@@ -250,8 +258,8 @@ def replace_linears(model: GPT, kind: str, dtype: torch.dtype) -> None:
     """Puts a `QuantizedLinear` in the place of every linear layer of the blocks: attention, MLPs and experts.
 
     Embedding, norms and routers stay, and what of latent attention is taken apart for decoding; the head, too, unless
-    the kind is one of `litgpt.quantization.weight_only`. The layers of a model on the meta device get their weights by
-    `load_weight`; others keep theirs, quantised.
+    the kind is for CPUs. The blocks of GGUF files are the embedding's, too, and a tied head shares them. The layers of
+    a model on the meta device get their weights by `load_weight`; others keep theirs, quantised.
 
     Args:
         model: The model; nothing of it may need gradients that reach the quantised weights.
@@ -262,23 +270,34 @@ def replace_linears(model: GPT, kind: str, dtype: torch.dtype) -> None:
         ValueError: There is no such kind; or bitsandbytes, which quantises weights that are there, is not installed.
     """
     if kind not in (*TRAINING_KINDS, *INFERENCE_KINDS):
-        raise ValueError(
-            f"--quantize {kind} is unknown. Choose one of: {', '.join(TRAINING_KINDS)}, bnb.int8, int4, int8."
-        )
-    with_head = kind in weight_only.KINDS
+        kinds = ", ".join((*TRAINING_KINDS, "bnb.int8", *FOR_CPUS))
+        raise ValueError(f"--quantize {kind} is unknown. Choose one of: {kinds}.")
+    with_head = kind in FOR_CPUS
     for name, linear in list(model.named_modules()):
         if not is_replaced(name, linear, with_head):
             continue
         has_bias = linear.bias is not None
         sizes = linear.in_features, linear.out_features
         # The head costs more than any other layer if it is wrong: with int4 it is in 8 bits (measured, `weight_only`).
-        of_layer = "int8" if name == "lm_head" else kind
+        of_layer = "int8" if name == "lm_head" and kind in weight_only.KINDS else kind
         layer = QuantizedLinear(*sizes, has_bias, of_layer, dtype, linear.weight.device)
         if not linear.weight.is_meta:
             layer.load_weight(linear.weight.detach())
             if has_bias:
                 layer.bias.data.copy_(linear.bias)
         replace_module(model, name, layer)
+    if kind == block_weight.KIND:
+        _replace_embedding(model, dtype)
+
+
+def _replace_embedding(model: GPT, dtype: torch.dtype) -> None:
+    table = model.transformer.wte.weight
+    embedding = BlockEmbedding(*table.shape, dtype)
+    if not table.is_meta:
+        embedding.load_weight(table.detach())
+    replace_module(model, "transformer.wte", embedding)
+    if model.config.tie_embeddings:
+        model.lm_head.quantized = embedding.quantized
 
 
 def is_replaced(name: str, module: nn.Module, with_head: bool = False) -> bool:
@@ -292,9 +311,10 @@ def is_quantized(name: str) -> bool:
     return ".quantized." in name
 
 
-def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
-    """The quantised layers and their names."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLinear))
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear | BlockEmbedding]]:
+    """The quantised layers, and the embedding where it is quantised, and their names."""
+    kinds = (QuantizedLinear, BlockEmbedding)
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, kinds))
 
 
 def kind_of(model: nn.Module) -> str | None:
@@ -313,8 +333,8 @@ def num_parameters(model: GPT, trainable_only: bool = False) -> int:
     count = model.num_parameters(trainable_only)
     if trainable_only:
         return count
-    for _, layer in quantized_layers(model):
-        count += layer.in_features * layer.out_features - sum(p.numel() for p in layer.quantized.parameters())
+    for weight in {layer.quantized: None for _, layer in quantized_layers(model)}:  # a tied one counts once
+        count += weight.shape.numel() - sum(p.numel() for p in weight.parameters())
     return count
 
 
@@ -348,10 +368,10 @@ def check_quantize(
             f"--precision {precision} cannot act with --quantize {kind}, whose products are in the type of the other "
             f"weights. Use --precision {remedy}."
         )
-    if kind not in weight_only.KINDS:
+    if kind not in FOR_CPUS:
         import_bitsandbytes()
     elif device is not None and torch.device(device).type != "cpu":
-        remedy = "bnb.nf4" if kind == "int4" else "bnb.int8"
+        remedy = "bnb.int8" if kind == "int8" else "bnb.nf4"
         raise ValueError(f"--quantize {kind} is for CPUs, and the model goes to {device}. Use --quantize {remedy}.")
 
 

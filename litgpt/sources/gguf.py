@@ -1,4 +1,4 @@
-"""GGUF files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), with their weights de-quantised.
+"""GGUF files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), their weights de-quantised or as they lie.
 
 A GGUF file is turned into what a Hugging Face directory would hold, and then goes the same way: its metadata become a
 `config.json`, its tensors get Hugging Face names by the name table of the `gguf` package, and the architecture's rule
@@ -21,12 +21,16 @@ from litgpt.catalog import find_known
 from litgpt.formats.architectures import ARCHITECTURES
 from litgpt.formats.gguf.file import GGUFFile, GGUFTensor
 from litgpt.formats.gguf.gguf_architectures import GGUF_ARCHITECTURES, GGUFArchitecture, Metadata
+from litgpt.formats.gguf.row_places import RowNumbers, composed
 from litgpt.formats.gguf.tokenizer_files import write_tokenizer
 from litgpt.formats.hf_config import config_from_hf
 from litgpt.model import stretch_by_parts
+from litgpt.quantization.block_weight import KIND as BLOCKS
+from litgpt.quantization.block_weight import BlockMatrix
+from litgpt.quantization.layers import quantized_layers
 from litgpt.sources.fit import compare_shapes, excess, left_out, misfit
 from litgpt.sources.kept import kept_directory
-from litgpt.sources.meta import shapes_of
+from litgpt.sources.meta import meta_model, shapes_of
 from litgpt.sources.source import EMBEDDING, HEAD, Named, Source
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -36,11 +40,11 @@ _OTHER_PARTS = re.compile(r"(v|mm|a|cls|dec|enc)\.|cls$|.*(nextn|rope_freqs|rot_
 
 
 class GGUFSource(Source):
-    """A `.gguf` file. Weights that it holds quantised come in float32, exactly as they are de-quantised."""
+    """A `.gguf` file. Quantised weights come as they lie, or in float32, exactly as they are de-quantised."""
 
     def __init__(self, path: Path, name: str | None = None) -> None:
         self.path = path
-        file = GGUFFile(path)
+        self.file = file = GGUFFile(path)
         try:
             self.metadata = Metadata(file.metadata, file.tensors)
         except ValueError as error:
@@ -58,6 +62,7 @@ class GGUFSource(Source):
         used = [self.tensors[name] for name in self.names.values()]
         types = {tensor.dtype for tensor in used if len(tensor.shape) > 1}
         self.dtype = types.pop() if len(types) == 1 else torch.float32
+        self.has_blocks = any(tensor.form is not None for tensor in used)
 
     @cached_property
     def files(self) -> Path:
@@ -73,6 +78,33 @@ class GGUFSource(Source):
 
     def weights(self) -> Iterator[Named]:
         return self._translated((name, self._value(name)) for name in self.names)
+
+    def forms(self, kind: str | None) -> Iterator[tuple[str, Tensor | BlockMatrix]]:
+        return self.weights() if kind != BLOCKS else self._as_they_lie()
+
+    def _as_they_lie(self) -> Iterator[tuple[str, Tensor | BlockMatrix]]:
+        """The matrices that a model can have in blocks as these, all else as by `weights`.
+
+        What is done to a matrix on its way to ours only moves rows. So numbers are sent that way in place of rows, and
+        say where each one of ours is in the file.
+        """
+        layers = {f"{name}.weight" for name, _ in quantized_layers(meta_model(self.config, BLOCKS))}
+        numbers, content = RowNumbers(self._matrices()), self.file.mapped()
+        theirs = ((name, numbers.of(name) if name in numbers.starts else self._value(name)) for name in self.names)
+        changed = ((name, self._changed(name, t) if name in numbers.starts else t) for name, t in theirs)
+        for name, tensor in self._translated(changed):
+            if tensor.dtype != torch.int64:
+                yield name, tensor
+                continue
+            places = numbers.places(tensor[:, 0])
+            parts = [(self.tensors[self.names[theirs]].rows_in(content), rows) for theirs, rows in places]
+            matrix = composed(parts)
+            yield name, matrix if name in layers else matrix.dequantised(self.dtype)
+
+    def _matrices(self) -> dict[str, int]:
+        """Hugging Face name -> number of rows, of every matrix."""
+        shapes = {name: self.tensors[gguf_name].shape for name, gguf_name in self.names.items()}
+        return {name: shape[0] for name, shape in shapes.items() if len(shape) == 2}
 
     def _translated(self, theirs: Iterator[Named]) -> Iterator[Named]:
         for name, tensor in self.table.to_ours(theirs, self.config):
@@ -150,7 +182,10 @@ class GGUFSource(Source):
             yield name, _empty(self.tensors[gguf_name])
 
     def _value(self, name: str) -> Tensor:
-        value, change = self.tensors[self.names[name]].read(), self.form.change(name)
+        return self._changed(name, self.tensors[self.names[name]].read())
+
+    def _changed(self, name: str, value: Tensor) -> Tensor:
+        change = self.form.change(name)
         return value if change is None else change.to_hf(value, self.config_json)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from litgpt.model import GPT
+from litgpt.quantization.block_weight import KIND as BLOCKS
 from litgpt.quantization.layers import replace_linears, same_form
 from litgpt.sources.checkpoint import open_checkpoint
 from litgpt.sources.meta import give_memory, meta_model
@@ -63,6 +64,11 @@ def kind_for(source: Source, quantize: str | None) -> str | None:
         ValueError: The checkpoint is quantised in another way.
     """
     own = source.quantized
+    if quantize == BLOCKS and not source.has_blocks:
+        raise ValueError(
+            f"--quantize {BLOCKS} uses the blocks of a GGUF file as they lie there, and '{source.files}' holds none. "
+            "Write such a file with `litgpt convert --to gguf --quantize q4_k_m`, or take int4 or int8."
+        )
     if own is None or quantize is None:
         return quantize or own
     if not same_form(quantize, own):

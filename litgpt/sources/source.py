@@ -15,6 +15,7 @@ from litgpt.formats.quantised_parts import (
     fill,
 )
 from litgpt.model import GPT
+from litgpt.quantization.block_weight import BlockMatrix
 from litgpt.quantization.layers import is_quantized, kind_of, quantized_layers
 from litgpt.sources.fit import compare_shapes, rows_at_once
 
@@ -33,6 +34,7 @@ class Source(ABC):
         dtype: The type of the weights (of the first one).
         note: What of the checkpoint is left out or changed by loading it, for the user to know; None if nothing.
         quantized: How its weights are quantised, if a model can have them so, such as bnb.nf4; None if it cannot.
+        has_blocks: Whether it holds the blocks of a GGUF file, which a model can have so (--quantize gguf) or plain.
     """
 
     config: Config
@@ -40,6 +42,7 @@ class Source(ABC):
     dtype: torch.dtype
     note: str | None = None
     quantized: str | None = None
+    has_blocks: bool = False
 
     @property
     def note_on_plain(self) -> str | None:
@@ -61,7 +64,7 @@ class Source(ABC):
         asked for. Tied embeddings come right after one another, as one tensor under both names.
         """
 
-    def forms(self, kind: str | None) -> Iterator[tuple[str, Tensor | Parts]]:
+    def forms(self, kind: str | None) -> Iterator[tuple[str, Tensor | Parts | BlockMatrix]]:
         """As `weights`, for a model quantised as `kind`: a weight that is here in that form comes as its parts."""
         return self.weights()
 
@@ -96,7 +99,9 @@ class Source(ABC):
         filled: set[int] = set()
         with torch.no_grad():
             for name, tensor in watch(self.forms(kind_of(model))):
-                if not isinstance(tensor, Tensor):
+                if isinstance(tensor, BlockMatrix):
+                    quantized[name].quantized.take(tensor)
+                elif not isinstance(tensor, Tensor):
                     fill(quantized[name], tensor, self.release)
                 elif name in quantized:
                     quantized[name].load_weight(tensor, self.release)

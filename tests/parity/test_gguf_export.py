@@ -17,6 +17,7 @@ from litgpt.config import Config
 from litgpt.export.gguf_writer import KINDS, describe, export_gguf
 from litgpt.formats.gguf.file import GGUFFile
 from litgpt.formats.hf_config import differences
+from litgpt.quantization.layers import quantized_layers
 from litgpt.sources.checkpoint import open_checkpoint
 from litgpt.sources.load import load_model
 from litgpt.tokenizer.tokenizer import Tokenizer
@@ -127,6 +128,18 @@ def test_the_model_from_the_file_computes_the_same(made, name):
     with torch.no_grad():
         expected, found = model(torch.tensor(IDS)).logits, load_model(file)(torch.tensor(IDS))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_model_runs_from_the_blocks_of_the_file(made, name, tmp_path):
+    """What every architecture does to rows on their way to ours is done to blocks, too."""
+    _, file = made(name)
+    export_gguf(open_checkpoint(file.parent / "hf"), tmp_path / "m.gguf", "q5_1")
+    expected = load_model(tmp_path / "m.gguf")(torch.tensor(IDS))
+    model = load_model(tmp_path / "m.gguf", quantize="gguf")
+    torch.testing.assert_close(model(torch.tensor(IDS)), expected, rtol=1e-4, atol=1e-4)
+    forms = {form for _, layer in quantized_layers(model) for form in layer.quantized.forms}
+    assert forms == {"q5_1", "q8_0"}  # the latter outside the layers
 
 
 @pytest.mark.parametrize("name", READ_BY_TRANSFORMERS)

@@ -14,7 +14,7 @@ from litgpt.export.hf_writer import export_hf
 from litgpt.formats.quantised_parts import KIND, quantised_stream, saved_weights
 from litgpt.llm.loading import settled_kind
 from litgpt.model import GPT
-from litgpt.quantization.layers import INFERENCE_KINDS, kind_of, quantized_layers, replace_linears
+from litgpt.quantization.layers import SAVED_KINDS, kind_of, quantized_layers, replace_linears
 from litgpt.sources.checkpoint import open_checkpoint
 from litgpt.sources.door import open_model
 from litgpt.sources.load import load_model
@@ -59,7 +59,7 @@ def same(one: GPT, other: GPT) -> bool:
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("kind", INFERENCE_KINDS)
+@pytest.mark.parametrize("kind", SAVED_KINDS)
 def test_saved_and_loaded_the_logits_are_the_same_bit_for_bit(plain, name, kind):
     expected = load_model(plain(name), dtype=torch.bfloat16, quantize=kind)
     saved = plain(name, kind)
@@ -76,7 +76,7 @@ def test_saved_and_loaded_the_logits_are_the_same_bit_for_bit(plain, name, kind)
 
 
 @pytest.mark.parametrize("name", ["moe", "tied"])
-@pytest.mark.parametrize("kind", INFERENCE_KINDS)
+@pytest.mark.parametrize("kind", SAVED_KINDS)
 def test_matrix_by_matrix_they_become_what_a_loaded_model_has(plain, name, kind, tmp_path):
     source = open_checkpoint(plain(name))
     model = meta_model(source.config, kind, torch.bfloat16)

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from litgpt.quantization.block_weight import BlockRows
+from litgpt.quantization.blocks import FORMATS
 from litgpt.untrusted import MAX_INTEGER, is_count, shown
 
 # GGUF's type numbers of fixed size -> struct format and numpy type.
@@ -70,6 +72,24 @@ class GGUFTensor:
         block, size = gguf.GGML_QUANT_SIZES[self.kind]
         return math.prod(self.shape) // block * size
 
+    @property
+    def form(self) -> str | None:
+        """The format of its blocks, a key of `FORMATS`; None where there is none for it."""
+        name = self.kind.name.lower()
+        return name if name in FORMATS else None
+
+    def rows_in(self, content: Tensor) -> BlockRows:
+        """Its rows, without a copy of their blocks; of a matrix.
+
+        Args:
+            content: All bytes of the file (`GGUFFile.mapped`).
+        """
+        raw = content[self.offset : self.offset + self.size]
+        if self.form is not None:
+            return BlockRows(raw.view(self.shape[0], -1), self.form)
+        aligned = self.kind in _PLAIN and self.offset % self.dtype.itemsize == 0
+        return BlockRows(raw.view(self.dtype).view(self.shape) if aligned else self.read(), None)
+
     def read(self) -> Tensor:
         """The values; quantised ones in float32. Raises `ValueError` for a type that cannot be de-quantised."""
         raw = np.fromfile(self.path, dtype=np.uint8, count=self.size, offset=self.offset)
@@ -109,6 +129,10 @@ class GGUFFile:
         end = max((tensor.offset + tensor.size for tensor in self.tensors.values()), default=0)
         if end > size:
             raise ValueError(self._unreadable(f"it is truncated, {end:,} bytes are expected"))
+
+    def mapped(self) -> Tensor:
+        """All bytes of the file, which are read from the disk where they are used, and can be dropped again."""
+        return torch.from_file(str(self.path), shared=False, size=self.path.stat().st_size, dtype=torch.uint8)
 
     def _unreadable(self, reason: str) -> str:
         return f"Cannot read '{self.path}' ({self.path.stat().st_size:,} bytes): {reason}. Download it again."
