@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
@@ -133,7 +133,7 @@ def _remove_unused(path: Path) -> bool:
 
 
 @contextmanager
-def _locked(path: Path, wait: bool) -> Iterator[bool]:
+def _locked(path: Path, wait: bool) -> Generator[bool]:
     """Exclude other processes and threads; yields whether it could be done at once, where it may not wait."""
     from filelock import FileLock, Timeout
 

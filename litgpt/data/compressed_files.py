@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
@@ -21,7 +21,7 @@ INPUT_BYTES = 1 << 12
 MAX_WINDOW = 1 << 27  # what the program zstd accepts without being asked to
 
 
-def open_bytes(path: Path) -> io.BufferedIOBase:
+def open_bytes(path: Path) -> io.BufferedReader | gzip.GzipFile:
     """The bytes in a file, decompressed if its name ends in .gz or .zst.
 
     Reading raises what the library raises for a damaged file, and EOFError where it is cut off.
@@ -33,7 +33,7 @@ def open_bytes(path: Path) -> io.BufferedIOBase:
     return open(path, "rb")
 
 
-def compressed_position(stream: io.BufferedIOBase) -> int:
+def compressed_position(stream: io.BufferedReader | gzip.GzipFile) -> int:
     """How many bytes on the disk a stream of `open_bytes` has read."""
     if isinstance(stream, gzip.GzipFile):
         return cast("BinaryIO", stream.fileobj).tell()  # opened by its path, so a file
@@ -42,7 +42,7 @@ def compressed_position(stream: io.BufferedIOBase) -> int:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Generator[None]:
     """Names the file in the errors of the libraries that decompress and read it."""
     try:
         yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -292,7 +292,7 @@ def _some(names: Iterable[str]) -> str:
 
 
 @contextmanager
-def _data_options() -> Iterator[None]:
+def _data_options() -> Generator[None]:
     """The options that the hub's messages name are `--data.` options here."""
     try:
         yield

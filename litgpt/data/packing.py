@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,14 @@ class PackedSample(NamedTuple):
     targets: np.ndarray
 
 
+class RowTable(Protocol):
+    """The numbers of the samples in each row."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> Iterable[int]: ...
+
+
 class Rows(Dataset):
     """Samples as rows.
 
@@ -34,7 +42,7 @@ class Rows(Dataset):
         rows: The numbers of the samples in each row.
     """
 
-    def __init__(self, samples: SampleFile, rows: Sequence[Sequence[int]]) -> None:
+    def __init__(self, samples: SampleFile, rows: RowTable) -> None:
         self.samples = samples
         self.rows = rows
 

@@ -64,7 +64,7 @@ def _all_results(job: UnitJob) -> list[UnitResult]:
     results = [read_result(job, unit) for unit in job.corpus.units]
     missing = [number for number, result in enumerate(results) if result is None]
     if not missing:
-        return results
+        return [result for result in results if result is not None]
     try:
         count = int(json.loads((job.work_dir / SHARDS_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

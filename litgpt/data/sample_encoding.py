@@ -293,7 +293,7 @@ def _can_travel(encoder: ConversationEncoder) -> bool:
     return True
 
 
-_encoder: ConversationEncoder | None = None  # of a process of the pool
+_encoder: ConversationEncoder  # of a process of the pool
 
 
 def _begin(encoder: ConversationEncoder) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -154,7 +154,7 @@ class SFTData(DataModule):
         splits = self._split()
         is_chat = any(conversation.is_chat for split in splits.values() for conversation in split)
         mask_prompt = is_chat or self._takes_own() if self.mask_prompt is None else self.mask_prompt
-        encoder = self.encoder(self._tokenizer, self._style_for(is_chat), mask_prompt, self._max_tokens())
+        encoder = self.encoder(self._connected(), self._style_for(is_chat), mask_prompt, self._max_tokens())
         directory.parent.mkdir(parents=True, exist_ok=True)
         with atomic_directory(directory, overwrite=True) as temporary:
             for name, conversations in splits.items():
@@ -250,9 +250,9 @@ class SFTData(DataModule):
         lines = [f"Training data: {describe_samples(self._train.summary, self._limit_name())}"]
         if self.pack:
             rows = len(self._rows(self._train))
-            fill = self._train.summary.tokens / (rows * self._max_tokens())
+            fill = self._train.summary.tokens / (rows * self._row_tokens())
             lines.append(
-                f"Packed into {counted(rows, 'row')} of {counted(self._max_tokens(), 'token')}, {fill:.0%} full."
+                f"Packed into {counted(rows, 'row')} of {counted(self._row_tokens(), 'token')}, {fill:.0%} full."
             )
         if len(self._val):
             held = "" if self.files()[1] else f"Held out: {self._fraction():.1%}. "
@@ -285,7 +285,7 @@ class SFTData(DataModule):
         if name == CHECKPOINT:
             return self._checkpoint_style
         try:
-            return choose_prompt_style(self._tokenizer.dir, explicit=name, tokenizer=self._tokenizer)
+            return choose_prompt_style(self._connected().dir, explicit=name, tokenizer=self._tokenizer)
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"--data.prompt_style {name}: {error}") from error
 
@@ -297,6 +297,18 @@ class SFTData(DataModule):
         """Whether the checkpoint's chat template is for instructions, too."""
         takes = self.takes_template and self.prompt_style in (None, CHECKPOINT)
         return takes and isinstance(self._checkpoint_style, ChatTemplate)
+
+    def _connected(self) -> Tokenizer:
+        """The tokenizer, which `connect` brings."""
+        if self._tokenizer is None:
+            raise ValueError(f"{type(self).__name__} is used before connect() was called.")
+        return self._tokenizer
+
+    def _row_tokens(self) -> int:
+        """Tokens of a packed row."""
+        if self._max_seq_length is None:
+            raise ValueError(f"{type(self).__name__} is packed without connect(max_seq_length=...).")
+        return self._max_seq_length + 1
 
     def _max_tokens(self) -> int | None:
         return None if self._max_seq_length is None else self._max_seq_length + 1
@@ -334,16 +346,15 @@ class SFTData(DataModule):
 
     def _directory(self) -> Path:
         """Where the samples are cached: what decides them is in its name."""
-        if self._tokenizer is None:
-            raise ValueError(f"{type(self).__name__} is used before connect() was called.")
+        tokenizer = self._connected()
         held_out = None if self.files()[1] else [self._fraction(), self.seed]
         elsewhere = ("prompt_style", "seed", "num_workers", "pack", "val_split_fraction", "download_dir")
         options = {name: value for name, value in self.settings().items() if name not in elsewhere}
         facts = [
             *(CACHE_FORMAT, class_identity(type(self)), options, held_out, self._max_seq_length),
             self.prompt_style is not None,
-            *(self._tokenizer.fingerprint(), sorted(self._tokenizer.stop_ids)),
-            *(style_identity(style, self._tokenizer) for style in (self._checkpoint_style, self._single_style)),
+            *(tokenizer.fingerprint(), sorted(tokenizer.stop_ids)),
+            *(style_identity(style, tokenizer) for style in (self._checkpoint_style, self._single_style)),
             *([content_hash(path) for path in paths] for paths in self.files()),
         ]
         digest = hashlib.sha256(json.dumps(facts, default=str, sort_keys=True).encode())
@@ -353,7 +364,7 @@ class SFTData(DataModule):
         if not self.pack:
             return Rows(samples, OneSamplePerRow(len(samples)))
         if samples.directory not in self._packed:
-            self._packed[samples.directory] = pack(samples.lengths, self._max_tokens(), self.seed)
+            self._packed[samples.directory] = pack(samples.lengths, self._row_tokens(), self.seed)
         return Rows(samples, self._packed[samples.directory])
 
     def _collate(self, samples: SampleFile) -> Collate:
@@ -367,17 +378,17 @@ class SFTData(DataModule):
         return self.rows_per_sample * index
 
 
-class OneSamplePerRow(Sequence):
+class OneSamplePerRow:
     """Row i holds sample i alone."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, num_samples: int) -> None:
+        self.samples = range(num_samples)
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.samples)
 
-    def __getitem__(self, index: int) -> list[int]:
-        return [range(self.count)[index]]
+    def __getitem__(self, row: int) -> list[int]:
+        return [self.samples[row]]
 
 
 def hold_out(

@@ -19,8 +19,9 @@ from litgpt.untrusted import ExcessError, check_count, parse_json
 FORMS = {".txt": "text", ".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".parquet": "parquet"}
 SUFFIXES = (*FORMS, *(form + ending for form in FORMS if form != ".parquet" for ending in COMPRESSIONS))
 LONG_RECORD = 1 << 25  # characters
+SEPARATOR = re.compile(r",[ \t\r\n]*")  # between the records of a list
 
-Report = Callable[[int], None]
+Report = Callable[[int], object]
 """Is told how many bytes on the disk have been read since it was last called."""
 
 
@@ -216,7 +217,8 @@ def _json_records(file: SourceFile, report: Report) -> Iterator[tuple[str, Any]]
                     return
                 if number and not text.startswith(","):
                     raise json.JSONDecodeError("Expecting ',' delimiter", text, 0)
-                begin = re.compile(r",?[ \t\r\n]*").match(text).end() if number else 0
+                separator = SEPARATOR.match(text) if number else None
+                begin = separator.end() if separator else 0
                 if len(text) > LONG_RECORD:  # many short ones never come to that
                     check_count(text, MAX_RECORD_VALUES)
                 values, end = decoder.raw_decode(text, begin)

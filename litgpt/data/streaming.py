@@ -84,13 +84,13 @@ class ChunkBlocks(Dataset):
         window = self.orders[0].window
         return f"{', '.join(parts)}; shuffled by seed {self.seed} in windows of {window} (version {ORDER_VERSION})"
 
-    def __getitem__(self, position: int) -> Tensor | dict[str, Tensor]:
-        """The block at `position`, int64 (T + 1,); where documents are isolated, see `DocumentMarks.isolate`.
+    def __getitem__(self, index: int) -> Tensor | dict[str, Tensor]:
+        """The block at the position `index`, int64 (T + 1,); where documents are isolated, see `DocumentMarks.isolate`.
 
         Raises:
             DataError: Its chunk is missing or damaged, or cannot be fetched.
         """
-        source, place = self.mixture.draw(position) if self.mixture else (0, position)
+        source, place = self.mixture.draw(index) if self.mixture else (0, index)
         order = self.orders[source]
         chunk, block = order.place(place)
         store, number = self.chunks[source][chunk]

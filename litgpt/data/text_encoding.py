@@ -56,9 +56,9 @@ def not_text(
                 "from .txt files, and by `litgpt prepare_dataset` from .parquet and .jsonl files."
             )
     encoding = next((encoding for mark, encoding in MARKS if head.startswith(mark)), None)
-    nulls = [head[start::2].count(0) * 4 > len(head) for start in (0, 1)]
-    if encoding is None and nulls != [False, False]:
-        encoding = {(False, True): "utf-16le", (True, False): "utf-16be"}.get(tuple(nulls))
+    nulls = (head[0::2].count(0) * 4 > len(head), head[1::2].count(0) * 4 > len(head))
+    if encoding is None and any(nulls):
+        encoding = {(False, True): "utf-16le", (True, False): "utf-16be"}.get(nulls)
         if encoding is None:
             return ValueError(f"{path} is not text: it is binary data of an unknown kind.")
     if encoding not in (None, "utf-8-sig"):

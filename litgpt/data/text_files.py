@@ -107,7 +107,7 @@ class TextFiles(DataModule):
         """What tells documents apart, where they are not to see each other."""
         if not self.isolate_documents:
             return None
-        bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
+        bos, eos = (self._tokenizer.bos_id, self._tokenizer.eos_id) if self._tokenizer else (None, None)
         if bos is None and eos is None:
             raise ValueError(
                 "--data.isolate_documents true cannot act: the tokenizer has neither BOS nor EOS, so nothing marks "

@@ -154,7 +154,7 @@ def lies_across(text: str, place: int, whole_words: Sequence[str]) -> bool:
 
 def spelled_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     """BOS and EOS as they are spelled, and their ids: in a plain text file they stand between documents."""
-    ids = {tokenizer.bos_id, tokenizer.eos_id} - {None}
+    ids = {i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None}
     return {name: i for i in ids if (name := tokenizer.decode([i], skip_special=False))}
 
 
@@ -173,24 +173,24 @@ def encode_texts(
         continues: Which of them go on after a cut of `read_chunks`; they become what they are in the whole text.
         spelled: Words that become a token wherever they stand, such as `spelled_tokens`. Texts by strangers have none.
     """
+    spelled, continues = spelled or {}, continues or [False] * len(texts)
     split = re.compile("(" + "|".join(map(re.escape, spelled)) + ")") if spelled else None
     parts = [split.split(text) if split else [text] for text in texts]
-    inner = _InnerText(words) if continues is not None and any(continues) else None
-    plain, is_inner = [], []
+    inner = _InnerText(words) if any(continues) else None
+    plain: list[str] = []
+    marked: list[_InnerText | None] = []
     for number, text in enumerate(parts):
         for place, part in enumerate(text):
-            if part and not (spelled and part in spelled):
-                is_inner.append(inner is not None and place == 0 and continues[number])
-                plain.append(inner.mark(part) if is_inner[-1] else part)
+            if part and part not in spelled:
+                marked.append(inner if place == 0 and continues[number] else None)
+                plain.append(part if marked[-1] is None else marked[-1].mark(part))
     encoded = words.encode(plain)
-    ids = iter(inner.unmark(ids) if within else ids for ids, within in zip(encoded, is_inner, strict=True))
+    ids = iter(ids if mark is None else mark.unmark(ids) for ids, mark in zip(encoded, marked, strict=True))
     for text in parts:
-        if len(text) == 1 and text[0] and not (spelled and text[0] in spelled):
+        if len(text) == 1 and text[0] and text[0] not in spelled:
             yield next(ids)
         else:
-            found = [
-                np.array([spelled[part]], np.int32) if part in (spelled or ()) else next(ids) for part in text if part
-            ]
+            found = [np.array([spelled[part]], np.int32) if part in spelled else next(ids) for part in text if part]
             yield np.concatenate(found) if found else np.empty(0, np.int32)
 
 

@@ -63,8 +63,9 @@ def unpack(archive: Path, folder: Path) -> None:
             bar = tqdm(desc=f"Unpacking {archive.name}", unit=" files", delay=2, disable=None)
             for member in tar:
                 name = PurePosixPath(member.name).name
-                if member.isfile() and name.endswith(".json") and not name.startswith("."):
-                    with tar.extractfile(member) as packed, open(temporary / name, "wb") as file:
+                packed = tar.extractfile(member) if member.isfile() else None
+                if packed is not None and name.endswith(".json") and not name.startswith("."):
+                    with packed, open(temporary / name, "wb") as file:
                         shutil.copyfileobj(packed, file, 1 << 20)
                     bar.update()
             bar.close()

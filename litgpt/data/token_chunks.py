@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -245,15 +245,19 @@ def _chunk(entry: Any, dtype: np.dtype, where: str) -> ChunkInfo:
     if not isinstance(name, str) or not name or name.startswith(".") or any(c in '/\\:"\0' for c in name):
         raise _damaged_index(where, f"a chunk's filename is {name!r:.80}, which is no plain name of a file")
     counts = [entry.get(key) for key in ("dim", "chunk_size", "chunk_bytes")]
-    if any(isinstance(count, bool) or not isinstance(count, int) or count < 0 for count in counts):
-        raise _damaged_index(where, f"dim, chunk_size, chunk_bytes of {name} are {counts!r:.80}")
     tokens, documents, size = counts
+    if not (_is_size(tokens) and _is_size(documents) and _is_size(size)):
+        raise _damaged_index(where, f"dim, chunk_size, chunk_bytes of {name} are {counts!r:.80}")
     if size != header_bytes(documents) + tokens * dtype.itemsize:
         raise _damaged_index(where, f"{name} has {tokens} tokens of {documents} documents in {size} bytes")
     digest = entry.get("sha256")
     if digest is not None and not (isinstance(digest, str) and len(digest) == 64):
         raise _damaged_index(where, f"the sha256 of {name} is {digest!r:.80}")
     return ChunkInfo(name, tokens, documents, size, digest)
+
+
+def _is_size(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _damaged_index(where: str, reason: str) -> ValueError:

@@ -34,7 +34,7 @@ class TokenFile:
             )
 
     @classmethod
-    def write(cls, directory: Path, pieces: Iterable[Sequence[int]], vocab_size: int) -> TokenFile:
+    def write(cls, directory: Path, pieces: Iterable[Sequence[int] | np.ndarray], vocab_size: int) -> TokenFile:
         """Write the ids of all `pieces`, one after the other; `directory` appears once it is complete."""
         dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         count = 0

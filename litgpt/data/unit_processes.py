@@ -32,7 +32,9 @@ def run_in_processes(job: UnitJob, units: Sequence[Unit], report: Report, num_wo
     """
     workers = min(num_workers or cores(), len(units))
     if workers <= 1:
-        words = WordCache(Tokenizer(job.tokenizer_dir)) if units else None
+        if not units:
+            return
+        words = WordCache(Tokenizer(job.tokenizer_dir))
         for unit in units:
             prepare_unit(job, unit, words, report)
         return
@@ -81,7 +83,9 @@ def _begin(job: UnitJob, counter: Any) -> None:
 
 def _end_with_parent() -> None:
     """A parent that is killed cannot end its workers."""
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # only a worker calls this
+    parent.join()
     os._exit(1)
 
 

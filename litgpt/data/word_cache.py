@@ -37,26 +37,27 @@ class WordCache:
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, int32 (T,)."""
-        if self._known is None:
+        known = self._known
+        if known is None:
             return self._plain(texts)
         words = [WORD.findall(text) for text in texts]
         counts = Counter(chain.from_iterable(words))
-        unknown = counts.keys() - self._known.keys()
-        if len(self._known) + len(unknown) > MAX_WORDS:
-            self._known.clear()
+        unknown = counts.keys() - known.keys()
+        if len(known) + len(unknown) > MAX_WORDS:
+            known.clear()
             unknown = set(counts)
         if len(unknown) > 100 and len(unknown) > MOST_UNKNOWN * counts.total():
-            self._learn([word for word in unknown if counts[word] > 1])
+            self._learn(known, [word for word in unknown if counts[word] > 1])
             return self._plain(texts)
-        rare = self._learn(unknown)
-        look_up = self._known.__getitem__ if not rare else lambda word: self._known.get(word) or rare.get(word, b"")
+        rare = self._learn(known, unknown)
+        look_up = known.__getitem__ if not rare else lambda word: known.get(word) or rare.get(word, b"")
         return [np.frombuffer(b"".join(map(look_up, text)), np.int32) for text in words]
 
-    def _learn(self, words: Iterable[str]) -> dict[str, bytes]:
+    def _learn(self, known: dict[str, bytes], words: Iterable[str]) -> dict[str, bytes]:
         """Adds words to the cache; the ids of those that are too long for it."""
         words = list(words)
         new = dict(zip(words, map(np.ndarray.tobytes, self._plain(words)), strict=True))
-        self._known.update((word, ids) for word, ids in new.items() if len(word) <= MAX_WORD)
+        known.update((word, ids) for word, ids in new.items() if len(word) <= MAX_WORD)
         return {word: ids for word, ids in new.items() if len(word) > MAX_WORD}
 
     def _plain(self, texts: Sequence[str]) -> list[np.ndarray]:

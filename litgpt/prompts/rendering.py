@@ -13,9 +13,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from litgpt.prompts import sandbox
 
@@ -53,7 +53,7 @@ def render_template(source: str, variables: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def rendered_ahead(requests: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[None]:
+def rendered_ahead(requests: Iterable[tuple[str, Mapping[str, Any]]]) -> Generator[None]:
     """What this thread asks for within, of these templates and variables, has been rendered at once, as far as a pipe
     holds it: for short texts it is the way to the process and back that takes the time."""
     before = _ahead.texts
@@ -75,7 +75,7 @@ class _Process:
     """A process that renders."""
 
     def __init__(self) -> None:
-        places = [str(Path(importlib.util.find_spec(name).origin).parents[1]) for name in ("jinja2", "markupsafe")]
+        places = [_folder_of(name) for name in ("jinja2", "markupsafe")]
         self.process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", sandbox.__file__, *dict.fromkeys(places)],
             stdin=subprocess.PIPE,
@@ -84,8 +84,11 @@ class _Process:
             env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
             start_new_session=True,  # Ctrl-C is for this process
         )
-        self.answers = self.process.stdout.fileno()
-        self.at_once = _pipe_size(self.process.stdin) // 2  # a pipe counts in pages
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.pipes = self.process.stdin, self.process.stdout
+        self.requests, self.answers = self.process.stdin, self.process.stdout.fileno()
+        self.at_once = _pipe_size(self.requests) // 2  # a pipe counts in pages
         self.poll = select.poll()
         self.poll.register(self.answers, select.POLLIN | select.POLLHUP)
 
@@ -93,8 +96,8 @@ class _Process:
         """What it answers to each, kind and text. Several must not have more than `at_once` bytes together, or both
         sides might wait until the other reads."""
         with contextlib.suppress(BrokenPipeError):  # why it has ended is seen below
-            self.process.stdin.write(b"".join(_head(request) + request for request in requests))
-            self.process.stdin.flush()
+            self.requests.write(b"".join(_head(request) + request for request in requests))
+            self.requests.flush()
         for _ in requests:
             deadline = time.monotonic() + PATIENCE
             kind, length = sandbox.ANSWER.unpack(self._read(sandbox.ANSWER.size, deadline))
@@ -127,7 +130,7 @@ class _Process:
 
     def forget(self) -> None:
         """Closes what leads to it."""
-        for pipe in (self.process.stdin, self.process.stdout):
+        for pipe in self.pipes:
             with contextlib.suppress(OSError):
                 pipe.close()
 
@@ -170,7 +173,7 @@ class _Processes:
         return texts
 
     @contextlib.contextmanager
-    def _process(self) -> Iterator[_Process]:
+    def _process(self) -> Generator[_Process]:
         """One that nobody else asks meanwhile."""
         with self._places:
             try:
@@ -196,7 +199,15 @@ class _Processes:
         self.__init__()
 
 
-def _pipe_size(pipe: BinaryIO) -> int:
+def _folder_of(name: str) -> str:
+    """Where a package is installed."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    return str(Path(spec.origin).parents[1])
+
+
+def _pipe_size(pipe: IO[bytes]) -> int:
     """The bytes that one holds; it is made larger where the system lets it."""
     try:
         import fcntl

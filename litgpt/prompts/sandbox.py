@@ -52,8 +52,9 @@ def environment() -> Any:
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationBlock]
     )
     environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    names: dict[str, Any] = environment.globals
+    names["raise_exception"] = raise_exception
+    names["strftime_now"] = lambda format: datetime.now().strftime(format)
     return environment
 
 
@@ -132,7 +133,8 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         limits.memory(memory)
         limits.time(seconds)
         try:
-            kind, text = answer(*pickle.loads(requests.read(length)), max_characters)
+            source, variables = pickle.loads(requests.read(length))
+            kind, text = answer(source, variables, max_characters)
             content = text.encode("utf-8", "surrogatepass")
         except MemoryError:
             kind, content = TOO_LARGE, b""

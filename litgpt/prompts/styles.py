@@ -27,7 +27,9 @@ class Tokenizer(Protocol):
 
     eos_id: int | None
     stop_ids: set[int]
-    special_tokens: dict[str, str]
+
+    @property
+    def special_tokens(self) -> dict[str, str]: ...
 
     def token_to_id(self, token: str) -> int: ...
 
@@ -87,9 +89,13 @@ class PromptStyle(ABC):
             sequences.append([closing])
         return [list(sequence) for sequence in dict.fromkeys(map(tuple, sequences))]
 
+    def closing_text(self) -> str:
+        """What is written after a reply: `end`, unless the format finds it in another way."""
+        return self.end
+
     def closing_token(self, tokenizer: Tokenizer) -> int | None:
         """The marker that closes a reply in this format; None where other text does."""
-        closing = tokenizer.encode_ids(self.end.strip(), bos=False, allow_special=True)[:1]
+        closing = tokenizer.encode_ids(self.closing_text().strip(), bos=False, allow_special=True)[:1]
         return closing[0] if closing and tokenizer.is_marker(closing[0]) else None
 
     def encode(
@@ -237,10 +243,11 @@ class WrittenStyle(PromptStyle):
         form, user, default = self.format, self.format.user, self.format.default
         if form.input is not None and fields.get("input"):
             user, default = form.input["user"], form.input["default"]
-        system = default if system is None else system
+        system, block = default if system is None else system, ""
         if system and form.system is None:
-            prompt, system = f"{system}\n\n{prompt}", None
-        block = _fill(form.system, system=system) if system else ""
+            prompt = f"{system}\n\n{prompt}"
+        elif system and form.system is not None:
+            block = _fill(form.system, system=system)
         if "{system}" in user:
             return form.start + _fill(user, system=block, user=prompt, input=fields.get("input", ""))
         return form.start + block + _fill(user, user=prompt, input=fields.get("input", ""))

@@ -6,10 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 MAX_ID = 2**24 - 1  # of a token; vocabularies are made lists of
 MOST_COMPOSED = 3  # Hangul, for example: three letters of three bytes make up a syllable of three
@@ -48,7 +44,7 @@ class Backend(ABC):
     def token_to_id(self, token: str) -> int | None: ...
 
     @abstractmethod
-    def id_to_token(self, token_id: int) -> str: ...
+    def id_to_token(self, token_id: int) -> str | None: ...
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

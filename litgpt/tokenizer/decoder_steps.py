@@ -5,12 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from litgpt.untrusted import parse_json
-
-if TYPE_CHECKING:
-    pass
 
 _Step = Callable[[str], "str | bytes"]
 
@@ -62,9 +59,10 @@ def _flatten(decoder: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 
 def token_to_bytes(token: str, steps: list[_Step]) -> bytes:
     for step in steps:
-        token = step(token)
-        if isinstance(token, bytes):
-            return token
+        decoded = step(token)
+        if isinstance(decoded, bytes):
+            return decoded
+        token = decoded
     return token.encode()
 
 

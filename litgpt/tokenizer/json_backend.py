@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from litgpt.tokenizer.library import load_library_tokenizer
-from litgpt.untrusted import is_slow, parse_json, shown
-
-if TYPE_CHECKING:
-    pass
 from litgpt.tokenizer.backend import MOST_COMPOSED, Backend, damaged
 from litgpt.tokenizer.decoder_steps import flat_parts, from_byte_level, steps_of_decoder, token_to_bytes
+from litgpt.tokenizer.library import load_library_tokenizer
 from litgpt.tokenizer.token_settings import TOKEN_FLAGS, named_tokens
+from litgpt.untrusted import is_slow, parse_json, shown
 
 MAX_GROWTH = 64  # by how much replacements may lengthen a text
 CUTTERS = ("Split", "ByteLevel", "Digits", "Metaspace")  # pre-tokenizers that need not drop anything
@@ -162,7 +159,7 @@ class JsonBackend(Backend):
     def token_to_id(self, token: str) -> int | None:
         return self.control.get(token, self._tokenizer.token_to_id(token))
 
-    def id_to_token(self, token_id: int) -> str:
+    def id_to_token(self, token_id: int) -> str | None:
         return self._added.get(token_id) or self._tokenizer.id_to_token(token_id)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -196,7 +193,7 @@ class JsonBackend(Backend):
 
 
 @contextmanager
-def no_panic(file: Path) -> Iterator[None]:
+def no_panic(file: Path) -> Generator[None]:
     """Makes an error of what the Rust library gives up with, which is no `Exception`: it may be caused by the file."""
     try:
         yield

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from litgpt.untrusted import is_count
-
-if TYPE_CHECKING:
-    pass
 from litgpt.tokenizer.backend import MAX_ID, MOST_COMPOSED, Backend, damaged
 from litgpt.tokenizer.token_settings import read_side_file
+from litgpt.untrusted import is_count
 
 # sentencepiece's ModelProto { normalizer_spec { add_dummy_prefix: false } }, serialised. A protobuf message takes what
 # is appended to it as an amendment.
@@ -59,8 +56,9 @@ class SentencePieceBackend(Backend):
         token_id = self._model.piece_to_id(token)
         return None if self._pieces[token_id] != token else token_id
 
-    def id_to_token(self, token_id: int) -> str:
-        return self._added_by_id.get(token_id) or self._pieces[token_id]
+    def id_to_token(self, token_id: int) -> str | None:
+        piece = self._pieces[token_id] if token_id < len(self._pieces) else None
+        return self._added_by_id.get(token_id) or piece
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._model.encode(list(texts))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -196,8 +197,8 @@ class Tokenizer:
         """The named control tokens, e.g. {"bos_token": "<s>", "eos_token": "</s>"}: variables of a chat template."""
         named = {name: token["content"] for name, token in named_tokens(self._settings)}
         for name, token_id in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
-            if name not in named and token_id is not None:
-                named[name] = self._backend.id_to_token(token_id)
+            if name not in named and token_id is not None and (token := self._backend.id_to_token(token_id)):
+                named[name] = token
         return named
 
     @property
@@ -211,7 +212,8 @@ class Tokenizer:
         if self._file.name == VOCABULARY:
             for name in (MERGES, ADDED):
                 digest.update((self.dir / name).read_bytes() if (self.dir / name).is_file() else b"")
-        facts = [self.bos_id, self.eos_id, self._prefix, self._suffix, sorted(self._backend.markers.items())]
+        markers = sorted(self._backend.markers.items())
+        facts: list[object] = [self.bos_id, self.eos_id, self._prefix, self._suffix, markers]
         if (adds := self._settings.get("add_prefix_space")) is not None:
             facts.append([self._settings.get("tokenizer_class"), adds])
         digest.update(json.dumps(facts).encode())
@@ -339,4 +341,4 @@ def _tokenizer_file(directory: Path) -> Path:
 
 
 def _as_ints(ids: Iterable[int] | torch.Tensor) -> Iterable[int]:
-    return ids.tolist() if hasattr(ids, "tolist") else ids
+    return ids.tolist() if hasattr(ids, "tolist") else map(operator.index, ids)

@@ -128,6 +128,8 @@ def write_form(folder, form, documents):
         path.write_text(json.dumps([{"text": text} for text in documents], indent=1, ensure_ascii=False))
     if form == ".strings.json":
         path.write_text(json.dumps(documents))
+    if form == ".object.json":
+        path.write_text(json.dumps({"train": [{"text": text} for text in documents]}))
     if form == ".parquet":
         return write_parquet(path, documents, row_group_size=70)
     if form == ".frames.jsonl.zst":
@@ -145,6 +147,7 @@ FORMS = (
     ".json",
     ".json.gz",
     ".strings.json",
+    ".object.json",
     ".parquet",
     ".frames.jsonl.zst",
 )

@@ -203,6 +203,19 @@ def test_stop_ids_are_those_of_all_files(tmp_path):
     assert ours.stop_ids == {0, 2}
 
 
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
+def test_an_id_beyond_the_vocabulary_has_no_name(kind, tmp_path):
+    if kind == "sentencepiece":
+        tokenizer_files.sentencepiece_model(tmp_path, eos_id=-1)
+    else:
+        tokenizer_files.byte_level(tmp_path)
+        (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "config.json").write_text('{"eos_token_id": 99999}')
+    ours = Tokenizer(tmp_path)
+    assert ours.eos_id == 99999
+    assert "eos_token" not in ours.special_tokens
+
+
 def test_an_explicit_null_wins_over_config_json(tmp_path):
     tokenizer_files.byte_level(tmp_path, {"bos_token": None})
     (tmp_path / "config.json").write_text('{"bos_token_id": 0}')
