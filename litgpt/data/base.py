@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -165,7 +166,9 @@ class LengthGroupedSampler(StreamSampler):
         samples_per_step: Samples of one optimizer step, over all ranks.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, samples_per_step: int, *, seed: int = 42) -> None:
+    def __init__(
+        self, lengths: Sequence[int] | np.ndarray, batch_size: int, samples_per_step: int, *, seed: int = 42
+    ) -> None:
         super().__init__(len(lengths), batch_size, seed=seed)
         self.lengths, self.samples_per_step = lengths, samples_per_step
         self._step, self._step_samples = range(0), list[int]()

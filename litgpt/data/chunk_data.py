@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from torch.utils.data import DataLoader
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from litgpt.tokenizer.tokenizer import Tokenizer
 
 TRAIN, VAL = "train", "val"
+Place = TypeVar("Place", str, "str | list[str]")
 PREPARE = "litgpt prepare_dataset --source_path TEXT --checkpoint_dir TOKENIZER --destination_path"
 
 
@@ -47,10 +49,10 @@ class DataSource:
 
 
 @dataclass(repr=False)
-class ChunkData(DataModule):
+class ChunkData(DataModule, Generic[Place]):
     """Data sets of token chunks, as `litgpt prepare_dataset` and litdata write them."""
 
-    data_path: str = "data"
+    data_path: Place
     """Folder or address (s3://, gs://, azure://, hf://) of the prepared data"""
     seed: int = 42
     """Decides the order of the training blocks"""
@@ -65,14 +67,13 @@ class ChunkData(DataModule):
     """Gigabytes that this cache may take on each machine; the chunks used least recently make room"""
 
     def __post_init__(self) -> None:
-        self.data_path = str(self.data_path)
         self._tokenizer: Tokenizer | None = None
         self._batch_size, self._block_size = 1, 0
         self._fetched: set[str] = set()
 
     def sources(self) -> list[DataSource]:
         """What is trained and validated on; called after `prepare_data`."""
-        return [splits_of(self.data_path)]
+        raise TypeError(f"{type(self).__name__} has no sources(): it must say what is trained on.")
 
     def tokenizer_dir(self) -> Path | None:
         """The tokenizer that the data was prepared with, where that is recorded."""
@@ -83,7 +84,7 @@ class ChunkData(DataModule):
 
     def roots(self) -> list[str]:
         """Folders or addresses of the data sets, prepared or not."""
-        return [self.data_path]
+        raise TypeError(f"{type(self).__name__} has no roots(): it must say where its data sets are.")
 
     def connect(
         self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None
@@ -224,6 +225,24 @@ class ChunkData(DataModule):
             f"{longest:,} tokens, and a block needs {self._block_size + 1:,}. Set --train.max_seq_length "
             f"{longest - 1} or less, or prepare the data again with larger chunks."
         )
+
+
+@dataclass(repr=False)
+class FolderData(ChunkData[str]):
+    """Token chunks in one folder, or below it."""
+
+    data_path: str = "data"
+    """Folder or address (s3://, gs://, azure://, hf://) of the prepared data"""
+
+    def __post_init__(self) -> None:
+        self.data_path = os.fspath(self.data_path)  # from Python, a path will do
+        super().__post_init__()
+
+    def sources(self) -> list[DataSource]:
+        return [splits_of(self.data_path)]
+
+    def roots(self) -> list[str]:
+        return [self.data_path]
 
 
 def splits_of(path: str, split_names: tuple[str, str] | None = None, weight: float | None = None) -> DataSource:

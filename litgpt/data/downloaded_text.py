@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from litgpt.data.chunk_data import TRAIN, VAL, ChunkData, has_chunks
+from litgpt.data.chunk_data import TRAIN, VAL, FolderData, has_chunks
 from litgpt.data.dataset_record import DatasetRecord
 from litgpt.data.object_store import is_remote, join
 
@@ -13,7 +13,7 @@ SOURCE_DIR = "source"
 
 
 @dataclass(repr=False)
-class DownloadedText(ChunkData):
+class DownloadedText(FolderData):
     """Text of the Hugging Face Hub; a subclass says how to get it."""
 
     def download(self, folder: Path) -> dict[str, list[Path]]:

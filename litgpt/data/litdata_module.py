@@ -10,7 +10,7 @@ ALIASES = ("path", "data_dir")
 
 
 @dataclass(repr=False)
-class LitData(ChunkData):
+class LitData(ChunkData[str | list[str]]):
     """Token chunks as `litgpt prepare_dataset` or litdata's `optimize(..., item_loader=TokensLoader())` writes them, in
     a folder or an object store; several data sets are mixed by weights.
     """

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from litgpt.data.chunk_data import ChunkData, DataSource
+from litgpt.data.chunk_data import DataSource, FolderData
 from litgpt.data.object_store import join
 from litgpt.data.tiny_llama import slimpajama
 
 
 @dataclass(repr=False)
-class MicroLlama(ChunkData):
+class MicroLlama(FolderData):
     """SlimPajama (627 billion tokens), prepared beforehand in data_path/slimpajama with `litgpt prepare_dataset`."""
 
     data_path: str = "data"

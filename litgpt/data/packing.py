@@ -72,7 +72,7 @@ def pack(lengths: np.ndarray, capacity: int, seed: int) -> list[list[int]]:
     rows: list[list[int]] = []
     with_room: dict[int, list[int]] = {}  # free tokens -> rows
     sizes: list[int] = []  # the keys of with_room, ascending
-    for sample in order.tolist():
+    for sample in map(int, order):
         length = int(lengths[sample])
         place = bisect_left(sizes, length)
         if place < len(sizes):

@@ -22,18 +22,18 @@ from litgpt.data.packing import Collate, PackedSample, Rows
 from litgpt.data.preference_records import Preference, read_preferences
 from litgpt.data.record_files import read_records
 from litgpt.data.records import Conversation
-from litgpt.data.sample_encoding import ConversationEncoder, Encoded
+from litgpt.data.sample_encoding import Encoded, ExampleEncoder
 from litgpt.data.sample_file import Sample, SampleFile, nothing_to_learn
 from litgpt.data.sft import SPLITS, SFTData
 
 SUMMARY = "pairs.json"
 
 
-class PairEncoder(ConversationEncoder):
+class PairEncoder(ExampleEncoder[Preference]):
     """Makes two sequences of each pair: the prompt, which is what inference will feed, with either reply. What the
     assistant says in the prompt is not to be predicted."""
 
-    def encode(self, pair: Preference) -> list[Encoded]:
+    def encode(self, pair: Preference, /) -> list[Encoded]:
         return [self._reply(conversation, pair.num_common) for conversation in (pair.chosen, pair.rejected)]
 
     def _reply(self, conversation: Conversation, num_common: int) -> Encoded:
@@ -89,7 +89,6 @@ class PreferenceData(SFTData):
     Pairs are written in the checkpoint's own style unless prompt_style says otherwise.
     """
 
-    encoder: ClassVar[type[ConversationEncoder]] = PairEncoder
     rows_per_sample: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
@@ -102,8 +101,12 @@ class PreferenceData(SFTData):
                 "it out."
             )
 
-    def conversations(self, split: str) -> list[Preference]:
+    def pairs(self, split: str) -> list[Preference]:
+        """The records of one of SPLITS as pairs."""
         return read_preferences(read_records(self.files()[SPLITS.index(split)], split), self.keys())
+
+    def prepare_data(self) -> None:
+        self.prepare_samples(self.pairs, PairEncoder, self._write_pairs)
 
     def setup(self, stage: str = "") -> None:
         super().setup(stage)
@@ -167,8 +170,8 @@ class PreferenceData(SFTData):
     def _collate(self, samples: SampleFile) -> Collate:
         return self._collates[samples.directory]
 
-    def _write(
-        self, directory: Path, pairs: list[Preference], encoded: Iterable[list[Encoded]], encoder: ConversationEncoder
+    def _write_pairs(
+        self, directory: Path, pairs: list[Preference], encoded: Iterable[list[Encoded]], encoder: ExampleEncoder
     ) -> None:
         summary = PairSummary(len(pairs), forms=dict(Counter(pair.form for pair in pairs)))
         kept = self._kept(pairs, encoded, encoder, summary)
@@ -180,7 +183,7 @@ class PreferenceData(SFTData):
         self,
         pairs: list[Preference],
         encoded: Iterable[list[Encoded]],
-        encoder: ConversationEncoder,
+        encoder: ExampleEncoder,
         summary: PairSummary,
     ) -> Iterator[tuple[Conversation, Encoded]]:
         """The rows of the pairs that there is something to learn from; `summary` counts the others."""

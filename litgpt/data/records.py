@@ -15,7 +15,7 @@ INSTRUCTION, COMPLETION = "instruction/input/output", "prompt/completion"
 MESSAGES, CONVERSATIONS = "messages", "conversations (ShareGPT)"
 SPOKEN_COMPLETION = "prompt/completion messages"
 # The keys that a form needs and those that it may have; the first form whose keys are there is the record's.
-FORMS = {
+FORMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     MESSAGES: (("messages",), ("system",)),
     CONVERSATIONS: (("conversations",), ("system",)),
     COMPLETION: (("prompt", "completion"), ("system",)),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import os
 import pickle
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
-from litgpt.data.records import WEIGHT, Conversation, Message
-from litgpt.prompts import ChatTemplate, PromptStyle
+from litgpt.data.records import WEIGHT, Conversation
+from litgpt.prompts import ChatTemplate, Message, PromptStyle
 from litgpt.prompts.styles import INPUT, places_input, protected, with_input
 from litgpt.tokenizer.tokenizer import Tokenizer
 
@@ -42,8 +43,21 @@ class Encoded(NamedTuple):
     """Whether there was more than fits"""
 
 
-class ConversationEncoder:
-    """Makes training sequences of conversations.
+class Example(Protocol):
+    """What is written as one training sequence or several, wherever it stands."""
+
+    @property
+    def where(self) -> str: ...
+
+    @property
+    def is_chat(self) -> bool: ...
+
+
+T = TypeVar("T", bound=Example)
+
+
+class ExampleEncoder(ABC, Generic[T]):
+    """Makes training sequences of examples, in which there are conversations.
 
     The ids before a reply are `style.encode(messages before it)`, what inference will feed. The reply follows as the
     prompt's own text would go on, unless that would change a token of the prompt; then it is encoded on its own. After
@@ -66,13 +80,9 @@ class ConversationEncoder:
         self.places_input, self.places_tools = places_input(style), places_tools(style)
         self._written_roles = {"user": True, "assistant": True}
 
-    def encode(self, conversation: Conversation) -> list[Encoded]:
-        """The sequences of one conversation, without those that hold nothing but what is not to be learned; usually
-        one."""
-        sequences = self.sequences(conversation)
-        if all(message.get(WEIGHT, 1) for message in conversation.messages):
-            return sequences
-        return [one for one in sequences if any(one.targets)] or sequences[-1:]
+    @abstractmethod
+    def encode(self, example: T, /) -> list[Encoded]:
+        """The sequences of one example."""
 
     def sequences(self, conversation: Conversation) -> list[Encoded]:
         """The sequences of one conversation."""
@@ -80,7 +90,7 @@ class ConversationEncoder:
         with self.style.ahead(self._texts(messages), **protected(self.tokenizer, fields)):
             return self._sequences(conversation, messages, fields)
 
-    def _texts(self, messages: list[Message]) -> Iterator[tuple[list[Message], bool]]:
+    def _texts(self, messages: Sequence[Message]) -> Iterator[tuple[Sequence[Message], bool]]:
         """What is to be rendered: the conversation before each reply, and with it."""
         messages = protected(self.tokenizer, messages)
         for turn, message in enumerate(messages):
@@ -89,7 +99,9 @@ class ConversationEncoder:
                     yield messages[:turn], True
                 yield messages[: turn + 1], False
 
-    def _sequences(self, conversation: Conversation, messages: list[Message], fields: dict[str, Any]) -> list[Encoded]:
+    def _sequences(
+        self, conversation: Conversation, messages: Sequence[Message], fields: dict[str, Any]
+    ) -> list[Encoded]:
         samples: list[Encoded] = []
         ids: list[int] = []
         targets: list[bool] = []
@@ -114,7 +126,7 @@ class ConversationEncoder:
                 break
         return samples
 
-    def placed(self, conversation: Conversation) -> tuple[list[Message], dict[str, Any]]:
+    def placed(self, conversation: Conversation) -> tuple[Sequence[Message], dict[str, Any]]:
         """The messages, and the tools and the input for a style that has a place for them; where it has none for an
         input, that follows the instruction."""
         fields: dict[str, Any] = {}
@@ -126,7 +138,7 @@ class ConversationEncoder:
         messages, beside = with_input(self.style, messages, conversation.input, self.places_input)
         return messages, {**fields, **beside}
 
-    def prompt_ids(self, messages: list[Message], fields: dict[str, Any]) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message], fields: dict[str, Any]) -> list[int]:
         """The ids before a reply, up to what opens it; of a conversation that begins with one, what a template writes
         before its first message."""
         if messages:
@@ -135,7 +147,7 @@ class ConversationEncoder:
         bos = False if self.style.adds_bos else None
         return self.tokenizer.encode_ids(opened, bos=bos, allow_special=not self.style.continues_text)
 
-    def reply_ids(self, messages: list[Message], prompt: list[int], fields: dict[str, Any]) -> list[int]:
+    def reply_ids(self, messages: Sequence[Message], prompt: list[int], fields: dict[str, Any]) -> list[int]:
         """The ids of the last message, a reply, after its prompt."""
         special = not self.style.continues_text
         if special:
@@ -148,16 +160,16 @@ class ConversationEncoder:
             return whole[len(prompt) :]
         return self.tokenizer.encode_ids(reply, bos=False, allow_special=special)
 
-    def _opened(self, messages: list[Message], fields: dict[str, Any]) -> str:
+    def _opened(self, messages: Sequence[Message], fields: dict[str, Any]) -> str:
         """The text before a reply, up to what opens it."""
         return self.style.render(messages, **fields) if messages else self._before_reply([], fields)
 
-    def _before_reply(self, messages: list[Message], fields: dict[str, Any]) -> str:
+    def _before_reply(self, messages: Sequence[Message], fields: dict[str, Any]) -> str:
         """The text before a reply in a conversation that ends with it, which some templates write otherwise."""
         whole = self.style.render([*messages, {"role": "assistant", "content": REPLY}], False, **fields)
         return whole.rpartition(REPLY)[0]
 
-    def _reply_text(self, messages: list[Message], opened: str, fields: dict[str, Any]) -> str:
+    def _reply_text(self, messages: Sequence[Message], opened: str, fields: dict[str, Any]) -> str:
         """The reply as the format writes it: a template writes reasoning and tool calls, too."""
         whole, reply = self.style.render(messages, add_generation_prompt=False, **fields), messages[-1]
         before = opened if whole.startswith(opened) else self._before_reply(messages[:-1], fields)
@@ -191,6 +203,18 @@ class ConversationEncoder:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(Tokenizer(state["tokenizer"]), *state["options"])
+
+
+class ConversationEncoder(ExampleEncoder[Conversation]):
+    """Makes training sequences of conversations."""
+
+    def encode(self, conversation: Conversation, /) -> list[Encoded]:
+        """The sequences of one conversation, without those that hold nothing but what is not to be learned; usually
+        one."""
+        sequences = self.sequences(conversation)
+        if all(message.get(WEIGHT, 1) for message in conversation.messages):
+            return sequences
+        return [one for one in sequences if any(one.targets)] or sequences[-1:]
 
 
 def closing_text(style: PromptStyle) -> str:
@@ -253,15 +277,15 @@ def class_identity(kind: type) -> list[str]:
     return [f"{kind.__module__}.{kind.__qualname__}", source]
 
 
-def encode_all(encoder: ConversationEncoder, conversations: Sequence[Conversation]) -> Iterator[list[Encoded]]:
-    """The sequences of every conversation, in order; many of them on all cores.
+def encode_all(encoder: ExampleEncoder[T], examples: Sequence[T]) -> Iterator[list[Encoded]]:
+    """The sequences of every example, in order; many of them on all cores.
 
     Raises:
         ValueError: A conversation that the format cannot write; the message says which.
     """
-    chunks = [conversations[start : start + CHUNK] for start in range(0, len(conversations), CHUNK)]
+    chunks = [examples[start : start + CHUNK] for start in range(0, len(examples), CHUNK)]
     cores = os.cpu_count() or 1
-    if len(conversations) < WORTH_PROCESSES or cores == 1 or not _can_travel(encoder):
+    if len(examples) < WORTH_PROCESSES or cores == 1 or not _can_travel(encoder):
         for chunk in chunks:
             yield from _encode_chunk(encoder, chunk)
         return
@@ -274,17 +298,17 @@ def encode_all(encoder: ConversationEncoder, conversations: Sequence[Conversatio
             raise
 
 
-def _encode_chunk(encoder: ConversationEncoder, chunk: Iterable[Conversation]) -> list[list[Encoded]]:
+def _encode_chunk(encoder: ExampleEncoder[T], chunk: Iterable[T]) -> list[list[Encoded]]:
     encoded = []
-    for conversation in chunk:
+    for example in chunk:
         try:
-            encoded.append(encoder.encode(conversation))
+            encoded.append(encoder.encode(example))
         except ValueError as error:
-            raise ValueError(f"{conversation.where}: {error}") from error
+            raise ValueError(f"{example.where}: {error}") from error
     return encoded
 
 
-def _can_travel(encoder: ConversationEncoder) -> bool:
+def _can_travel(encoder: ExampleEncoder) -> bool:
     """Whether other processes can have it: a style defined in a script or a notebook may not be importable there."""
     try:
         pickle.dumps(encoder)
@@ -293,13 +317,13 @@ def _can_travel(encoder: ConversationEncoder) -> bool:
     return True
 
 
-_encoder: ConversationEncoder  # of a process of the pool
+_encoder: ExampleEncoder  # of a process of the pool
 
 
-def _begin(encoder: ConversationEncoder) -> None:
+def _begin(encoder: ExampleEncoder) -> None:
     global _encoder
     _encoder = encoder
 
 
-def _encode_in_process(chunk: Sequence[Conversation]) -> list[list[Encoded]]:
+def _encode_in_process(chunk: Sequence[Example]) -> list[list[Encoded]]:
     return _encode_chunk(_encoder, chunk)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from litgpt.data.cache_sums import sum_of
 from litgpt.data.records import Conversation, Message
-from litgpt.data.sample_encoding import ConversationEncoder, Encoded
+from litgpt.data.sample_encoding import Encoded, ExampleEncoder
 from litgpt.model import IGNORE_INDEX
 
 TOKENS, TARGETS, STARTS, ANSWERS = "tokens.bin", "targets.bin", "starts.npy", "answers.npy"
@@ -54,7 +54,7 @@ class Summary:
     """Records of each form"""
 
 
-class SampleFile(Sequence[Sample]):
+class SampleFile:
     """The samples in a directory that `write` made."""
 
     def __init__(self, directory: Path) -> None:
@@ -73,7 +73,7 @@ class SampleFile(Sequence[Sample]):
         directory: Path,
         conversations: Iterable[Conversation],
         encoded: Iterable[list[Encoded]],
-        encoder: ConversationEncoder,
+        encoder: ExampleEncoder,
         drop_long: bool,
     ) -> SampleFile:
         """Write the samples of `conversations`.
@@ -132,6 +132,9 @@ class SampleFile(Sequence[Sample]):
 
     def __len__(self) -> int:
         return self.summary.samples
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Sample:
         ids, targets = self.tokens_of(index)
@@ -200,7 +203,7 @@ class SampleFile(Sequence[Sample]):
         return {"directory": self.directory, "summary": self.summary}
 
 
-def _as_line(conversation: Conversation, sequence: Encoded, encoder: ConversationEncoder) -> bytes:
+def _as_line(conversation: Conversation, sequence: Encoded, encoder: ExampleEncoder) -> bytes:
     messages, fields = encoder.placed(conversation)
     messages = [dict(message) for message in messages[: sequence.num_messages]]
     for message in messages:

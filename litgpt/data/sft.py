@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -21,7 +21,15 @@ from litgpt.data.cache_sums import is_whole, write_sums
 from litgpt.data.packing import Collate, Rows, pack
 from litgpt.data.record_files import content_hash, read_records
 from litgpt.data.records import Conversation, Message, read_conversations
-from litgpt.data.sample_encoding import ConversationEncoder, Encoded, class_identity, encode_all, style_identity
+from litgpt.data.sample_encoding import (
+    ConversationEncoder,
+    Encoded,
+    ExampleEncoder,
+    T,
+    class_identity,
+    encode_all,
+    style_identity,
+)
 from litgpt.data.sample_file import Sample, SampleFile, Summary
 from litgpt.model import IGNORE_INDEX
 from litgpt.prompts import ChatTemplate, PromptStyle, choose_prompt_style
@@ -68,7 +76,6 @@ class SFTData(DataModule):
     single_turn_style: ClassVar[str] = "alpaca"
     takes_template: ClassVar[bool] = False
     """Whether instructions, too, take a chat template that the checkpoint has"""
-    encoder: ClassVar[type[ConversationEncoder]] = ConversationEncoder
     rows_per_sample: ClassVar[int] = 1
     """Rows of a batch that one sample takes"""
     key_names: ClassVar[dict[str, str]] = {}
@@ -147,25 +154,40 @@ class SFTData(DataModule):
             raise ValueError("--data.pack true fills rows of --train.max_seq_length tokens: set that, too.")
 
     def prepare_data(self) -> None:
+        self.prepare_samples(self.conversations, ConversationEncoder, self._write)
+
+    def prepare_samples(
+        self,
+        read: Callable[[str], list[T]],
+        encoder_class: type[ExampleEncoder[T]],
+        write: Callable[[Path, list[T], Iterable[list[Encoded]], ExampleEncoder[T]], None],
+    ) -> None:
+        """Make the samples of both splits, where they are not in the cache yet.
+
+        Args:
+            read: Gives the examples in the records of a split, whose name it takes.
+            encoder_class: Makes token ids of them.
+            write: Writes a split: its directory, the examples, the sequences of each, and what made them.
+        """
         self.download()
         directory = self._directory()
         if is_whole(directory, CHOICE, "sample cache"):
             return
-        splits = self._split()
-        is_chat = any(conversation.is_chat for split in splits.values() for conversation in split)
+        splits = self._split(read)
+        is_chat = any(example.is_chat for split in splits.values() for example in split)
         mask_prompt = is_chat or self._takes_own() if self.mask_prompt is None else self.mask_prompt
-        encoder = self.encoder(self._connected(), self._style_for(is_chat), mask_prompt, self._max_tokens())
+        encoder = encoder_class(self._connected(), self._style_for(is_chat), mask_prompt, self._max_tokens())
         directory.parent.mkdir(parents=True, exist_ok=True)
         with atomic_directory(directory, overwrite=True) as temporary:
-            for name, conversations in splits.items():
+            for name, examples in splits.items():
                 encoded = tqdm(
-                    encode_all(encoder, conversations),
+                    encode_all(encoder, examples),
                     desc=f"Tokenising the {name} records",
-                    total=len(conversations),
+                    total=len(examples),
                     delay=2,
                     disable=None,
                 )
-                self._write(temporary / name, conversations, encoded, encoder)
+                write(temporary / name, examples, encoded, encoder)
             choice = {"is_chat": is_chat, "mask_prompt": mask_prompt, "end": encoder.end}
             (temporary / CHOICE).write_text(json.dumps(choice), encoding="utf-8")
             write_sums(temporary)
@@ -320,11 +342,11 @@ class SFTData(DataModule):
         fraction = getattr(self, "val_split_fraction", None)
         return HELD_OUT if fraction is None else fraction
 
-    def _split(self) -> dict[str, list[Conversation]]:
+    def _split(self, read: Callable[[str], list[T]]) -> dict[str, list[T]]:
         """The training and the validation records, some of the former held out where there are none of the latter."""
-        train = self.conversations(TRAIN)
+        train = read(TRAIN)
         if self.files()[1]:
-            return {TRAIN: train, VAL: self.conversations(VAL)}
+            return {TRAIN: train, VAL: read(VAL)}
         return dict(zip(SPLITS, hold_out(train, self._fraction(), self.seed), strict=True))
 
     def _write(
@@ -332,7 +354,7 @@ class SFTData(DataModule):
         directory: Path,
         conversations: list[Conversation],
         encoded: Iterable[list[Encoded]],
-        encoder: ConversationEncoder,
+        encoder: ExampleEncoder,
     ) -> None:
         """Write the samples of a split."""
         SampleFile.write(directory, conversations, encoded, encoder, self.on_long == "drop")
@@ -391,16 +413,14 @@ class OneSamplePerRow:
         return [self.samples[row]]
 
 
-def hold_out(
-    conversations: list[Conversation], fraction: float, seed: int
-) -> tuple[list[Conversation], list[Conversation]]:
+def hold_out(examples: list[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
     """Splits off a random `fraction`, at least one and never all; both parts keep their order."""
-    count = len(conversations)
+    count = len(examples)
     held = 0 if fraction == 0 or count < 2 else min(max(1, round(fraction * count)), count - 1)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     chosen = set(order[:held].tolist())
-    train = [conversation for i, conversation in enumerate(conversations) if i not in chosen]
-    return train, [conversation for i, conversation in enumerate(conversations) if i in chosen]
+    train = [example for i, example in enumerate(examples) if i not in chosen]
+    return train, [example for i, example in enumerate(examples) if i in chosen]
 
 
 def describe_samples(summary: Summary, limit: str) -> str:

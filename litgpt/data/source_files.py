@@ -251,7 +251,7 @@ def _parquet_rows(
     with reading(file.path):
         parquet = _parquet(file)
         metadata = parquet.metadata
-        if column not in parquet.schema_arrow.names:
+        if column is None or column not in parquet.schema_arrow.names:
             raise ValueError(f"{file.path} has no column {column!r}; it has: {', '.join(parquet.schema_arrow.names)}.")
         if not _is_text(kind := parquet.schema_arrow.field(column).type):
             raise ValueError(f"{file.path}: the column {column!r} is of type {kind}. Name another with --text_column.")

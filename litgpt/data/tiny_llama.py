@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from litgpt.data.chunk_data import ChunkData, DataSource, splits_of
+from litgpt.data.chunk_data import DataSource, FolderData, splits_of
 from litgpt.data.object_store import join
 
 # Shares of the samples, from TinyLlama's training code (https://github.com/jzhang38/TinyLlama).
@@ -12,7 +12,7 @@ SLIMPAJAMA, STARCODER = 0.693584, 0.306416
 
 
 @dataclass(repr=False)
-class TinyLlama(ChunkData):
+class TinyLlama(FolderData):
     """SlimPajama (627 billion tokens) and StarCoder's data, prepared beforehand in data_path/slimpajama and
     data_path/starcoder: see `litgpt prepare_dataset --help`.
     """

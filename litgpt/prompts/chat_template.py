@@ -115,7 +115,7 @@ class ChatTemplate(PromptStyle):
             messages = _call_form(source, tuple(self.special_tokens.items())).apply(messages)
         return source, _variables(messages, add_generation_prompt, {**self.special_tokens, **variables})
 
-    def closing_text(self) -> str:
+    def reply_end(self) -> str:
         return _closing(self.source_for(None), tuple(self.special_tokens.items()))
 
     def source_for(self, tools: Any) -> str:

@@ -89,13 +89,13 @@ class PromptStyle(ABC):
             sequences.append([closing])
         return [list(sequence) for sequence in dict.fromkeys(map(tuple, sequences))]
 
-    def closing_text(self) -> str:
+    def reply_end(self) -> str:
         """What is written after a reply: `end`, unless the format finds it in another way."""
         return self.end
 
     def closing_token(self, tokenizer: Tokenizer) -> int | None:
         """The marker that closes a reply in this format; None where other text does."""
-        closing = tokenizer.encode_ids(self.closing_text().strip(), bos=False, allow_special=True)[:1]
+        closing = tokenizer.encode_ids(self.reply_end().strip(), bos=False, allow_special=True)[:1]
         return closing[0] if closing and tokenizer.is_marker(closing[0]) else None
 
     def encode(
