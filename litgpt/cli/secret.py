@@ -223,7 +223,7 @@ def _overwrite(found: list[tuple[int, str]], count: int) -> bool:
 
 def _set_title(words: list[str], found: list[tuple[int, str]]) -> None:
     if importlib.util.find_spec("setproctitle"):
-        import setproctitle  # pyrefly: ignore[missing-import] - optional
+        import setproctitle
 
         setproctitle.setproctitle(" ".join(["litgpt", *sys.argv[1:]]))
         return
