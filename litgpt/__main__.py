@@ -78,6 +78,10 @@ COMMANDS = {
     ),
     "chat": Command("litgpt.commands.chat:setup", "Talk with a model"),
     "serve": Command("litgpt.commands.serve:setup", "Answer requests over HTTP, OpenAI's API among them"),
+    "bench": Command(
+        "litgpt.commands.bench:setup",
+        "Measure how many tokens a second a model reads and writes, as llama-bench does",
+    ),
     "evaluate": Command(
         "litgpt.commands.evaluate:setup",
         "Evaluate a model on lm-evaluation-harness's tasks, or by perplexity; `evaluate list` shows the tasks",

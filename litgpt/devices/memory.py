@@ -31,6 +31,20 @@ def memory_used(device: torch.device) -> float:
     return float(peak_rss if sys.platform == "darwin" else peak_rss * 1024)
 
 
+def forget_peak(device: torch.device) -> bool:
+    """Have `memory_used` count from now on; False where the system cannot, and it goes on from the start."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text(
+            "5"
+        )  # https://man7.org/linux/man-pages/man5/proc_pid_clear_refs.5.html
+    except OSError:
+        return False
+    return device.type == "cpu"
+
+
 def memory_present(device: torch.device) -> int | None:
     """Bytes of memory that the device has: of the GPU, or of the machine, as far as its control group lets the process
     have it. None where the system does not say."""

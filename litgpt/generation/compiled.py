@@ -108,6 +108,14 @@ class CompiledDecoder:
             if self._path(kind).exists():
                 self._start(kind)
 
+    def prepare(self, numbers: Iterable[int]) -> bool:
+        """Has the code for these numbers of rows and for reading made, or loaded, and waits for it; as `wait`."""
+        for rows in (*numbers, READING) if self._reads else numbers:
+            kind = rows, self.model.transformer.wte.weight.dtype
+            if kind not in self._threads and not self._failed:
+                self._start(kind)
+        return self.wait()
+
     def wait(self, timeout: float | None = None) -> bool:
         """Waits for what is being compiled or loaded; whether any compiled code is there."""
         for thread in list(self._threads.values()):

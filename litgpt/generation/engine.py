@@ -274,6 +274,9 @@ class Engine(GenerationEngine):
 
     # -- slots and memory
 
+    def prepare(self, numbers: abc.Iterable[int]) -> None:
+        self.runner.prepare(numbers)
+
     def clear_prefix_cache(self) -> None:
         self.cache_manager.clear_prefix_cache()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -97,6 +97,10 @@ class GenerationEngine(ABC):
     @abstractmethod
     def clear_prefix_cache(self) -> None:
         """Have new requests prefill all of their prompts, whatever is known of earlier ones."""
+
+    def prepare(self, numbers: Iterable[int]) -> None:
+        """Wait for what is compiled in the background for so many requests at a time, as a benchmark does."""
+        return
 
     @property
     @abstractmethod

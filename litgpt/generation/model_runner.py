@@ -7,7 +7,7 @@ Shapes: S sequences, B rows of the KV cache, T tokens of a chunk, C the width of
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -76,6 +76,11 @@ class ModelRunner:
             self.decode_step.load(sorted({min(1 << power, max_slots) for power in range(max_slots.bit_length() + 1)}))
         else:
             self.has_one_shape = True  # what torch.compile makes is for the shapes that it has seen
+
+    def prepare(self, numbers: Iterable[int]) -> None:
+        """Wait for the code that is compiled for so many rows, where it can be made before a step asks for it."""
+        if hasattr(self.decode_step, "prepare"):
+            self.decode_step.prepare(sorted(map(power_of_two, numbers)))
 
     # -- prefill
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from litgpt.llm.codec import Codec
 from litgpt.llm.loading import LoadOptions, Parts, check_load, load_parts, random_parts, settled_kind, shown
 from litgpt.llm.placement import Placement, fixed_length, place
 from litgpt.llm.reply import ChatSettings, GenerateSettings, Messages, No, Reply, SamplingSettings, Yes
+from litgpt.llm.timing import timed
 from litgpt.llm.training import LossFunction, next_token_loss, read_trainer_checkpoint, use_checkpoint_names
 from litgpt.model import GPT
 from litgpt.prompts import NamedTemplate, PromptStyle, save_prompt_style
@@ -310,11 +310,9 @@ class LLM(nn.Module):
         figures: dict[str, list[float]] = {}
         replies: list[Reply] = []
         for _ in range(num_iterations):
-            self.worker.clear_prefix_cache()
-            started = time.perf_counter()
             replies = self._replies(prompt, **settings)
-            reply.complete(self.live, replies)
-            for name, value in reply.figures_of(replies, started, self.device).items():
+            timing = timed(self.live, [each.request for each in replies], reply.taking(replies))
+            for name, value in reply.figures_of(replies, timing, self.device).items():
                 figures.setdefault(name, []).append(value)
         answers = reply.answers(replies, return_as_token_ids)
         return answers[0] if isinstance(prompt, str) else answers, figures

@@ -23,7 +23,7 @@ from litgpt.generation.interface import MAX_SLOTS, EngineMaker, EngineOptions
 from litgpt.llm.placement import Placement
 from litgpt.model import GPT
 from litgpt.prompts import NamedTemplate, PromptStyle, choose_prompt_style
-from litgpt.quantization.layers import check_quantize
+from litgpt.quantization.layers import check_quantize, replace_linears
 from litgpt.quantization.weight_only import KINDS as WEIGHT_ONLY
 from litgpt.sources.door import open_model
 from litgpt.sources.find import find_checkpoint, find_here, find_tokenizer
@@ -190,7 +190,7 @@ def random_parts(
     Raises:
         FileNotFoundError, ValueError: As for `LLM.load`.
     """
-    config = _shape_of(model, options.access_token)
+    config = shape_of(model, options.access_token)
     if tokenizer_dir is None and find_here(model, incomplete=True) is None:
         raise ValueError(
             f"init='random' makes the weights of {model}, but not its tokenizer. Give tokenizer_dir, a checkpoint "
@@ -198,15 +198,37 @@ def random_parts(
         )
     tokenizer = Tokenizer(find_tokenizer(tokenizer_dir or model, options.access_token))
     style = choose_prompt_style(Path(tokenizer.dir), explicit=options.prompt_style, config=config, tokenizer=tokenizer)
-    device, autocast = torch.device(best_accelerator() if dtype is None else "cpu"), None
+    device = torch.device(best_accelerator() if dtype is None else "cpu")
+    gpt, engine = random_model(config, options, device, dtype)
+    placement = Placement([device])
+    return Parts(gpt, tokenizer, style, placement, engine, placement.make_engine)
+
+
+def random_model(
+    config: Config, options: LoadOptions, device: torch.device, dtype: torch.dtype | None = None
+) -> tuple[GPT, EngineOptions]:
+    """A model of random weights, and how its engine is to run it.
+
+    Args:
+        config: Its shape.
+        options: What the user wants of it; where it is quantised, random weights are.
+        device: Where it goes.
+        dtype: The type of its weights, in place of the precision of the options.
+
+    Raises:
+        ValueError: The device has no such precision or weights.
+    """
+    autocast = None
     if dtype is None:
-        dtype, autocast = inference_dtypes(options.precision or inference_precision(device), device)
+        precision = options.precision or inference_precision(device)
+        dtype, autocast = inference_dtypes(precision, device)
+        check_quantize(options.quantize, precision, training=False, device=device)
     gpt = meta_model(config)
     give_memory(gpt, dtype, device)
     gpt.init_weights()
-    engine = EngineOptions(compile=options.compile, autocast=autocast)
-    placement = Placement([device])
-    return Parts(gpt, tokenizer, style, placement, engine, placement.make_engine)
+    if options.quantize is not None:
+        replace_linears(gpt, options.quantize, dtype)
+    return gpt.eval(), EngineOptions(compile=options.compile, autocast=autocast)
 
 
 def _say(text: str) -> None:
@@ -214,7 +236,7 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _shape_of(model: str | Path, access_token: Secret | str | None) -> Config:
+def shape_of(model: str | Path, access_token: Secret | str | None) -> Config:
     """The configuration of a known name, or of whatever else names a model; its weights are not needed."""
     path, known = find_here(model, incomplete=True), find_known(str(model).removeprefix("checkpoints/"))
     if path is None and known is None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -15,6 +14,7 @@ from litgpt.devices.memory import memory_used
 from litgpt.generation.live import LiveEngine
 from litgpt.generation.request import Output, Request
 from litgpt.generation.text import TextStream
+from litgpt.llm.timing import Timing
 from litgpt.prompts.styles import Message
 
 Messages: TypeAlias = Sequence[Message]
@@ -56,7 +56,6 @@ class Reply:
         request: What the engine was asked.
         ids: The tokens so far.
         text: Their text so far.
-        began: When the first token came, in seconds of `time.perf_counter`; infinity before.
         written: Makes the text.
     """
 
@@ -64,12 +63,9 @@ class Reply:
         self.request, self.written = request, written
         self.ids: list[int] = []
         self.text = ""
-        self.began = float("inf")
 
     def take(self, output: Output) -> tuple[list[int], str]:
         """Add what one step gave, and return the new tokens and text."""
-        if output.token_ids and not self.ids:
-            self.began = time.perf_counter()
         ids, text = [], ""
         for token_id in output.token_ids:
             ids.append(token_id)
@@ -93,26 +89,31 @@ def answers(replies: Sequence[Reply], as_token_ids: bool) -> list[str] | list[Te
     return [reply.token_ids for reply in replies] if as_token_ids else [reply.text for reply in replies]
 
 
-def figures_of(replies: Sequence[Reply], started: float, device: torch.device) -> dict[str, float]:
-    """What `LLM.benchmark` says of answers that have just ended, which were begun at a time of `time.perf_counter`."""
-    seconds, tokens = time.perf_counter() - started, sum(len(reply.ids) for reply in replies)
+def figures_of(replies: Sequence[Reply], timing: Timing, device: torch.device) -> dict[str, float]:
+    """What `LLM.benchmark` says of answers that have just ended."""
+    seconds, tokens = timing.seconds, sum(len(reply.ids) for reply in replies)
     memory = "Total GPU memory allocated in GB" if device.type == "cuda" else "Peak memory in GB"
     return {
         "Seconds total": seconds,
-        "Seconds to first token": min(reply.began for reply in replies) - started,
+        "Seconds to first token": min(timing.first_tokens),
         "Tokens generated": tokens,
         "Inference speed in tokens/sec": tokens / seconds,
         memory: memory_used(device) / 1e9,
     }
 
 
-def run(engine: LiveEngine, replies: Sequence[Reply]) -> Generator[tuple[list[int], str], None, None]:
-    """Have an engine answer, and yield the new tokens and text of one reply after the other, as they come."""
+def taking(replies: Sequence[Reply]) -> Callable[[int, Output], tuple[tuple[list[int], str], bool]]:
+    """What gives outputs to the replies that they belong to, for `LiveEngine.run`."""
 
     def take(index: int, output: Output) -> tuple[tuple[list[int], str], bool]:
         return replies[index].take(output), replies[index].written.stopped
 
-    return engine.run([reply.request for reply in replies], take)
+    return take
+
+
+def run(engine: LiveEngine, replies: Sequence[Reply]) -> Generator[tuple[list[int], str], None, None]:
+    """Have an engine answer, and yield the new tokens and text of one reply after the other, as they come."""
+    return engine.run([reply.request for reply in replies], taking(replies))
 
 
 def complete(engine: LiveEngine, replies: Sequence[Reply]) -> None:

@@ -42,6 +42,7 @@ LESS = {
     "pretrain": [*TRAIN, *SHAPE, "--train.max_seq_length", 32],
     **dict.fromkeys(("finetune", "finetune_full", "finetune_lora", "finetune_dpo"), FINETUNE),
     **dict.fromkeys(("finetune_adapter", "finetune_adapter_v2"), ADAPTER),
+    "bench": ["--prompt_tokens", 16, "--new_tokens", 4, "--repetitions", 1, "--compile", "false"],
     **dict.fromkeys(("generate", "chat", *(f"generate_{way}" for way in WAYS)), ANSWER),
 }
 
