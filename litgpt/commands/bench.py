@@ -169,7 +169,7 @@ def planned(
     return tests
 
 
-def _numbers(option: str, given: int | str, least: int) -> list[int]:
+def _numbers(option: str, given: int | str, minimum: int) -> list[int]:
     """What an option says that takes several numbers.
 
     Raises:
@@ -182,8 +182,8 @@ def _numbers(option: str, given: int | str, least: int) -> list[int]:
             f"--{option} {given} is not possible: give numbers with commas between them, as 1,8."
         ) from None
     for number in numbers:
-        if number < least:
-            raise ValueError(f"--{option} {number} is not possible: give {least} or more.")
+        if number < minimum:
+            raise ValueError(f"--{option} {number} is not possible: give {minimum} or more.")
     return numbers
 
 
