@@ -1,0 +1,114 @@
+"""The library of kernels, and what it does with tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+
+import torch
+from torch import Tensor
+
+from litgpt.kernels.build import NoLibraryError, library_path
+from litgpt.kernels.levels import Level, chosen
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+INT8, INT4 = 3, 4
+PIECE = 2**22  # values of a weight that are widened at a time
+
+
+class Matrix(ctypes.Structure):
+    """A weight, as matrix.h has it."""
+
+    _fields_ = [
+        ("type", ctypes.c_int32),
+        ("scale_type", ctypes.c_int32),
+        ("out", ctypes.c_int64),
+        ("in_", ctypes.c_int64),
+        ("values", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("exact", ctypes.c_int64),
+    ]
+
+
+_library: ctypes.CDLL | None = None
+_failure: str | None = None
+_lock = threading.Lock()
+
+
+def library() -> ctypes.CDLL | None:
+    """The library for this CPU, loaded, and built before if need be; None where there is none, which is said once."""
+    global _library, _failure
+    if _library is None and _failure is None:
+        with _lock:
+            if _library is None and _failure is None:
+                try:
+                    _library = load(chosen())
+                except NoLibraryError as error:
+                    _failure = str(error)
+                    _say(f"litgpt's kernels for CPUs are not used: {_failure}. What they would do is slower.")
+    return _library
+
+
+def linear(matrix: Matrix, x: Tensor, exact: bool = False) -> Tensor:
+    """(..., in) -> (..., out), in the type of x, which is float32, bfloat16 or float16."""
+    flat = x.reshape(-1, matrix.in_).contiguous()
+    y = torch.empty(flat.size(0), matrix.out, dtype=x.dtype)
+    kind, loaded = TYPES[x.dtype], library()
+    assert loaded is not None
+    matrix.exact = exact
+    if loaded.litgpt_linear(
+        ctypes.byref(matrix), flat.data_ptr(), kind, y.data_ptr(), kind, flat.size(0), torch.get_num_threads()
+    ):
+        raise MemoryError(f"There is no memory for {flat.size(0)} rows of {matrix.in_} inputs.")
+    return y.view(*x.shape[:-1], matrix.out)
+
+
+def widened_product(matrix: Matrix, x: Tensor) -> Tensor:
+    """(..., in) -> (..., out) for many rows: torch's product with some rows of the weight at a time."""
+    flat = x.reshape(-1, matrix.in_)
+    y = torch.empty(flat.size(0), matrix.out, dtype=x.dtype)
+    rows = max(PIECE // max(matrix.in_, 1) // 64, 1) * 64
+    room = torch.empty(min(rows, matrix.out), matrix.in_, dtype=x.dtype)
+    for first in range(0, matrix.out, rows):
+        some = widen(matrix, first, min(first + rows, matrix.out), room)
+        if rows >= matrix.out:
+            torch.mm(flat, some.T, out=y)
+        else:
+            y[:, first : first + rows] = flat @ some.T
+    return y.view(*x.shape[:-1], matrix.out)
+
+
+def widen(matrix: Matrix, first: int, end: int, room: Tensor) -> Tensor:
+    """(end - first, in) rows of a weight as numbers, put into a tensor that has room for them."""
+    some, loaded = room[: end - first], library()
+    assert loaded is not None
+    loaded.litgpt_widen(ctypes.byref(matrix), some.data_ptr(), TYPES[room.dtype], first, end, torch.get_num_threads())
+    return some
+
+
+def load(level: Level | None) -> ctypes.CDLL:
+    """The library for a level, built before if need be.
+
+    Raises:
+        NoLibraryError: There is none; says why.
+    """
+    if level is None:
+        raise NoLibraryError("there are none for this CPU, or LITGPT_CPU_LEVEL is none")
+    path = library_path(level, _say)
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NoLibraryError(f"'{path}' cannot be loaded ({error})") from error
+    pointer, number, size = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    matrix = ctypes.POINTER(Matrix)
+    loaded.litgpt_linear.argtypes = [matrix, pointer, number, pointer, number, size, size]
+    loaded.litgpt_widen.argtypes = [matrix, pointer, number, size, size, size]
+    loaded.litgpt_widen.restype = None
+    if loaded.litgpt_start():
+        raise NoLibraryError("the system lets no process use the CPU's tiles. Set LITGPT_CPU_LEVEL=avx512bf16")
+    return loaded
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
