@@ -157,7 +157,7 @@ def setup(
         style = chosen_style(llm.prompt_style, apply_chat_template) if own_names else llm.prompt_style
         model = Evaluated(replicas.run, llm.tokenizer, llm.config, style, llm.name)
         parts, interruption = results_of(work, model)
-        if not parts:
+        if interruption is not None and not parts:
             tell("Nothing is done yet, so nothing is written.")
             raise interruption
         results = report.merged(

@@ -7,7 +7,7 @@ import os
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,7 @@ class Tasks:
         self.lm = EngineLM(model, seed=self.options.seed, tell=show_prompt)
         self._set_seeds()
         with _quiet_workers():
-            return evaluate(self.lm, self.loaded, limit=self.options.limit, **self._settings())
+            return self._evaluate(self.lm, self.loaded, limit=self.options.limit)
 
     def part(self) -> dict[str, Any] | None:
         """The figures over the documents whose requests have all been answered so far."""
@@ -112,18 +112,28 @@ class Tasks:
         if not tasks:
             return None
         with _quiet_workers():
-            return evaluate(_Answered(self.lm), {"tasks": tasks}, samples=documents, **self._settings())
+            return self._evaluate(_Answered(self.lm), {"tasks": tasks}, documents=documents)
 
-    def _settings(self) -> dict[str, Any]:
-        options = self.options
-        return {
-            "bootstrap_iters": BOOTSTRAPS,
-            "log_samples": True,
-            "system_instruction": options.system_instruction,
-            "apply_chat_template": options.apply_chat_template,
-            "fewshot_as_multiturn": options.fewshot_as_multiturn,
-            "confirm_run_unsafe_code": False,
-        }
+    def _evaluate(
+        self,
+        lm: LM,
+        tasks: dict[str, Any],
+        *,
+        limit: float | None = None,
+        documents: dict[str, list[int]] | None = None,
+    ) -> dict[str, Any]:
+        return evaluate(
+            lm,
+            tasks,
+            limit=limit,
+            samples=documents,
+            bootstrap_iters=BOOTSTRAPS,
+            log_samples=True,
+            system_instruction=self.options.system_instruction,
+            apply_chat_template=self.options.apply_chat_template,
+            fewshot_as_multiturn=self.options.fewshot_as_multiturn,
+            confirm_run_unsafe_code=False,
+        )
 
     def _set_seeds(self) -> None:
         import numpy as np
@@ -180,7 +190,7 @@ class _Answered(LM):
 
 
 @contextlib.contextmanager
-def _quiet_workers() -> Iterator[None]:
+def _quiet_workers() -> Generator[None, None, None]:
     """The harness resamples for standard errors in processes of its own, with as many threads each as there are cores;
     tokenizers in this process then warn about being forked."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")

@@ -161,6 +161,7 @@ class Perplexity:
 
     def __init__(self, source: Path, window: int | None, stride: int | None, limit: float | None) -> None:
         self.source, self.window, self.stride = source, window, stride
+        self._pace: tuple[int, int] | None = None  # window and stride, once the model says what its context is
         self.documents = read_texts(source)
         self.num_all = len(self.documents)
         if limit is not None:
@@ -169,22 +170,21 @@ class Perplexity:
     def results(self, model: Evaluated) -> dict[str, Any]:
         """The figures; a table of the documents is printed."""
         context = model.config.block_size
-        self.window = context if self.window is None else self.window
-        if not 2 <= self.window <= context:
-            raise ValueError(
-                f"--max_seq_length {self.window} is not possible: give 2 to {context}, the model's context."
-            )
-        self.stride = self.window // 2 if self.stride is None else self.stride
-        if not 1 <= self.stride <= self.window:
-            raise ValueError(f"--stride {self.stride} is not possible: give 1 to {self.window}, a window's tokens.")
-        measure(model.run, model.tokenizer, self.documents, window=self.window, stride=self.stride)
+        window = context if self.window is None else self.window
+        if not 2 <= window <= context:
+            raise ValueError(f"--max_seq_length {window} is not possible: give 2 to {context}, the model's context.")
+        stride = window // 2 if self.stride is None else self.stride
+        if not 1 <= stride <= window:
+            raise ValueError(f"--stride {stride} is not possible: give 1 to {window}, a window's tokens.")
+        self._pace = window, stride
+        measure(model.run, model.tokenizer, self.documents, window=window, stride=stride)
         print(table(self.documents), end="\n\n")
-        return figures(self.documents, self.source, self.window, self.stride, self.num_all)
+        return figures(self.documents, self.source, window, stride, self.num_all)
 
     def part(self) -> dict[str, Any] | None:
         """The figures of the documents that have been read."""
         done = [document for document in self.documents if document.num_tokens and not document.windows_left]
-        return figures(done, self.source, self.window, self.stride, self.num_all) if done else None
+        return figures(done, self.source, *self._pace, self.num_all) if done and self._pace is not None else None
 
 
 def figures(documents: list[Document], source: Path, window: int, stride: int, num_all: int) -> dict[str, Any]:

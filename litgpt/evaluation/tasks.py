@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,11 @@ from typing import Any
 import yaml
 
 from litgpt.cli.suggest import did_you_mean
+
+try:
+    from yaml import CSafeLoader as SafeLoader
+except ImportError:  # written in Python: slower
+    from yaml import SafeLoader
 
 INSTALL = (
     "Evaluating on tasks needs EleutherAI's lm-evaluation-harness: pip install 'litgpt[all]' or pip install lm_eval"
@@ -28,13 +33,6 @@ NO_NAMES = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")  # to Y
 FAULTY = (yaml.YAMLError, ValueError, OSError, KeyError, TypeError)  # what a file that is no task raises
 FILE_FORMATS = ("json", "csv", "parquet", "arrow", "text")  # what `datasets` reads without the Hub
 REACHABLE_WITHIN = 5  # seconds
-
-
-class _Names(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):
-    """Reads a file without importing what its `!function` tags name."""
-
-
-_Names.add_constructor("!function", lambda loader, node: str(node.value))
 
 
 def require_harness() -> None:
@@ -193,7 +191,9 @@ def _parsed(blocks: Sequence[str]) -> dict[str, Any]:
     plain = [PLAIN.fullmatch(block) for block in blocks]
     if all(match and match[2].lower() not in NO_NAMES for match in plain):  # so are most: ten times as fast
         return {match[1]: match[2] for match in plain if match}
-    return yaml.load("".join(f"{block}\n" for block in blocks), Loader=_Names) or {}
+    text = "".join(f"{block}\n" for block in blocks)
+    # Only the harness's own loader knows this tag, and imports what it names.
+    return yaml.load(text.replace("!function ", "!!str "), Loader=SafeLoader) or {}
 
 
 def _is_local(entry: Any) -> bool:
@@ -230,7 +230,7 @@ def _stay_offline_if_so() -> None:
 
 
 @contextlib.contextmanager
-def _explained(task: str) -> Iterator[None]:
+def _explained(task: str) -> Generator[None, None, None]:
     """Says of a task that cannot be loaded which it is, and what helps."""
     try:
         yield

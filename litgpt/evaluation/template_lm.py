@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -56,12 +56,12 @@ class EngineLM(TemplateLM):
     ) -> None:
         super().__init__()
         self.model, self.seed, self.tell = model, seed, tell
-        self.run, self.tokenizer, self.config, self.style = model.run, model.tokenizer, model.config, model.style
+        self.run, self.config, self.style = model.run, model.config, model.style
         self.answered: dict[int, list[Answer]] = defaultdict(list)
         self._told: set[str] = set()
         self._instances: Sequence[Instance] = ()
         self._encode = lru_cache(maxsize=64)(self._encode_once)  # a context comes with each of its choices
-        self.generation = generation_defaults(self.tokenizer)
+        self.generation = generation_defaults(self.model.tokenizer)
 
     # -- what the model is
 
@@ -75,23 +75,24 @@ class EngineLM(TemplateLM):
         return MAX_NEW_TOKENS
 
     @property
-    def eot_token_id(self) -> int | None:
-        return self.tokenizer.eos_id
-
-    @property
     def prefix_token_id(self) -> int:
         """What stands before a text that has no context."""
-        return prefix_token(self.tokenizer)
+        return prefix_token(self.model.tokenizer)
+
+    @property
+    def eot_token_id(self) -> int:
+        """What the harness puts there where a model says nothing else."""
+        return self.prefix_token_id
 
     @property
     def tokenizer_name(self) -> str:
-        return str(self.tokenizer.dir).replace("/", "__")
+        return str(self.model.tokenizer.dir).replace("/", "__")
 
     # -- text and tokens
 
     @property
     def _prefix_text(self) -> str:
-        return self.tokenizer.decode([self.prefix_token_id], skip_special=False)
+        return self.model.tokenizer.decode([self.prefix_token_id], skip_special=False)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         if add_special_tokens is None:
@@ -100,11 +101,11 @@ class EngineLM(TemplateLM):
 
     def _encode_once(self, string: str, surrounded: bool) -> list[int]:
         around = None if surrounded else False  # None: as the checkpoint says
-        return self.tokenizer.encode_ids(string, bos=around, eos=around, allow_special=True)
+        return self.model.tokenizer.encode_ids(string, bos=around, eos=around, allow_special=True)
 
     def _encode_prompt(self, text: str) -> list[int]:
         """The tokens of what an answer is generated for."""
-        bos = self.tokenizer.special_tokens.get("bos_token")
+        bos = self.model.tokenizer.special_tokens.get("bos_token")
         ids = self.tok_encode(text, add_special_tokens=not (bos and text.startswith(bos)))
         return ids or [self.prefix_token_id]
 
@@ -141,7 +142,7 @@ class EngineLM(TemplateLM):
             self._instances = ()
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
         answers: list[Any] = [None] * len(requests)
         with bar(len(requests), "Scoring answers") as progress:
@@ -167,11 +168,11 @@ class EngineLM(TemplateLM):
             of_this = [make_disjoint_window(window) for window in rolling]
             windows += of_this
             owners += [index] * len(of_this)
-        found: list[list[float | None]] = [[] for _ in requests]
+        found: list[list[float]] = [[] for _ in requests]
         places = []
         for owner in owners:
             places.append(len(found[owner]))
-            found[owner].append(None)
+            found[owner].append(0.0)
         missing = [len(of_this) for of_this in found]
 
         def finish(index: int) -> None:
@@ -225,7 +226,7 @@ class EngineLM(TemplateLM):
                 if place is None:
                     continue
                 index = order[place]
-                answers[index] = replies[index].text(self.tokenizer)
+                answers[index] = replies[index].text(self.model.tokenizer)
                 self.answered[id(requests[index])].append(answers[index])
                 self.cache_hook.add_partial("generate_until", requests[index].args, answers[index])
                 progress.update()
@@ -234,7 +235,8 @@ class EngineLM(TemplateLM):
     def _reply(self, instance: Instance, seed: int) -> Continuation:
         text, settings = instance.args
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
-        eos = self.tokenizer.decode([self.eot_token_id], skip_special=False) if self.eot_token_id is not None else None
+        eos_id = self.model.tokenizer.eos_id
+        eos = None if eos_id is None else self.model.tokenizer.decode([eos_id], skip_special=False)
         until = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
         count = kwargs.pop("max_gen_toks")
         room = self.max_length - count
@@ -247,16 +249,16 @@ class EngineLM(TemplateLM):
         if (whole := kwargs.pop("max_length", None)) is not None:  # transformers' name: the prompt counts
             count = max(1, int(whole) - len(prompt))
         sampling = self._sampling(kwargs, str(instance.task_name))
-        ends = [[token_id] for token_id in sorted(self.generation["eos"])]
+        ends = [[token_id] for token_id in sorted(self.generation.ends)]
         texts = []
         for stop in until:
-            ids = self.tokenizer.encode_ids(stop, bos=False, allow_special=True) if stop else []
-            if len(ids) == 1 and self.tokenizer.is_control(ids[0]):
+            ids = self.model.tokenizer.encode_ids(stop, bos=False, allow_special=True) if stop else []
+            if len(ids) == 1 and self.model.tokenizer.is_control(ids[0]):
                 ends.append(ids)  # no text, so it never is in one
             else:
                 texts.append(stop)
         request = Request(prompt, min(count, self.max_length - len(prompt)), replace(sampling, seed=seed), ends)
-        return Continuation(request, TextStream(self.tokenizer, texts), texts)
+        return Continuation(request, TextStream(self.model.tokenizer, texts), texts)
 
     def _sampling(self, kwargs: dict[str, Any], task: str) -> Sampling:
         """How the answers to a task are drawn.
@@ -275,24 +277,34 @@ class EngineLM(TemplateLM):
                 f"{', '.join(SETTINGS)}, do_sample, until and max_gen_toks. Evaluate without the task, or change it "
                 "with a file of your own (--include_path)."
             )
-        settings = {"top_k": DEFAULT_TOP_K, **self.generation["sampling"], **given}
+        settings = {"top_k": DEFAULT_TOP_K, **self.generation.sampling, **given}
+
+        def setting(name: str, default: float) -> float:
+            value = settings.get(name)
+            return default if value is None else float(value)
+
         if not draws:
-            return Sampling(0, repetition_penalty=float(settings.get("repetition_penalty", 1)))
+            return Sampling(0, repetition_penalty=setting("repetition_penalty", 1))
         if not (temperature := float(given.get("temperature", 0))) > 0:
             raise ValueError(
                 f"Task {task} is to draw its answers (do_sample) at temperature {temperature:g}. Give a higher one, "
                 'such as --gen_kwargs "temperature=1.0", or "do_sample=False".'
             )
-        return Sampling(**{name: float(settings[name]) for name in SETTINGS if settings.get(name) is not None}
-                        | {"top_k": int(settings["top_k"] or 0)})  # fmt: skip
+        return Sampling(
+            temperature,
+            top_k=int(setting("top_k", 0)),
+            top_p=setting("top_p", 1),
+            min_p=setting("min_p", 0),
+            repetition_penalty=setting("repetition_penalty", 1),
+        )
 
     def _tell_first(self, requests: Sequence[Instance]) -> None:
         for request in requests:
             name = str(request.task_name)
             if name not in self._told:
                 self._told.add(name)
-                continuation = request.args[1] if request.request_type == "loglikelihood" else None
-                self.tell(name, request.args[0], continuation)
+                prompt, *rest = request.args
+                self.tell(name, prompt, rest[0] if request.request_type == "loglikelihood" else None)
 
 
 class Continuation:
@@ -313,8 +325,18 @@ class Continuation:
         return postprocess_generated_text(tokenizer.decode_at_once(self.ids), self.stops, None)
 
 
-def generation_defaults(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a checkpoint's generation_config.json says: tokens that end an answer, and how answers are drawn."""
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """What a checkpoint says about answers."""
+
+    ends: set[int]
+    """The tokens that end one."""
+    sampling: dict[str, Any]
+    """How they are drawn: those of SETTINGS that it sets."""
+
+
+def generation_defaults(tokenizer: Tokenizer) -> GenerationDefaults:
+    """What a checkpoint's generation_config.json says, or its config.json where there is none."""
     found: dict[str, Any] = {}
     for name in ("generation_config.json", "config.json"):
         file = tokenizer.dir / name
@@ -326,4 +348,4 @@ def generation_defaults(tokenizer: Tokenizer) -> dict[str, Any]:
     eos = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
     if tokenizer.eos_id is not None:
         eos.add(tokenizer.eos_id)
-    return {"eos": eos, "sampling": {name: found[name] for name in SETTINGS if found.get(name) is not None}}
+    return GenerationDefaults(eos, {name: found[name] for name in SETTINGS if found.get(name) is not None})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 _speaking = threading.Lock()
@@ -12,7 +12,7 @@ _waiting: list[str] | None = None  # notes, while an answer is printed
 
 
 @contextmanager
-def notes_wait() -> Iterator[None]:
+def notes_wait() -> Generator[None, None, None]:
     """Within `with` an answer is being printed: a note that goes to stderr would stand in the middle of it, so it waits
     until the end."""
     global _waiting

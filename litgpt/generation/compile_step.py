@@ -131,12 +131,15 @@ def compile_step(specification: dict[str, Any], path: Path) -> None:
                 made = torch._inductor.aoti_compile_and_package(
                     program, package_path=str(temporary.with_suffix(".pt2")), inductor_configs=options
                 )
-                Program(made, step.model)(*example[:3], example[3].size(0))  # what does not run is not kept
+                tokens, positions, state, reach = example
+                Program(made, step.model)(tokens, positions, state, reach.size(0))  # what does not run is not kept
                 os.replace(made, temporary)
 
 
-def _step_and_example(specification: dict[str, Any]) -> tuple[DecodeStep, tuple[Any, ...]]:
-    """The step of such a model, and arguments of it. Weights have addresses, but no memory is filled."""
+def _step_and_example(
+    specification: dict[str, Any],
+) -> tuple[DecodeStep, tuple[Tensor, Tensor, list[Tensor], Tensor]]:
+    """The step of such a model, and arguments of its `forward`. Weights have addresses, but no memory is filled."""
     dtype = getattr(torch, specification["dtype"])
     with torch.device("meta"):
         model = GPT(Config(**specification["config"])).eval()

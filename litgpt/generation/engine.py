@@ -17,7 +17,7 @@ import contextlib
 import itertools
 import math
 from collections import abc, deque
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 
@@ -263,7 +263,7 @@ class Engine(GenerationEngine):
         return self.cache_manager.cache
 
     @contextlib.contextmanager
-    def _discarding_on_error(self, sequences: list[Sequence]) -> Iterator[None]:
+    def _discarding_on_error(self, sequences: list[Sequence]) -> Generator[None, None, None]:
         """Within, these are in the middle of a call of the model."""
         try:
             yield

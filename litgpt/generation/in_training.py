@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -50,7 +50,7 @@ def complete(
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def _evaluating(module: nn.Module) -> Generator[None, None, None]:
     """In evaluation mode, and not compiled: each new length of the cache would be compiled for, until the limit is
     reached and training is no longer compiled either."""
     training = [part for part in module.modules() if part.training]

@@ -231,8 +231,9 @@ class KVCacheManager:
         assert self.cache is not None
         if not self.cache.can_rewind(held, known):
             return False  # a sliding window has dropped earlier tokens for later ones
-        if self.model.config.rope_kind == "longrope":  # short and long sequences are rotated differently
-            limit = self.model.config.rope_adjustments["original_max_seq_len"]
+        adjustments = self.model.config.rope_adjustments
+        if adjustments is not None and self.model.config.rope_kind == "longrope":
+            limit = adjustments["original_max_seq_len"]  # short and long sequences are rotated differently
             return (slot.max_length > limit) == (max_length > limit)
         return True
 

@@ -7,7 +7,7 @@ import queue
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -115,7 +115,7 @@ class LiveEngine:
         return reason
 
     @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def _evaluating(self) -> Generator[None, None, None]:
         with self._lock:
             if not self._callers:
                 self._in_training = [module for module in self.model.modules() if module.training]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from litgpt.generation.engine import Engine
+from litgpt.generation.interface import MAX_SLOTS
 from litgpt.generation.model_runner import ModelRunner
 from litgpt.generation.request import Output, Request, TokenLogprob
 from litgpt.generation.sampling import Sampler, Sampling
@@ -65,7 +66,7 @@ class RankModelRunner(ModelRunner):
             tokens, logprobs = super().sample(logits, sequences, sampler)
         else:
             tokens = torch.empty(len(sequences), dtype=torch.int64, device=self.device)
-            logprobs = [None] * len(sequences)
+            logprobs: list[TokenLogprob | None] = [None] * len(sequences)
         self.group.broadcast(tokens)
         return tokens, logprobs
 
@@ -78,17 +79,24 @@ class RankEngine(Engine):
     Args:
         model: This rank's part of the model (`litgpt.parallel.tensor_parallel`).
         ranks: The channel between them.
-        options: As for `Engine`; on rank 0, which lets the others know.
+        max_slots, autocast, fixed_length: As for `Engine`; rank 0 lets the others know.
     """
 
     def __init__(
-        self, model: GPT, ranks: Ranks, *, autocast: torch.dtype | None = None, compile: bool = False, **options: Any
+        self,
+        model: GPT,
+        ranks: Ranks,
+        *,
+        max_slots: int = MAX_SLOTS,
+        autocast: torch.dtype | None = None,
+        fixed_length: int | None = None,
     ) -> None:
         self.ranks, self.leads = ranks, ranks.group.rank == 0
         self._news: News = []
         if self.leads:
-            ranks.tell([("engine", {**options, "autocast": autocast and str(autocast).removeprefix("torch.")})])
-        super().__init__(model, autocast=autocast, **options)
+            name = autocast and str(autocast).removeprefix("torch.")
+            ranks.tell([("engine", (max_slots, name, fixed_length))])
+        super().__init__(model, max_slots=max_slots, autocast=autocast, fixed_length=fixed_length)
         in_one_memory = ranks.group.count if self.device.type == "cpu" else 1
         with self._together():  # all must admit the same requests
             self._max_bytes = ranks.group.all_reduce_min(self.cache_bytes / in_one_memory)
@@ -131,7 +139,7 @@ class RankEngine(Engine):
             return super().step()
 
     @contextlib.contextmanager
-    def _together(self) -> Iterator[None]:
+    def _together(self) -> Generator[None, None, None]:
         """What all ranks do at the same time."""
         try:
             with self.ranks.group.together():
@@ -167,7 +175,9 @@ def follow(model: GPT, ranks: Ranks) -> None:
         for what, about in news:
             if what == "engine":
                 engine = None  # its memory is free before the next one's
-                autocast = about.pop("autocast")
-                engine = RankEngine(model, ranks, autocast=autocast and getattr(torch, autocast), **about)
+                max_slots, name, fixed_length = about
+                autocast = name and getattr(torch, name)
+                engine = RankEngine(model, ranks, max_slots=max_slots, autocast=autocast, fixed_length=fixed_length)
             else:
+                assert engine is not None, "what rank 0 tells first is how to make an engine"
                 engine.do(what, about)

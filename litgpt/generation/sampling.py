@@ -85,20 +85,28 @@ class Sampling:
         return any(map(bool, penalties))
 
 
+class TopK(NamedTuple):
+    """How many candidates some rows keep, 0 for none."""
+
+    limits: Tensor
+    """(B, 1)."""
+    largest: int
+    smallest: int
+    """Of the rows, known without asking the device."""
+
+
 class Filters(NamedTuple):
     """The settings of some rows, each (B, 1); None where no row has such a setting."""
 
     temperature: Tensor | None
-    top_k: Tensor | None
+    top_k: TopK | None
     top_p: Tensor | None
     min_p: Tensor | None
-    candidates: list[int] | None
-    """top_k again, known without asking the device."""
 
     @classmethod
     def of(cls, samplings: Sequence[Sampling], device: torch.device | str) -> Filters:
-        def column(values: list, wanted: bool = True) -> Tensor | None:
-            return torch.tensor(values, device=device)[:, None] if wanted else None
+        def column(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, device=device)[:, None]
 
         temperature = [sampling.temperature for sampling in samplings]
         top_k = [sampling.top_k or 0 for sampling in samplings]
@@ -106,11 +114,10 @@ class Filters(NamedTuple):
         top_p = [sampling.top_p if sampling.top_p < 1 else float("inf") for sampling in samplings]
         min_p = [sampling.min_p for sampling in samplings]
         return cls(
-            column(temperature, wanted=any(value != 1 for value in temperature)),
-            column(top_k, wanted=any(top_k)),
-            column(top_p, wanted=min(top_p) < 1),
-            column(min_p, wanted=any(min_p)),
-            top_k if any(top_k) else None,
+            column(temperature) if any(value != 1 for value in temperature) else None,
+            TopK(column(top_k), max(top_k), min(top_k)) if any(top_k) else None,
+            column(top_p) if min(top_p) < 1 else None,
+            column(min_p) if any(min_p) else None,
         )
 
 
@@ -161,10 +168,10 @@ def filtered(logits: Tensor, filters: Filters) -> tuple[Tensor, Tensor | None]:
         logits = logits / filters.temperature
     candidates = None
     if filters.top_k is not None:
-        most = min(max(filters.candidates), logits.size(-1))
+        most = min(filters.top_k.largest, logits.size(-1))
         logits, candidates = logits.topk(most, dim=-1)
-        if min(filters.candidates) < most:
-            excluded = torch.arange(most, device=logits.device) >= filters.top_k
+        if filters.top_k.smallest < most:
+            excluded = torch.arange(most, device=logits.device) >= filters.top_k.limits
             logits = logits.masked_fill(excluded, float("-inf"))
     elif filters.top_p is not None:
         logits, candidates = logits.sort(dim=-1, descending=True)

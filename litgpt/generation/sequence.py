@@ -25,7 +25,6 @@ class Sequence:
         num_generated: Tokens of the answer so far.
         last_token: The last of these.
         finish_reason: As in `Output`.
-        generator: Of the random numbers that draw its tokens; None where no token is asked for.
         prompt_logprobs: Log-probabilities of the prompt's tokens that no output has given yet.
     """
 
@@ -42,14 +41,19 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprob] = []
         self._pending: list[tuple[int, TokenLogprob | None]] = []  # the beginning of what may become a stop sequence
         # What is only scored draws nothing: of many thousands at a time, none has a generator.
-        self.generator: torch.Generator | None = None
+        self._generator: torch.Generator | None = None
         if request.max_new_tokens:
-            self.generator = torch.Generator(device)
             seed = request.sampling.seed
             if seed is None:
                 seed = int(torch.randint(2**62, ()))
-            self.generator.manual_seed(seed)
+            self._generator = torch.Generator(device).manual_seed(seed)
         self._penalties: Penalties | None = None
+
+    @property
+    def generator(self) -> torch.Generator:
+        """The random numbers that draw its tokens: of a request that asks for any."""
+        assert self._generator is not None, "a request that is only scored draws no tokens"
+        return self._generator
 
     @property
     def length(self) -> int:

@@ -115,18 +115,18 @@ class PaddedEmbedding(nn.Embedding):
     """The embedding in the compiled step. What is no token (-1), since its row has no request, is zero: the layers
     after it have nothing to multiply there."""
 
-    def forward(self, idx: Tensor) -> Tensor:
-        """(B, T) -> (B, T, C)."""
-        return super().forward(idx.clamp(min=0)).masked_fill(idx[..., None] < 0, 0)
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, T) token ids -> (B, T, C)."""
+        return super().forward(input.clamp(min=0)).masked_fill(input[..., None] < 0, 0)
 
 
 class SkinnyLinear(nn.Linear):
     """A linear layer in the compiled step, with the model's weight."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        y = torch.ops.litgpt.skinny_linear(x.reshape(-1, self.in_features).contiguous(), self.weight)
-        y = y.view(*x.shape[:-1], self.out_features)
+        y = torch.ops.litgpt.skinny_linear(input.reshape(-1, self.in_features).contiguous(), self.weight)
+        y = y.view(*input.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
 

@@ -118,26 +118,26 @@ class RewindableModel:
         if tokens.numel() > PREFILL_CHUNK:
             *chunks, end = *tokens[:-last].split(PREFILL_CHUNK), tokens[-last:]
             for chunk in chunks:
-                self._hidden(chunk)
+                self._hidden(chunk, self.cache)
             tokens = end
-        hidden = self._hidden(tokens)
+        hidden = self._hidden(tokens, self.cache)
         with precision(self.device, self.autocast):
             return self.model.logits(hidden[-last:])
 
     def rewind(self, length: int) -> None:
         """Forgets all from the token at `length` on."""
-        if length < self.length:
+        if self.cache is not None and length < self.length:
             self.cache.rewind(0, length)
             self.length = length
 
-    def _hidden(self, tokens: Tensor) -> Tensor:
+    def _hidden(self, tokens: Tensor, cache: KVCache) -> Tensor:
         # From the beginning on the model needs no positions, and takes its fastest attention kernel.
         end = self.length + tokens.numel()
         positions = torch.arange(self.length, end, device=self.device)[None] if self.length else None
         self.length = end
-        limit_attention(self.cache, self.length)
+        limit_attention(cache, self.length)
         with precision(self.device, self.autocast):
-            return self.model.hidden_states(tokens[None], positions, cache=self.cache)[0]
+            return self.model.hidden_states(tokens[None], positions, cache=cache)[0]
 
 
 class SpeculativeEngine(GenerationEngine):

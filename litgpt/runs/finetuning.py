@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from litgpt import cli
 from litgpt.checkpoint import WEIGHTS, copy_companion_files
@@ -189,7 +190,7 @@ class Finetuning(Job):
         default = inspect.signature(self.optimizer_spec.load_class()).parameters["lr"].default
         return float(self.optimizer_spec.init_args.get("lr", default))
 
-    def train(self, model: nn.Module, optimizer: Any, save_weights: Save, saved: Saved) -> Outcome:
+    def train(self, model: nn.Module, optimizer: Optimizer, save_weights: Save, saved: Saved) -> Outcome:
         """Train, and have the model answer validation samples on the way.
 
         Args:

@@ -16,12 +16,14 @@ The commands call them, and say between them what model it is and what is traine
 from __future__ import annotations
 
 import pprint
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from litgpt import cli
 from litgpt.data.base import DataModule
@@ -92,7 +94,7 @@ class Job:
     fabric: Fabric
     console: Console
     batches: BatchStream
-    val_batches: Sequence | Any
+    val_batches: DataLoader | list
     plan: Plan
     flops_per_token: float
     loss: LossModule
@@ -219,18 +221,20 @@ class Job:
         add_noise(loss, train.neftune_noise_alpha)
         return self.fabric.setup_module(loss)
 
-    def build_optimizer(self, parameters: list[Any]) -> Any:
+    def build_optimizer(self, parameters: Iterable[tuple[str, nn.Parameter] | dict[str, Any]]) -> Optimizer:
         """The optimizer, over parameters of the model as it is on the devices.
 
         Args:
             parameters: (name, parameter) pairs, or groups of parameters.
         """
-        return self.fabric.setup_optimizers(self.optimizer_spec.build(parameters))
+        optimizer = self.fabric.setup_optimizers(self.optimizer_spec.build(parameters))
+        assert isinstance(optimizer, Optimizer)  # Fabric's wrapper of one is of its class, too
+        return optimizer
 
     def fit(
         self,
         model: nn.Module,
-        optimizer: Any,
+        optimizer: Optimizer,
         save: Save,
         inputs: Inputs,
         *,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from litgpt.generation.request import Output, Request, TokenLogprob
@@ -64,7 +64,7 @@ class Answers:
         self.service, self.model, self.requests, self.param = service, model, requests, param
         joins = joins or model.codec.style.continues_text
         self._texts = [
-            AnswerText(model.codec.tokenizer, request.constraint, stops, request.prompt if joins else (), shown)
+            AnswerText(model.codec.tokenizer, grammar_of(request), stops, request.prompt if joins else (), shown)
             for request in requests
         ]
         each = len(requests) // prompts
@@ -82,12 +82,12 @@ class Answers:
         service, loop = self.service, asyncio.get_running_loop()
         outputs: asyncio.Queue[tuple[int, Output | Exception]] = asyncio.Queue()
         began = time.monotonic()
-        try:
-            for request in self.requests:
+        for request in self.requests:
+            try:
                 self.model.check(request)
-        except ValueError as error:
-            too_long = len(request.prompt) >= self.model.context
-            raise bad_request(error, self.param, "context_length_exceeded" if too_long else "invalid_value") from None
+            except ValueError as error:
+                code = "context_length_exceeded" if len(request.prompt) >= self.model.context else "invalid_value"
+                raise bad_request(error, self.param, code) from None
         service.enter(len(self.requests))
         left = len(self.requests)
         running: dict[int, Ticket] = {}
@@ -208,14 +208,20 @@ class AnswerText:
         return Piece(index, text, known, reason, output.prompt_logprobs, output.stop_logprobs)
 
 
+def grammar_of(request: Request) -> GrammarConstraint | None:
+    """What the answer keeps to: to an engine any constraint, in the server always a grammar."""
+    assert request.constraint is None or isinstance(request.constraint, GrammarConstraint)
+    return request.constraint
+
+
 def several(request: Request, count: int) -> list[Request]:
     """The request so many times, each with a seed and a constraint of its own."""
-    seed = request.sampling.seed
+    seed, grammar = request.sampling.seed, grammar_of(request)
     return [
         replace(
             request,
             sampling=request.sampling if seed is None else replace(request.sampling, seed=(seed + index) % 2**63),
-            constraint=request.constraint and request.constraint.copy(),
+            constraint=grammar and grammar.copy(),
         )
         for index in range(count)
     ]
@@ -226,7 +232,9 @@ def _cancel(running: Mapping[int, Ticket]) -> None:
         ticket.cancel()
 
 
-def _deliverer(loop: asyncio.AbstractEventLoop, outputs: asyncio.Queue, index: int):
+def _deliverer(
+    loop: asyncio.AbstractEventLoop, outputs: asyncio.Queue[tuple[int, Output | Exception]], index: int
+) -> Callable[[Output | Exception], None]:
     def deliver(output: Output | Exception) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits any more
             loop.call_soon_threadsafe(outputs.put_nowait, (index, output))

@@ -35,9 +35,9 @@ def json_route(service: Service) -> type[APIRoute]:
 
     class JsonRoute(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-            if self.body_field is None:
+            model = self.body_field and self.body_field.field_info.annotation
+            if not (isinstance(model, type) and issubclass(model, BaseModel)):
                 return super().get_route_handler()
-            model = self.body_field.field_info.annotation
 
             async def handle(request: Request) -> Response:
                 return await self.endpoint(await _read(request, model, service), request)

@@ -19,9 +19,11 @@ from enum import Enum
 from typing import Any
 
 import h11
+import uvicorn
 from starlette.datastructures import Headers
 from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+from uvicorn.server import ServerState
 
 from litgpt.serving.errors import ApiError
 from litgpt.serving.guard import LARGEST_BODY
@@ -78,11 +80,11 @@ class Connection(H11Protocol):
 
     Args:
         everyone: All of them.
-        how: Arguments of the base class.
+        config, server_state: The server's.
     """
 
-    def __init__(self, everyone: Connections, **how: Any) -> None:
-        super().__init__(**how)
+    def __init__(self, everyone: Connections, config: uvicorn.Config, server_state: ServerState) -> None:
+        super().__init__(config, server_state, app_state={})
         self.everyone = everyone
         self.phase, self.since = Phase.IDLE, self.loop.time()
         self.received = 0  # bytes of the present body
@@ -94,6 +96,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self.everyone.coming -= 1
+        self.everyone.open.add(self)
 
     def data_received(self, data: bytes) -> None:
         if self._ended:
@@ -106,6 +109,7 @@ class Connection(H11Protocol):
         self._note()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.everyone.open.discard(self)
         self._hold(0)
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
@@ -139,7 +143,7 @@ class Connection(H11Protocol):
         is_answered = self.cycle is None or self.cycle.response_complete
         if error is not None:
             if not is_answered:
-                self.scope["ended"] = error.status
+                self.scope.setdefault("state", {})["ended"] = error.status
             elif self.phase is not Phase.BODY:  # it never was a request
                 self.everyone.note(error.status, self.loop.time() - self.since)
             with contextlib.suppress(h11.LocalProtocolError):  # an answer has begun
@@ -173,12 +177,12 @@ class Connection(H11Protocol):
     def _answer(self, error: ApiError) -> None:
         response, origin = error.response, None
         if self.cycle is not None and (self.phase is Phase.BODY or not self.cycle.response_complete):
-            origin = Headers(scope=self.scope).get("origin")  # which the script of a page is to read it
+            origin = Headers(raw=list(self.scope["headers"])).get("origin")  # which the script of a page is to read it
         response.headers.update({"Connection": "close", **self.everyone.origins.headers(origin)})
         answer = h11.Response(
             status_code=error.status, headers=response.raw_headers, reason=STATUS_PHRASES[error.status]
         )
-        for event in (answer, h11.Data(data=response.body), h11.EndOfMessage()):
+        for event in (answer, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event))
 
     def _note(self, received: int = 0) -> None:
@@ -193,7 +197,8 @@ class Connection(H11Protocol):
         if (phase, self.cycle) != (self.phase, self._noted):
             self.phase, self.since, self.received = phase, self.loop.time(), 0
         if self.cycle is not self._noted and self.everyone.is_crowded:
-            self.scope["headers"].append(CLOSE_HEADER)  # as if the client had asked: the next request waits its turn
+            # As if the client had asked: the next request waits its turn.
+            self.scope["headers"] = [*self.scope["headers"], CLOSE_HEADER]
         self._noted = self.cycle
         self.received += received
         self._hold(self.received if phase is Phase.BODY and not is_answered else 0)
@@ -226,15 +231,13 @@ class Connections:
         self._tasks: list[asyncio.Task[None]] = []
         self._connecting: set[asyncio.Task[None]] = set()
 
-    def listen(self, listener: socket.socket, make: Callable[[], Connection], known: set[Connection]) -> None:
+    def listen(self, listener: socket.socket, make: Callable[[], Connection]) -> None:
         """Begins to take connections.
 
         Args:
             listener: A socket that listens.
             make: Makes what speaks on one of them.
-            known: Where each is as long as it is open.
         """
-        self.open = known
         listener.setblocking(False)
         self._tasks = [asyncio.ensure_future(self._accept(listener, make)), asyncio.ensure_future(self._watch())]
 
@@ -242,7 +245,8 @@ class Connections:
         """Takes no more. Those that there are must still keep to their times."""
         self._tasks[0].cancel()
 
-    async def wait_closed(self) -> None:
+    def stop_watching(self) -> None:
+        """Lets them take their time."""
         self._tasks[1].cancel()
 
     @property

@@ -138,16 +138,11 @@ def install(app: FastAPI) -> None:
     """Every error of the application leaves in this form."""
     app.add_middleware(Unforeseen)
 
-    async def ours(_: Request, error: ApiError) -> JSONResponse:
-        return error.response
+    async def answer(_: Request, error: Exception) -> JSONResponse:
+        if isinstance(error, HTTPException):
+            code = "not_found" if error.status_code == 404 else None
+            error = ApiError(error.status_code, error.detail, code=code, headers=error.headers)
+        return (error if isinstance(error, ApiError) else engine_error(error)).response
 
-    async def http(_: Request, error: HTTPException) -> JSONResponse:
-        code = "not_found" if error.status_code == 404 else None
-        return ApiError(error.status_code, str(error.detail), code=code, headers=error.headers).response
-
-    async def lost(_: Request, error: Exception) -> JSONResponse:
-        return engine_error(error).response
-
-    app.add_exception_handler(ApiError, ours)
-    app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(RanksLost, lost)
+    for kind in (ApiError, HTTPException, RanksLost):
+        app.add_exception_handler(kind, answer)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -24,6 +24,9 @@ from litgpt.serving.event_stream import DONE, Stream, begun, event, unless_gone,
 from litgpt.serving.schemas import ChatRequest, CompletionRequest, NamedTool, OpenAIRequest, SamplingFields
 from litgpt.serving.served import ServedModel
 from litgpt.serving.service import Service
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
 MOST_LOGPROBS = 2**18  # in a response: about 50 MB, which take a second
@@ -59,7 +62,9 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-async def _respond(service: Service, request: Request, body: OpenAIRequest, prepare) -> Response:
+async def _respond(
+    service: Service, request: Request, body: OpenAIRequest, prepare: Callable[[], Kind[Any]]
+) -> Response:
     service.model(body.model)
     kind = await unless_gone(request, service.aside(prepare, request.state.size))
     if not body.stream:
@@ -156,7 +161,7 @@ def prepare_chat(service: Service, body: ChatRequest) -> ChatKind:
         shown=form.shown(model.codec.tokenizer) if form else (),
         param="messages",
     )
-    readers = None
+    readers: list[tools.CallReader] = []
     if form:
         names = [function.name for function in functions]
         readers = [tools.CallReader(form, names) for _ in range(body.n or 1)]
@@ -214,9 +219,11 @@ def _grammar(
 def prepare_completion(service: Service, body: CompletionRequest) -> CompletionKind:
     """The same for a text completion."""
     model = service.model(body.model)
-    prompts = body.prompt if isinstance(body.prompt, list) else [body.prompt]
-    if prompts and isinstance(prompts[0], int):
-        prompts = [prompts]
+    prompts: Sequence[str | list[int]]
+    if isinstance(body.prompt, str) or _is_token_ids(body.prompt):
+        prompts = [body.prompt]
+    else:
+        prompts = body.prompt
     if not prompts:
         raise ApiError(400, "prompt is an empty list.", param="prompt", code="invalid_value")
     service.check_size(len(prompts) * (body.n or 1))
@@ -238,6 +245,11 @@ def prepare_completion(service: Service, body: CompletionRequest) -> CompletionK
         texts = [prompt if isinstance(prompt, str) else model.codec.tokenizer.decode(prompt) for prompt in prompts]
         echo = [text for text in texts for _ in range(body.n or 1)]
     return CompletionKind(model, answers, body, [text.encode("utf-8", "replace").decode() for text in echo])
+
+
+def _is_token_ids(prompt: list[int] | list[str] | list[list[int]]) -> TypeIs[list[int]]:
+    """Whether a list is one prompt, and not several."""
+    return bool(prompt) and isinstance(prompt[0], int)
 
 
 # -- from the engine to a response
@@ -342,12 +354,12 @@ class Kind(Generic[Body]):
 
 
 class ChatKind(Kind[ChatRequest]):
-    """A chat completion; `readers` find the calls in each answer."""
+    """A chat completion; `readers` find the calls in each answer, and are none where there are no tools."""
 
     prefix, whole_object, part_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(
-        self, model: ServedModel, answers: Answers, body: ChatRequest, readers: list[tools.CallReader] | None
+        self, model: ServedModel, answers: Answers, body: ChatRequest, readers: list[tools.CallReader]
     ) -> None:
         super().__init__(model, answers, body)
         self.readers = readers
@@ -355,7 +367,7 @@ class ChatKind(Kind[ChatRequest]):
 
     def part(self, piece: Piece) -> PendingChoice:
         part = super().part(piece)
-        if self.readers is None:
+        if not self.readers:
             return part
         reader = self.readers[piece.index]
         had = reader.count

@@ -107,5 +107,5 @@ class LogRequests:
             route = getattr(inner.get("route"), "path", "other")
             path = scope.get("raw_path", scope["path"].encode()).decode("ascii", "backslashreplace")
             seconds = time.monotonic() - began
-            self.log.note(scope.get("ended", status), seconds, scope["method"], path, route, tally)
+            self.log.note(scope.get("state", {}).get("ended", status), seconds, scope["method"], path, route, tally)
         return None

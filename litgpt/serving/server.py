@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from types import FrameType
 
 import uvicorn
@@ -63,7 +64,7 @@ class Server(uvicorn.Server):
                 lifespan="off",
                 log_level="error",
                 access_log=False,
-                timeout_keep_alive=limits.idle,
+                timeout_keep_alive=math.ceil(limits.idle),  # of `Limits.idle` itself, connections take care
             )
         )
         self.service, self.grace, self._load, self._say, self._announce = service, grace, load, say, announce
@@ -121,7 +122,7 @@ class Server(uvicorn.Server):
     # -- the end
 
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
+    def capture_signals(self) -> Generator[None, None, None]:
         """`serve_on` does."""
         yield
 
@@ -139,21 +140,18 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begins to listen, with connections of our own."""
+        assert sockets is not None  # `serve_on` gives one
         (listener,) = sockets
-        loop = asyncio.get_running_loop()
-
-        def connection() -> Connection:
-            state = self.server_state
-            return Connection(self.connections, config=self.config, server_state=state, app_state={}, _loop=loop)
-
-        self.connections.listen(listener, connection, self.server_state.connections)
-        self.servers = [self.connections]
+        self.connections.listen(listener, lambda: Connection(self.connections, self.config, self.server_state))
+        self.servers = []
         self.started = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Waits for what runs, as long as it may take."""
         bound = asyncio.ensure_future(self._end_in_time())
+        self.connections.close()
         await super().shutdown(sockets)
+        self.connections.stop_watching()
         bound.cancel()
 
     async def _end_in_time(self) -> None:
@@ -183,7 +181,7 @@ class Server(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def on_signals(handle: Callable[[int], None]) -> Iterator[None]:
+def on_signals(handle: Callable[[int], None]) -> Generator[None, None, None]:
     """Has SIGINT and SIGTERM handled in a thread of its own, so that it does not matter what the main thread is in the
     middle of. Elsewhere than in the main thread nothing is done."""
     if threading.current_thread() is not threading.main_thread():
