@@ -62,7 +62,7 @@ class Signature:
         self.function = function
         hints = typing.get_type_hints(function)
         self.parameters = {
-            name: describe(name, hints.get(name, Any), parameter.default)
+            name: parameter_of(name, hints.get(name, Any), parameter.default)
             for name, parameter in inspect.signature(function).parameters.items()
         }
 
@@ -111,7 +111,7 @@ class Signature:
         return [*self.parameters, *below]
 
 
-def describe(name: str, hint: Any, default: Any) -> Parameter:
+def parameter_of(name: str, hint: Any, default: Any) -> Parameter:
     """Find out what kind of parameter a type hint makes."""
     bare = without_none(hint)
     if bare is ConfigOverrides:

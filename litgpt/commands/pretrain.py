@@ -15,7 +15,7 @@ from litgpt.data.base import DataModule
 from litgpt.data.tokenizer_training import train_tokenizer
 from litgpt.devices.precision import PRECISIONS
 from litgpt.formats.hf_config import save_config_json
-from litgpt.generation.in_training import complete
+from litgpt.generation.in_training import complete_in_training
 from litgpt.generation.request import Request
 from litgpt.generation.sampling import Sampling
 from litgpt.model import GPT
@@ -267,5 +267,5 @@ def write_sample(job: Job, loss: LossModule, tokenizer: Tokenizer, max_new_token
     request = Request(start, max_new_tokens, Sampling(temperature=0.8, top_k=50, seed=job.options.seed))
     requests = [request] if job.fabric.global_rank == 0 else []
     _, autocast = PRECISIONS[precision_of(job.fabric)]
-    answers = complete(loss.gpt, requests, within=loss, autocast=autocast)
+    answers = complete_in_training(loss.gpt, requests, within=loss, autocast=autocast)
     return "".join(map(tokenizer.decode, answers))

@@ -19,7 +19,7 @@ from litgpt.data.chunk_order import WINDOW
 from litgpt.data.chunk_store import ChunkStore
 from litgpt.data.dataset_record import RECORD_FILE, TOKENIZER_DIR, DatasetRecord
 from litgpt.data.document_marks import DocumentMarks
-from litgpt.data.object_store import fetch, is_remote, join, read_small
+from litgpt.data.object_store import fetch, is_remote, join_address, read_small
 from litgpt.data.streaming import ChunkBlocks, PositionSampler
 from litgpt.data.token_chunks import INDEX_FILE
 
@@ -185,8 +185,8 @@ class ChunkData(DataModule, Generic[Place]):
         self._fetched.add(path)
         for name in COMPANION_FILES:
             file = folder / TOKENIZER_DIR / name
-            _fetch_if_there(join(path, TOKENIZER_DIR, name), file)
-        _fetch_if_there(join(path, RECORD_FILE), folder / RECORD_FILE)
+            _fetch_if_there(join_address(path, TOKENIZER_DIR, name), file)
+        _fetch_if_there(join_address(path, RECORD_FILE), folder / RECORD_FILE)
         return folder
 
     def _record(self, path: str) -> DatasetRecord | None:
@@ -200,8 +200,9 @@ class ChunkData(DataModule, Generic[Place]):
                 continue
             raise ValueError(
                 f"The data in {source.path} was prepared with another tokenizer than the one in {tokenizer.dir}: its "
-                f"ids mean other texts. Leave --tokenizer_dir out to train with {join(source.path, TOKENIZER_DIR)}, or "
-                f"prepare the text again with --checkpoint_dir {tokenizer.dir}."
+                "ids mean other texts. Leave --tokenizer_dir out to train with "
+                f"{join_address(source.path, TOKENIZER_DIR)}, or prepare the text again with --checkpoint_dir "
+                f"{tokenizer.dir}."
             )
 
     def _marks(self, sources: list[DataSource]) -> DocumentMarks:
@@ -253,10 +254,10 @@ def splits_of(path: str, split_names: tuple[str, str] | None = None, weight: flo
         FileNotFoundError: There are no chunks.
     """
     if split_names is not None:
-        return DataSource(path, join(path, split_names[0]), join(path, split_names[1]), weight)
-    if has_chunks(join(path, TRAIN)):
-        val = join(path, VAL)
-        return DataSource(path, join(path, TRAIN), val if has_chunks(val) else None, weight)
+        return DataSource(path, join_address(path, split_names[0]), join_address(path, split_names[1]), weight)
+    if has_chunks(join_address(path, TRAIN)):
+        val = join_address(path, VAL)
+        return DataSource(path, join_address(path, TRAIN), val if has_chunks(val) else None, weight)
     if has_chunks(path):
         return DataSource(path, path, None, weight)
     if is_remote(path):
@@ -273,7 +274,7 @@ def splits_of(path: str, split_names: tuple[str, str] | None = None, weight: flo
 def has_chunks(path: str) -> bool:
     """Whether there is an index of chunks."""
     try:
-        read_small(join(path, INDEX_FILE))
+        read_small(join_address(path, INDEX_FILE))
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from litgpt.data.chunk_cache import ChunkCache, Prefetcher
-from litgpt.data.object_store import StoreError, fetch, is_remote, join, read_small
+from litgpt.data.object_store import StoreError, fetch, is_remote, join_address, read_small
 from litgpt.data.token_chunks import INDEX_FILE, ChunkInfo, TokenChunks, open_chunk
 
 OPEN_CHUNKS = 20  # that a process keeps mapped: two windows and some more
@@ -36,8 +36,8 @@ class ChunkStore:
     def __init__(self, path: str, cache: ChunkCache) -> None:
         self.path = path
         if is_remote(path):
-            text = read_small(join(path, INDEX_FILE)).decode("utf-8", "replace")
-            self.index = TokenChunks.parse(text, join(path, INDEX_FILE))
+            text = read_small(join_address(path, INDEX_FILE)).decode("utf-8", "replace")
+            self.index = TokenChunks.parse(text, join_address(path, INDEX_FILE))
         else:
             self.index = TokenChunks.read(Path(path))
             text = (Path(path) / INDEX_FILE).read_text(encoding="utf-8")
@@ -115,7 +115,7 @@ class ChunkStore:
 
     def _fetch(self, info: ChunkInfo, path: Path, shows: bool) -> None:
         """Get a chunk into a file as it is not compressed, and check it."""
-        where = join(self.path, info.filename)
+        where = join_address(self.path, info.filename)
         for attempt in (1, 2):
             try:
                 self._get(info, where, path, shows)

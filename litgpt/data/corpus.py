@@ -25,7 +25,7 @@ from litgpt.data.source_files import (
     is_source_file,
     row_group_sizes,
 )
-from litgpt.data.text_reading import hold_out
+from litgpt.data.text_reading import hold_out_text
 from litgpt.hub import HubError
 
 TEXT_COLUMNS = ("text", "content", "story", "document", "raw_content", "body")  # taken in this order
@@ -213,7 +213,7 @@ def _extents(
         return
     plain = [number for number in numbers if files[number].form == "text" and files[number].compression is None]
     number_of = {files[number].path: number for number in plain}
-    for target, pieces in zip(("train", "val"), hold_out(list(number_of), fraction, separators), strict=True):
+    for target, pieces in zip(("train", "val"), hold_out_text(list(number_of), fraction, separators), strict=True):
         yield target, [Extent(number_of[p.path], p.start, p.end, p.end, p.start) for p in pieces]
     yield None, [extent for number, extent in whole.items() if files[number].path not in number_of]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from litgpt.data.chunk_data import TRAIN, VAL, FolderData, has_chunks
 from litgpt.data.dataset_record import DatasetRecord
-from litgpt.data.object_store import is_remote, join
+from litgpt.data.object_store import is_remote, join_address
 
 SOURCE_DIR = "source"
 
@@ -70,4 +70,4 @@ class DownloadedText(FolderData):
         """Whether the chunks are there: our own with their record, or litdata's."""
         if is_remote(self.data_path) or DatasetRecord.read(Path(self.data_path)) is not None:
             return True
-        return all(has_chunks(join(self.data_path, split)) for split in (TRAIN, VAL))
+        return all(has_chunks(join_address(self.data_path, split)) for split in (TRAIN, VAL))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from litgpt.data.chunk_data import DataSource, FolderData
-from litgpt.data.object_store import join
+from litgpt.data.object_store import join_address
 from litgpt.data.tiny_llama import slimpajama
 
 
@@ -17,7 +17,7 @@ class MicroLlama(FolderData):
     """Folder or address with the prepared data set slimpajama"""
 
     def roots(self) -> list[str]:
-        return [join(self.data_path, "slimpajama")]
+        return [join_address(self.data_path, "slimpajama")]
 
     def sources(self) -> list[DataSource]:
         return slimpajama(self.data_path, use_starcoder=False)

@@ -30,7 +30,7 @@ def is_remote(path: str) -> bool:
     return REMOTE.fullmatch(path) is not None
 
 
-def join(path: str, *names: str) -> str:
+def join_address(path: str, *names: str) -> str:
     """The address of something below a folder or an address."""
     return "/".join([path.rstrip("/"), *names]) if is_remote(path) else os.path.join(path, *names)
 

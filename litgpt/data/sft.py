@@ -347,7 +347,7 @@ class SFTData(DataModule):
         train = read(TRAIN)
         if self.files()[1]:
             return {TRAIN: train, VAL: read(VAL)}
-        return dict(zip(SPLITS, hold_out(train, self._fraction(), self.seed), strict=True))
+        return dict(zip(SPLITS, hold_out_samples(train, self._fraction(), self.seed), strict=True))
 
     def _write(
         self,
@@ -413,7 +413,7 @@ class OneSamplePerRow:
         return [self.samples[row]]
 
 
-def hold_out(examples: list[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
+def hold_out_samples(examples: list[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
     """Splits off a random `fraction`, at least one and never all; both parts keep their order."""
     count = len(examples)
     held = 0 if fraction == 0 or count < 2 else min(max(1, round(fraction * count)), count - 1)

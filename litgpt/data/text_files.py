@@ -20,7 +20,7 @@ from litgpt.cli.resources import cache_directory, find_file_or_folder
 from litgpt.data.base import DataModule, stream_loader
 from litgpt.data.cache_sums import is_whole
 from litgpt.data.document_marks import DocumentMarks
-from litgpt.data.text_reading import FilePiece, encode_texts, hold_out, read_chunks, spelled_tokens, whole
+from litgpt.data.text_reading import FilePiece, encode_texts, hold_out_text, read_chunks, spelled_tokens, whole_file
 from litgpt.data.token_stream import TokenBlocks, TokenFile
 from litgpt.data.word_cache import WordCache
 
@@ -147,7 +147,7 @@ class TextFiles(DataModule):
             )
         train = text_files(self.train_data_path, "train_data_path")
         if self.val_data_path is None:
-            return hold_out(train, self.val_split_fraction)
+            return hold_out_text(train, self.val_split_fraction)
         val = text_files(self.val_data_path, "val_data_path")
         train = [path for path in train if path not in val]
         if not train:
@@ -155,7 +155,7 @@ class TextFiles(DataModule):
                 f"--data.val_data_path {self.val_data_path} holds every file of --data.train_data_path "
                 f"{self.train_data_path}: nothing is left to train on."
             )
-        return [whole(path) for path in train], [whole(path) for path in val]
+        return [whole_file(path) for path in train], [whole_file(path) for path in val]
 
     def _tokens(self, name: str, pieces: list[FilePiece], make: bool = False) -> TokenFile:
         """The tokens of `pieces` from the cache; `make` puts them there where they are not."""

@@ -38,21 +38,22 @@ class FilePiece:
         return self.end - self.start
 
 
-def whole(path: Path) -> FilePiece:
+def whole_file(path: Path) -> FilePiece:
     return FilePiece(path, 0, path.stat().st_size)
 
 
-def hold_out(
+def hold_out_text(
     files: list[Path], fraction: float, whole_words: Sequence[str] = ()
 ) -> tuple[list[FilePiece], list[FilePiece]]:
     """Split off `fraction` of the text: whole files, evenly spread, of many; else the end of each, from the start of a
     line on that lies in none of `whole_words`."""
     if fraction == 0:
-        return [whole(path) for path in files], []
+        return [whole_file(path) for path in files], []
     if len(files) >= MANY_FILES:
         every = round(1 / fraction)
         held = set(files[every - 1 :: every] or files[-1:])
-        return [whole(path) for path in files if path not in held], [whole(path) for path in files if path in held]
+        rest = [path for path in files if path not in held]
+        return [whole_file(path) for path in rest], [whole_file(path) for path in files if path in held]
     train, val = [], []
     for path in files:
         size = path.stat().st_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from litgpt.data.chunk_data import DataSource, FolderData, splits_of
-from litgpt.data.object_store import join
+from litgpt.data.object_store import join_address
 
 # Shares of the samples, from TinyLlama's training code (https://github.com/jzhang38/TinyLlama).
 SLIMPAJAMA, STARCODER = 0.693584, 0.306416
@@ -24,7 +24,7 @@ class TinyLlama(FolderData):
 
     def roots(self) -> list[str]:
         names = ["slimpajama", "starcoder"] if self.use_starcoder else ["slimpajama"]
-        return [join(self.data_path, name) for name in names]
+        return [join_address(self.data_path, name) for name in names]
 
     def sources(self) -> list[DataSource]:
         return slimpajama(self.data_path, self.use_starcoder)
@@ -38,12 +38,12 @@ def slimpajama(data_path: str, use_starcoder: bool) -> list[DataSource]:
     """
     names = ["slimpajama", "starcoder"] if use_starcoder else ["slimpajama"]
     try:
-        web, *code = [splits_of(join(data_path, name)) for name in names]
+        web, *code = [splits_of(join_address(data_path, name)) for name in names]
     except FileNotFoundError:
         ids = {"slimpajama": "cerebras/SlimPajama-627B", "starcoder": "bigcode/starcoderdata"}
         commands = [
             f"litgpt prepare_dataset --source_path {ids[name]} --checkpoint_dir TOKENIZER --destination_path "
-            f"{join(data_path, name)}"
+            f"{join_address(data_path, name)}"
             for name in names
         ]
         raise FileNotFoundError(

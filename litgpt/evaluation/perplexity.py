@@ -138,7 +138,7 @@ def measure(run: RequestRunner, tokenizer: Tokenizer, documents: list[Document],
             show(index, 1)
 
 
-def whole(documents: list[Document]) -> Document:
+def all_as_one(documents: list[Document]) -> Document:
     """All documents as one."""
     return Document(
         "all",
@@ -178,7 +178,7 @@ class Perplexity:
             raise ValueError(f"--stride {stride} is not possible: give 1 to {window}, a window's tokens.")
         self._pace = window, stride
         measure(model.run, model.tokenizer, self.documents, window=window, stride=stride)
-        print(table(self.documents), end="\n\n")
+        print(documents_table(self.documents), end="\n\n")
         return figures(self.documents, self.source, window, stride, self.num_all)
 
     def part(self) -> dict[str, Any] | None:
@@ -189,7 +189,7 @@ class Perplexity:
 
 def figures(documents: list[Document], source: Path, window: int, stride: int, num_all: int) -> dict[str, Any]:
     """The figures in the harness's form, as those of one task."""
-    total = whole(documents)
+    total = all_as_one(documents)
     of_task = {
         "name": TASK,
         "alias": TASK,
@@ -222,7 +222,7 @@ def figures(documents: list[Document], source: Path, window: int, stride: int, n
     }
 
 
-def table(documents: list[Document]) -> str:
+def documents_table(documents: list[Document]) -> str:
     """The documents' figures in Markdown, the longest first where there are many."""
     shown = documents
     if len(documents) > ROWS:
@@ -232,7 +232,7 @@ def table(documents: list[Document]) -> str:
         f"|{'Document':<{width}}|  Tokens|   Bytes|Perplexity|Bits/byte|",
         f"|{'-' * width}|-------:|-------:|---------:|--------:|",
     ]
-    for document in [*shown, *([whole(documents)] if len(documents) > 1 else [])]:
+    for document in [*shown, *([all_as_one(documents)] if len(documents) > 1 else [])]:
         rows.append(
             f"|{document.name:<{width}}|{document.num_tokens:>8}|{document.num_bytes:>8}|{document.perplexity:>10.4f}|"
             f"{document.bits_per_byte:>9.4f}|"

@@ -121,13 +121,13 @@ def tables(results: dict[str, Any]) -> str:
     if results.get("partial"):
         for name, counts in results["n-samples"].items():
             lines.append(f"PARTIAL: {name}: {counts['effective']} of {counts['original']} documents")
-    lines.append(table(results))
+    lines.append(figures_table(results))
     if results.get("groups"):
-        lines += ["", table(results, "groups")]
+        lines += ["", figures_table(results, "groups")]
     return "\n".join(lines)
 
 
-def table(results: dict[str, Any], column: str = "results") -> str:
+def figures_table(results: dict[str, Any], column: str = "results") -> str:
     """The figures of all tasks (or "groups") in Markdown."""
     key = "Groups" if column == "groups" else "Tasks"
     rows = [[key, "Version", "Filter", "n-shot", "Metric", "", "Value", "", "Stderr"]]

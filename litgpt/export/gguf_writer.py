@@ -63,7 +63,7 @@ def export_gguf(
         hint = did_you_mean(kind, KINDS)
         raise ValueError(f"'{kind}' is no type of weights in a GGUF file.{hint} Choose {', '.join(KINDS)}.")
     usual = (original_config(source.files).get("architectures") or [None])[0]
-    form, config_json, metadata = describe(config, usual)
+    form, config_json, metadata = describe_in_gguf(config, usual)
     metadata |= vocabulary(source.files, config.padded_vocab_size)
     exporter = _Exporter(source, form, config_json, KINDS[kind][0])
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[form.tensors])
@@ -85,7 +85,7 @@ def export_gguf(
     return kind
 
 
-def describe(config: Config, usual: str | None = None) -> tuple[GGUFArchitecture, HFConfig, dict[str, Any]]:
+def describe_in_gguf(config: Config, usual: str | None = None) -> tuple[GGUFArchitecture, HFConfig, dict[str, Any]]:
     """The architecture that a model has in GGUF, its `config.json` and its metadata.
 
     Args:

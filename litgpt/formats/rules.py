@@ -54,7 +54,7 @@ class Concat:
     sizes: Callable[[Config], tuple[int, ...]]
 
     def to_ours(self, theirs: Sequence[Tensor], config: Config) -> list[Tensor]:
-        return [join(theirs)]
+        return [concatenate(theirs)]
 
     def to_theirs(self, ours: Sequence[Tensor], config: Config) -> list[Tensor]:
         return list(ours[0].split(self.sizes(config)))
@@ -82,15 +82,15 @@ class InterleavedQKV:
     def to_ours(self, theirs: Sequence[Tensor], config: Config) -> list[Tensor]:
         queries, groups, size = config.n_head // config.n_query_groups, config.n_query_groups, config.head_size
         rows = theirs[0].unflatten(0, (groups, queries + 2, size))
-        return [join([part.flatten(0, 2) for part in rows.split((queries, 1, 1), dim=1)])]
+        return [concatenate([part.flatten(0, 2) for part in rows.split((queries, 1, 1), dim=1)])]
 
     def to_theirs(self, ours: Sequence[Tensor], config: Config) -> list[Tensor]:
         groups, size = config.n_query_groups, config.head_size
         parts = [part.unflatten(0, (groups, -1, size)) for part in ours[0].split(qkv_sizes(config))]
-        return [join(parts, dim=1).flatten(0, 2)]
+        return [concatenate(parts, dim=1).flatten(0, 2)]
 
 
-def join(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+def concatenate(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     """`torch.cat`. On the meta device the shape alone is made: torch.cat would import torch's compiler (2 s)."""
     first = parts[0]
     if not first.is_meta:
@@ -103,7 +103,7 @@ def join(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
 def stack(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     """`torch.stack`, on the meta device by the shape alone, as `join`."""
     parts = [part.unsqueeze(dim) for part in parts]
-    return join(parts, dim)
+    return concatenate(parts, dim)
 
 
 def gate_sizes(config: Config) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from litgpt.model import GPT
 from litgpt.parallel.sharding import whole_parameters
 
 
-def complete(
+def complete_in_training(
     gpt: GPT,
     requests: Sequence[Request],
     *,

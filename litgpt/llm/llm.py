@@ -24,7 +24,7 @@ from litgpt.generation.sampling import Sampling
 from litgpt.generation.worker import Worker
 from litgpt.llm import reply
 from litgpt.llm.codec import Codec
-from litgpt.llm.loading import LoadOptions, Parts, check_load, load_parts, random_parts, settled_kind, shown
+from litgpt.llm.loading import LoadOptions, Parts, check_load, load_parts, random_parts, settled_kind, with_progress
 from litgpt.llm.placement import Placement, fixed_length, place
 from litgpt.llm.reply import ChatSettings, GenerateSettings, Messages, No, Reply, SamplingSettings, Yes
 from litgpt.llm.timing import timed
@@ -448,7 +448,7 @@ class LLM(nn.Module):
             placement.check(source, kind, options.compile)
             del self.live, self.model  # their memory is free before the next are read
             self.placement.close()
-            self.model = placement.load(checkpoint, source, dtype=dtype, quantize=quantize, watch=shown(source))
+            self.model = placement.load(checkpoint, source, dtype=dtype, quantize=quantize, watch=with_progress(source))
             self._loaded = weights_version(self.model)
         else:
             if next(quantized_layers(self.model), None):

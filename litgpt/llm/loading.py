@@ -116,13 +116,15 @@ def load_parts(
     _say(f"Loading {name} ({', '.join(filter(None, how))})")
     if opened.note:
         _say(opened.note)
-    model = placement.load(checkpoint, opened, dtype=dtype, quantize=options.quantize, watch=shown(opened, tell))
+    model = placement.load(
+        checkpoint, opened, dtype=dtype, quantize=options.quantize, watch=with_progress(opened, tell)
+    )
     engine = EngineOptions(max_slots=max_slots, compile=options.compile, autocast=autocast)
     again = checkpoint if source is None else None
     return Parts(model, tokenizer, style, placement, engine, placement.make_engine, name, again)
 
 
-def shown(source: Source, tell: Callable[[float], None] | None = None) -> Watch:
+def with_progress(source: Source, tell: Callable[[float], None] | None = None) -> Watch:
     """What wraps the weights of a checkpoint while they are loaded: it shows a bar if that takes over two seconds.
 
     Args:

@@ -111,27 +111,27 @@ def taking(replies: Sequence[Reply]) -> Callable[[int, Output], tuple[tuple[list
     return take
 
 
-def run(engine: LiveEngine, replies: Sequence[Reply]) -> Generator[tuple[list[int], str], None, None]:
+def run_replies(engine: LiveEngine, replies: Sequence[Reply]) -> Generator[tuple[list[int], str], None, None]:
     """Have an engine answer, and yield the new tokens and text of one reply after the other, as they come."""
     return engine.run([reply.request for reply in replies], taking(replies))
 
 
 def complete(engine: LiveEngine, replies: Sequence[Reply]) -> None:
     """Have an engine answer to the end."""
-    for _ in run(engine, replies):
+    for _ in run_replies(engine, replies):
         pass
 
 
 def stream_ids(engine: LiveEngine, reply: Reply) -> Iterator[int]:
     """The token ids of an answer as they come. Closing the iterator ends the answer."""
-    with contextlib.closing(run(engine, [reply])) as pieces:
+    with contextlib.closing(run_replies(engine, [reply])) as pieces:
         for ids, _ in pieces:
             yield from ids
 
 
 def stream_text(engine: LiveEngine, reply: Reply) -> Iterator[str]:
     """The text of an answer as it comes. Closing the iterator ends the answer."""
-    with contextlib.closing(run(engine, [reply])) as pieces:
+    with contextlib.closing(run_replies(engine, [reply])) as pieces:
         for _, text in pieces:
             if text:
                 yield text

@@ -12,7 +12,7 @@ from litgpt.generation.compile_notes import notes_wait
 from litgpt.generation.sampling import Sampling
 from litgpt.llm.llm import LLM
 from litgpt.llm.loading import LoadOptions
-from litgpt.llm.terminal import Stopwatch, announce_compilation, clean, cut_line, memory_line, say
+from litgpt.llm.terminal import Stopwatch, announce_compilation, clean, cut_line, memory_used_line, say
 from litgpt.prompts import format_of_options
 from litgpt.prompts.styles import Message
 
@@ -99,7 +99,7 @@ def print_answers(llm: LLM, prompt: str, options: Options, input: str = "") -> N
         announce_compilation(llm)
     for index in range(options.num_samples):
         _print_answer(llm, ids, index, options)
-    say(memory_line(llm))
+    say(memory_used_line(llm))
 
 
 def _print_answer(llm: LLM, prompt: list[int], index: int, options: Options) -> None:

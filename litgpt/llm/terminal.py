@@ -64,5 +64,5 @@ def cut_line(llm: LLM, stopwatch: Stopwatch, prompt_tokens: int, max_new_tokens:
     return f"The answer was cut after --max_new_tokens {max_new_tokens}; without this option it goes on to its end."
 
 
-def memory_line(llm: LLM) -> str:
+def memory_used_line(llm: LLM) -> str:
     return f"Memory used: {memory_used(llm.device) / 1e9:.02f} GB"

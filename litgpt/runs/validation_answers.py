@@ -10,7 +10,7 @@ from torch import nn
 
 from litgpt.data.sft import SFTData
 from litgpt.devices.precision import PRECISIONS
-from litgpt.generation.in_training import complete
+from litgpt.generation.in_training import complete_in_training
 from litgpt.generation.request import Request
 from litgpt.generation.sampling import Sampling
 from litgpt.model import GPT
@@ -101,7 +101,7 @@ class ValidationAnswers:
         ]
         _, autocast = PRECISIONS[precision_of(self.fabric)]
         progress = "Answering validation samples" if rank == 0 else None
-        written = complete(gpt, requests, within=module, autocast=autocast, progress=progress)
+        written = complete_in_training(gpt, requests, within=module, autocast=autocast, progress=progress)
         answers = {index: self.tokenizer.decode(ids) for index, ids in zip(mine, written, strict=True)}
         asked = self.data.example(shown)[-1:]  # nothing where the conversation begins with the reply
         text = f"{''.join(one['content'] for one in asked)}\n-> {answers[shown]}" if rank == 0 else ""

@@ -32,7 +32,7 @@ def router(service: Service, path: str, stream: bool) -> APIRouter:
     async def predict(body: PredictRequest, request: Request) -> Response:
         """The answer to a prompt."""
         service.model()
-        answers = await unless_gone(request, service.aside(lambda: prepare(service, body), request.state.size))
+        answers = await unless_gone(request, service.aside(lambda: prepare_text(service, body), request.state.size))
         if not stream:
             return JSONResponse({"output": await unless_gone(request, _whole(answers))})
         lines = await begun(request, _lines(answers))
@@ -41,7 +41,7 @@ def router(service: Service, path: str, stream: bool) -> APIRouter:
     return routes
 
 
-def prepare(service: Service, body: PredictRequest) -> Answers:
+def prepare_text(service: Service, body: PredictRequest) -> Answers:
     """The prompt in the model's format.
 
     Raises:

@@ -110,7 +110,7 @@ def test_cutting_a_large_file_into_chunks_changes_no_token(tokenizer, monkeypatc
     assert len(breaks.encode_ids("\n\n", bos=False)) == 1
 
     monkeypatch.setattr(text_reading, "CHUNK_BYTES", 999)
-    chunks = list(text_reading.read_chunks(text_reading.whole(path)))
+    chunks = list(text_reading.read_chunks(text_reading.whole_file(path)))
     assert len(chunks) > 30
     assert "".join(chunks) == text
     for one in (tokenizer, breaks):
@@ -124,10 +124,10 @@ def test_a_text_without_line_breaks_is_cut_between_characters(tmp_path, monkeypa
     monkeypatch.setattr(text_reading, "MAX_CHUNK_BYTES", 20)
     path = tmp_path / "one.txt"
     path.write_text("\ufeff" + "漢字🙂" * 50, encoding="utf-8")
-    chunks = list(text_reading.read_chunks(text_reading.whole(path)))
+    chunks = list(text_reading.read_chunks(text_reading.whole_file(path)))
     assert "".join(chunks) == "漢字🙂" * 50
     assert len(chunks) > 3
-    train, val = text_reading.hold_out([path], 0.1)
+    train, val = text_reading.hold_out_text([path], 0.1)
     assert "".join(text_reading.read_chunks(train[0])) + "".join(text_reading.read_chunks(val[0])) == "漢字🙂" * 50
     assert 0 < val[0].size < 0.2 * path.stat().st_size
 

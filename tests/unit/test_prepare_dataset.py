@@ -222,7 +222,7 @@ def test_what_is_held_out_begins_in_no_separator(tmp_path):
         moved = text_reading.beyond(tmp_path / "a.txt", place, [word])
         assert text[:moved].count(word) + text[moved:].count(word) == 2
         assert moved == place or (moved - place < len(word) and text[:moved].endswith(word))
-    (train,), (val,) = text_reading.hold_out([tmp_path / "a.txt"], 0.75, [word])
+    (train,), (val,) = text_reading.hold_out_text([tmp_path / "a.txt"], 0.75, [word])
     assert (train.end, val.start) == (8, 8)  # the first line that begins after a quarter of it is within the first one
 
 

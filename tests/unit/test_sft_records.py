@@ -521,23 +521,23 @@ def test_tables_of_other_kinds_are_taken_where_there_is_nothing_else(tmp_path):
     ],
 )
 def test_what_is_no_text_is_called_what_it_is(content, message, tmp_path):
-    from litgpt.data.text_reading import read_chunks, whole
+    from litgpt.data.text_reading import read_chunks, whole_file
 
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         list(read_records([tmp_path / "a.json"]))
     with pytest.raises(ValueError, match=message):  # --data TextFiles
-        "".join(read_chunks(whole(tmp_path / "a.json")))
+        "".join(read_chunks(whole_file(tmp_path / "a.json")))
 
 
 def test_text_files_in_utf_16_get_the_right_remedy(tmp_path):
-    from litgpt.data.text_reading import read_chunks, whole
+    from litgpt.data.text_reading import read_chunks, whole_file
 
     (tmp_path / "a.txt").write_bytes("Hallo".encode("utf-16"))
     with pytest.raises(
         ValueError, match=r"a\.txt is text in UTF-16, not in UTF-8\. Convert it: iconv -f UTF-16 -t UTF-8"
     ):
-        "".join(read_chunks(whole(tmp_path / "a.txt")))
+        "".join(read_chunks(whole_file(tmp_path / "a.txt")))
 
 
 def test_a_pipe_is_no_data(tmp_path):
