@@ -45,7 +45,7 @@ COMMANDS = {
     "finetune": Command("litgpt.commands.finetune_full:finetune", "Finetune all weights of a model"),
     "finetune_full": Command("litgpt.commands.finetune_full:setup", "The same, into out/finetune/full"),
     "finetune_lora": Command(
-        "litgpt.commands.finetune_lora:setup", "Finetune a model with LoRA: small matrices beside frozen weights"
+        "litgpt.commands.finetune_lora:setup", "Finetune a model with LoRA: small matrices alongside frozen weights"
     ),
     "finetune_adapter": Command(
         "litgpt.commands.finetune_adapter:setup", "Finetune a model with LLaMA-Adapter: learned prompts"
@@ -245,6 +245,8 @@ def report(error: Exception, debug: bool) -> int:
             file=sys.stderr,
         )
         return 1
+    if (names := sys.modules.get("litgpt.cli.option_names")) is not None:  # a command has begun
+        message = names.on_command_line(message)
     print(f"error: {hide(message)}", file=sys.stderr)
     return getattr(cause, "exit_code", 1)
 

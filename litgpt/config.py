@@ -137,7 +137,7 @@ class Config:
     n_shared_expert: int | None = None
     """Experts that see every token, held as one MLP of n_shared_expert * moe_intermediate_size."""
     n_expert_groups: int | None = None
-    """Set: each token chooses among the experts of its best groups only (DeepSeek), these being so many."""
+    """Number of expert groups; if set, each token chooses among the experts of its best groups only (DeepSeek)."""
     n_topk_groups: int | None = None
     """Groups of experts a token may choose from."""
     n_topk_scores_per_group: int | None = None
@@ -430,13 +430,13 @@ class Config:
 
     def _require(self, name: str, holds: bool, remedy: str) -> None:
         if not holds:
-            raise ValueError(f"Config field {name}={shown(getattr(self, name))} is not possible: it must be {remedy}.")
+            raise ValueError(f"Config field {name}={shown(getattr(self, name))} is not valid: it must be {remedy}.")
 
     def _require_one_of(self, name: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, name)
         if value not in allowed:
             hint = did_you_mean(value[:100], allowed)
-            raise ValueError(f"Config field {name}={shown(value)} is not possible: choose {', '.join(allowed)}.{hint}")
+            raise ValueError(f"Config field {name}={shown(value)} is not valid: choose {', '.join(allowed)}.{hint}")
 
 
 def check_field_names(names: Iterable[object], where: str = "the model configuration") -> None:
@@ -496,5 +496,5 @@ def _checked(spec: Field, value: Any) -> Any:
         wanted = " or ".join("null" if each is NoneType else str(getattr(each, "__name__", each)) for each in kinds)
         raise ValueError(f"Config field {name}={shown(original)} has the wrong type: expected {wanted}.")
     if isinstance(value, int) and float not in kinds and value > (limit := MAX_SIZES.get(name, MAX_SIZE)):
-        raise ValueError(f"Config field {name}={shown(original)} is not possible: it must be {limit:,} at most.")
+        raise ValueError(f"Config field {name}={shown(original)} is not valid: it must be {limit:,} at most.")
     return value

@@ -20,7 +20,7 @@ class AttentionPlan:
     reads: str = "call"
     """Which keys are seen: those of the `call`, of the `cache` with those of the call in it, or of `both`, in a row."""
     read_length: int | None = None
-    """Only so many slots of the cache are read."""
+    """Only this many slots of the cache are read."""
     documents: Tensor | None = None
     """(documents + 1,) int32, where each begins in the B * T tokens, row after row: attention within each says what the
     mask says."""

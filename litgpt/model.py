@@ -2,7 +2,7 @@
 
 What a model looks like is decided by its `Config` alone. Loading, sharding, LoRA and quantisation act from outside.
 
-Letters of the shapes written beside the tensors:
+Letters of the shapes written next to the tensors:
 
     B  batch                            C  n_embd, width of the residual stream
     T  tokens of this call              V  padded vocabulary
@@ -91,7 +91,7 @@ class GPT(nn.Module):
             document_ids: (B, T) int64, for packed training: a token attends only within its own document.
             cache: keys and values of earlier calls take part, those of this call are added. A call may hold a
                 whole prompt, the next chunk of one, or one token of each row, the rows at different positions.
-            document_starts: beside document_ids, what `starts_of_documents` says of them: spares a GPU the mask.
+            document_starts: besides document_ids, what `starts_of_documents` says of them: spares a GPU the mask.
 
         Returns:
             (B, T, V) logits.
@@ -144,7 +144,7 @@ class GPT(nn.Module):
         """An empty cache for `batch_size` rows of up to `max_length` tokens; by default as the weights are placed.
 
         Args:
-            device: Where all of it goes. None puts what a layer remembers beside the layer's weights.
+            device: Where all of it goes. None puts what a layer remembers next to the layer's weights.
             dtype: The type of keys and values.
             spare: How many of the last tokens can always be taken back (`KVCache.rewind`), in sliding windows too.
         """
@@ -347,7 +347,7 @@ class CausalSelfAttention(nn.Module):
 class LatentAttention(nn.Module):
     """Multi-head latent attention of DeepSeek V2 (https://arxiv.org/abs/2405.04434).
 
-    Keys and values of all heads are products of one latent of rank R per token; beside it, one rotated key is shared
+    Keys and values of all heads are products of one latent of rank R per token; next to it, one rotated key is shared
     by the heads. The cache holds the latent and the rotated key only.
     """
 
@@ -693,7 +693,7 @@ def stretch_yarn(frequencies: Tensor, stretch: dict, base: float) -> tuple[Tenso
     pairs, factor = frequencies.numel(), stretch["factor"]
 
     def index_of(turns: float) -> float:
-        """Index of the frequency that turns so many times within the original context."""
+        """Index of the frequency that turns this many times within the original context."""
         return pairs * math.log(stretch["original_max_seq_len"] / (turns * 2 * math.pi)) / math.log(base)
 
     first, last = index_of(stretch["beta_fast"]), index_of(stretch["beta_slow"])

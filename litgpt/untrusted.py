@@ -35,7 +35,7 @@ MAX_INTEGER = 2**63 - 1
 
 _BRACKET = re.compile(r"[\[\]{}]")
 _REPETITION = re.compile(r"[*+]|\{\d*,\}")
-NO_JSON = "is no valid JSON"
+NO_JSON = "is not valid JSON"
 NO_YAML = "is not valid YAML"
 FETCH_AGAIN = "Download it again."
 
@@ -174,7 +174,7 @@ def read_bounded(path: Path, limit: int = SETTINGS_BYTES, remedy: str = FETCH_AG
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise _wrong(path, "is no file", remedy)
+        raise _wrong(path, "is not a file", remedy)
     with path.open("rb") as file:
         content = file.read(limit + 1) if status.st_size <= limit else b""
     if status.st_size > limit or len(content) > limit:

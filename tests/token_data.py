@@ -10,7 +10,7 @@ EOS = 0
 
 
 def write_tokens(directory: Path, chunks: list[int], seed: int = 0, vocab_size: int = 300) -> list[np.ndarray]:
-    """Writes random documents, each with EOS at its end, into chunks of so many tokens; the ids of each chunk."""
+    """Writes random documents, each with EOS at its end, into chunks of this many tokens; the ids of each chunk."""
     rng, infos, ids = np.random.default_rng(seed), [], []
     directory.mkdir(parents=True, exist_ok=True)
     dtype = token_dtype(vocab_size)
@@ -28,7 +28,7 @@ def write_tokens(directory: Path, chunks: list[int], seed: int = 0, vocab_size: 
 
 
 def write_numbered(directory: Path, chunks: list[int], block: int, vocab_size: int = 1 << 20) -> list[ChunkInfo]:
-    """Writes chunks of so many blocks each, the first token of every block a number of its own."""
+    """Writes chunks of this many blocks each, the first token of every block a number of its own."""
     infos, number = [], 1
     directory.mkdir(parents=True, exist_ok=True)
     dtype = token_dtype(vocab_size)

@@ -155,7 +155,7 @@ class Contender:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint_dir", type=Path, help="litgpt checkpoint, with Hugging Face weights beside it")
+    parser.add_argument("--checkpoint_dir", type=Path, help="litgpt checkpoint, with Hugging Face weights next to it")
     parser.add_argument("--hf_dir", type=Path, help="the same for transformers; default: the checkpoint directory")
     parser.add_argument("--gguf", type=Path, help="the same for llama.cpp, in 4 bits")
     parser.add_argument("--peers", type=Path, help="the folder of make_peers.sh; without it, ours alone")

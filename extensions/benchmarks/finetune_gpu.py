@@ -62,7 +62,7 @@ def random_model(config: Config, quantize: str | None, device: torch.device) -> 
 
 
 def packed_rows(config: Config, rows: int, context: int, documents: int, device: torch.device) -> dict:
-    """A batch (rows, context) of random tokens, each row in so many documents of one length."""
+    """A batch (rows, context) of random tokens, each row in this many documents of one length."""
     length = context // documents
     place = torch.arange(length * documents, device=device).expand(rows, -1).contiguous()
     idx, targets = torch.randint(0, config.vocab_size, (2, rows, length * documents), device=device)

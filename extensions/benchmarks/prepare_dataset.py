@@ -140,7 +140,7 @@ def once(
         words = ["prepare_dataset", "--source_path", records, "--checkpoint_dir", tokenizer, "--destination_path", out]
         result = measured([*ours.command, *map(str, words), "--num_workers", "2"], ours.environment)
     elif name == "LitGPT":
-        copy = out / "texts"  # it writes beside its sources
+        copy = out / "texts"  # it writes next to its sources
         shutil.copytree(texts, copy)
         result = measured([str(peer.python), "-c", LITGPT, str(copy), str(tokenizer)], peer.environment)
     else:

@@ -110,7 +110,7 @@ def run(program: Program, arguments: argparse.Namespace, work: list[Job], tokeni
 
 
 async def answer(port: int, work: list[Job], clients: int, ready=None) -> list[Answer]:
-    """The answers to all jobs, by so many clients at a time; `ready` waits for the server as long as it is true."""
+    """The answers to all jobs, by this many clients at a time; `ready` waits for the server as long as it is true."""
     base = f"http://127.0.0.1:{port}"
     if ready is not None:
         async with httpx.AsyncClient() as client:

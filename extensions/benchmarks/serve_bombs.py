@@ -40,7 +40,7 @@ def body(**fields) -> bytes:
 
 
 def repeated(start: str, part: str, end: str, size: float) -> bytes:
-    """A body of so many bytes: a list, or an object, of one part again and again."""
+    """A body of this many bytes: a list, or an object, of one part again and again."""
     return (start + ",".join([part] * int(size / (len(part) + 1))) + end).encode()
 
 

@@ -1,9 +1,9 @@
 """LLaMA-Adapter and Adapter v2 for a GPT, from outside: the model does not know them.
 
-LLaMA-Adapter (https://arxiv.org/abs/2303.16199) gives the later layers a learned prompt each, which every token attends
-to beside the text. What it finds there is added with a factor per head that starts at zero, so that the model begins as
-it was. Adapter v2 (https://arxiv.org/abs/2304.15010) also learns a bias and a scale for every linear layer, and the
-norms.
+LLaMA-Adapter (https://arxiv.org/abs/2303.16199) gives the later layers a learned prompt each, to which every token
+attends besides the text. What it finds there is added with a factor per head that starts at zero, so that the model
+begins as it was. Adapter v2 (https://arxiv.org/abs/2304.15010) also learns a bias and a scale for every linear layer,
+and the norms.
 
 Names and shapes of the parameters, and what is computed from them, are those of LitGPT 0.5.13.
 """
@@ -116,7 +116,7 @@ def apply_adapter(gpt: GPT, prompt_length: int = 10, start_layer: int = 2) -> No
     """
     if start_layer >= gpt.config.n_layer:
         raise ValueError(
-            f"--adapter_start_layer {start_layer}: the model has only {gpt.config.n_layer} layers: nothing would "
+            f"adapter_start_layer={start_layer}: the model has only {gpt.config.n_layer} layers: nothing would "
             "be learned. Give an earlier layer, or use finetune_lora."
         )
     gpt.requires_grad_(False)
@@ -149,9 +149,9 @@ def _add_prompts(gpt: GPT, prompt_length: int, start_layer: int) -> None:
             "has no keys and values. Use finetune_lora."
         )
     if start_layer < 0:
-        raise ValueError(f"--adapter_start_layer {start_layer}: layers are counted from 0.")
+        raise ValueError(f"adapter_start_layer={start_layer}: layers are counted from 0.")
     if prompt_length < 1:
-        raise ValueError(f"--adapter_prompt_length {prompt_length}: a prompt has at least one place.")
+        raise ValueError(f"adapter_prompt_length={prompt_length}: a prompt has at least one place.")
     for block in gpt.transformer.h[start_layer:]:
         attention = block.attn
         device = next(attention.parameters()).device
@@ -189,7 +189,7 @@ def is_adapter(name: str) -> bool:
 
 
 def is_adapter_v2(name: str) -> bool:
-    """Whether a parameter of that name belongs to Adapter v2, as which the norms count, too."""
+    """Whether a parameter of that name belongs to Adapter v2, to which the norms belong, too."""
     return is_adapter(name) or any(kind.fullmatch(name) for kind in (LINEAR, NORM))
 
 
@@ -207,7 +207,7 @@ def save_adapter(directory: Path, weights: dict[str, Tensor], base: str) -> None
 def read_adapter(place: Path) -> tuple[dict[str, Tensor], str | None]:
     """The parameters in a file or directory, of either kind, and the checkpoint they belong to.
 
-    A file of LitGPT 0.5.13 holds the parameters alone; hyperparameters.yaml beside it names the checkpoint.
+    A file of LitGPT 0.5.13 holds the parameters alone; hyperparameters.yaml next to it names the checkpoint.
 
     Raises:
         FileNotFoundError: There is no such file.

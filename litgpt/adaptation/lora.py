@@ -1,7 +1,7 @@
 """Low-rank adaptation of a GPT, from outside: the model does not know it.
 
 LoRA (https://arxiv.org/abs/2106.09685) adds `scaling * B A` to a frozen weight, A of shape (r, in) and B of (out, r).
-Here also its variants DoRA (https://arxiv.org/abs/2402.09353), which learns the length of each row beside its
+Here also its variants DoRA (https://arxiv.org/abs/2402.09353), which learns the length of each row alongside its
 direction, and rank-stabilised scaling (https://arxiv.org/abs/2312.03732), alpha / sqrt(r) instead of alpha / r.
 """
 
@@ -53,19 +53,19 @@ class LoRASettings:
     head: bool = False
     """Adapt the output head."""
     dora: bool = False
-    """Learn the length of each weight row beside its direction (DoRA)."""
+    """Learn the length of each weight row alongside its direction (DoRA)."""
     rs: bool = False
     """Scale by alpha / sqrt(r) (rank-stabilised)."""
 
     def __post_init__(self) -> None:
         if self.r < 1:
-            raise ValueError(f"--lora_r {self.r}: the rank must be at least 1.")
+            raise ValueError(f"r={self.r}: the rank must be at least 1.")
         if self.alpha <= 0:
-            raise ValueError(f"--lora_alpha {self.alpha}: must be positive; with 0 nothing would be learned.")
+            raise ValueError(f"alpha={self.alpha}: must be positive; with 0 nothing would be learned.")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"--lora_dropout {self.dropout}: must be at least 0 and below 1.")
+            raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1.")
         if not self.targets:
-            switches = ", ".join(f"--lora_{target}" for target in TARGETS)
+            switches = ", ".join(f"`{target}`" for target in TARGETS)
             raise ValueError(f"Nothing is adapted: set at least one of {switches} to true.")
 
     @property
@@ -350,7 +350,7 @@ def save_lora(directory: Path, weights: dict[str, Tensor], settings: LoRASetting
 def read_lora(path: Path) -> tuple[dict[str, Tensor], LoRASettings, str | None]:
     """The matrices of a directory or file, their settings, and the checkpoint they belong to.
 
-    A file of LitGPT 0.5.13 holds the matrices alone; hyperparameters.yaml beside it says the rest.
+    A file of LitGPT 0.5.13 holds the matrices alone; hyperparameters.yaml next to it says the rest.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -370,7 +370,7 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], LoRASettings, str | None]:
     try:
         recorded = read_yaml_mapping(file.parent / HYPERPARAMETERS)
     except OSError:
-        raise ValueError(f"{file} does not say what it is, and there is no {HYPERPARAMETERS} beside it.") from None
+        raise ValueError(f"{file} does not say what it is, and there is no {HYPERPARAMETERS} next to it.") from None
     names = [field.name for field in fields(LoRASettings)]
     given = {name: recorded[f"lora_{name}"] for name in names if f"lora_{name}" in recorded}
     return weights, _settings_in(file, given), _base_in(file, recorded.get("checkpoint_dir"))

@@ -1,4 +1,4 @@
-"""The checkpoints known by name: data, one file per family, beside this one.
+"""The checkpoints known by name: data, one file per family, next to this one.
 
 Nothing here imports torch, so that names can be listed and checked before anything heavy is loaded.
 """
@@ -40,7 +40,7 @@ class KnownCheckpoint:
     """The fields of `Config` that differ from the defaults."""
 
 
-# What may stand at every level of a family file beside the fields of `Config`.
+# What may stand at every level of a family file besides the fields of `Config`.
 LABELS = ("series", "architecture", "license", "prompt_style")
 
 

@@ -55,12 +55,12 @@ def holds_tokenizer(path: Path) -> bool:
 
 
 def is_peft_alone(path: Path) -> bool:
-    """Whether a directory holds a PEFT adapter and no model beside it."""
+    """Whether a directory holds a PEFT adapter and no model next to it."""
     return (path / PEFT_CONFIG).is_file() and not hf_weight_files(path)
 
 
 def holds_adaptation(path: Path) -> bool:
-    """Whether there are weights of LoRA or of an adapter, merged ones beside them or not; also as PEFT holds them."""
+    """Whether there are weights of LoRA or of an adapter, merged ones next to them or not; also as PEFT holds them."""
     return any((path / name).is_file() for name in ADAPTATIONS) or is_peft_alone(path)
 
 

@@ -11,7 +11,7 @@ CONFIG = "model_config.yaml"
 HYPERPARAMETERS = "hyperparameters.yaml"
 PEFT_CONFIG = "adapter_config.json"
 
-# What belongs to a checkpoint beside weights and model_config.yaml, and follows it when it is finetuned or exported.
+# What belongs to a checkpoint besides weights and model_config.yaml, and follows it when it is finetuned or exported.
 COMPANION_FILES = (
     "tokenizer.json",
     "tokenizer.model",

@@ -21,13 +21,13 @@ def parse_weight_index(content: bytes, name: str) -> dict[str, str]:
     """The same from the content of an index; `name` is what errors call it."""
     weight_map = parse_json_object(content, name).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise ValueError(f"'{name}' is no valid weight index (it has no 'weight_map'). {FETCH_AGAIN}")
+        raise ValueError(f"'{name}' is not a valid weight index (it has no 'weight_map'). {FETCH_AGAIN}")
     for file in set(map(_file_name, weight_map.values())):
         if file is None or _leaves_directory(file):
             wrong = next(value for value in weight_map.values() if _file_name(value) == file)
             raise ValueError(
-                f"'{name}' is no valid weight index (it lists {shown(wrong)}, which is no file in its directory). "
-                f"{FETCH_AGAIN}"
+                f"'{name}' is not a valid weight index (it lists {shown(wrong)}, which is not a file in its directory)"
+                f". {FETCH_AGAIN}"
             )
     return weight_map
 

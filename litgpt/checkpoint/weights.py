@@ -168,7 +168,7 @@ def _check_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
         if not isinstance(name, str) or not is_plain or tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise ValueError(unreadable(path, f"{shown(name)} is no plain tensor whose values are all in the file"))
+            raise ValueError(unreadable(path, f"{shown(name)} is not a plain tensor whose values are all in the file"))
         total += tensor.nbytes
     if total > 2 * size:  # tied weights are one
         raise ValueError(unreadable(path, f"its tensors would have {total:,} bytes"))
@@ -191,7 +191,7 @@ def remedy(path: Path) -> str:
     """What to do about a damaged file of a checkpoint."""
     directory = path.parent
     if path.name == WEIGHTS and (directory / LORA_WEIGHTS).is_file():
-        return f"LoRA's matrices are beside it: write it again with `litgpt merge_lora {directory}`."
+        return f"LoRA's matrices are next to it: write it again with `litgpt merge_lora {directory}`."
     if (directory / TRAINING_STATE).is_file():
         others = sorted(other.parent for other in directory.parent.glob(f"*/{TRAINING_STATE}"))
         others = [str(other) for other in others if other != directory]

@@ -74,7 +74,7 @@ class ClassChoice:
         if value is not None and package:
             raise UsageError(f"{name!r} is not a subclass of {self.base.__name__}.")
         if (options := getattr(self.base, "option_for", lambda _: None)(name)) is not None:
-            raise UsageError(f"{name!r} is no name of a {self.base.__name__}. Give it so: {options}")
+            raise UsageError(f"{name!r} is not a name of a {self.base.__name__}. Use one of: {options}")
         known = self.names()
         if package in ("", self.package):
             hint = did_you_mean(last, known)

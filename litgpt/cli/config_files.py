@@ -99,7 +99,9 @@ def _fetched(url: str) -> str:
             "config_hub/ come with litgpt."
         ) from None
     if len(data) > MAX_BYTES:
-        raise ValueError(f"--config {url} is larger than {MAX_BYTES // 1000} KB: that is no file of settings.")
+        raise ValueError(
+            f"--config {url} is larger than {MAX_BYTES // 1000} KB: that is too large for a file of settings."
+        )
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:

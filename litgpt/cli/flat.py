@@ -63,6 +63,13 @@ def spread(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[str,
     return spread_out
 
 
+def prefixed_fields(function: Callable[..., Any]) -> dict[str, str]:
+    """Field -> option, of the fields of a function's `Flat` parameters that have a prefix."""
+    return {
+        f.name: prefix + f.name for _, (cls, prefix) in _groups(function) if prefix for f in dataclasses.fields(cls)
+    }
+
+
 def _groups(function: Callable[..., Any]) -> Iterator[tuple[str, tuple[type, str]]]:
     """The `Flat` parameters: name, dataclass and prefix."""
     for name, hint in typing.get_type_hints(function, include_extras=True).items():

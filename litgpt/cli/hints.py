@@ -52,6 +52,7 @@ def dataclass_hints(cls: type) -> dict[str, Any]:
 def constructor_hints(cls: type) -> dict[str, Any]:
     """Init arg -> type hint, as far as they can be told."""
     try:
-        return typing.get_type_hints(cls.__init__)
+        # Of a dataclass, each field's hint is read where that field is written: it may be inherited.
+        return dataclass_hints(cls) if dataclasses.is_dataclass(cls) else typing.get_type_hints(cls.__init__)
     except (NameError, TypeError):  # hints for type checkers only, or a constructor in C
         return {}

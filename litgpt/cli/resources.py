@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-# In a wheel the recipes lie inside the package; in a source tree beside it.
+# In a wheel the recipes lie inside the package; in a source tree next to it.
 _PACKAGE = Path(__file__).parents[1]
 _PLACES = (_PACKAGE / "config_hub", _PACKAGE.parent / "config_hub")
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from litgpt.cli import record
+from litgpt.cli import option_names, record
 from litgpt.cli.config_files import is_address, read_config
 from litgpt.cli.flat import flattened
 from litgpt.cli.foreign import refused_code
@@ -30,7 +30,7 @@ def run(function: Callable[..., Any], argv: list[str], prog: str) -> Any:
     Raises:
         UsageError: unknown names (all of them at once, with suggestions), wrong types, missing values.
     """
-    function = flattened(function)
+    command, function = function, flattened(function)
     signature = Signature(function)
     arguments = split(argv, signature)
     if arguments.help:
@@ -40,6 +40,7 @@ def run(function: Callable[..., Any], argv: list[str], prog: str) -> Any:
         print(class_help(signature, *arguments.class_help), end="")
         return None
     layer = gather(arguments, signature)
+    option_names.remember(command, signature, chosen_classes(layer, signature))
     missing = signature.missing(layer)
     if missing and not arguments.print_config:
         raise UsageError(missing_message(missing, signature, prog))
@@ -73,6 +74,12 @@ def gather(arguments: Arguments, signature: Signature) -> Layer:
     problems += settle_classes(layer, signature)
     refuse(problems)
     return layer
+
+
+def chosen_classes(layer: Layer, signature: Signature) -> list[tuple[str, str]]:
+    """The options that name a class, and what each names."""
+    chosen = ((parameter.name, layer.get(parameter.name)) for parameter in signature.of_kind("class"))
+    return [(name, value["class_path"]) for name, value in chosen if value and value.get("class_path")]
 
 
 def missing_message(missing: list[str], signature: Signature, prog: str) -> str:

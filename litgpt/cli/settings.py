@@ -191,7 +191,7 @@ def _which_class(parameter: Parameter, init_args: list[str], takers: list[str]) 
     names = takers or choice.names()
     every = {setting for name in names for setting in accepted(choice.resolve(name)[1])}
     hint = "".join(did_you_mean(name, every, f"--{parameter.name}.".__add__) for name in init_args if name not in every)
-    return f"{given} needs --{parameter.name} NAME beside it, one of: {', '.join(names)}.{hint}"
+    return f"{given} needs --{parameter.name} NAME as well, one of: {', '.join(names)}.{hint}"
 
 
 def refuse(problems: list[str]) -> None:

@@ -89,7 +89,7 @@ def setup(
     tests = planned(prompt_tokens, new_tokens, depth, batch_sizes)
     for name, value in (("repetitions", repetitions), ("threads", threads)):
         if value is not None and value < 1:
-            raise ValueError(f"--{name} {value} is not possible: give 1 or more.")
+            raise ValueError(f"--{name} {value} is not valid: give 1 or more.")
     if json is not None:
         json.open("a").close()  # that it cannot be written is said before the model is loaded
     if threads is not None:
@@ -179,11 +179,11 @@ def _numbers(option: str, given: int | str, minimum: int) -> list[int]:
         numbers = [int(part) for part in str(given).split(",")]
     except ValueError:
         raise ValueError(
-            f"--{option} {given} is not possible: give numbers with commas between them, as 1,8."
+            f"--{option} {given} is not valid: give numbers with commas between them, as 1,8."
         ) from None
     for number in numbers:
         if number < minimum:
-            raise ValueError(f"--{option} {number} is not possible: give {minimum} or more.")
+            raise ValueError(f"--{option} {number} is not valid: give {minimum} or more.")
     return numbers
 
 

@@ -63,7 +63,7 @@ def setup(
         max_new_tokens: A reply ends after that many tokens, if the model does not end it before. By default it goes on
             to the end of its turn, or of the context; that of a model without a chat format, which continues the text,
             for 256 tokens.
-        top_k: Draw from the so many most likely tokens only; 1 always takes the most likely one.
+        top_k: Sample only from the k most likely tokens; 1 always takes the most likely one.
         top_p: Draw from the most likely tokens that together reach this probability.
         min_p: Draw from tokens at least this fraction as likely as the most likely one.
         temperature: Below 1 the replies get more certain, above 1 more varied; 0 always takes the most likely token.
@@ -82,7 +82,7 @@ def setup(
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, seed=seed)
     if max_new_tokens is not None and max_new_tokens < 1:
-        raise ValueError(f"--max_new_tokens {max_new_tokens} is not possible: give 1 or more.")
+        raise ValueError(f"--max_new_tokens {max_new_tokens} is not valid: give 1 or more.")
     style = format_of_options(prompt_style, chat_template)
     llm = LLM(load_parts(checkpoint_dir, LoadOptions(precision, quantize, compile, style, access_token)))
     print(f"Now chatting with {llm.name}.")

@@ -46,7 +46,7 @@ def setup(
 
     Args:
         checkpoint_dir: What to convert; to litgpt's own format also a PEFT adapter, to PEFT's LoRA weights.
-        out: The directory or .gguf file to write. By default beside the checkpoint, named like it and the format, as
+        out: The directory or .gguf file to write. By default next to the checkpoint, named like it and the format, as
             final-hf or final.gguf; a Hugging Face directory or PEFT adapter gets litgpt's files added.
         to: hf is a directory that transformers' from_pretrained loads. gguf is one file, for llama.cpp. litgpt is a
             directory with lit_model.pth, without any training state. peft is the LoRA weights as an adapter for peft's
@@ -84,7 +84,7 @@ def setup(
     if to == "hf":
         return save_hf(source, out or beside(path, to), format or "safetensors", dtype, verbose)
     if dtype and quantize:
-        raise ValueError(f"--dtype {dtype} cannot act with --quantize {quantize} in a GGUF file. Leave it out.")
+        raise ValueError(f"--dtype {dtype} cannot be combined with --quantize {quantize} in a GGUF file. Leave it out.")
     kind = quantize or dtype
     out = out or beside(path, kind, GGUF)
     save_gguf(source, out, kind, model_name, verbose)
@@ -107,7 +107,7 @@ def convert_to_ours(
         original = path if path.is_dir() else path.with_suffix("")
         out = out or (beside(path, quantize) if quantize else original)
     elif model_name is not None:
-        raise ValueError(f"--model_name {model_name} cannot act: '{path}' says its name itself. Leave it out.")
+        raise ValueError(f"--model_name {model_name} has no effect here: '{path}' already has a name. Leave it out.")
     elif out is None and form is None:
         raise ValueError(
             f"'{path}' is in litgpt's format already. Give the directory to write, for a copy without training state, "
@@ -122,9 +122,9 @@ def convert_to_ours(
 
 
 def refuse_idle(given: dict[str, object], target: str) -> None:
-    """Refuse an option that cannot act where this is written, and say where it does."""
+    """Refuse an option that is not supported where this is written, and say where it does."""
     for option, value in given.items():
         if value is not None and option not in ACTING[target]:
             others = " and ".join(f"--to {name}" for name, options in ACTING.items() if option in options)
             here = f"--to {target}"
-            raise ValueError(f"--{option} {value} cannot act with {here}: it is for {others}. Leave it out.")
+            raise ValueError(f"--{option} {value} cannot be combined with {here}: it is for {others}. Leave it out.")

@@ -36,7 +36,9 @@ def setup(
     """
     if format == "peft":
         if dtype is not None:
-            raise ValueError(f"--dtype {dtype} cannot act with --format peft: LoRA weights are float32. Leave it out.")
+            raise ValueError(
+                f"--dtype {dtype} cannot be combined with --format peft: LoRA weights are float32. Leave it out."
+            )
         return save_peft(checkpoint_dir, output_dir)
     source = open_merged(checkpoint_dir)
     if format == "gguf" or (format == "both" and output_dir.suffix == GGUF):

@@ -53,13 +53,17 @@ def setup(
         raise ValueError("checkpoint_dir is missing: give the checkpoint to convert.")
     if output_path is not None:
         if out_dir is not None:
-            raise ValueError(f"--out_dir {out_dir} cannot act with --output_path {output_path}. Leave one of them out.")
+            raise ValueError(
+                f"--out_dir {out_dir} cannot be combined with --output_path {output_path}. Leave one of them out."
+            )
         if dtype and quantize:
-            raise ValueError(f"--dtype {dtype} cannot act with --quantize {quantize} in a GGUF file. Leave it out.")
+            raise ValueError(
+                f"--dtype {dtype} cannot be combined with --quantize {quantize} in a GGUF file. Leave it out."
+            )
         source = open_merged(checkpoint_dir, access_token)
         return save_gguf(source, output_path, quantize or dtype, model_name, verbose)
     if model_name is not None:
-        raise ValueError(f"--model_name {model_name} cannot act without --output_path: GGUF files have names.")
+        raise ValueError(f"--model_name {model_name} is not supported without --output_path: GGUF files have names.")
     target = check_form(dtype, quantize)
     if quantize is None and target is None:
         raise ValueError(

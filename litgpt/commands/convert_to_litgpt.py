@@ -44,12 +44,12 @@ def setup(
     if is_peft_alone(path):
         for option, value in (("--dtype", dtype), ("--model_name", model_name)):
             if value is not None:
-                raise ValueError(f"{option} {value} cannot act on a PEFT adapter. Leave it out.")
+                raise ValueError(f"{option} {value} is not supported on a PEFT adapter. Leave it out.")
         return save_lora_of_peft(path, out_dir or path, pretrained_checkpoint_dir)
     if pretrained_checkpoint_dir is not None:
         raise ValueError(
-            f"--pretrained_checkpoint_dir {pretrained_checkpoint_dir} cannot act: '{path}' is no PEFT adapter. "
-            "Leave it out."
+            f"--pretrained_checkpoint_dir {pretrained_checkpoint_dir} has no effect here: '{path}' is not a PEFT "
+            "adapter. Leave it out."
         )
     if holds_adaptation_alone(path):
         raise ValueError(

@@ -28,7 +28,7 @@ def setup(
             shows them. Any other repository of a supported architecture works as well.
         access_token: Token of an account that may read the repository, for gated and private ones. HF_TOKEN works too.
         tokenizer_only: Leave out the weights: enough to pretrain from scratch with this tokenizer.
-        convert_checkpoint: Write lit_model.pth beside the downloaded weights. Without it, every command loads the
+        convert_checkpoint: Write lit_model.pth next to the downloaded weights. Without it, every command loads the
             downloaded files as they are.
         dtype: Data type of the converted weights, such as bfloat16; by default that of the downloaded ones.
         checkpoint_dir: The checkpoint goes into CHECKPOINT_DIR/org/name.
@@ -74,7 +74,7 @@ def setup(
 
 
 def check_options(tokenizer_only: bool, convert_checkpoint: bool, dtype: str | None, keep_hf_files: bool) -> None:
-    """Refuses what cannot act, before anything is downloaded.
+    """Refuses what is not supported, before anything is downloaded.
 
     Raises:
         ValueError: an option needs the conversion, which is left out; or there is no such data type.
@@ -87,11 +87,13 @@ def check_options(tokenizer_only: bool, convert_checkpoint: bool, dtype: str | N
     if convert_checkpoint and not tokenizer_only:
         return
     if dtype is not None:
-        raise ValueError(f"--dtype {dtype} cannot act with {left_out}: nothing is converted. Leave one of them out.")
+        raise ValueError(
+            f"--dtype {dtype} cannot be combined with {left_out}: nothing is converted. Leave one of them out."
+        )
     if not keep_hf_files:
         raise ValueError(
-            f"--keep_hf_files false cannot act with {left_out}: the downloaded files are all there will be. Leave one "
-            "of them out."
+            f"--keep_hf_files false cannot be combined with {left_out}: the downloaded files are all there will be. "
+            "Leave one of them out."
         )
 
 

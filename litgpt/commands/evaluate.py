@@ -195,7 +195,7 @@ def _slots(batch_size: int | str) -> int | None:
     if text == "auto" or text.startswith("auto:"):
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"--batch_size {batch_size} is not possible: give a number of 1 or more, or auto.")
+        raise ValueError(f"--batch_size {batch_size} is not valid: give a number of 1 or more, or auto.")
     return int(text)
 
 
@@ -205,14 +205,14 @@ def _precision(dtype: str | None, precision: str | None) -> str | None:
     if name == "auto":
         return precision
     if name not in DTYPES:
-        raise ValueError(f"--dtype {dtype} is not possible: give {', '.join(DTYPES)} or auto.")
+        raise ValueError(f"--dtype {dtype} is not valid: give {', '.join(DTYPES)} or auto.")
     if precision not in (None, DTYPES[name]):
         raise ValueError(f"--dtype {dtype} and --precision {precision} contradict each other. Give one of them.")
     return DTYPES[name]
 
 
 def _folder(checkpoint: Path) -> Path:
-    """The directory of a checkpoint, beside a .gguf file that of the file."""
+    """The directory of a checkpoint, next to a .gguf file that of the file."""
     from litgpt.sources.find import find_checkpoint
 
     place = find_checkpoint(checkpoint, incomplete=True)

@@ -1,4 +1,4 @@
-"""Finetune a model with LLaMA-Adapter: learned prompts beside frozen weights."""
+"""Finetune a model with LLaMA-Adapter: learned prompts alongside frozen weights."""
 
 from pathlib import Path
 from typing import Annotated

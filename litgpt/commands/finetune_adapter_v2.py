@@ -1,4 +1,4 @@
-"""Finetune a model with Adapter v2: learned prompts, biases and scales beside frozen weights."""
+"""Finetune a model with Adapter v2: learned prompts, biases and scales alongside frozen weights."""
 
 from pathlib import Path
 from typing import Annotated

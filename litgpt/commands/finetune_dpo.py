@@ -52,7 +52,7 @@ def setup(
         checkpoint_dir: The model to finetune, one that already follows instructions: a directory, also of LoRA weights
             (they are merged as they are read), a .gguf file, a known name or a Hub id.
         out_dir: Where checkpoints, metrics.csv, logs.txt and loss.png go.
-        method: lora trains small matrices beside frozen weights, full all weights.
+        method: lora trains small matrices alongside frozen weights, full all weights.
         quantize: With lora, keep the frozen weights in 4 or 8 bits: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or
             bnb.int8-training.
         lora_plus_ratio: Let the second matrix learn this many times as fast as the first (LoRA+).

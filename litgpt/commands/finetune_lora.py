@@ -21,7 +21,7 @@ def setup(
     lora_plus_ratio: float | None = None,
     options: Annotated[FinetuneOptions, cli.Flat()] = FinetuneOptions(),  # noqa: B008
 ) -> None:
-    """Finetune a model with LoRA: small matrices beside frozen weights.
+    """Finetune a model with LoRA: small matrices alongside frozen weights.
 
     Args:
         checkpoint_dir: The model to finetune: a directory, also of LoRA weights (they are merged as they are read), a

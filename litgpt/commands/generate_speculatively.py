@@ -34,9 +34,11 @@ def setup(
         speculative_k: How many tokens are drafted at a time.
     """
     if speculative_k < 1:
-        raise ValueError(f"--speculative_k {speculative_k} is not possible: give 1 or more.")
+        raise ValueError(f"--speculative_k {speculative_k} is not valid: give 1 or more.")
     if options.compile:
-        raise ValueError("--compile true cannot act: each length of a draft would be compiled. Leave it out.")
+        raise ValueError(
+            "--compile true is not supported here: each length of a draft would be compiled. Leave it out."
+        )
     prompt = read_prompt(prompt)
     target = open_model(target_model_checkpoint_dir, options.access_token)
     smaller = None

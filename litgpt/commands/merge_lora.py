@@ -24,14 +24,14 @@ def setup(
     Args:
         checkpoint_dir: The directory with the LoRA weights, as finetune_lora or PEFT writes it, the file itself, or the
             Hub id of a PEFT adapter.
-        out_dir: Where to write. By default beside the LoRA weights; those in a .pth file, as X/final_lora.pth, are
+        out_dir: Where to write. By default next to the LoRA weights; those in a .pth file, as X/final_lora.pth, are
             merged into a new directory X-merged.
         pretrained_checkpoint_dir: The model that was finetuned, where it is no longer at the place that is recorded
             with the LoRA weights.
         precision: Type of the merged weights (32-true, bf16-true, ...); by default that of the model that was
             finetuned.
     """
-    dtype = dtype_from_name(precision, "--precision")
+    dtype = dtype_from_name(precision, "precision")
     source = open_lora(checkpoint_dir, pretrained_checkpoint_dir)
     tell_note(source)
     if out_dir is None:

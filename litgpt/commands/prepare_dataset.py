@@ -69,7 +69,7 @@ def setup(
 
     splits = [part.strip() for part in split.split(",")]
     if not splits or any(part not in SPLITS for part in splits) or "train" not in splits:
-        raise ValueError(f"--split {split} is not possible: give train,val or train.")
+        raise ValueError(f"--split {split} is not valid: give train,val or train.")
     share = Shard.parse(shard) if shard is not None else None
     if engine == "ray":
         from litgpt.data.ray_units import require_ray

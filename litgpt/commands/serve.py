@@ -69,9 +69,9 @@ def setup(
         precision: 32-true, bf16-true, 16-true (weights and computation), bf16-mixed, 16-mixed (float32 weights). By
             default bf16-true where the device computes it in hardware, else 32-true.
         temperature: Of requests that name none: below 1 answers get more certain, 0 takes the most likely token.
-        top_k: Of requests that name none: draw from the so many most likely tokens only.
+        top_k: For requests that set none: sample only from the k most likely tokens.
         top_p: Of requests that name none: draw from the likeliest tokens that together reach this probability.
-        max_new_tokens: Of requests that name none: an answer of /predict and /v1/completions ends after so many tokens.
+        max_new_tokens: For requests that set none: the most tokens that /predict and /v1/completions generate.
             A reply of /v1/chat/completions ends after 1,024, or after this where it is more.
         devices: Number of devices that share the model, or their numbers as 0,2; auto takes all. On a CPU, the number
             of processes.
@@ -84,7 +84,7 @@ def setup(
         openai_spec: OpenAI's API is there in any case.
         access_token: For a gated model that has to be downloaded first.
         api_path: Where /predict is.
-        timeout: A request that is not answered to its end after so many seconds, waiting included, is ended: with 504,
+        timeout: Seconds that a request may take, waiting included, before it is ended: with 504,
             or with an error as the last event of a stream. 0 for no limit.
         max_batch_size: How many answers are generated at a time.
         max_queue: How many more may wait; a request beyond that is refused with 429.
@@ -125,13 +125,17 @@ def setup(
         ("shutdown_timeout", shutdown_timeout, 0),
     ):
         if not value >= minimum:
-            raise ValueError(f"--{name} {value} is not possible: give {minimum} or more.")
+            raise ValueError(f"--{name} {value} is not valid: give {minimum} or more.")
     if generate_strategy is not None and str(devices) == "1":
-        raise ValueError(f"--generate_strategy {generate_strategy} cannot act on one device. Give --devices as well.")
+        raise ValueError(
+            f"--generate_strategy {generate_strategy} is not supported on one device. Give --devices as well."
+        )
     most_bytes = None if kv_cache_memory_bytes is None else _bytes(kv_cache_memory_bytes)
     placement = place(accelerator, devices, generate_strategy)
     if adapter and placement.is_split:
-        raise ValueError("--adapter cannot act with tensor_parallel. Take sequential, or merge it (litgpt merge_lora).")
+        raise ValueError(
+            "--adapter cannot be combined with tensor_parallel. Take sequential, or merge it (litgpt merge_lora)."
+        )
     path = "/" + (api_path or "/predict").strip("/")
     if path == "/" or path.startswith(("/v1/", "/static/", "/health", "/metrics", "/docs", "/openapi.json")):
         raise ValueError(f"--api_path {api_path} is taken. Choose another, such as /predict.")
@@ -207,7 +211,7 @@ def _origin(text: str) -> str:
     origin = text.rstrip("/").lower()
     if text not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s@]+", origin):
         raise ValueError(
-            f"--cors_origins {text} is no origin. Write the scheme, host and port of the page, such as "
+            f"--cors_origins {text} is not an origin. Write the scheme, host and port of the page, such as "
             "https://example.com or http://localhost:3000; or * for all."
         )
     return origin
@@ -222,7 +226,7 @@ def _bytes(text: str) -> float:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt])(i?)b?|b)?\s*", text.lower())
     if match is None or not float(match[1]):
         raise ValueError(
-            f"--kv_cache_memory_bytes {text} is no amount of memory. Write it as 2GB, 512MiB or 2000000000."
+            f"--kv_cache_memory_bytes {text} is not an amount of memory. Write it as 2GB, 512MiB or 2000000000."
         )
     unit = 1024 if match[3] else 1000
     return float(match[1]) * unit ** (" kmgt".index(match[2]) if match[2] else 0)
@@ -247,7 +251,7 @@ def _named_lora(spec: str, access_token: Secret | None) -> tuple[str, Path]:
     """
     name, _, directory = spec.partition("=")
     if not name or not directory:
-        raise ValueError(f"--adapter {spec} is not possible: write NAME=DIR, such as poet=out/finetune/lora/final.")
+        raise ValueError(f"--adapter {spec} is not valid: write NAME=DIR, such as poet=out/finetune/lora/final.")
     try:
         return name, find_lora(directory, access_token)
     except FileNotFoundError as error:

@@ -86,7 +86,7 @@ def setup(
     """
     for name, value in (("batch_size", batch_size), ("context", context), ("lora_r", lora_r), ("devices", devices)):
         if value is not None and value < 1:
-            raise ValueError(f"--{name} {value} is not possible: give 1 or more.")
+            raise ValueError(f"--{name} {value} is not valid: give 1 or more.")
     device = torch.device(accelerator())
     precision = precision or inference_precision(device)
     inference_dtypes(precision, device)
@@ -195,7 +195,7 @@ def estimate(
     devices: int,
     kind: str | None,
 ) -> dict[str, Any]:
-    """The memory that each use of the model needs on this kind of device, beside what there is.
+    """The memory that each use of the model needs on this kind of device, and what there is.
 
     Of weights that are quantised, inference keeps the `kind`; LoRA is estimated on plain ones, and QLoRA in 4 bits.
     """

@@ -171,8 +171,8 @@ class ChunkData(DataModule, Generic[Place]):
                 needed += sum(sizes[: 2 * WINDOW])
         if needed > self.max_cache_gb * 1e9:
             raise ValueError(
-                f"--data.max_cache_gb {self.max_cache_gb:g} is too small: the chunks in use at a time take "
-                f"{needed / 1e9:.3g} GB. Set at least --data.max_cache_gb {needed / 1e9 * 1.1:.3g}."
+                f"max_cache_gb={self.max_cache_gb:g} is too small: the chunks in use at a time take "
+                f"{needed / 1e9:.3g} GB. Set at least max_cache_gb={needed / 1e9 * 1.1:.3g}."
             )
 
     def _near(self, path: str) -> Path:
@@ -200,8 +200,8 @@ class ChunkData(DataModule, Generic[Place]):
                 continue
             raise ValueError(
                 f"The data in {source.path} was prepared with another tokenizer than the one in {tokenizer.dir}: its "
-                "ids mean other texts. Leave --tokenizer_dir out to train with "
-                f"{join_address(source.path, TOKENIZER_DIR)}, or prepare the text again with --checkpoint_dir "
+                "ids mean other texts. Leave `tokenizer_dir` out to train with "
+                f"{join_address(source.path, TOKENIZER_DIR)}, or prepare the text again with `checkpoint_dir` "
                 f"{tokenizer.dir}."
             )
 
@@ -212,8 +212,8 @@ class ChunkData(DataModule, Generic[Place]):
             ends.add(self._tokenizer.eos_id)
         if len(ends) != 1:
             raise ValueError(
-                "--data.isolate_documents true: it is not known which token ends a document, since the data has no "
-                "record and there is no tokenizer with an EOS token. Give --tokenizer_dir, or leave it out."
+                "isolate_documents=true: it is not known which token ends a document, since the data has no "
+                "record and there is no tokenizer with an EOS token. Give `tokenizer_dir`, or leave it out."
             )
         return DocumentMarks(end=ends.pop())
 
@@ -222,8 +222,8 @@ class ChunkData(DataModule, Generic[Place]):
         if longest < 2:
             return f"The training data in {store.path} is empty. Prepare it again."
         return (
-            f"--train.max_seq_length {self._block_size}: the chunks in {store.path} are too short, the longest has "
-            f"{longest:,} tokens, and a block needs {self._block_size + 1:,}. Set --train.max_seq_length "
+            f"train.max_seq_length={self._block_size}: the chunks in {store.path} are too short, the longest has "
+            f"{longest:,} tokens, and a block needs {self._block_size + 1:,}. Set `train.max_seq_length` "
             f"{longest - 1} or less, or prepare the data again with larger chunks."
         )
 
@@ -262,13 +262,11 @@ def splits_of(path: str, split_names: tuple[str, str] | None = None, weight: flo
         return DataSource(path, path, None, weight)
     if is_remote(path):
         raise FileNotFoundError(
-            f"--data.data_path {path}: there is neither {TRAIN}/{INDEX_FILE} nor {INDEX_FILE}, so no prepared data. "
-            "Check the address, and for another layout --data.split_names."
+            f"data_path={path}: there is neither {TRAIN}/{INDEX_FILE} nor {INDEX_FILE}, so no prepared data. "
+            "Check the address, and for another layout `split_names`."
         )
     what = f"it has no {INDEX_FILE}" if Path(path).is_dir() else "there is no such folder"
-    raise FileNotFoundError(
-        f"--data.data_path {path} holds no prepared data ({what}). Prepare it with: {PREPARE} {path}"
-    )
+    raise FileNotFoundError(f"data_path={path} holds no prepared data ({what}). Prepare it with: {PREPARE} {path}")
 
 
 def has_chunks(path: str) -> bool:

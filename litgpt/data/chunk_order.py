@@ -145,5 +145,5 @@ class Mixture:
         return KeyedPermutation(self.cycle, self.seed, cycle), starts[:-1], given
 
     def _bounds(self, cycle: int) -> list[int]:
-        """How many samples the first, first two, ... sources have given in so many cycles, after a 0."""
+        """How many samples the first, first two, ... sources have given in this many cycles, after a 0."""
         return [(share * self.cycle * cycle + UNIT // 2) // UNIT for share in self.shares]

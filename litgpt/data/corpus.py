@@ -97,14 +97,14 @@ def find_corpus(
         given = {"name": name, "revision": revision, "access_token": access_token, "download_dir": download_dir}
         for option, value in given.items():
             if value is not None:
-                raise ValueError(f"--{option} is for a data set on the Hub, and --source_path {source} is none.")
+                raise ValueError(f"`{option}` is for a data set on the Hub, and source_path={source} is none.")
         return find_corpus_files(path), path if path.is_dir() else path.parent
     folder = Path(download_dir or Path("data") / str(source).replace("/", "--"))
     try:
         return _fetch(str(source), name, revision, access_token, folder), folder
     except HubError as error:
-        message = str(error).replace("--data.", "--")
-        raise HubError(f"{message} (There is no file or folder --source_path {source} either.)") from None
+        message = re.sub(r"\bdata\.(?=\w+[`=])", "", str(error))
+        raise HubError(f"{message} (There is no file or folder source_path={source} either.)") from None
 
 
 def _fetch(
@@ -127,10 +127,10 @@ def find_corpus_files(source: Path) -> dict[str, list[Path]]:
     """
     if source.is_file():
         if not is_source_file(source):
-            raise ValueError(f"--source_path {source}: what kind of file is that? Its name ends in none of {_list()}.")
+            raise ValueError(f"source_path={source}: what kind of file is that? Its name ends in none of {_list()}.")
         return {"train": [source]}
     if not source.is_dir():
-        raise FileNotFoundError(f"--source_path {source}: there is no such file or folder.")
+        raise FileNotFoundError(f"source_path={source}: there is no such file or folder.")
     folders = {
         split: source / name
         for split, names in SPLIT_FOLDERS.items()
@@ -146,7 +146,7 @@ def find_corpus_files(source: Path) -> dict[str, list[Path]]:
             folder = folders.get(split, source)
             others = sorted(path.name for path in folder.iterdir())[:3]
             there = f"it holds {', '.join(others)}, ..." if others else "it is empty"
-            raise FileNotFoundError(f"--source_path: no file in {folder} ends in {_list()} ({there}).")
+            raise FileNotFoundError(f"`source_path`: no file in {folder} ends in {_list()} ({there}).")
     return found
 
 
@@ -267,7 +267,7 @@ def _choose_column(files: Sequence[SourceFile], wanted: str | None) -> str | Non
     if file is None:
         if wanted is not None:
             raise ValueError(
-                f"--text_column {wanted} cannot act: there are only plain text files, which have no columns."
+                f"text_column={wanted} has no effect here: there are only plain text files, which have no columns."
             )
         return None
     columns = columns_of(file)
@@ -277,12 +277,12 @@ def _choose_column(files: Sequence[SourceFile], wanted: str | None) -> str | Non
     if wanted is not None:
         if wanted not in columns:
             hint = did_you_mean(wanted, columns)
-            raise ValueError(f"--text_column {wanted}: {file.path} has no such column.{hint} It has: {_some(columns)}.")
+            raise ValueError(f"text_column={wanted}: {file.path} has no such column.{hint} It has: {_some(columns)}.")
         return wanted
     known = next((name for name in TEXT_COLUMNS if name in texts), texts[0] if len(texts) == 1 else None)
     if known is None:
         raise ValueError(
-            f"Which column of {file.path} holds the text? Name it with --text_column. It has: {_some(columns)}."
+            f"Which column of {file.path} holds the text? Name it with `text_column`. It has: {_some(columns)}."
         )
     return known
 

@@ -36,21 +36,21 @@ def module_for(settings: dict[str, Any], choices: Sequence[str]) -> str | None:
         path = find_file_or_folder(value)
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"--data.{option} {value}: no such file or folder. Give a folder of text files, or one that `litgpt "
-            "prepare_dataset` has written; for a data set that is downloaded, name it with --data."
+            f"data.{option}={value}: no such file or folder. Give a folder of text files, or one that `litgpt "
+            "prepare_dataset` has written; for a data set that is downloaded, name it as `data`."
         ) from None
     if path.is_dir() and any(True for _ in _indices(path)):
         return _of(choices, "LitData")
     names = [path.name] if path.is_file() else [p.name for p in islice(path.rglob("*"), MANY)]
     if any(name.endswith(".txt") for name in names):
-        return _of(choices, "TextFiles") or _refuse(option, value, "text files", "--data TextFiles --data.data_dir")
+        return _of(choices, "TextFiles") or _refuse(option, value, "text files", "data=TextFiles data.data_dir")
     if any(name.endswith(RECORDS) for name in names):
         raise ValueError(
-            f"--data.{option} {value} holds records, not plain text. To pretrain on them: litgpt prepare_dataset "
-            f"--source_path {value} --checkpoint_dir TOKENIZER --destination_path DIR, then --data.data_dir DIR. For "
-            "instructions or conversations: --data JSON --data.json_path."
+            f"data.{option}={value} holds records, not plain text. To pretrain on them: `litgpt "
+            f"prepare_dataset --source_path {value} --checkpoint_dir TOKENIZER --destination_path DIR`, then "
+            "data.data_dir=DIR. For instructions or conversations: data=JSON data.json_path=FILE."
         )
-    raise ValueError(f"--data.{option} {value} holds neither text files (.txt) nor prepared data ({INDEX_FILE}).")
+    raise ValueError(f"data.{option}={value} holds neither text files (.txt) nor prepared data ({INDEX_FILE}).")
 
 
 def option_for(value: str) -> str | None:
@@ -80,4 +80,4 @@ def _of(choices: Sequence[str], name: str) -> str | None:
 
 
 def _refuse(option: str, value: Any, what: str, remedy: str) -> None:
-    raise ValueError(f"--data.{option} {value} holds {what}: give it as {remedy} {value}.")
+    raise ValueError(f"data.{option}={value} holds {what}: give it as {remedy}={value}.")

@@ -63,7 +63,7 @@ def _record_fragments(file: SourceFile, where: str, values: Any, column: str | N
         return
     if not isinstance(values, str):
         raise ValueError(
-            f"{file.path}, {where}: {column!r} is {values!r:.60}, which is no text. Name another with --text_column."
+            f"{file.path}, {where}: {column!r} is {values!r:.60}, which is not text. Name another with `text_column`."
         )
     place = 0
     while len(values) - place > MAX_CHUNK_BYTES:

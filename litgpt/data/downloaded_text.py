@@ -33,7 +33,7 @@ class DownloadedText(FolderData):
             return
         if self._tokenizer is None:
             raise ValueError(
-                f"{type(self).__name__} needs a tokenizer for the text: give --tokenizer_dir (a directory, or the name "
+                f"{type(self).__name__} needs a tokenizer for the text: give `tokenizer_dir` (a directory, or the name "
                 "of a checkpoint whose tokenizer was downloaded)."
             )
         from huggingface_hub.utils import WeakFileLock
@@ -61,8 +61,8 @@ class DownloadedText(FolderData):
         held = None if record is None else record.options.get("val_split_fraction")
         if wanted is not None and held is not None and held != wanted:
             raise ValueError(
-                f"--data.val_split_fraction {wanted} cannot act: {self.data_path} was prepared with {held}. "
-                "Leave it out, or choose another --data.data_path."
+                f"val_split_fraction={wanted} has no effect here: {self.data_path} was prepared with {held}. "
+                "Leave it out, or choose another `data_path`."
             )
         super().setup(stage)
 

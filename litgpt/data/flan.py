@@ -51,7 +51,5 @@ class FLAN(HubFiles):
 
     def _address(self) -> re.Match[str]:
         if (address := ADDRESS.fullmatch(self.url)) is None:
-            raise ValueError(
-                f"--data.url {self.url}: expected https://huggingface.co/datasets/ORG/NAME/resolve/REVISION."
-            )
+            raise ValueError(f"url={self.url}: expected https://huggingface.co/datasets/ORG/NAME/resolve/REVISION.")
         return address

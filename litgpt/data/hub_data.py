@@ -91,7 +91,7 @@ class HFDataset(HubFiles):
         self._repo_id()
         if self.val_split is not None and self.val_split_fraction is not None:
             raise ValueError(
-                f"--data.val_split {self.val_split} and --data.val_split_fraction {self.val_split_fraction}: the "
+                f"val_split={self.val_split} and val_split_fraction={self.val_split_fraction}: the "
                 "validation records come from the split. Give only one of them."
             )
         if self.access_token is not None:
@@ -115,5 +115,5 @@ class HFDataset(HubFiles):
 
     def _repo_id(self) -> str:
         if not self.repo_id:
-            raise ValueError("HFDataset needs to know which data set: --data.repo_id ORG/NAME is missing.")
+            raise ValueError("HFDataset needs to know which data set: repo_id=ORG/NAME is missing.")
         return self.repo_id

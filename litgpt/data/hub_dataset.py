@@ -204,7 +204,7 @@ class HubDataset:
             return DEFAULT_CONFIG if DEFAULT_CONFIG in configs else next(iter(configs))
         if config not in configs:
             raise HubError(
-                f"The data set {self.repo_id} has no configuration {config!r} (--data.name)."
+                f"The data set {self.repo_id} has no configuration {config!r} (`name`)."
                 f"{did_you_mean(config, configs)} It has: {', '.join(list(configs)[:20])}."
             )
         return config
@@ -297,4 +297,4 @@ def _data_options() -> Generator[None]:
     try:
         yield
     except HubError as error:
-        raise HubError(re.sub(r"--(access_token|revision)\b", r"--data.\1", str(error))) from None
+        raise HubError(re.sub(r"\b(access_token|revision)(?=[`=])", r"data.\1", str(error))) from None

@@ -19,7 +19,7 @@ class JSON(SFTData):
 
     The form of a record is recognised by its keys: instruction, input (may be left out) and output; prompt and
     completion, each a text or messages; messages, a list of {role, content}; conversations, ShareGPT's list of {from,
-    value}. A `system` text and `tools` may stand beside them; a message of the assistant with `weight` 0 is not
+    value}. A `system` text and `tools` may stand next to them; a message of the assistant with `weight` 0 is not
     learned. A .json file holds a list of records, or an object {"train": [...], "val": [...]}.
     """
 
@@ -38,24 +38,24 @@ class JSON(SFTData):
 
     def files(self) -> tuple[list[Path], list[Path]]:
         if self.json_path is None:
-            raise ValueError("JSON needs to know where the records are: --data.json_path FILE_OR_FOLDER is missing.")
+            raise ValueError("JSON needs to know where the records are: json_path=FILE_OR_FOLDER is missing.")
         train, val = find_files(self.json_path, "json_path")
         if self.val_json_path is not None:
             if val:
                 raise ValueError(
-                    f"--data.val_json_path {self.val_json_path}: --data.json_path {self.json_path} has validation "
+                    f"val_json_path={self.val_json_path}: json_path={self.json_path} has validation "
                     f"records of its own ({_names(val)}). Give only one of them."
                 )
             val = find_files(self.val_json_path, "val_json_path")[0]
             train = [path for path in train if path not in val]
             if not train:
                 raise ValueError(
-                    f"--data.val_json_path {self.val_json_path} holds every file of --data.json_path {self.json_path}: "
+                    f"val_json_path={self.val_json_path} holds every file of json_path={self.json_path}: "
                     "nothing is left to train on."
                 )
         if val and self.val_split_fraction is not None:
             raise ValueError(
-                f"--data.val_split_fraction {self.val_split_fraction}: there are validation records ({_names(val)}), "
+                f"val_split_fraction={self.val_split_fraction}: there are validation records ({_names(val)}), "
                 "so none are held out. Leave it out."
             )
         return train, val
@@ -67,7 +67,7 @@ def find_files(given: Path, option: str) -> tuple[list[Path], list[Path]]:
         path = find_file_or_folder(given)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"--data.{option} {given}: no such file or folder. Give a .json or .jsonl file, or a folder of them."
+            f"{option}={given}: no such file or folder. Give a .json or .jsonl file, or a folder of them."
         ) from error
     if path.is_file():
         return [path], [path] if option == "json_path" and has_validation_part(path) else []
@@ -79,7 +79,7 @@ def find_files(given: Path, option: str) -> tuple[list[Path], list[Path]]:
     if not files:
         there = ", ".join(sorted(entry.name for entry in path.iterdir())[:3]) or "nothing"
         raise FileNotFoundError(
-            f"--data.{option} {given} holds no .json or .jsonl file to train on (it holds {there}). Put train.json and "
+            f"{option}={given} holds no .json or .jsonl file to train on (it holds {there}). Put train.json and "
             "val.json there, or give one file."
         )
     return files, val if option == "json_path" else []

@@ -34,7 +34,7 @@ class LitData(ChunkData[str | list[str]]):
         if self.data_path != default:
             given = {"data_path": self.data_path, **given}
         if len(given) > 1:
-            names = " and ".join(f"--data.{name}" for name in given)
+            names = " and ".join(f"`{name}`" for name in given)
             raise ValueError(f"{names} say the same: give only one of them.")
         wanted = next(iter(given.values()), default)
         several = isinstance(wanted, list | tuple)
@@ -44,7 +44,7 @@ class LitData(ChunkData[str | list[str]]):
         if self.split_names is not None:
             self.split_names = tuple(self.split_names)
             if len(self.split_names) != 2:
-                raise ValueError(f"--data.split_names {list(self.split_names)}: two names are needed, as [train, val].")
+                raise ValueError(f"split_names={list(self.split_names)}: two names are needed, as [train, val].")
         self._check_weights()
 
     def roots(self) -> list[str]:
@@ -57,13 +57,13 @@ class LitData(ChunkData[str | list[str]]):
     def _check_weights(self) -> None:
         roots = self.roots()
         if not roots or len(set(roots)) != len(roots):
-            raise ValueError(f"--data.data_path {self.data_path}: at least one data set is needed, and each only once.")
+            raise ValueError(f"data_path={self.data_path}: at least one data set is needed, and each only once.")
         if self.weights is None:
             return
         if len(self.weights) != len(roots):
             raise ValueError(
-                f"--data.weights {self.weights} has {len(self.weights)} number(s), and --data.data_path names "
+                f"weights={self.weights} has {len(self.weights)} number(s), and `data_path` names "
                 f"{len(roots)} data set(s): give one for each."
             )
         if not all(0 < weight < float("inf") for weight in self.weights):
-            raise ValueError(f"--data.weights {self.weights}: every weight must be greater than 0.")
+            raise ValueError(f"weights={self.weights}: every weight must be greater than 0.")

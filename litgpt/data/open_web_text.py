@@ -23,7 +23,7 @@ class OpenWebText(DownloadedText):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.val_split_fraction < 1:
-            raise ValueError(f"--data.val_split_fraction {self.val_split_fraction} is not between 0 and 1.")
+            raise ValueError(f"val_split_fraction={self.val_split_fraction} is not between 0 and 1.")
 
     def held_out(self) -> float | None:
         return self.val_split_fraction

@@ -130,7 +130,7 @@ class Collate:
         return {name: torch.from_numpy(values.astype(np.int64, copy=False)) for name, values in batch.items()}
 
     def _width(self, tokens: int) -> int:
-        """T + 1 for rows of up to so many tokens."""
+        """T + 1 for rows of up to this many tokens."""
         if self.packed and self.longest is not None:  # all but the last rows are full: one shape for all
             return max(self.longest, tokens - 1) + 1
         inputs = -(-max(tokens - 1, 1) // self.multiple) * self.multiple

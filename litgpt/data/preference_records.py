@@ -68,8 +68,8 @@ def recognise_preference(record: Record, columns: Mapping[str, str] | None = Non
     """The pair in one record; ValueError where it fits no form.
 
     `chosen` and `rejected` are texts or messages. They are the replies alone, to a prompt (a text, with perhaps an
-    `input`, or messages) that stands beside them; or conversations that begin alike, as messages or, as texts, in turns
-    of "Human:" and "Assistant:". A `system` text may stand beside them.
+    `input`, or messages) that stands next to them; or conversations that begin alike, as messages or, as texts, in
+    turns of "Human:" and "Assistant:". A `system` text may stand next to them.
     """
     values = keyed_values(record, columns)
     missing = [key for key in REPLIES if key not in values]
@@ -98,7 +98,7 @@ def _conversations(values: Mapping[str, Any]) -> tuple[str, list[list[Message]]]
     else:
         tails = [messages_of(key, values[key]) for key in REPLIES]
         if not all(tail[0]["role"] == "assistant" for tail in tails):
-            return WHOLE, tails  # a prompt beside them says again what they begin with
+            return WHOLE, tails  # a prompt next to them says again what they begin with
         if prompt_key is None:
             raise ValueError(f"has replies without a prompt ({listed(PROMPT_KEYS)}). Its keys are {listed(values)}.")
     if isinstance(values[prompt_key], str):
@@ -112,7 +112,7 @@ def _turns(key: str, text: str) -> list[Message]:
     before, *pieces = TURN.split(text)
     if not pieces or before.strip():
         raise ValueError(
-            f'has a {key!r} without a prompt beside it ({listed(PROMPT_KEYS)}) or in it, as "Human: ...", '
+            f'has a {key!r} without a prompt next to it ({listed(PROMPT_KEYS)}) or in it, as "Human: ...", '
             f'"Assistant: ...".'
         )
     turns = zip(pieces[::2], pieces[1::2], strict=True)

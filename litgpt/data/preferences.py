@@ -94,11 +94,10 @@ class PreferenceData(SFTData):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.pack:
-            raise ValueError("--data.pack true: pairs are not packed. Leave it out; batches are grouped by length.")
+            raise ValueError("pack=true: pairs are not packed. Leave it out; batches are grouped by length.")
         if self.mask_prompt is not None:
             raise ValueError(
-                f"--data.mask_prompt {str(self.mask_prompt).lower()}: of a pair, the replies alone are compared. Leave "
-                "it out."
+                f"mask_prompt={str(self.mask_prompt).lower()}: of a pair, the replies alone are compared. Leave it out."
             )
 
     def pairs(self, split: str) -> list[Preference]:

@@ -51,17 +51,17 @@ class Shard:
                 step = int(os.environ.get("SLURM_ARRAY_TASK_STEP", "1"))
             except (KeyError, ValueError):
                 raise ValueError(
-                    "--shard slurm: this is no task of a SLURM array (SLURM_ARRAY_TASK_ID, _MIN and _COUNT are not "
-                    "set). Submit it with `sbatch --array=1-8`, or give --shard I/N."
+                    "shard=slurm: this is not a task of a SLURM array (SLURM_ARRAY_TASK_ID, _MIN and _COUNT are not "
+                    "set). Submit it with `sbatch --array=1-8`, or give shard=I/N."
                 ) from None
             index = (task - first) // step + 1
         else:
             parts = text.split("/")
             if len(parts) != 2 or not all(part.isdecimal() and len(part) < 8 for part in parts):
-                raise ValueError(f"--shard {text}: I/N is expected, such as 1/8 for the first of 8, or slurm.")
+                raise ValueError(f"shard={text}: I/N is expected, such as 1/8 for the first of 8, or slurm.")
             index, count = map(int, parts)
         if not 1 <= index <= count:
-            raise ValueError(f"--shard {text}: shards are counted from 1, the first of 8 is 1/8, the last 8/8.")
+            raise ValueError(f"shard={text}: shards are counted from 1, the first of 8 is 1/8, the last 8/8.")
         return cls(index, count)
 
     def __str__(self) -> str:
@@ -99,7 +99,7 @@ def prepare(
         destination: Where the chunks, the tokenizer and the record of both go.
         splits: What to make; without `val` nothing is held out.
         text_column: Where the text of a record is; None finds it out.
-        document_separator: What stands between the documents of a text file, beside EOS.
+        document_separator: What stands between the documents of a text file, besides EOS.
         val_split_fraction: Part of `train` to hold out where there are no files for `val`; None takes the smaller of
             5 % and about 100 MB.
         eos_token: The token at the end of a document, where the tokenizer names none.
@@ -121,11 +121,13 @@ def prepare(
     """
     sources = {split: list(files) for split, files in sources.items() if split in splits}
     if "train" not in sources:
-        raise ValueError(f"--split {','.join(splits)}: train has to be among them; val is optional.")
+        raise ValueError(f"split={','.join(splits)}: train has to be among them; val is optional.")
     if overwrite and (shard or merge):
-        raise ValueError("--overwrite cannot act with --shard or --merge: it would delete what the others have done.")
+        raise ValueError(
+            "`overwrite` cannot be combined with `shard` or `merge`: it would delete what the others have done."
+        )
     if shard and merge:
-        raise ValueError("--merge true finishes what all shards have done: run it without --shard, when they are done.")
+        raise ValueError("merge=true finishes what all shards have done: run it without `shard`, when they are done.")
     begin = time.perf_counter()
     tokenizer = Tokenizer(tokenizer_dir)
     fraction = _val_fraction(sources, splits, val_split_fraction)
@@ -163,12 +165,12 @@ def _val_fraction(sources: Mapping[str, Sequence[Path]], splits: Sequence[str], 
     """What to hold out of the training files."""
     if "val" not in splits or "val" in sources:
         if fraction is not None:
-            why = "the validation text has files of its own" if "val" in sources else "--split leaves val out"
-            raise ValueError(f"--val_split_fraction {fraction} cannot act: {why}.")
+            why = "the validation text has files of its own" if "val" in sources else "`split` leaves val out"
+            raise ValueError(f"val_split_fraction={fraction} has no effect here: {why}.")
         return 0.0
     if fraction is not None:
         if not 0 < fraction < 1:
-            raise ValueError(f"--val_split_fraction {fraction} is not between 0 and 1. For none, give --split train.")
+            raise ValueError(f"val_split_fraction={fraction} is not between 0 and 1. For none, give split=train.")
         return fraction
     total = sum(path.stat().st_size for path in sources["train"])
     return min(VAL_FRACTION, VAL_BYTES / max(1, total))
@@ -183,7 +185,7 @@ def _note_shards(job: UnitJob, shard: Shard) -> None:
 def _work(job: UnitJob, units: Sequence[Unit], num_workers: int | None, engine: Engine) -> None:
     """Do what is not done yet."""
     if num_workers is not None and num_workers < 1:
-        raise ValueError(f"--num_workers {num_workers}: at least one process is needed.")
+        raise ValueError(f"num_workers={num_workers}: at least one process is needed.")
     left = [unit for unit in units if read_result(job, unit) is None]
     total, done = sum(unit.size for unit in units), sum(unit.size for unit in units) - sum(unit.size for unit in left)
     if done:

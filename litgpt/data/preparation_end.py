@@ -71,10 +71,10 @@ def _all_results(job: UnitJob) -> list[UnitResult]:
         count = 0
     shards = sorted({number % count + 1 for number in missing}) if count else []
     named = ", ".join(f"{shard}/{count}" for shard in shards[:20]) + (", ..." if len(shards) > 20 else "")
-    which = f" They are those of --shard {named}." if shards else ""
+    which = f" They are those of shard={named}." if shards else ""
     raise ValueError(
-        f"--merge true: {len(missing)} of {len(results)} units of {job.destination} are not done.{which} Run these, "
-        "or the same command without --shard and --merge, which does what is missing."
+        f"merge=true: {len(missing)} of {len(results)} units of {job.destination} are not done.{which} Run these, "
+        "or the same command without `shard` and `merge`, which does what is missing."
     )
 
 
@@ -82,13 +82,13 @@ def _check_documents(job: UnitJob, results: Sequence[UnitResult]) -> None:
     records, without = (sum(getattr(result, name) for result in results) for name in ("records", "without_text"))
     if without and without == records:
         raise ValueError(
-            f"The column {job.corpus.column!r} is empty in all {records:,} records. Name another with --text_column."
+            f"The column {job.corpus.column!r} is empty in all {records:,} records. Name another with `text_column`."
         )
     for split in _made(job):
         if not sum(result.documents[split] for result in results):
             held = split == "val" and job.val_fraction
             remedy = (
-                f"Give a larger --val_split_fraction than {job.val_fraction:g}, or --split train."
+                f"Give a larger `val_split_fraction` than {job.val_fraction:g}, or split=train."
                 if held
                 else "Look at its files."
             )

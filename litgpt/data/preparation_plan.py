@@ -39,14 +39,14 @@ def make_plan(
     """All that decides the result, and those of its parts that users choose, for the record."""
     separator = None if separator is None else separator.replace("\\n", "\n").replace("\\t", "\t")
     if separator == "":
-        raise ValueError("--document_separator is empty. Leave it out, or give the text between two documents.")
+        raise ValueError("`document_separator` is empty. Leave it out, or give the text between two documents.")
     if add_bos and tokenizer.bos_id is None:
-        raise ValueError(f"--add_bos true: the tokenizer in {tokenizer.dir} names no BOS token.")
+        raise ValueError(f"add_bos=true: the tokenizer in {tokenizer.dir} names no BOS token.")
     eos_id = tokenizer.token_to_id(eos_token) if eos_token else tokenizer.eos_id
     if eos_id is None:
         raise ValueError(
             f"The tokenizer in {tokenizer.dir} names no EOS token, without which documents run into each other. Say "
-            "which of its tokens ends a document, for example: --eos_token '<|endoftext|>'."
+            "which of its tokens ends a document, for example: eos_token='<|endoftext|>'."
         )
     eos_text = tokenizer.decode([eos_id], skip_special=False)
     separators = tuple(dict.fromkeys(text for text in (eos_text, separator) if text))
@@ -90,7 +90,7 @@ def guard_sources(job: UnitJob) -> None:
     for path in [*(file.path for file in job.corpus.files), job.tokenizer_dir / "tokenizer.json"]:
         if any(path.resolve().is_relative_to(folder) for folder in ours):
             raise ValueError(
-                f"--destination_path {job.destination}: {path}, which is read, lies where the result goes. Choose "
+                f"destination_path={job.destination}: {path}, which is read, lies where the result goes. Choose "
                 "another destination."
             )
 
@@ -139,9 +139,7 @@ def _read_plan(job: UnitJob) -> dict[str, Any] | None:
 
 
 def _occupied(job: UnitJob, what: str) -> str:
-    return (
-        f"--destination_path {job.destination} holds {what}. Choose another one, or replace it with --overwrite true."
-    )
+    return f"destination_path={job.destination} holds {what}. Choose another one, or replace it with overwrite=true."
 
 
 def _differing(ours: DatasetRecord, theirs: DatasetRecord) -> list[str]:
@@ -158,7 +156,7 @@ def _check_space(job: UnitJob) -> None:
     needed, free = text * job.dtype.itemsize // 5, shutil.disk_usage(job.destination).free
     if needed > free:
         raise ValueError(
-            f"--destination_path {job.destination}: about {needed / 1e9:,.1f} GB are needed, and {free / 1e9:,.1f} GB "
+            f"destination_path={job.destination}: about {needed / 1e9:,.1f} GB are needed, and {free / 1e9:,.1f} GB "
             "are free there. Free some space, or choose another destination."
         )
 

@@ -22,7 +22,7 @@ def require_ray() -> None:
     try:
         import ray.data  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"--engine ray needs Ray Data ({error}): pip install 'litgpt[ray]'.") from None
+        raise ValueError(f"engine=ray needs Ray Data ({error}): pip install 'litgpt[ray]'.") from None
 
 
 def run_on_ray(job: UnitJob, units: Sequence[Unit], report: Report, num_workers: int | None) -> None:

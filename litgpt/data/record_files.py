@@ -38,7 +38,7 @@ def is_record_file(name: str) -> bool:
 def record_files(paths: Iterable[Path]) -> list[Path]:
     """Of some files, those with records, sorted: the tables of other kinds where there are none of the usual."""
     files = sorted(path for path in paths if path.is_file())
-    if any(path.suffix == ".arrow" for path in files):  # what `datasets` saved, with descriptions of it beside it
+    if any(path.suffix == ".arrow" for path in files):  # what `datasets` saved, with descriptions of it next to it
         files = [path for path in files if path.name not in DESCRIPTIONS]
     usual = [path for path in files if is_record_file(path.name)]
     return usual or [path for path in files if path.suffix in TABLES]
@@ -62,7 +62,7 @@ def read_records(paths: Iterable[Path], split: str = "train") -> Iterator[Record
 
 
 def has_validation_part(path: Path) -> bool:
-    """Whether a .json file is an object that holds validation records beside the training records."""
+    """Whether a .json file is an object that holds validation records next to the training records."""
     if ".json" not in path.suffixes[-2:]:
         return False
     content = _parsed(path)

@@ -64,7 +64,7 @@ class Conversation:
             not to be learned has the key `weight` with 0.
         form: Which form the record had.
         where: Where the record stands.
-        input: What stands beside the instruction in the form that has such a field.
+        input: What stands next to the instruction in the form that has such a field.
         tools: What the assistant may call, as chat templates take it.
     """
 
@@ -183,7 +183,7 @@ def keyed_values(record: Record, columns: Mapping[str, str] | None) -> Mapping[s
 
 
 def with_system(messages: list[Message], values: Mapping[str, Any]) -> list[Message]:
-    """Messages with the `system` text that may stand beside them, unless they begin with one of their own."""
+    """Messages with the `system` text that may stand next to them, unless they begin with one of their own."""
     if values.get("system") and messages[0]["role"] != "system":
         return [{"role": "system", "content": text_of(values, "system")}, *messages]
     return messages
@@ -269,7 +269,7 @@ def _content(number: int, content: Any) -> str:
 
 
 def tools_of(values: Mapping) -> list[dict[str, Any]] | None:
-    """The tools beside messages, as chat templates take them."""
+    """The tools given with messages, as chat templates take them."""
     return read_tools(values.get("tools") or values.get("functions"))  # the latter is OpenAI's older word
 
 

@@ -26,7 +26,7 @@ PROBE = [
     {"role": "user", "content": QUESTION},
 ]
 CHUNK = 256  # conversations that a process encodes at a time
-WORTH_PROCESSES = 4000  # from so many conversations on
+WORTH_PROCESSES = 4000  # from this many conversations on
 
 
 class Encoded(NamedTuple):

@@ -27,7 +27,7 @@ class Sample(NamedTuple):
     """One training sequence of T tokens."""
 
     messages: list[Message]
-    """The conversation up to the last reply in it; an `input` stands beside the instruction"""
+    """The conversation up to the last reply in it; an `input` stands next to the instruction"""
     input_ids: Tensor
     """(T,) int64"""
     labels: Tensor
@@ -218,7 +218,7 @@ def nothing_to_learn(empty: list[tuple[str, int]], records: int, max_tokens: int
     if max_tokens is None or prompt < max_tokens:
         return f"{len(empty):,} of {records:,} records have nothing to learn; the first is {where}: its reply is empty."
     return (
-        f"{len(empty):,} of {records:,} records have nothing to learn within --train.max_seq_length "
-        f"{max_tokens - 1}: their prompts alone fill it. The first is {where}, whose prompt has {prompt} tokens. Set a "
-        "larger --train.max_seq_length, or leave such records out with --data.on_long drop."
+        f"{len(empty):,} of {records:,} records have nothing to learn within "
+        f"train.max_seq_length={max_tokens - 1}: their prompts alone fill it. The first is {where}, whose prompt has "
+        f"{prompt} tokens. Set a larger `train.max_seq_length`, or leave such records out with on_long=drop."
     )

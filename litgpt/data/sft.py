@@ -84,14 +84,12 @@ class SFTData(DataModule):
     def __post_init__(self) -> None:
         self._tokenizer: Tokenizer | None = None
         if self.ignore_index != IGNORE_INDEX:
-            raise ValueError(
-                f"--data.ignore_index {self.ignore_index}: the loss ignores {IGNORE_INDEX} alone. Leave it out."
-            )
+            raise ValueError(f"ignore_index={self.ignore_index}: the loss ignores {IGNORE_INDEX} alone. Leave it out.")
         if self.on_long not in ("truncate", "drop"):
-            raise ValueError(f"--data.on_long {self.on_long!r} is neither truncate nor drop.")
+            raise ValueError(f"on_long={self.on_long!r} is neither truncate nor drop.")
         fraction = getattr(self, "val_split_fraction", None)
         if fraction is not None and not 0 <= fraction < 1:
-            raise ValueError(f"--data.val_split_fraction {fraction} is not in [0, 1).")
+            raise ValueError(f"val_split_fraction={fraction} is not in [0, 1).")
 
     # -- what a data set says of itself
 
@@ -122,7 +120,7 @@ class SFTData(DataModule):
         """
         if self.prompt_style not in (None, CHECKPOINT):
             raise ValueError(
-                f"{option} and --data.prompt_style {self.prompt_style} both say how prompts are written. Give only one "
+                f"{option} and prompt_style={self.prompt_style} both say how prompts are written. Give only one "
                 "of them."
             )
         self.prompt_style = CHECKPOINT
@@ -145,13 +143,13 @@ class SFTData(DataModule):
             samples_per_step: Sequences per optimizer step over all devices; lets batches be grouped by length.
         """
         if tokenizer is None:
-            raise ValueError(f"--data {type(self).__name__} needs a tokenizer, and the model has none beside it.")
+            raise ValueError(f"data={type(self).__name__} needs a tokenizer, and the model has none next to it.")
         self._tokenizer, self._batch_size, self._max_seq_length = tokenizer, batch_size, max_seq_length
         self._samples_per_step = samples_per_step
         self._checkpoint_style = prompt_style or choose_prompt_style(tokenizer.dir, tokenizer=tokenizer)
         self._single_style = self._named_style(self.prompt_style or self.single_turn_style)
         if self.pack and max_seq_length is None:
-            raise ValueError("--data.pack true fills rows of --train.max_seq_length tokens: set that, too.")
+            raise ValueError("pack=true fills rows of `train.max_seq_length` tokens: set that, too.")
 
     def prepare_data(self) -> None:
         self.prepare_samples(self.conversations, ConversationEncoder, self._write)
@@ -198,7 +196,7 @@ class SFTData(DataModule):
         self._packed: dict[Path, list[list[int]]] = {}
         self._train, self._val = (SampleFile(directory / name) for name in SPLITS)
         if not len(self._train):
-            raise ValueError(f"--data {type(self).__name__} leaves nothing to train on: {self._why_empty()}.")
+            raise ValueError(f"data={type(self).__name__} leaves nothing to train on: {self._why_empty()}.")
 
     @property
     def train_samples(self) -> SampleFile:
@@ -309,7 +307,7 @@ class SFTData(DataModule):
         try:
             return choose_prompt_style(self._connected().dir, explicit=name, tokenizer=self._tokenizer)
         except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"--data.prompt_style {name}: {error}") from error
+            raise type(error)(f"prompt_style={name}: {error}") from error
 
     def _style_for(self, is_chat: bool) -> PromptStyle:
         takes_checkpoints = self._takes_own() or (is_chat and self.prompt_style is None)
@@ -438,9 +436,7 @@ def describe_samples(summary: Summary, limit: str) -> str:
     if summary.dropped:
         parts.append(f"Dropped, longer than {limit}: {summary.dropped:,}.")
     if summary.divided:
-        parts.append(
-            f"Divided, since the style writes earlier turns otherwise than they were said: {summary.divided:,}."
-        )
+        parts.append(f"Divided, since the style does not write earlier turns as they were said: {summary.divided:,}.")
     return " ".join(parts)
 
 

@@ -254,7 +254,7 @@ def _parquet_rows(
         if column is None or column not in parquet.schema_arrow.names:
             raise ValueError(f"{file.path} has no column {column!r}; it has: {', '.join(parquet.schema_arrow.names)}.")
         if not _is_text(kind := parquet.schema_arrow.field(column).type):
-            raise ValueError(f"{file.path}: the column {column!r} is of type {kind}. Name another with --text_column.")
+            raise ValueError(f"{file.path}: the column {column!r} is of type {kind}. Name another with `text_column`.")
         groups, sizes = range(extent.start, extent.end), row_group_sizes(file)
         row = sum(metadata.row_group(group).num_rows for group in range(extent.start))
         rows = max(1, sum(metadata.row_group(group).num_rows for group in groups))

@@ -52,8 +52,8 @@ def not_text(
         if head.startswith(beginning):
             return ValueError(
                 f"{path} is not text: it is {kind}. Unpack it, or export what is in it. Records to finetune on are "
-                "read from .parquet, .arrow, .csv and .jsonl files (--data JSON --data.json_path); text to pretrain on "
-                "from .txt files, and by `litgpt prepare_dataset` from .parquet and .jsonl files."
+                "read from .parquet, .arrow, .csv and .jsonl files (data=JSON data.json_path=FILE); text to "
+                "pretrain on from .txt files, and by `litgpt prepare_dataset` from .parquet and .jsonl files."
             )
     encoding = next((encoding for mark, encoding in MARKS if head.startswith(mark)), None)
     nulls = (head[0::2].count(0) * 4 > len(head), head[1::2].count(0) * 4 > len(head))

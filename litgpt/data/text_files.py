@@ -60,13 +60,13 @@ class TextFiles(DataModule):
         self._batch_size, self._block_size = 1, 0
         if self.data_dir is not None:
             if self.train_data_path is not None:
-                raise ValueError("--data.data_dir and --data.train_data_path say the same: give only one of them.")
+                raise ValueError("`data_dir` and `train_data_path` say the same: give only one of them.")
             train, val = Path(self.data_dir) / "train", Path(self.data_dir) / "val"
             self.train_data_path = train if train.is_dir() else Path(self.data_dir)
             self.val_data_path = self.val_data_path or (val if train.is_dir() and val.is_dir() else None)
             self.data_dir = None
         if not 0 <= self.val_split_fraction < 1:
-            raise ValueError(f"--data.val_split_fraction {self.val_split_fraction} is not in [0, 1).")
+            raise ValueError(f"val_split_fraction={self.val_split_fraction} is not in [0, 1).")
 
     def connect(
         self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None
@@ -85,12 +85,12 @@ class TextFiles(DataModule):
             raise ValueError(
                 f"The training text in {self.train_data_path} is too short: "
                 f"{counted(len(self._train), 'token')}, and one block needs {self._block_size + 1:,}. Add text, or "
-                f"shorten the blocks with --train.max_seq_length {max(1, len(self._train) - 1)}."
+                f"shorten the blocks with train.max_seq_length={max(1, len(self._train) - 1)}."
             )
         if val and len(self._val) < 2:
             raise ValueError(
-                f"The validation text holds only {len(self._val)} token(s). Point --data.val_data_path at a longer "
-                "one, or set a larger --data.val_split_fraction."
+                f"The validation text holds only {len(self._val)} token(s). Point `val_data_path` at a longer "
+                "one, or set a larger `val_split_fraction`."
             )
 
     def train_dataloader(self) -> DataLoader:
@@ -110,8 +110,8 @@ class TextFiles(DataModule):
         bos, eos = (self._tokenizer.bos_id, self._tokenizer.eos_id) if self._tokenizer else (None, None)
         if bos is None and eos is None:
             raise ValueError(
-                "--data.isolate_documents true cannot act: the tokenizer has neither BOS nor EOS, so nothing marks "
-                "where a document begins. Leave it out."
+                "isolate_documents=true has no effect here: the tokenizer has neither BOS nor EOS, so nothing "
+                "marks where a document begins. Leave it out."
             )
         return DocumentMarks(end=eos if bos not in (None, eos) else None, start=eos if bos is None else bos)
 
@@ -142,9 +142,7 @@ class TextFiles(DataModule):
     def _pieces(self) -> tuple[list[FilePiece], list[FilePiece]]:
         """What to train on, and what to validate on."""
         if self.train_data_path is None:
-            raise ValueError(
-                "TextFiles needs to know where the text is: --data.train_data_path FOLDER_OR_FILE is missing."
-            )
+            raise ValueError("TextFiles needs to know where the text is: train_data_path=FOLDER_OR_FILE is missing.")
         train = text_files(self.train_data_path, "train_data_path")
         if self.val_data_path is None:
             return hold_out_text(train, self.val_split_fraction)
@@ -152,7 +150,7 @@ class TextFiles(DataModule):
         train = [path for path in train if path not in val]
         if not train:
             raise ValueError(
-                f"--data.val_data_path {self.val_data_path} holds every file of --data.train_data_path "
+                f"val_data_path={self.val_data_path} holds every file of `train_data_path` "
                 f"{self.train_data_path}: nothing is left to train on."
             )
         return [whole_file(path) for path in train], [whole_file(path) for path in val]
@@ -161,8 +159,8 @@ class TextFiles(DataModule):
         """The tokens of `pieces` from the cache; `make` puts them there where they are not."""
         if self._tokenizer is None:
             raise ValueError(
-                "TextFiles needs a tokenizer: give --tokenizer_dir (a directory, or the name of a checkpoint whose "
-                "tokenizer was downloaded), or --tokenizer_vocab_size to train one on the text."
+                "TextFiles needs a tokenizer: give `tokenizer_dir` (a directory, or the name of a checkpoint whose "
+                "tokenizer was downloaded), or `tokenizer_vocab_size` to train one on the text."
             )
         digest = hashlib.sha256(f"{CACHE_FORMAT} {self._tokenizer.fingerprint()}".encode())
         for piece in pieces:
@@ -185,17 +183,17 @@ def text_files(path: Path, option: str) -> list[Path]:
         path = find_file_or_folder(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"--data.{option} {path}: no such file or folder. Give a folder of .txt files or one text file."
+            f"{option}={path}: no such file or folder. Give a folder of .txt files or one text file."
         ) from error
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*.txt") if p.is_file())
     if not files:
         others = sorted(p.name for p in path.iterdir())[:3]
         there = f"it holds {', '.join(others)}, ..." if others else "it is empty"
         raise FileNotFoundError(
-            f"--data.{option} {path} holds no .txt file ({there}). Put plain text files there, or give one file."
+            f"{option}={path} holds no .txt file ({there}). Put plain text files there, or give one file."
         )
     if not any(file.stat().st_size for file in files):
-        raise ValueError(f"--data.{option} {path}: all {len(files)} text file(s) are empty.")
+        raise ValueError(f"{option}={path}: all {len(files)} text file(s) are empty.")
     return [file for file in files if file.stat().st_size]
 
 

@@ -47,7 +47,7 @@ def slimpajama(data_path: str, use_starcoder: bool) -> list[DataSource]:
             for name in names
         ]
         raise FileNotFoundError(
-            f"--data.data_path {data_path}: prepared data is expected in {' and '.join(names)} below it. It is too "
+            f"data_path={data_path}: prepared data is expected in {' and '.join(names)} below it. It is too "
             "large to be prepared on the way (SlimPajama's download alone is 895 GB); prepare it beforehand:\n  "
             + "\n  ".join(commands)
         ) from None

@@ -45,7 +45,7 @@ class TinyStories(DownloadedText):
                 folder.mkdir(parents=True, exist_ok=True)
                 dataset = HubDataset(self.repo_id, None, None)
                 if ARCHIVE not in dataset.files:
-                    raise ValueError(f"--data.repo_id {self.repo_id}: this data set has no {ARCHIVE}.")
+                    raise ValueError(f"repo_id={self.repo_id}: this data set has no {ARCHIVE}.")
                 dataset.fetch([dataset.files[ARCHIVE]], folder)
             unpack(archive, stories)
         first, *rest = sorted(stories.glob("*.json"))

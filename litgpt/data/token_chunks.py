@@ -126,7 +126,7 @@ def document_offsets(path: Path, info: ChunkInfo, dtype: np.dtype) -> np.ndarray
 
 
 def write_index(directory: Path, chunks: Sequence[ChunkInfo], dtype: np.dtype) -> None:
-    """Write `index.json` beside the chunk files."""
+    """Write `index.json` next to the chunk files."""
     with atomic_file(directory / INDEX_FILE) as temporary:
         temporary.write_text(index_text(chunks, dtype), encoding="utf-8")
 
@@ -234,7 +234,7 @@ def _dtype(config: dict[str, Any], where: str) -> np.dtype:
     types = {"no_header_tensor": TORCH_TYPES, "no_header_numpy": NUMPY_TYPES}.get(kind, {})
     name = types.get(int(number)) if number.isdecimal() and len(number) < 4 else None
     if name is None:
-        raise ValueError(f"{where}: data_format {data_format[0]!r} is no type of token ids.")
+        raise ValueError(f"{where}: data_format {data_format[0]!r} is not a type of token ids.")
     return np.dtype(name)
 
 
@@ -243,7 +243,7 @@ def _chunk(entry: Any, dtype: np.dtype, where: str) -> ChunkInfo:
         raise _damaged_index(where, f"a chunk is {entry!r:.80}")
     name = entry.get("filename")
     if not isinstance(name, str) or not name or name.startswith(".") or any(c in '/\\:"\0' for c in name):
-        raise _damaged_index(where, f"a chunk's filename is {name!r:.80}, which is no plain name of a file")
+        raise _damaged_index(where, f"a chunk's filename is {name!r:.80}, which is not a plain name of a file")
     counts = [entry.get(key) for key in ("dim", "chunk_size", "chunk_bytes")]
     tokens, documents, size = counts
     if not (_is_size(tokens) and _is_size(documents) and _is_size(size)):

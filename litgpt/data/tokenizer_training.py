@@ -24,7 +24,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> N
 
     if vocab_size < SMALLEST:
         raise ValueError(
-            f"--tokenizer_vocab_size {vocab_size} is too small: every byte is a token, so it is at least {SMALLEST}."
+            f"tokenizer_vocab_size={vocab_size} is too small: every byte is a token, so it is at least {SMALLEST}."
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -61,7 +61,7 @@ def run_in_processes(job: UnitJob, units: Sequence[Unit], report: Report, num_wo
         if isinstance(error, BrokenProcessPool):
             raise ValueError(
                 "A worker process was ended from outside, most often because the memory is full. Run the same command "
-                f"with fewer than --num_workers {workers}; it goes on where it stopped."
+                f"with fewer than num_workers={workers}; it goes on where it stopped."
             ) from None
         raise
 

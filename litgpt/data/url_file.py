@@ -23,7 +23,7 @@ def fetch_url(url: str, path: Path) -> Path:
     if path.is_file():
         return path
     if not url.startswith(("https://", "http://")):
-        raise ValueError(f"--data.file_url {url}: an address that begins with https:// is expected.")
+        raise ValueError(f"file_url={url}: an address that begins with https:// is expected.")
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

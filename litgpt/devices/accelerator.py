@@ -26,7 +26,7 @@ def count_devices(devices: int | str, num_nodes: int = 1, kind: str | None = Non
     Of the kind given, by default of the best there is.
 
     Raises:
-        ValueError: There are not that many, or it is no number.
+        ValueError: There are not that many, or it is not a number.
     """
     kind = kind or accelerator()
     present = {"cuda": torch.cuda.device_count, "mps": lambda: 1, "cpu": lambda: 1}[kind]()
@@ -36,13 +36,13 @@ def count_devices(devices: int | str, num_nodes: int = 1, kind: str | None = Non
     elif "," in text:
         count = len([part for part in text.split(",") if part.strip()])
     elif not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"--devices {devices} is no number of devices. Give a number, or auto for all there are.")
+        raise ValueError(f"devices={devices} is not a number of devices. Give a number, or auto for all there are.")
     elif kind != "cpu" and int(text) > present:
-        raise ValueError(f"--devices {text}, but there is {present} {kind} device here. Use --devices {present}.")
+        raise ValueError(f"devices={text}, but there is {present} {kind} device here. Use devices={present}.")
     else:
         count = int(text)
     if num_nodes < 1:
-        raise ValueError(f"--num_nodes {num_nodes}: it must be at least 1.")
+        raise ValueError(f"num_nodes={num_nodes}: it must be at least 1.")
     if num_nodes > 1:
         check_slurm(count, num_nodes)
     return count * num_nodes
@@ -60,19 +60,19 @@ def check_slurm(devices: int, num_nodes: int) -> None:
     remedy = f"Start it with `srun --ntasks-per-node={devices} litgpt ...`."
     if "SLURM_STEP_ID" not in environment:
         raise ValueError(
-            f"--num_nodes {num_nodes}: a batch script runs on the first node alone, and nothing starts litgpt on the "
+            f"num_nodes={num_nodes}: a batch script runs on the first node alone, and nothing starts litgpt on the "
             f"others. {remedy}"
         )
     tasks = environment.get("SLURM_NTASKS_PER_NODE", "an unknown number of")
     if tasks != str(devices):
         raise ValueError(
-            f"--devices {devices} on each of {num_nodes} nodes, but SLURM has {tasks} tasks per node: there is one for "
+            f"devices={devices} on each of {num_nodes} nodes, but SLURM has {tasks} tasks per node: there is one for "
             f"each device. {remedy}"
         )
 
 
 def chosen_devices(devices: int | str, kind: str | None = None) -> list[torch.device]:
-    """The devices of this machine that `devices` means, as for `count_devices`; on a CPU it so many times.
+    """The devices of this machine that `devices` means, as for `count_devices`; on a CPU that device, this many times.
 
     Raises:
         ValueError: There is no such device.
@@ -84,7 +84,7 @@ def chosen_devices(devices: int | str, kind: str | None = None) -> list[torch.de
         parts = [part.strip() for part in text.split(",") if part.strip()]
         numbers = [int(part) for part in parts if part.isdecimal()]
         if len(numbers) < len(parts) or (kind == "cuda" and max(numbers, default=0) >= torch.cuda.device_count()):
-            raise ValueError(f"--devices {devices} names a device that there is not. Give a number, or auto for all.")
+            raise ValueError(f"devices={devices} names a device that there is not. Give a number, or auto for all.")
     return [torch.device(kind, number) if kind == "cuda" else torch.device(kind) for number in numbers]
 
 

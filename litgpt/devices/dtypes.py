@@ -24,7 +24,7 @@ _ALIASES = {
 }
 
 
-def dtype_from_name(name: str | None, option: str = "--dtype") -> torch.dtype | None:
+def dtype_from_name(name: str | None, option: str = "dtype") -> torch.dtype | None:
     """`bfloat16`, `bf16` or `bf16-true` -> torch.bfloat16. Raises `ValueError` for a name that is none."""
     if name is None:
         return None
@@ -32,5 +32,5 @@ def dtype_from_name(name: str | None, option: str = "--dtype") -> torch.dtype | 
     dtype = DTYPES.get(_ALIASES.get(name, name))
     if dtype is None:
         hint = did_you_mean(name, [*DTYPES, *_ALIASES])
-        raise ValueError(f"{option} {name}: there is no such type of weights.{hint} Choose {', '.join(DTYPES)}.")
+        raise ValueError(f"{option}={name}: there is no such type of weights.{hint} Choose {', '.join(DTYPES)}.")
     return dtype

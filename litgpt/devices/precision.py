@@ -47,9 +47,9 @@ def inference_dtypes(precision: str, device: torch.device) -> tuple[torch.dtype,
         ValueError: no such precision, or the device cannot compute in it.
     """
     if precision not in PRECISIONS:
-        raise ValueError(f"--precision {precision} is not known. Choose one of {', '.join(PRECISIONS)}.")
+        raise ValueError(f"precision={precision} is not known. Choose one of {', '.join(PRECISIONS)}.")
     if precision.startswith("64") and device.type == "mps":
-        raise ValueError(f"--precision {precision} cannot act on an Apple GPU. Choose 32-true or less.")
+        raise ValueError(f"precision={precision} is not supported on an Apple GPU. Choose 32-true or less.")
     return PRECISIONS[precision]
 
 
@@ -57,11 +57,11 @@ def check_precision(precision: str, device: str | None = None) -> None:
     """Refuse a precision that is unknown, or that the kind of device cannot train in."""
     device = device or accelerator()
     if precision not in PRECISIONS:
-        raise ValueError(f"--precision {precision} is unknown. Choose one of: {', '.join(PRECISIONS)}.")
-    remedy = f"Choose another, for example --precision {default_precision(device)}."
+        raise ValueError(f"precision={precision} is unknown. Choose one of: {', '.join(PRECISIONS)}.")
+    remedy = f"Choose another, for example precision={default_precision(device)}."
     if precision.startswith("64") and device == "mps":
-        raise ValueError(f"--precision {precision} does not exist on an Apple GPU. {remedy}")
+        raise ValueError(f"precision={precision} does not exist on an Apple GPU. {remedy}")
     if precision.startswith("16") and device != "cuda":
-        raise ValueError(f"--precision {precision} needs a GPU; this is {device}. {remedy}")
+        raise ValueError(f"precision={precision} needs a GPU; this is {device}. {remedy}")
     if precision.startswith("bf16") and device == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ValueError(f"--precision {precision} is not supported by {torch.cuda.get_device_name()}. {remedy}")
+        raise ValueError(f"precision={precision} is not supported by {torch.cuda.get_device_name()}. {remedy}")

@@ -36,14 +36,12 @@ class HarnessOptions:
 
     def __post_init__(self) -> None:
         if self.limit is not None and not self.limit > 0:
-            raise ValueError(
-                f"--limit {self.limit} is not possible: give a number of documents, or a part of them below 1."
-            )
+            raise ValueError(f"limit={self.limit} is not valid: give a number of documents, or a part of them below 1.")
         if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise ValueError(f"--num_fewshot {self.num_fewshot} is not possible: give 0 or more.")
+            raise ValueError(f"num_fewshot={self.num_fewshot} is not valid: give 0 or more.")
         if self.fewshot_as_multiturn and not self.apply_chat_template:
             raise ValueError(
-                "--fewshot_as_multiturn makes turns of a conversation: give --apply_chat_template true, too."
+                "`fewshot_as_multiturn` makes turns of a conversation: give apply_chat_template=true, too."
             )
 
 
@@ -59,7 +57,7 @@ def parse_gen_kwargs(text: str | None) -> dict[str, Any] | None:
         return dict(simple_parse_args_string(text))
     except Exception:
         raise ValueError(
-            f"--gen_kwargs {text} is not possible: write name=value,name=value, such as max_gen_toks=64,temperature=0."
+            f"gen_kwargs={text} is not valid: write name=value,name=value, such as max_gen_toks=64,temperature=0."
         ) from None
 
 

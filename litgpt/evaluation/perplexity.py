@@ -57,26 +57,26 @@ def read_texts(path: Path) -> list[Document]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".jsonl") and file.is_file())
         if not files:
-            raise FileNotFoundError(f"--data {path}: there are no .txt or .jsonl files in this folder.")
+            raise FileNotFoundError(f"data={path}: there are no .txt or .jsonl files in this folder.")
     elif path.is_file():
         files = [path]
     else:
-        raise FileNotFoundError(f"--data {path}: there is no such file or folder.")
+        raise FileNotFoundError(f"data={path}: there is no such file or folder.")
     documents = [document for file in files for document in _of_file(file, path)]
     documents = [document for document in documents if document.text.strip()]
     if not documents:
-        raise ValueError(f"--data {path}: there is no text in it.")
+        raise ValueError(f"data={path}: there is no text in it.")
     return documents
 
 
 def _of_file(file: Path, path: Path) -> Iterator[Document]:
     name = str(file.relative_to(path)) if file != path else file.name
     if file.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"--data {file}: texts are read from .txt files, .jsonl files and folders of them.")
+        raise ValueError(f"data={file}: texts are read from .txt files, .jsonl files and folders of them.")
     try:
         content = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--data {file} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+        raise ValueError(f"data={file} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
     if file.suffix == ".txt":
         yield Document(name, content)
         return
@@ -88,7 +88,7 @@ def _of_file(file: Path, path: Path) -> Iterator[Document]:
         except (ValueError, KeyError, TypeError):
             text = None
         if not isinstance(text, str):
-            raise ValueError(f'--data {file}, line {number}: a JSON object with a "text" is expected.')
+            raise ValueError(f'data={file}, line {number}: a JSON object with a "text" is expected.')
         yield Document(f"{name}:{number}", text)
 
 
@@ -172,10 +172,10 @@ class Perplexity:
         context = model.config.block_size
         window = context if self.window is None else self.window
         if not 2 <= window <= context:
-            raise ValueError(f"--max_seq_length {window} is not possible: give 2 to {context}, the model's context.")
+            raise ValueError(f"max_seq_length={window} is not valid: give 2 to {context}, the model's context.")
         stride = window // 2 if self.stride is None else self.stride
         if not 1 <= stride <= window:
-            raise ValueError(f"--stride {stride} is not possible: give 1 to {window}, a window's tokens.")
+            raise ValueError(f"stride={stride} is not valid: give 1 to {window}, a window's tokens.")
         self._pace = window, stride
         measure(model.run, model.tokenizer, self.documents, window=window, stride=stride)
         print(documents_table(self.documents), end="\n\n")

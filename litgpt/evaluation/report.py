@@ -83,7 +83,7 @@ def facts(
 
 
 def save(results: dict[str, Any], out_dir: Path, copy: Path | None, log_samples: bool) -> Path:
-    """Writes results.json, and each task's samples beside it where they are wanted.
+    """Writes results.json, and each task's samples next to it where they are wanted.
 
     Args:
         results: In the harness's form; samples are taken out.

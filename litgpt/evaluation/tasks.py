@@ -30,7 +30,7 @@ OWN = "perplexity"  # our task, which needs no harness
 NAMING = re.compile(r"^[\"']?(?:task|group|tag|class|include)[\"']?[ \t]*:.*(?:\n(?:[ \t#-].*|[ \t]*))*", re.MULTILINE)
 PLAIN = re.compile(r"(\w+): ([A-Za-z_][\w./-]*)\s*")
 NO_NAMES = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")  # to YAML
-FAULTY = (yaml.YAMLError, ValueError, OSError, KeyError, TypeError)  # what a file that is no task raises
+FAULTY = (yaml.YAMLError, ValueError, OSError, KeyError, TypeError)  # what a file that is not a task raises
 FILE_FORMATS = ("json", "csv", "parquet", "arrow", "text")  # what `datasets` reads without the Hub
 REACHABLE_WITHIN = 5  # seconds
 
@@ -60,7 +60,7 @@ class TaskList:
         require_harness()
         for folder in include_path:
             if not Path(folder).is_dir():
-                raise FileNotFoundError(f"--include_path {folder}: there is no such folder.")
+                raise FileNotFoundError(f"include_path={folder}: there is no such folder.")
         self.include_path = [Path(folder) for folder in include_path]
 
     @cached_property
@@ -98,8 +98,8 @@ class TaskList:
                 unknown.append(f"There is no task {name!r}.{did_you_mean(name, [*self.all, OWN])}")
         if unknown:
             raise ValueError(
-                " ".join(unknown) + " `litgpt evaluate --tasks list` shows all of them (--filter WORD some), "
-                "--include_path DIR adds tasks of your own."
+                " ".join(unknown) + " `litgpt evaluate --tasks list` shows all of them (filter=WORD some), "
+                "include_path=DIR adds tasks of your own."
             )
         return list(dict.fromkeys(chosen)), self.all
 
@@ -247,6 +247,6 @@ def _explained(task: str) -> Generator[None, None, None]:
             raise ValueError(
                 f"Task {task}: its data set cannot be had ({cause}). With a network it is fetched once; to have it "
                 "without one, load it where there is one and bring the cache along (HF_HOME=DIR, "
-                "HF_DATASETS_OFFLINE=1), or give a copy of the task that reads local files (--include_path DIR)."
+                "HF_DATASETS_OFFLINE=1), or give a copy of the task that reads local files (include_path=DIR)."
             ) from error
         raise ValueError(f"Task {task} cannot be loaded ({cause}).") from error

@@ -243,7 +243,7 @@ class EngineLM(TemplateLM):
         if room < 1:
             raise ValueError(
                 f"Task {instance.task_name} asks for answers of up to {count} tokens, and the model's context holds "
-                f'{self.max_length}. Give fewer: --gen_kwargs "max_gen_toks={self.max_length // 2}".'
+                f'{self.max_length}. Give fewer: `gen_kwargs` "max_gen_toks={self.max_length // 2}".'
             )
         prompt = self._encode_prompt(text)[-room:]
         if (whole := kwargs.pop("max_length", None)) is not None:  # transformers' name: the prompt counts
@@ -264,7 +264,7 @@ class EngineLM(TemplateLM):
         """How the answers to a task are drawn.
 
         Raises:
-            ValueError: A setting of generation is unknown or cannot act.
+            ValueError: A setting of generation is unknown or is not supported.
         """
         draws = kwargs.pop("do_sample", False)
         for name, value in WITHOUT_EFFECT.items():
@@ -275,7 +275,7 @@ class EngineLM(TemplateLM):
             raise ValueError(
                 f"Task {task} sets {', '.join(sorted(kwargs))} for generation, which this engine does not have. It has "
                 f"{', '.join(SETTINGS)}, do_sample, until and max_gen_toks. Evaluate without the task, or change it "
-                "with a file of your own (--include_path)."
+                "with a file of your own (`include_path`)."
             )
         settings = {"top_k": DEFAULT_TOP_K, **self.generation.sampling, **given}
 
@@ -288,7 +288,7 @@ class EngineLM(TemplateLM):
         if not (temperature := float(given.get("temperature", 0))) > 0:
             raise ValueError(
                 f"Task {task} is to draw its answers (do_sample) at temperature {temperature:g}. Give a higher one, "
-                'such as --gen_kwargs "temperature=1.0", or "do_sample=False".'
+                'such as `gen_kwargs` "temperature=1.0", or "do_sample=False".'
             )
         return Sampling(
             temperature,

@@ -60,7 +60,7 @@ def chosen_style(style: PromptStyle, template: bool | str) -> PromptStyle:
     if isinstance(template, str):
         if not isinstance(style, ChatTemplate):
             raise ValueError(
-                f"--apply_chat_template {template} names a chat template, and the checkpoint has none. `true` puts "
+                f"apply_chat_template={template} names a chat template, and the checkpoint has none. `true` puts "
                 "tasks in the prompt format that it has."
             )
         return style.named(template)

@@ -26,7 +26,7 @@ def save_gguf(
         verbose: Print every tensor instead of a progress bar.
     """
     if path.suffix != GGUF:
-        raise ValueError(f"'{path}' is no name of a GGUF file: let it end with {GGUF}, as in {path}{GGUF}.")
+        raise ValueError(f"'{path}' is not a name of a GGUF file: let it end with {GGUF}, as in {path}{GGUF}.")
     if path.exists():
         raise ValueError(f"'{path}' exists already. Remove it, or choose another name.")
     kind = dtype.lower() if dtype else None

@@ -61,7 +61,7 @@ def export_gguf(
     kind = kind or str(source.dtype).removeprefix("torch.")
     if kind not in KINDS:
         hint = did_you_mean(kind, KINDS)
-        raise ValueError(f"'{kind}' is no type of weights in a GGUF file.{hint} Choose {', '.join(KINDS)}.")
+        raise ValueError(f"'{kind}' is not a type of weights in a GGUF file.{hint} Choose {', '.join(KINDS)}.")
     usual = (original_config(source.files).get("architectures") or [None])[0]
     form, config_json, metadata = describe_in_gguf(config, usual)
     metadata |= vocabulary(source.files, config.padded_vocab_size)

@@ -29,15 +29,15 @@ def check_form(dtype: str | None, quantize: str | None) -> torch.dtype | None:
     target = dtype_from_name(dtype)
     if quantize is not None and quantize not in SAVED_KINDS:
         kinds = ", ".join(SAVED_KINDS)
-        raise ValueError(f"--quantize {quantize} is not for checkpoints in litgpt's format. Choose one of: {kinds}.")
+        raise ValueError(f"quantize={quantize} is not for checkpoints in litgpt's format. Choose one of: {kinds}.")
     check_quantize(quantize, "32-true", training=False)
     if quantize is not None and target is torch.float64:
-        raise ValueError(f"--dtype {dtype} cannot act with --quantize {quantize}. Use --dtype float32 or less.")
+        raise ValueError(f"dtype={dtype} cannot be combined with quantize={quantize}. Use dtype=float32 or less.")
     return target
 
 
 def beside(path: Path, form: str | None, suffix: str = "") -> Path:
-    """Where another form of a checkpoint goes by default: beside it, named like it and the form, as final-bnb.nf4."""
+    """Where another form of a checkpoint goes by default: next to it, named like it and the form, as final-bnb.nf4."""
     path = path.with_suffix("") if path.is_file() else path.resolve()
     return path.with_name(path.name + (f"-{form}" if form else "") + suffix)
 
@@ -65,7 +65,7 @@ def save_lit(
     """
     kind = kind_for(source, quantize)
     if quantize is not None and kind == source.quantized:
-        raise ValueError(f"--quantize {quantize} cannot act: '{source.files}' is quantised so already.")
+        raise ValueError(f"quantize={quantize} has no effect here: '{source.files}' is quantised like that already.")
     tell_note(source)
     if quantize is None:
         weights = WeightProgress(source, verbose, dtype)(source.weights())

@@ -21,7 +21,7 @@ def merge_into(directory: Path, source: LoRASource, dtype: torch.dtype | None = 
     base = source.base
     beside = directory.resolve() == source.directory.resolve()
     if directory.resolve() == base.files.resolve():
-        raise ValueError(f"--out_dir {directory} holds the model that was finetuned. Choose another directory.")
+        raise ValueError(f"out_dir={directory} holds the model that was finetuned. Choose another directory.")
     show = WeightProgress(base, dtype=dtype, title="Merging")
     with atomic_additions(directory) if beside else atomic_directory(directory) as place:
         copy_companion_files(source.files, place)  # what was finetuned may have a prompt style of its own

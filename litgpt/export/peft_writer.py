@@ -92,7 +92,7 @@ def _to_theirs(
         raise ValueError(
             f"PEFT cannot hold the update of {experts}: transformers has all experts of a layer in one tensor. "
             "Merge the weights with merge_lora and export the model with convert_from_litgpt; or finetune with "
-            "--lora_mlp false."
+            "lora_mlp=false."
         )
     updates: dict[str, Update] = {}
     for family in families:

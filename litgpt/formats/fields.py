@@ -208,7 +208,7 @@ class Rope:
         return given or dict(self.usual)
 
     def read_one(self, given: dict[str, Any], theirs: HFConfig) -> dict[str, Any]:
-        """The fields that one dictionary of rope parameters, and what stands beside it, mean."""
+        """The fields that one dictionary of rope parameters, and what stands next to it, mean."""
         outside = {key: theirs[key] for key in (*self.theta_keys, *self.share_keys) if theirs.get(key) is not None}
         theta = _first(("rope_theta",), given) or _first(self.theta_keys, outside) or self.theta
         share = (

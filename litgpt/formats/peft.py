@@ -57,7 +57,7 @@ class Update:
 def family_of(table: RuleTable, name: str, config: Config, ours: bool) -> Family:
     family = table.family(name, config, ours)
     if family is None:
-        raise ValueError(f"PEFT adapter: {name} is no layer of this model that can be adapted.")
+        raise ValueError(f"PEFT adapter: {name} is not a layer of this model that can be adapted.")
     return family
 
 

@@ -50,7 +50,7 @@ class BlockScaled(Quantised):
         dtype: The type of the weight. Products are taken in float32 and rounded once.
 
     Raises:
-        ValueError: The values are no float8, or the factors are not those of such blocks.
+        ValueError: The values are not float8, or the factors are not those of such blocks.
     """
 
     def __init__(self, values: Tensor, scales: Tensor, block: tuple[int, int] | None, dtype: torch.dtype) -> None:

@@ -123,7 +123,7 @@ def _compare(path: Path, length: int, places: list[tuple[str, int, int]], sums: 
 def _header(text: bytes) -> dict[str, Any]:
     header = parse_json_object(text, "header", "", unique_keys=True)
     if not isinstance(header.get("__metadata__", {}), dict):
-        raise ValueError("its metadata are no object")
+        raise ValueError("its metadata is not an object")
     return header
 
 

@@ -32,7 +32,7 @@ class DecodeStep(nn.Module):
 
     Args:
         model: The model.
-        cache: One of the model's, of so many rows; its tensors are not used.
+        cache: One of the model's, of this many rows; its tensors are not used.
     """
 
     def __init__(self, model: GPT, cache: KVCache) -> None:
@@ -47,7 +47,7 @@ class DecodeStep(nn.Module):
             tokens: The tokens.
             positions: Where they stand.
             state: The cache's `lengths` and `tensors()`; the latter are changed.
-            reach: Of so many values as attention reads slots of the cache.
+            reach: Of this many values as attention reads slots of the cache.
         """
         lengths, *tensors = state
         if isinstance(self.model.transformer.wte, skinny_gemm.PaddedEmbedding):

@@ -18,7 +18,7 @@ from litgpt.generation.compiled_program import Program, path_of, read_length, re
 from litgpt.kv_cache import KVCache
 from litgpt.model import GPT, positions_or_default
 
-AFTER = 32  # steps of so many rows that are made before their compilation is begun: a short answer is not worth it
+AFTER = 32  # steps of this many rows that are made before their compilation is begun: a short answer is not worth it
 READING = 0  # in the place of a number of rows: the code that reads prompts, of any number of rows
 
 
@@ -193,7 +193,7 @@ class CompiledDecoder:
 
 
 def _purpose(rows: int) -> str:
-    """What the code for so many rows is for."""
+    """What the code for this many rows is for."""
     if rows == READING:
         return "the reading of prompts"
     return f"the writing of {rows} answers at a time" if rows > 1 else "the writing of one answer at a time"

@@ -305,7 +305,7 @@ class KVCacheManager:
         return next(fitting, (running, soon))
 
     def _rounded_shape(self, rows: int, longest: int) -> tuple[int, int]:
-        """Of a cache of at least so many rows and tokens: few distinct ones."""
+        """Of a cache of at least this many rows and tokens: few distinct ones."""
         return (
             min(power_of_two(max(rows, 1)), self.max_slots),
             min(self.context, power_of_two(max(longest, self.min_length))),

@@ -98,15 +98,15 @@ def check_request(request: Request, context: int) -> int:
         ValueError: The prompt is empty or leaves no room, or nothing is asked for.
     """
     if not isinstance(request.max_new_tokens, Integral):
-        raise ValueError(f"max_new_tokens {request.max_new_tokens!r} is not possible: give an integer.")
+        raise ValueError(f"max_new_tokens {request.max_new_tokens!r} is not valid: give an integer.")
     length, scores = len(request.prompt), request.score_from is not None
     if request.max_new_tokens < (0 if scores else 1):
-        raise ValueError(f"max_new_tokens {request.max_new_tokens} is not possible: give 1 or more.")
+        raise ValueError(f"max_new_tokens {request.max_new_tokens} is not valid: give 1 or more.")
     if length == 0:
         raise ValueError("The prompt is empty, and the tokenizer puts no token before it. Give it some text.")
     if request.score_from is not None and not 0 < request.score_from < length:
         raise ValueError(
-            f"score_from {request.score_from} is not possible with a prompt of {length} tokens: give 1 to {length - 1}."
+            f"score_from {request.score_from} is not valid with a prompt of {length} tokens: give 1 to {length - 1}."
         )
     if request.max_new_tokens == 0:
         if request.num_to_prefill > context:

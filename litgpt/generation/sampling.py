@@ -49,26 +49,26 @@ class Sampling:
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
             if not isinstance(getattr(self, name), Real):
-                raise ValueError(f"{name} {getattr(self, name)!r} is not possible: give a number.")
+                raise ValueError(f"{name} {getattr(self, name)!r} is not valid: give a number.")
         for name in ("top_k", "seed"):
             if not isinstance(getattr(self, name), Integral | None):
-                raise ValueError(f"{name} {getattr(self, name)!r} is not possible: give an integer, or leave it out.")
+                raise ValueError(f"{name} {getattr(self, name)!r} is not valid: give an integer, or leave it out.")
         if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature {self.temperature} is not possible: give 0 (greedy) or more.")
+            raise ValueError(f"temperature {self.temperature} is not valid: give 0 (greedy) or more.")
         if self.top_k is not None and self.top_k < 0:
-            raise ValueError(f"top_k {self.top_k} is not possible: give 1 or more, or leave it out for all tokens.")
+            raise ValueError(f"top_k {self.top_k} is not valid: give 1 or more, or leave it out for all tokens.")
         if not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p} is not possible: it is a probability, between 0 and 1.")
+            raise ValueError(f"top_p {self.top_p} is not valid: it is a probability, between 0 and 1.")
         if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p {self.min_p} is not possible: it is a fraction, between 0 and 1.")
+            raise ValueError(f"min_p {self.min_p} is not valid: it is a fraction, between 0 and 1.")
         # What is smaller or larger overflows float32, here or as its inverse.
         if not 0.01 <= self.repetition_penalty <= 100:
             raise ValueError(
-                f"repetition_penalty {self.repetition_penalty} is not possible: give 0.01 to 100, 1 for none."
+                f"repetition_penalty {self.repetition_penalty} is not valid: give 0.01 to 100, 1 for none."
             )
         for name in ("presence_penalty", "frequency_penalty"):
             if not abs(getattr(self, name)) <= 100:
-                raise ValueError(f"{name} {getattr(self, name)} is not possible: give -100 to 100, 0 for none.")
+                raise ValueError(f"{name} {getattr(self, name)} is not valid: give -100 to 100, 0 for none.")
 
     def following(self, index: int) -> Sampling:
         """The settings of one of several answers, each of which has a seed of its own: they count on from the first."""
@@ -122,7 +122,7 @@ class Filters(NamedTuple):
 
 
 class Sampler:
-    """Draws the next token of each row of a batch, with the row's own settings and its own generator: the rows beside
+    """Draws the next token of each row of a batch, with the row's own settings and its own generator: the rows next to
     it do not matter. The settings are brought to the device once, and nothing waits for the device.
     """
 

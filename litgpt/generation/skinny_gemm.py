@@ -32,7 +32,7 @@ from litgpt.quantization.layers import KEPT
 from litgpt.quantization.weight_only import GROUP, Int4Weight, Int8Weight
 
 VALUES = {torch.bfloat16: "bf16", torch.float32: "float"}  # types of inputs, and their names in C++
-# Up to so many rows these are the quicker ones (measured, see the benchmarks).
+# Up to this many rows these are the quicker ones (measured, see the benchmarks).
 FEW = {"linear": 8, "pairs": 32, "int8": 16, "int4": 16}
 TILED = range(5, 33)  # rows for which CPUs with AMX multiply tiles
 FEW_TOKENS = 96  # of prompts; for more, torch's linear layer is the quicker one
@@ -112,7 +112,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
 
 
 class PaddedEmbedding(nn.Embedding):
-    """The embedding in the compiled step. What is no token (-1), since its row has no request, is zero: the layers
+    """The embedding in the compiled step. What is not a token (-1), since its row has no request, is zero: the layers
     after it have nothing to multiply there."""
 
     def forward(self, input: Tensor) -> Tensor:

@@ -172,9 +172,11 @@ class SpeculativeEngine(GenerationEngine):
         context = min(fixed_length or model.config.block_size, model.config.block_size)
         super().__init__(model, context=context, autocast=autocast, compiles=compile)
         if count < 1:
-            raise ValueError(f"--speculative_k {count} is not possible: give 1 or more.")
+            raise ValueError(f"speculative_k={count} is not valid: give 1 or more.")
         if self.compiles:
-            raise ValueError("--compile true cannot act: each length of a draft would be compiled. Leave it out.")
+            raise ValueError(
+                "compile=true is not supported here: each length of a draft would be compiled. Leave it out."
+            )
         self.draft, self.count = draft, count
         self.proposed = self.accepted = self.calls = 0
         self._numbers = itertools.count()

@@ -25,11 +25,11 @@ def clear_errors(repo_id: str, access_token: Secret | str | None, revision: str 
         raise HubError(_not_found(repo_id, error.response.status_code, access_token)) from None
     except errors.RevisionNotFoundError:
         raise HubError(
-            f"{repo_id} has no such revision (--revision {revision}). Its branches, tags and commits: {page}/tree/main"
+            f"{repo_id} has no such revision (revision={revision}). Its branches, tags and commits: {page}/tree/main"
         ) from None
     except errors.HFValidationError:
         raise HubError(
-            f"{repo_id!r} is no repository id: expected org/name, as `litgpt download list` shows."
+            f"{repo_id!r} is not a repository id: expected org/name, as `litgpt download list` shows."
         ) from None
     except errors.OfflineModeIsEnabled:
         raise HubError(
@@ -47,7 +47,7 @@ def clear_errors(repo_id: str, access_token: Secret | str | None, revision: str 
         if error.errno == errno.ENOSPC:
             raise HubError(
                 f"The disk is full: {repo_id} does not fit. Free some space and run the same command again, or choose "
-                "another place with --checkpoint_dir."
+                "another place with `checkpoint_dir`."
             ) from None
         raise
 
@@ -60,7 +60,7 @@ def http_error_class() -> type[Exception]:
 
 
 def _gated(repo_id: str, page: str, access_token: Secret | str | None) -> str:
-    steps = f"accept its terms on {page}, then pass a token of that account as --access_token or in HF_TOKEN."
+    steps = f"accept its terms on {page}, then pass a token of that account as `access_token` or in HF_TOKEN."
     if _has_token(access_token):
         return f"{repo_id} is gated, and the account of this access token has no access: {steps}"
     return f"{repo_id} is gated: {steps}"
@@ -74,7 +74,7 @@ def _has_token(access_token: Secret | str | None) -> bool:
 
 
 def _not_found(repo_id: str, status: int, access_token: Secret | str | None) -> str:
-    private = "" if _has_token(access_token) else " If it is private, pass --access_token or set HF_TOKEN."
+    private = "" if _has_token(access_token) else " If it is private, pass `access_token` or set HF_TOKEN."
     return f"There is no repository {repo_id!r} on the hub (answer {status}).{_meant(repo_id)}{private}"
 
 
@@ -89,7 +89,7 @@ def _meant(repo_id: str) -> str:
 def _refused(repo_id: str, page: str, status: int, access_token: Secret | str | None) -> str:
     if status in (401, 403):
         said = "does not accept this access token" if _has_token(access_token) else "wants an access token"
-        return f"{repo_id}: the hub {said} (answer {status}). Pass a valid one as --access_token or in HF_TOKEN."
+        return f"{repo_id}: the hub {said} (answer {status}). Pass a valid one as `access_token` or in HF_TOKEN."
     return f"{repo_id} cannot be downloaded: the hub answers {status}. Try again later, or look at {page}."
 
 

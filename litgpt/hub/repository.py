@@ -122,13 +122,11 @@ class Repository:
         if to_come + further_bytes <= free:
             return
         conversion = f" and {_gigabytes(further_bytes)} for the converted weights" if further_bytes else ""
-        remedy = (
-            ", or --convert_checkpoint false (every command loads the downloaded files too)" if further_bytes else ""
-        )
+        remedy = ", or convert_checkpoint=false (every command loads the downloaded files too)" if further_bytes else ""
         raise HubError(
             f"No room for {self.repo_id}: {_gigabytes(to_come)} to download{conversion} are needed, and "
             f"{_gigabytes(free)} are free at '{directory.parent}'. Free some space, or choose another disk with "
-            f"--checkpoint_dir{remedy}."
+            f"`checkpoint_dir`{remedy}."
         )
 
     def _bytes_to_come(self, file: RemoteFile, gathering: Path) -> int:

@@ -62,7 +62,7 @@ class Patience:
 
     Args:
         connected: Whether the hub was there before, so that a lost connection may come back.
-        pause: Sleeps for so many seconds.
+        pause: Sleeps for this many seconds.
     """
 
     def __init__(self, connected: bool, pause: Callable[[float], object]) -> None:

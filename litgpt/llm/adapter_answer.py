@@ -17,7 +17,7 @@ def answer_with_adapter(checkpoint_dir: Path, prompt: str, input: str, adapter_p
     """
     if not adapter_path.exists():
         raise FileNotFoundError(
-            f"--adapter_path {adapter_path} does not exist. Give the file or directory that `litgpt finetune_adapter` "
+            f"adapter_path={adapter_path} does not exist. Give the file or directory that `litgpt finetune_adapter` "
             "or `litgpt finetune_adapter_v2` has written."
         )
     prompt = read_prompt(prompt)

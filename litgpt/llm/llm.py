@@ -97,7 +97,7 @@ class LLM(nn.Module):
 
         Raises:
             FileNotFoundError: There is no such checkpoint, or it lacks something.
-            ValueError: A file is damaged, the model is not supported, or an option cannot act.
+            ValueError: A file is damaged, the model is not supported, or an option is not supported.
         """
         check_load(init, distribute, precision, quantize)
         options = LoadOptions(precision, quantize, compile, prompt_style, access_token)
@@ -306,7 +306,7 @@ class LLM(nn.Module):
             ValueError: num_iterations is not possible; and as for `generate`.
         """
         if num_iterations < 1:
-            raise ValueError(f"num_iterations={num_iterations} is not possible: give 1 or more.")
+            raise ValueError(f"num_iterations={num_iterations} is not valid: give 1 or more.")
         figures: dict[str, list[float]] = {}
         replies: list[Reply] = []
         for _ in range(num_iterations):
@@ -427,15 +427,15 @@ class LLM(nn.Module):
                 once. "max_model_supported" is the model's context. By default the memory grows with what is asked.
 
         Raises:
-            ValueError: There is no such device, or an option cannot act.
+            ValueError: There is no such device, or an option is not supported.
             RanksLost: A process could not load its part of the model (a ChildProcessError).
         """
         placement = place(accelerator, devices, generate_strategy)
         checkpoint = self._checkpoint if weights_version(self.model) == self._loaded else None
         if placement.strategy is not None and checkpoint is None:
             raise ValueError(
-                f"generate_strategy={generate_strategy!r} cannot act on a model that was trained since it was loaded. "
-                "Save it, and load what was saved."
+                f"generate_strategy={generate_strategy!r} is not supported on a model that was trained since it was "
+                "loaded. Save it, and load what was saved."
             )
         length = fixed_length(fixed_kv_cache_size, self.config)
         precision = precision or inference_precision(placement.device)

@@ -156,7 +156,7 @@ def settled_kind(source: Source, quantize: str | None, precision: str | None, de
     if quantize is None and kind in WEIGHT_ONLY and device.type != "cpu":
         raise ValueError(
             f"The weights in '{source.files}' are {kind}, which is for CPUs, and the model goes to {device}. Give the "
-            "checkpoint that they were made from, with --quantize bnb.nf4."
+            "checkpoint that they were made from, with quantize=bnb.nf4."
         )
     check_quantize(kind, precision or "32-true", training=False, device=device)
     return kind
@@ -169,14 +169,16 @@ def check_load(init: str, distribute: str | None, precision: str | None, quantiz
         ValueError: Says which.
     """
     if init not in ("pretrained", "random"):
-        raise ValueError(f"init={init!r} is not possible: give 'pretrained' or 'random'.")
+        raise ValueError(f"init={init!r} is not valid: give 'pretrained' or 'random'.")
     if distribute not in ("auto", None):
-        raise ValueError(f"distribute={distribute!r} is not possible: give 'auto' or None.")
+        raise ValueError(f"distribute={distribute!r} is not valid: give 'auto' or None.")
     if distribute is None and (precision or quantize):
         option = f"precision={precision!r}" if precision else f"quantize={quantize!r}"
-        raise ValueError(f"{option} cannot act with distribute=None. Give it to `distribute` then, or leave None out.")
+        raise ValueError(
+            f"{option} cannot be combined with distribute=None. Give it to `distribute` then, or leave None out."
+        )
     if init == "random" and quantize is not None:
-        raise ValueError(f"quantize={quantize!r} cannot act with init='random': train the model first.")
+        raise ValueError(f"quantize={quantize!r} cannot be combined with init='random': train the model first.")
 
 
 def random_parts(

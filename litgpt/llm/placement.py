@@ -69,8 +69,8 @@ class Placement:
             return
         if compile:
             raise ValueError(
-                f"--compile true cannot act with {self.strategy}: what the devices exchange is not compiled. Leave it "
-                "out, or take one device."
+                f"compile=true cannot be combined with {self.strategy}: what the devices exchange is not compiled. "
+                "Leave it out, or take one device."
             )
         if self.strategy == "sequential":
             from litgpt.parallel.sequential import place_blocks
@@ -80,8 +80,8 @@ class Placement:
         check_whole(source)
         if quantize not in (None, *FOUR_BIT_KINDS):
             raise ValueError(
-                f"--quantize {quantize} cannot act with tensor_parallel: bitsandbytes' 4 bits alone are stored in "
-                f"parts. Choose one of: {', '.join(FOUR_BIT_KINDS)}; or take sequential."
+                f"quantize={quantize} cannot be combined with tensor_parallel: bitsandbytes' 4 bits alone are stored "
+                f"in parts. Choose one of: {', '.join(FOUR_BIT_KINDS)}; or take sequential."
             )
         if isinstance(source, AdapterSource):
             raise ValueError(
@@ -183,12 +183,12 @@ def place(accelerator: str = "auto", devices: int | str = "auto", strategy: str 
     if strategy is None:
         if str(devices) not in ("auto", "1"):
             raise ValueError(
-                f"--devices {devices} cannot act without --generate_strategy: 'sequential' puts some of the model's "
-                "blocks on each device, 'tensor_parallel' a part of every layer."
+                f"devices={devices} is not supported without `generate_strategy`: 'sequential' puts some of the "
+                "model's blocks on each device, 'tensor_parallel' a part of every layer."
             )
         return Placement([device])
     if strategy not in STRATEGIES:
-        raise ValueError(f"--generate_strategy {strategy} is unknown. Give {' or '.join(STRATEGIES)}, or leave it out.")
+        raise ValueError(f"generate_strategy={strategy} is unknown. Give {' or '.join(STRATEGIES)}, or leave it out.")
     targets = chosen_devices(devices, device.type)
     return Placement(targets, strategy if len(targets) > 1 else None)
 
@@ -202,7 +202,7 @@ def named_device(kind: str) -> torch.device:
     best = best_accelerator()
     kind = {"auto": best, "gpu": "cuda"}.get(kind, kind)
     if kind not in ("cpu", best):
-        raise ValueError(f"--accelerator {kind}: there is none here. Give cpu or auto, which is {best}.")
+        raise ValueError(f"accelerator={kind}: there is none here. Give cpu or auto, which is {best}.")
     return torch.device(kind)
 
 
@@ -217,6 +217,6 @@ def fixed_length(size: int | str | None, config: Config) -> int | None:
         return None
     if not isinstance(length, int) or not 1 < length <= config.block_size:
         raise ValueError(
-            f"fixed_kv_cache_size={size!r} is not possible: give 2 to {config.block_size}, the model's context."
+            f"fixed_kv_cache_size={size!r} is not valid: give 2 to {config.block_size}, the model's context."
         )
     return length

@@ -25,7 +25,7 @@ from litgpt.llm.placement import Placement, named_device
 
 Piece = TypeVar("Piece")
 Deliver = Callable[[Output | Exception], None]
-AHEAD = 2  # times the slots: so many requests a process has at a time
+AHEAD = 2  # times the slots: this many requests a process has at a time
 
 
 class ReplicaLost(ChildProcessError):
@@ -212,15 +212,15 @@ def replica_devices(devices: int | str = 1, device: str | None = None) -> list[t
     try:
         best = named_device(kind)
     except ValueError:
-        raise ValueError(f"--device {device}: there is none here. Give cpu, or leave it out for the best.") from None
+        raise ValueError(f"device={device}: there is none here. Give cpu, or leave it out for the best.") from None
     if number:
         if str(devices) != "1":
-            raise ValueError(f"--device {device} names one device, and --devices {devices} asks for others. Give one.")
+            raise ValueError(f"device={device} names one device, and devices={devices} asks for others. Give one.")
         places = chosen_devices(f"{number},", kind=best.type)
     elif str(devices) == "1":
         places = [best]
     else:
         places = chosen_devices(devices, kind=best.type)
     if len(places) > 1 and best.type == "cpu" and len(places) > (os.cpu_count() or 1):
-        raise ValueError(f"--devices {devices} is more processes than this machine has cores ({os.cpu_count()}).")
+        raise ValueError(f"devices={devices} is more processes than this machine has cores ({os.cpu_count()}).")
     return places

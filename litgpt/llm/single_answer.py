@@ -31,7 +31,7 @@ class Options:
     """An answer ends after that many tokens, if the model does not end it before. By default it goes on to the end of
     its turn, or of the context; that of a model without a prompt format, which continues the text, for 256 tokens."""
     top_k: int | None = 50
-    """Draw from the so many most likely tokens only; 1 always takes the most likely one."""
+    """Sample only from the k most likely tokens; 1 always takes the most likely one."""
     top_p: float = 1.0
     """Draw from the most likely tokens that together reach this probability."""
     min_p: float = 0.0
@@ -60,7 +60,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
-            raise ValueError(f"--num_samples {self.num_samples} is not possible: give 1 or more.")
+            raise ValueError(f"num_samples={self.num_samples} is not valid: give 1 or more.")
         _ = self.sampling  # refuses what is not possible
 
     @property

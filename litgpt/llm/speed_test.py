@@ -125,13 +125,13 @@ def check_room(engine: LiveEngine, test: SpeedTest) -> None:
     if test.longest > context:
         raise ValueError(
             f"The test {test.name} needs {test.longest} tokens in a row, and the model's context has {context}. Give "
-            f"--{'prompt' if test.prompt_tokens else 'new'}_tokens less{', or --depth' if test.depth else ''}."
+            f"`{'prompt' if test.prompt_tokens else 'new'}`_tokens less{', or `depth`' if test.depth else ''}."
         )
     needed = test.batch_size * engine.engine.bytes_needed(test.longest)
     if test.batch_size > 1 and needed > engine.engine.cache_bytes:
         raise ValueError(
             f"The test {test.name} needs {needed / 1e9:.2f} GB for keys and values, and there are "
-            f"{engine.engine.cache_bytes / 1e9:.2f} GB. Give --batch_sizes less."
+            f"{engine.engine.cache_bytes / 1e9:.2f} GB. Give `batch_sizes` less."
         )
 
 

@@ -83,7 +83,7 @@ def make_fabric(
 
 def _strategy(name: Strategy, devices: int) -> Any:
     if name not in ("auto", "ddp", "fsdp"):
-        raise ValueError(f"--strategy {name} is unknown. Choose auto, ddp or fsdp.")
+        raise ValueError(f"strategy={name} is unknown. Choose auto, ddp or fsdp.")
     if devices == 1:
         return "auto"
     if name == "ddp":

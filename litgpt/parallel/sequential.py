@@ -1,7 +1,7 @@
 """A GPT whose blocks lie on several devices, one after another, for models larger than one of them; from outside.
 
 The first device also has the embedding, the last norm and the head: token ids come in and logits come out there. Each
-block's keys and values lie beside its weights. The devices work in turn, so this makes room and not speed.
+block's keys and values lie next to its weights. The devices work in turn, so this makes room and not speed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def place_blocks(gpt: GPT, count: int) -> list[int]:
     blocks = gpt.transformer.h
     if count > len(blocks):
         raise ValueError(
-            f"--devices {count}: {gpt.config.name or 'the model'} has {len(blocks)} blocks, which is the most devices "
+            f"devices={count}: {gpt.config.name or 'the model'} has {len(blocks)} blocks, which is the most devices "
             "that it can be laid on. Take fewer."
         )
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]

@@ -20,14 +20,14 @@ Take = Callable[[str, Tensor], Tensor]
 
 
 def check_split(config: Config, ranks: int) -> None:
-    """Refuses what cannot be split over so many ranks, before any weights are read.
+    """Refuses what cannot be split over this many ranks, before any weights are read.
 
     Raises:
-        ValueError: Names the figure of the model that so many ranks do not divide.
+        ValueError: Names the figure of the model that this many ranks do not divide.
     """
 
     def refuse(what: str) -> None:
-        raise ValueError(f"--devices {ranks} cannot split {config.name or 'this model'}: {what}. Take another number.")
+        raise ValueError(f"devices={ranks} cannot split {config.name or 'this model'}: {what}. Take another number.")
 
     if config.n_head % ranks:
         refuse(f"its {config.n_head} heads are not divisible by {ranks}")

@@ -84,7 +84,7 @@ def format_of_options(prompt_style: str | None, chat_template: str | None) -> st
         return prompt_style
     if prompt_style is not None:
         raise ValueError(
-            f"--prompt_style {prompt_style} and --chat_template {chat_template} both say how prompts are written. Give "
+            f"prompt_style={prompt_style} and chat_template={chat_template} both say how prompts are written. Give "
             "only one of them."
         )
     return NamedTemplate(chat_template)
@@ -125,12 +125,12 @@ def choose_prompt_style(
 def _named_template(name: str, directories: tuple[Path, ...], tokenizer: Tokenizer | None) -> ChatTemplate:
     styles = [style for where in directories if (style := ChatTemplate.from_directory(where, tokenizer)) is not None]
     if not styles:
-        raise ValueError(f"--chat_template {name}: the checkpoint in {directories[0]} has no chat template.")
+        raise ValueError(f"chat_template={name}: the checkpoint in {directories[0]} has no chat template.")
     style = next((style for style in styles if name in style.templates), styles[0])
     try:
         return style.named(name)
     except ValueError as error:
-        raise ValueError(f"--chat_template {name}: {error}") from None
+        raise ValueError(f"chat_template={name}: {error}") from None
 
 
 def _explicit_style(name: str, checkpoint_dir: Path, tokenizer: Tokenizer | None) -> PromptStyle:
@@ -139,12 +139,12 @@ def _explicit_style(name: str, checkpoint_dir: Path, tokenizer: Tokenizer | None
     try:
         source = Path(name).read_text(encoding="utf-8")
     except OSError as error:
-        raise FileNotFoundError(f"--prompt_style {name}: the template cannot be read ({error.strerror}).") from error
+        raise FileNotFoundError(f"prompt_style={name}: the template cannot be read ({error.strerror}).") from error
     return ChatTemplate(source, tokenizer.special_tokens if tokenizer else None)
 
 
 def save_prompt_style(style: PromptStyle | str, checkpoint_dir: Path) -> None:
-    """Leaves the style beside the model that was finetuned with it.
+    """Leaves the style next to the model that was finetuned with it.
 
     A style is named by its class in prompt_style.yaml, as LitGPT 0.5.13 does; a chat template travels as
     chat_template.jinja, where everything that reads a checkpoint looks for it.
@@ -180,12 +180,12 @@ def load_prompt_style(checkpoint_dir: Path) -> PromptStyle | None:
         if (style := find_written_style(name)) is None:
             raise ValueError(
                 f"it names {name[:200]}, which is none of litgpt's own, and code that a checkpoint names is not run; "
-                f"if you trust it, give --prompt_style {name[:200]}"
+                f"if you trust it, give prompt_style={name[:200]}"
             )
         return style(**(content.get("init_args") or {}))
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(
-            f"{file} names no usable prompt style ({error}). Correct it, delete it, or pass --prompt_style."
+            f"{file} names no usable prompt style ({error}). Correct it, delete it, or pass `prompt_style`."
         ) from error
 
 

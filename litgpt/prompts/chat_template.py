@@ -33,7 +33,7 @@ class ChatTemplate(PromptStyle):
         chosen: the name of the one to use, whether tools are given or not.
 
     Raises:
-        ValueError: the template is no valid Jinja.
+        ValueError: the template is not valid Jinja.
     """
 
     adds_bos = True  # the template writes BOS or means that there is none
@@ -167,11 +167,11 @@ def write_chat_templates(templates: Mapping[str, str], directory: Path) -> None:
     """Writes templates where `find_chat_templates` and transformers find them.
 
     Raises:
-        ValueError: A name that is no file's.
+        ValueError: A name that is not a file's.
     """
     for name, template in templates.items():
         if not re.fullmatch(r"\w[\w.-]*", name):
-            raise ValueError(f"The chat template {name!r} cannot be written: its name is no file's.")
+            raise ValueError(f"The chat template {name!r} cannot be written: its name cannot be that of a file.")
         file = directory / (TEMPLATE_FILE if name == DEFAULT else f"{TEMPLATE_FOLDER}/{name}.jinja")
         file.parent.mkdir(exist_ok=True)
         file.write_text(template, encoding="utf-8")

@@ -21,16 +21,16 @@ from litgpt.prompts import sandbox
 
 SECONDS = 2.0  # of processor time for one conversation, which takes a few hundred microseconds
 PATIENCE = 20.0  # seconds until it is given up, on a machine that has no time for it
-MEMORY = 96 << 20  # bytes that a rendering may take, and so many for each byte of the conversation:
+MEMORY = 96 << 20  # bytes that a rendering may take, and this many for each byte of the conversation:
 MEMORY_PER_BYTE = 16
-CHARACTERS = 16 << 20  # of the text, and so many for each byte of the conversation:
+CHARACTERS = 16 << 20  # of the text, and this many for each byte of the conversation:
 CHARACTERS_PER_BYTE = 8
 PROCESSES = 2  # at a time; each takes 20 MB
-PIPE = 1 << 18  # bytes that a process may be sent before it reads, where the system lets a pipe have so many
+PIPE = 1 << 18  # bytes that a process may be sent before it reads, where the system lets a pipe have this many
 LEAST_PIPE = 1 << 14  # and elsewhere
 # What a process gets of the environment: what time it is where, and no tokens.
 ENVIRONMENT = ("TZ", "TZDIR", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
-REMEDY = "--prompt_style takes another format."
+REMEDY = "`prompt_style` takes another format."
 
 
 class TemplateLimitError(ValueError):

@@ -111,7 +111,7 @@ class ProcessLimits:
             self.resource = resource
 
     def memory(self, further: float) -> None:
-        """Lets it have so many bytes more than it began with."""
+        """Lets it have this many bytes more than it began with."""
         further = -(int(-further) >> 20) << 20  # in whole megabytes: most requests then have the same
         if self.resource is not None and further != self.further:
             self.further = further
@@ -119,7 +119,7 @@ class ProcessLimits:
                 self.resource.setrlimit(self.resource.RLIMIT_DATA, (self.held + further, self.hard))
 
     def time(self, seconds: float) -> None:
-        """Ends it, in whatever it does, after so many seconds of processor time; 0 for never."""
+        """Ends it, in whatever it does, after this many seconds of processor time; 0 for never."""
         if hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_PROF, seconds)
 

@@ -306,5 +306,5 @@ def _import_class(dotted: str) -> type[PromptStyle] | None:
     if found is None:
         return None
     if not (isinstance(found, type) and issubclass(found, PromptStyle)):
-        raise ValueError(f"{dotted} is no prompt style: derive it from litgpt.prompts.PromptStyle.")
+        raise ValueError(f"{dotted} is not a prompt style: derive it from litgpt.prompts.PromptStyle.")
     return found

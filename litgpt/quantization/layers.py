@@ -9,7 +9,7 @@
                               CPUs; see `litgpt.quantization.block_weight`
 
 The arithmetic of the first is bitsandbytes', which must be installed; it has kernels for CUDA, ROCm, Apple GPUs and
-CPUs. Its layers are not used: they keep the scales in Python objects beside the weight, which `load_state_dict`, FSDP2
+CPUs. Its layers are not used: they keep the scales in Python objects next to the weight, which `load_state_dict`, FSDP2
 and the meta device know nothing of. Here all of a weight's quantised form is parameters without gradient, in types and
 shapes known beforehand, so that a model is saved, loaded, moved, copied (DDP) and sharded (FSDP2) like any other.
 """
@@ -271,7 +271,7 @@ def replace_linears(model: GPT, kind: str, dtype: torch.dtype) -> None:
     """
     if kind not in (*TRAINING_KINDS, *INFERENCE_KINDS):
         kinds = ", ".join((*TRAINING_KINDS, "bnb.int8", *FOR_CPUS))
-        raise ValueError(f"--quantize {kind} is unknown. Choose one of: {kinds}.")
+        raise ValueError(f"quantize={kind} is unknown. Choose one of: {kinds}.")
     with_head = kind in FOR_CPUS
     for name, linear in list(model.named_modules()):
         if not is_replaced(name, linear, with_head):
@@ -301,7 +301,7 @@ def _replace_embedding(model: GPT, dtype: torch.dtype) -> None:
 
 
 def is_replaced(name: str, module: nn.Module, with_head: bool = False) -> bool:
-    """Whether `replace_linears` replaces this module of a GPT. A router is no plain linear layer."""
+    """Whether `replace_linears` replaces this module of a GPT. A router is not a plain linear layer."""
     chosen = name.startswith("transformer.h.") and not name.endswith(KEPT)
     return type(module) is nn.Linear and (chosen or (with_head and name == "lm_head"))
 
@@ -344,7 +344,7 @@ def num_parameters(model: GPT, trainable_only: bool = False) -> int:
 def check_quantize(
     kind: str | None, precision: str, *, training: bool, device: torch.device | str | None = None
 ) -> None:
-    """Refuses what cannot act, before any work starts.
+    """Refuses what is not supported, before any work starts.
 
     Args:
         kind: The value of --quantize.
@@ -361,18 +361,18 @@ def check_quantize(
     kinds = TRAINING_KINDS if training else INFERENCE_KINDS
     if kind not in kinds:
         purpose = "training" if training else "inference"
-        raise ValueError(f"--quantize {kind} is not for {purpose}. Choose one of: {', '.join(kinds)}.")
+        raise ValueError(f"quantize={kind} is not for {purpose}. Choose one of: {', '.join(kinds)}.")
     if precision != without_mixing(precision) or precision.startswith("64"):
         remedy = "32-true" if precision.startswith("64") else without_mixing(precision)
         raise ValueError(
-            f"--precision {precision} cannot act with --quantize {kind}, whose products are in the type of the other "
-            f"weights. Use --precision {remedy}."
+            f"precision={precision} cannot be combined with quantize={kind}, whose products are in the type of the "
+            f"other weights. Use precision={remedy}."
         )
     if kind not in FOR_CPUS:
         import_bitsandbytes()
     elif device is not None and torch.device(device).type != "cpu":
         remedy = "bnb.int8" if kind == "int8" else "bnb.nf4"
-        raise ValueError(f"--quantize {kind} is for CPUs, and the model goes to {device}. Use --quantize {remedy}.")
+        raise ValueError(f"quantize={kind} is for CPUs, and the model goes to {device}. Use quantize={remedy}.")
 
 
 def without_mixing(precision: str) -> str:

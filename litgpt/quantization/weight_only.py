@@ -25,7 +25,7 @@ from torch import Tensor, nn
 KINDS = ("int4", "int8")
 GROUP = 32  # values that share a scale in 4 bits
 ROWS = 64  # rows of a weight that are packed together; the kernel's blocks are parts of it
-# Up to so many rows of inputs the product with the packed weight is the quicker one (measured, see the benchmarks).
+# Up to this many rows of inputs the product with the packed weight is the quicker one (measured, see the benchmarks).
 FEW = {"int4": 96, "int8": 16}
 
 
@@ -198,7 +198,7 @@ def block_layout() -> BlockLayout:
     for layout in LAYOUTS:
         if torch.equal(_in_pairs(codes.to(torch.uint8), layout).reshape(packed.shape), packed):
             return layout
-    raise ValueError("--quantize int4 does not know the kernel of this version of torch for this CPU. Use int8.")
+    raise ValueError("quantize=int4 does not know the kernel of this version of torch for this CPU. Use int8.")
 
 
 def _in_pairs(codes: Tensor, layout: BlockLayout) -> Tensor:

@@ -90,7 +90,7 @@ class Finetuning(Job):
         """Say what is wrong with the settings before anything is read or written."""
         self.data = chosen_data(self.options.data, self.on_pairs)
         if self.chat_template is not None:
-            self.data.take_checkpoints_style(f"--chat_template {self.chat_template}")
+            self.data.take_checkpoints_style(f"chat_template={self.chat_template}")
         super().check()
         self.precision = self._precision(self.quantize)
         evaluation = self.options.eval
@@ -201,7 +201,7 @@ class Finetuning(Job):
         """
 
         def save(directory: Path, weights: dict[str, Tensor]) -> None:
-            """The weights, and everything that chat needs beside them."""
+            """The weights, and everything that chat needs next to them."""
             save_weights(directory, weights)
             copy_companion_files(self.source.files, directory)
             self.config.save(directory)
@@ -253,18 +253,17 @@ def chosen_data(given: DataModule | None, on_pairs: bool) -> SFTData:
     data = Alpaca() if given is None and not on_pairs else given
     name = type(data).__name__
     if on_pairs and not isinstance(data, PreferenceData):
-        problem = "--data is missing" if data is None else f"--data {name} holds no pairs of replies"
+        problem = "`data` is missing" if data is None else f"data={name} holds no pairs of replies"
         raise ValueError(
-            f"{problem}: a chosen and a rejected one to a prompt. Give --data Preferences --data.json_path FILE, or "
-            "--data HFPreferences --data.repo_id ORG/NAME."
+            f"{problem}: a chosen and a rejected one to a prompt. Give data=Preferences data.json_path=FILE, or "
+            "data=HFPreferences data.repo_id=ORG/NAME."
         )
     if not isinstance(data, SFTData):
         raise ValueError(
-            f"--data {name} is for pretraining: it holds no conversations. For your own: "
-            "--data JSON --data.json_path FILE."
+            f"data={name} is for pretraining: it holds no conversations. For your own: data=JSON data.json_path=FILE."
         )
     if not on_pairs and isinstance(data, PreferenceData):
-        raise ValueError(f"--data {name} holds pairs of replies, from which `litgpt finetune_dpo` learns.")
+        raise ValueError(f"data={name} holds pairs of replies, from which `litgpt finetune_dpo` learns.")
     return data
 
 

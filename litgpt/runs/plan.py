@@ -22,7 +22,7 @@ from litgpt.training.schedule import Schedule
 def choose_logger(name: str, other: str | None, log: LogArgs, default: str) -> str:
     """One logger out of `--logger_name`, which is `default` unless given, and `--train.logger_name`, checked."""
     if other is not None and name not in (default, other):
-        raise ValueError(f"--logger_name says {name} and --train.logger_name says {other}. Give only one of them.")
+        raise ValueError(f"`logger_name` says {name} and `train.logger_name` says {other}. Give only one of them.")
     check_logger(other or name, log)
     return other or name
 
@@ -31,9 +31,9 @@ def sequence_length(train: TrainArgs, config: Config) -> int:
     """Tokens per training sequence."""
     if train.max_seq_length is not None and train.max_seq_length > config.block_size:
         raise ValueError(
-            f"--train.max_seq_length {train.max_seq_length} is longer than the model's context of {config.block_size}. "
+            f"train.max_seq_length={train.max_seq_length} is longer than the model's context of {config.block_size}. "
             f"Give {config.block_size} or less. Only `litgpt pretrain` makes the context of a new model larger, with "
-            f"--model_config.block_size {train.max_seq_length}."
+            f"model_config.block_size={train.max_seq_length}."
         )
     return train.max_seq_length or config.block_size
 

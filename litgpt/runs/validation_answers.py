@@ -56,7 +56,7 @@ class ValidationAnswers:
         self.evaluation, self.metrics, self.context = evaluation, metrics, context
         shown, count = evaluation.evaluate_example, data.num_examples
         if isinstance(shown, int) and count and shown >= count:
-            raise ValueError(f"--eval.evaluate_example {shown}: there are {count} validation samples, from 0 on.")
+            raise ValueError(f"eval.evaluate_example={shown}: there are {count} validation samples, from 0 on.")
         self.replies: dict[int, list[int]] = self._whole_replies() if metrics.metrics else {}
         """The samples that are scored, and what their answers should be"""
         self.references = [self._text(ids) for ids in self.replies.values()]
@@ -123,11 +123,11 @@ class ValidationAnswers:
     def _whole_replies(self) -> dict[int, list[int]]:
         if not self.evaluation.max_new_tokens:
             raise ValueError(
-                "--eval.metrics scores answers, and --eval.max_new_tokens null generates none. Set it to the most "
+                "`eval.metrics` scores answers, and eval.max_new_tokens=null generates none. Set it to the most "
                 "tokens of an answer."
             )
         if not self.data.num_examples:
-            raise ValueError("--eval.metrics: there is no validation data. Add some, or leave it out.")
+            raise ValueError("`eval.metrics`: there is no validation data. Add some, or leave it out.")
         replies: dict[int, list[int]] = {}
         for index in range(self.data.num_examples):
             reply = self.data.example_reply(index)
@@ -137,8 +137,8 @@ class ValidationAnswers:
                 break
         if not replies:
             raise ValueError(
-                f"--eval.metrics: of all {self.data.num_examples:,} validation samples the reply was cut off, so there "
-                "is nothing to compare answers with. Set a larger --train.max_seq_length."
+                f"`eval.metrics`: of all {self.data.num_examples:,} validation samples the reply was cut off, so there "
+                "is nothing to compare answers with. Set a larger `train.max_seq_length`."
             )
         return replies
 

@@ -215,7 +215,7 @@ def grammar_of(request: Request) -> GrammarConstraint | None:
 
 
 def several(request: Request, count: int) -> list[Request]:
-    """The request so many times, each with a seed and a constraint of its own."""
+    """The request this many times, each with a seed and a constraint of its own."""
     seed, grammar = request.sampling.seed, grammar_of(request)
     return [
         replace(

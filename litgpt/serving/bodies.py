@@ -1,4 +1,4 @@
-"""The body of a request: read, taken apart and checked beside the event loop, in bounded time and memory.
+"""The body of a request: read, taken apart and checked off the event loop, in bounded time and memory.
 
 FastAPI does this in the event loop, and pydantic makes an object of each thing that is wrong: three megabytes of wrong
 numbers hold everybody up for a minute, and take gigabytes.
@@ -30,7 +30,7 @@ def json_route(service: Service) -> type[APIRoute]:
     """A class of routes whose endpoints take a body, in JSON, and the request; FastAPI describes them as its own.
 
     Args:
-        service: The server's state, beside whose event loop bodies are taken apart.
+        service: The server's state, off whose event loop bodies are parsed.
     """
 
     class JsonRoute(APIRoute):

@@ -34,7 +34,7 @@ try:
 except ImportError:  # Windows, which has no such limit
     resource = None
 
-OTHER_FILES = 48  # that the program opens beside its connections: the model's, those that are being downloaded
+OTHER_FILES = 48  # that the program opens besides its connections: the model's, those that are being downloaded
 WANTED_FILES = 4096
 BURST = 16  # connections that are taken before others are served
 LATER = {"Retry-After": "5"}

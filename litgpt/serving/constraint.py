@@ -28,7 +28,7 @@ def json_rule(schema: Mapping[str, Any]) -> str:
                 "No value keeps to the schema: it refers to itself without a way out, or asks for one of nothing."
             )
     except RecursionError:
-        raise ValueError("The schema is not possible: it is too deep.") from None
+        raise ValueError("The schema is not valid: it is too deep.") from None
     return "%json " + json.dumps({**schema, "x-guidance": JSON_STYLE})
 
 
@@ -64,17 +64,17 @@ class Grammars:
             lark: The grammar in llguidance's form of Lark.
 
         Raises:
-            ValueError: the grammar, or a schema in it, is not possible.
+            ValueError: the grammar, or a schema in it, is not valid.
         """
         grammar = self.library.LLMatcher.grammar_from_lark(lark)
         matcher = self.library.LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
-            raise ValueError(f"The schema is not possible: {' '.join(matcher.get_error().split())[:500]}")
+            raise ValueError(f"The schema is not valid: {' '.join(matcher.get_error().split())[:500]}")
         constraint = GrammarConstraint(matcher, self.size, self.ends)
         trial = constraint.copy()
         trial.mask()
         if trial.error:
-            raise ValueError("The schema is not possible: no answer keeps to it.")
+            raise ValueError("The schema is not valid: no answer keeps to it.")
         return constraint
 
 
@@ -85,7 +85,7 @@ class GrammarConstraint:
         self._matcher, self._size, self._ends = matcher, size, ends
         self._length = 0
         self.complete_at: int | None = None
-        """How many tokens make a whole answer that nothing can be added to, once there are so many."""
+        """How many tokens make a whole answer that nothing can be added to, once there are this many."""
         self.error = ""
         """Why the answer could not be followed further: it is too complex for the library's limits, or nothing can
         follow."""

@@ -31,17 +31,17 @@ def encode(model: ServedModel, request: ChatRequest, tools: Sequence[dict[str, A
 
 
 def template_variables(model: ServedModel, request: ChatRequest) -> dict[str, Any]:
-    """What the request gives the chat template beside messages and tools."""
+    """What the request gives the chat template besides messages and tools."""
     variables = dict(request.chat_template_kwargs or {})
     for name in TAKEN:
         if name in variables:
-            raise ApiError(400, f"chat_template_kwargs.{name} is not possible.", param="chat_template_kwargs")
+            raise ApiError(400, f"chat_template_kwargs.{name} is not valid.", param="chat_template_kwargs")
     if request.reasoning_effort is not None:
         variables.setdefault("reasoning_effort", request.reasoning_effort)
     if variables and not isinstance(model.codec.style, ChatTemplate):
         name = "chat_template_kwargs" if request.chat_template_kwargs else "reasoning_effort"
         raise ApiError(
-            400, f"{name} cannot act: this model has no chat template.", param=name, code="unsupported_value"
+            400, f"{name} has no effect here: this model has no chat template.", param=name, code="unsupported_value"
         )
     return variables
 

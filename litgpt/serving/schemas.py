@@ -80,7 +80,7 @@ class StreamOptions(Lenient):
 
 
 class Notes(Strict):
-    """What OpenAI's services do with a request beside answering it; there is nothing to do here."""
+    """What OpenAI's services do with a request besides answering it; there is nothing to do here."""
 
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -196,6 +196,8 @@ class CompletionRequest(OpenAIRequest):
     prompt: str | Ids | Prompts[str] | Prompts[Ids]
     echo: bool = Field(False, description="Begin the text with the prompt")
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
-        None, description="Of each token, and the so many likeliest in its place; with `echo` of the prompt's, too"
+        None,
+        description="Log-probabilities of each token and of this many most likely ones in its place; with `echo`, of "
+        "the prompt's too",
     )
     best_of: Annotated[int, Field(ge=1, le=1, description="Only 1: the best of several is not chosen")] | None = None

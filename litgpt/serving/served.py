@@ -77,7 +77,7 @@ class ServedModel:
             raise ValueError(
                 f"A prompt of {len(request.prompt):,} tokens with an answer of up to {new:,} needs "
                 f"{needed / 1e6:,.1f} MB for keys and values, and this server has "
-                f"{engine.cache_bytes / 1e6:,.1f} MB for them (--kv_cache_memory_bytes). "
+                f"{engine.cache_bytes / 1e6:,.1f} MB for them (`kv_cache_memory_bytes`). "
                 "Shorten the prompt, or ask for fewer tokens (max_tokens)."
             )
 
@@ -96,7 +96,7 @@ def adapted_model(
     Raises:
         ValueError: The adapter belongs to another model, or its name is taken.
     """
-    given, llm = f"--adapter {name}={source.directory}", base.llm
+    given, llm = f"adapter={name}={source.directory}", base.llm
     if name == base.name:
         raise ValueError(f"{given}: that is the name of the model itself. Choose another.")
     try:

@@ -228,12 +228,12 @@ def listen(host: str, port: int) -> socket.socket:
         ValueError: there is no such address, or it is taken.
     """
     if not 0 <= port < 65536:
-        raise ValueError(f"--port {port} is not possible: give 1 to 65535, or 0 for any that is free.")
+        raise ValueError(f"port={port} is not valid: give 1 to 65535, or 0 for any that is free.")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise ValueError(f"--host {host} is no address of this machine ({error.strerror}).") from error
+        raise ValueError(f"host={host} is not an address of this machine ({error.strerror}).") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
@@ -241,7 +241,7 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ValueError(
-            f"--host {host} --port {port}: cannot listen there ({error.strerror}). Choose another port, or stop the "
+            f"host={host} port={port}: cannot listen there ({error.strerror}). Choose another port, or stop the "
             "program that uses it."
         ) from error
     return listener

@@ -96,13 +96,13 @@ class Service:
     # -- the queue
 
     def check_size(self, count: int) -> None:
-        """Raises ApiError (400) where so many answers would never find room."""
+        """Raises ApiError (400) where this many answers would never find room."""
         if count > self.capacity:
             message = f"{count} answers in one request: this server takes at most {self.capacity} at a time."
             raise ApiError(400, message, param="n", code="invalid_value")
 
     def enter(self, count: int) -> None:
-        """Takes places for so many answers.
+        """Takes places for this many answers.
 
         Raises:
             ApiError: 429, as many run and wait as may.
@@ -126,7 +126,7 @@ class Service:
             stop(ApiError(503, "The server is shutting down.", code="shutting_down", headers={"Retry-After": "5"}))
 
     async def aside(self, function: Callable[[], T], size: int) -> T:
-        """Runs what takes a while, such as encoding a long prompt, beside the event loop: of large requests one at a
+        """Runs what takes a while, such as encoding a long prompt, off the event loop: of large requests one at a
         time, so that small ones do not wait for them, and their memory is not needed many times over.
 
         Args:

@@ -15,7 +15,7 @@ from litgpt.sources.source import Source
 def open_checkpoint(path: str | Path, model_name: str | None = None, *, converted: bool = True) -> Source:
     """Opens a checkpoint directory of ours, a Hugging Face directory, or a `.gguf` file, without reading the weights.
 
-    `lit_model.pth` wins over other weights beside it.
+    `lit_model.pth` wins over other weights next to it.
 
     Args:
         path: The directory or file; `litgpt.sources.find` finds it from a name.

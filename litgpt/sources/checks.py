@@ -90,7 +90,7 @@ def _check_types(findings: Findings, source: Source) -> None:
         if not tensor.is_floating_point()
     ]
     if odd:
-        findings.fail("weights", "Some weights are no fractions. Download the unquantised checkpoint.", odd)
+        findings.fail("weights", "Some weights are not fractions. Download the unquantised checkpoint.", odd)
 
 
 def _check_values(findings: Findings, source: Source) -> None:

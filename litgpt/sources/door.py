@@ -16,8 +16,8 @@ from litgpt.sources.source import Source
 def open_model(name_or_path: Path | str, access_token: Secret | str | None = None) -> Source:
     """Opens the checkpoint that a user means.
 
-    A directory of LoRA or adapter weights beside which there are no merged ones, also of PEFT's, is opened on the model
-    that it says it belongs to.
+    A directory of LoRA or adapter weights next to which there are no merged ones, also of PEFT's, is opened on the
+    model that it says it belongs to.
 
     Args:
         name_or_path: A directory of ours or Hugging Face's, a `.gguf` file, the same below `checkpoints/`, a known
@@ -45,7 +45,7 @@ def open_merged(name_or_path: Path | str, access_token: Secret | str | None = No
 def open_lora(
     name_or_path: Path | str, base: Path | str | None = None, access_token: Secret | str | None = None
 ) -> LoRASource:
-    """Opens LoRA weights on their model, whether there are merged ones beside them or not.
+    """Opens LoRA weights on their model, whether there are merged ones next to them or not.
 
     Args:
         name_or_path: As for `find_lora`.
@@ -63,7 +63,7 @@ def open_base(
     adaptation: Path,
     given: Path | str | None = None,
     access_token: Secret | str | None = None,
-    remedy: str = "Give it with --pretrained_checkpoint_dir.",
+    remedy: str = "Give it as `pretrained_checkpoint_dir`.",
     depth: int = 0,
 ) -> Source:
     """The model that an adaptation belongs to, which may be one with LoRA weights of its own.

@@ -61,7 +61,7 @@ def download(
     if tokenizer_only and not adapter:
         raise HubError(f"{repo_id} has no tokenizer files.")
     if adapter:  # whose tokenizer may be its model's
-        given = {"--model_name": model_name, "--dtype": dtype}
+        given = {"`model_name`": model_name, "`dtype`": dtype}
         check_adapter(repository, directory, [option for option, value in given.items() if value is not None])
         return repository.fetch([*names, *adapter], directory)
     config, stand_in = supported_config(repository, model_name)
@@ -93,8 +93,9 @@ def supported_config(repository: Repository, model_name: str | None) -> tuple[Co
         known = known_instead(repository, model_name)
         if known is None:
             raise HubError(
-                f"{repository.repo_id} is not downloaded: {error} To have its tokenizer alone, add --tokenizer_only "
-                "true; if it is the same model as a known one (`litgpt download list`), name that as --model_name."
+                f"{repository.repo_id} is not downloaded: {error} To have its tokenizer alone, add "
+                "tokenizer_only=true; if it is the same model as a known one (`litgpt download list`), name that "
+                "as `model_name`."
             ) from None
         print(f"The figures of {known.name} are used in place of config.json.", file=sys.stderr)
         return Config.from_name(known.name), known
@@ -176,17 +177,17 @@ def write_config_json(config: Config, architecture: str, directory: Path) -> Non
 
 
 def check_not_hidden(directory: Path) -> None:
-    """Refuses to put weights beside a `lit_model.pth`, which may be another revision's and would be loaded instead."""
+    """Refuses to put weights next to a `lit_model.pth`, which may be another revision's and would be loaded instead."""
     converted = directory / "lit_model.pth"
     if converted.exists():
         raise HubError(
-            f"'{converted}' exists, and every command would load it instead of what --convert_checkpoint false "
-            "downloads. Remove it, or choose another --checkpoint_dir."
+            f"'{converted}' exists, and every command would load it instead of what convert_checkpoint=false "
+            "downloads. Remove it, or choose another `checkpoint_dir`."
         )
 
 
 def converted_size(config: Config, weight_bytes: int, dtype: str | None) -> int:
-    """Bytes of a model's `lit_model.pth`, where its downloaded weights have so many."""
+    """Bytes of a model's `lit_model.pth`, where its downloaded weights have this many."""
     from litgpt.devices.dtypes import dtype_from_name
     from litgpt.sources.meta import shapes_of
     from litgpt.sources.source import HEAD

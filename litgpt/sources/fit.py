@@ -16,7 +16,7 @@ from litgpt.formats.recognition import text_model
 _LEAST_TENSORS = 4  # of a layer, in any format: the weights of attention and MLP, going in and out
 _FEW_MODULES = 500  # layers and experts, which take half a second
 BLOCK = re.compile(r"transformer\.h\.(\d+)\.")
-LEARNED = re.compile(r"\.lora_|\.adapter_|\.gating_factor")  # what finetuning has put beside a model's own weights
+LEARNED = re.compile(r"\.lora_|\.adapter_|\.gating_factor")  # what finetuning has put next to a model's own weights
 
 
 def rows_at_once(tensor: Tensor) -> int:

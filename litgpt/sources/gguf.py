@@ -196,7 +196,7 @@ def _empty(tensor: GGUFTensor) -> Tensor:
 def _llama3_scaling(factors: Tensor, theta: float) -> dict[str, Any]:
     """The rule behind the factors by which Llama 3.1 files divide their rotary frequencies; (P,) -> `rope_scaling`."""
     if factors.dim() != 1:
-        raise ValueError(f"the rotary factors in '{ROPE_FACTORS}' are no list")
+        raise ValueError(f"the rotary factors in '{ROPE_FACTORS}' are not a list")
     frequencies = theta ** -(torch.arange(factors.numel(), dtype=torch.float32) / factors.numel())
     rule = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "factor": round(factors.max().item(), 4)}
     for original in (8192, 4096, 16384, 32768, 131072):

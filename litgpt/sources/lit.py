@@ -108,5 +108,5 @@ class LitSource(Source):
 
 
 def _of_a_model_of_ours(name: str) -> bool:
-    """Whether some model of ours computes with a tensor of this name, or something was learned in it beside a model."""
+    """Whether some model of ours computes with a tensor of this name, or something is learned in it besides a model."""
     return name.startswith(("transformer.", "lm_head.")) or LEARNED.search(name) is not None

@@ -66,14 +66,14 @@ def kind_for(source: Source, quantize: str | None) -> str | None:
     own = source.quantized
     if quantize == BLOCKS and not source.has_blocks:
         raise ValueError(
-            f"--quantize {BLOCKS} uses the blocks of a GGUF file as they lie there, and '{source.files}' holds none. "
+            f"quantize={BLOCKS} uses the blocks of a GGUF file as they lie there, and '{source.files}' holds none. "
             "Write such a file with `litgpt convert --to gguf --quantize q4_k_m`, or take int4 or int8."
         )
     if own is None or quantize is None:
         return quantize or own
     if not same_form(quantize, own):
         raise ValueError(
-            f"--quantize {quantize} cannot act: the weights in '{source.files}' are {own} already. Leave it out, or "
-            "give the checkpoint that they were made from."
+            f"quantize={quantize} has no effect here: the weights in '{source.files}' are {own} already. Leave it "
+            "out, or give the checkpoint that they were made from."
         )
     return quantize

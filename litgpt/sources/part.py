@@ -38,5 +38,5 @@ def check_whole(source: Source) -> None:
     if source.quantized is not None:
         raise ValueError(
             f"'{source.files}' holds {source.quantized} weights, which cannot be split over processes "
-            "(tensor_parallel). Give the checkpoint that they were made from, with --quantize, or take sequential."
+            "(tensor_parallel). Give the checkpoint that they were made from, with `quantize`, or take sequential."
         )

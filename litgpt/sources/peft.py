@@ -103,7 +103,7 @@ def _of_each_expert(module: str, part: RowUpdate, config: Config, table: RuleTab
     """The update of each expert's layers, by our names, from that of the tensor that holds all of a layer's."""
     layer = re.search(r"\.layers\.(\d+)\.", module)
     if layer is None:
-        raise ValueError(f"PEFT adapter: {module} is no layer of this model that can be adapted.")
+        raise ValueError(f"PEFT adapter: {module} is not a layer of this model that can be adapted.")
     layers = ("fc_1", "fc_2") if module.endswith("gate_up_proj") else ("proj",)
     name, count = f"transformer.h.{layer[1]}.mlp.experts.{{}}.{{}}", len(part.a)
     family = family_of(table, name.format(0, layers[0]) + ".weight", config, True)

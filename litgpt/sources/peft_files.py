@@ -108,7 +108,7 @@ def read_updates(path: Path, adapter_config: dict[str, Any], config: Config) -> 
         if not {"lora_A", "lora_B"} <= tensors.keys() or (MAGNITUDE in tensors) != bool(adapter_config.get("use_dora")):
             raise ValueError(f"'{file}': of {module} there is only {', '.join(sorted(tensors))}.")
         if tensors["lora_A"].dim() != 2 or tensors["lora_B"].dim() != 2 or 0 in tensors["lora_A"].shape:
-            raise ValueError(f"'{file}': lora_A and lora_B of {module} are no matrices.")
+            raise ValueError(f"'{file}': lora_A and lora_B of {module} are not matrices.")
         part = RowUpdate(tensors["lora_A"], tensors["lora_B"], tensors.get(MAGNITUDE))
         if EXPERTS.search(module):
             module, part = _of_all_experts(module, part, config)
@@ -161,7 +161,7 @@ def _of_all_experts(module: str, part: RowUpdate, config: Config) -> tuple[str, 
     rank, shape = len(part.a), (part.a.shape[1], part.b.shape[0])
     if config.n_expert is None or rank % count or part.b.shape[1] != rank or not {shape, shape[::-1]} & kinds.keys():
         raise ValueError(
-            f"The PEFT adapter belongs to another model: {module} is no tensor of {count} experts here, with lora_A "
+            f"The PEFT adapter belongs to another model: {module} is not a tensor of {count} experts here, with lora_A "
             f"{list(part.a.shape)} and lora_B {list(part.b.shape)}."
         )
     a = part.a.unflatten(0, (count, -1))  # (E, r, in)

@@ -36,7 +36,7 @@ def load_library_tokenizer(file: Path, settings: Mapping[str, Any]) -> tokenizer
     """The tokenizer of a checkpoint.
 
     Args:
-        file: tokenizer.json; or vocab.json, beside which merges.txt lies.
+        file: tokenizer.json; or vocab.json, next to which merges.txt lies.
         settings: `tokenizer_class` and `add_prefix_space` of tokenizer_config.json.
 
     Raises:

@@ -45,7 +45,9 @@ def special_token_settings(directory: Path) -> dict[str, Any]:
         if name.endswith("_token") and not name.startswith("add_"):
             settings[name] = {"content": value} if isinstance(value, str) else value
             if isinstance(value, dict) and not _is_token(value):
-                raise damaged(directory / "tokenizer_config.json", ValueError(f"{name} is no token with its content"))
+                raise damaged(
+                    directory / "tokenizer_config.json", ValueError(f"{name} is not a token with its content")
+                )
     for name in ("add_bos_token", "add_eos_token", "legacy", "add_prefix_space", "tokenizer_class"):
         if name in config:
             settings[name] = config[name]

@@ -26,7 +26,7 @@ from litgpt.tokenizer.sentencepiece_backend import SentencePieceBackend
 from litgpt.tokenizer.stream import StreamDecoder
 from litgpt.tokenizer.token_settings import generation_settings, id_list, named_tokens, special_token_settings
 
-LONG_WORD = 16  # characters: the beginning of a text that has so many for each token is hardly shorter than they
+LONG_WORD = 16  # characters: the beginning of a text that has this many for each token is hardly shorter than they
 PROTECTED = "\ufdd0"  # a Unicode noncharacter: put inside a control token's text, it keeps it text
 MODEL_FILES = (LIBRARY, "tokenizer.model", VOCABULARY)
 

@@ -66,7 +66,7 @@ class AnswerMetric:
         init_args = dict(spec.pop("init_args", None) or {})
         if spec or not self.label:
             raise ValueError(
-                f"--{OPTION} {value}: a metric is a name, or a class_path with init_args and, if it is to be called "
+                f"{OPTION}={value}: a metric is a name, or a class_path with init_args and, if it is to be called "
                 "otherwise than its class, a name."
             )
         named = NAMED.get(self.label)
@@ -81,7 +81,7 @@ class AnswerMetric:
             figures = {key: key or class_name for key in unlike}
         elif not figures.keys() <= unlike.keys():
             problem = "with these init_args it" if name is None else f"name {name} is for a single figure, but it"
-            raise ValueError(f"--{OPTION} {self.label}: {problem} gives {', '.join(unlike)}.")
+            raise ValueError(f"{OPTION}={self.label}: {problem} gives {', '.join(unlike)}.")
         self._figures = figures
         said = self._metric.higher_is_better
         self.higher_is_better: dict[str, bool | None] = {
@@ -101,14 +101,15 @@ class AnswerMetric:
         try:
             found = find_class(self.label if named is None else named.class_path)
             for problem in unknown_init_args(OPTION, found, given):
-                raise ValueError(f"--{problem}")
+                name, _, what = problem.partition(":")
+                raise ValueError(f"`{name}`:{what}")
             values, parser = parse_init_args(OPTION, found, given, defaults=False)
             init_args = values if isinstance(values, dict) else vars(instantiate(parser, values))
             return found(**{**({} if named is None else named.init_args), **init_args})
         except Exception as error:  # of any kind: the class may be anybody's, and may download something
-            if isinstance(error, ValueError) and str(error).startswith(f"--{OPTION}"):
+            if isinstance(error, ValueError) and str(error).startswith(f"`{OPTION}"):
                 raise
-            raise ValueError(f"--{OPTION} {self.label}: {one_line(error)}") from error
+            raise ValueError(f"{OPTION}={self.label}: {one_line(error)}") from error
 
     def _results(self, answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
         """What the class computes; a single number under an empty name."""
@@ -123,7 +124,7 @@ class AnswerMetric:
             return {key: float(value) for key, value in (found if isinstance(found, dict) else {"": found}).items()}
         except Exception as error:
             raise ValueError(
-                f"--{OPTION} {self.label} does not score a list of texts by a list of texts: {one_line(error)}"
+                f"{OPTION}={self.label} does not score a list of texts by a list of texts: {one_line(error)}"
             ) from error
 
 
@@ -132,7 +133,7 @@ class AnswerMetrics:
 
     Args:
         values: As for `AnswerMetric`.
-        figures: Names of what the run's loss gives beside itself.
+        figures: Names of what the run's loss gives besides itself.
     """
 
     def __init__(self, values: Sequence[str | dict[str, Any]], figures: Sequence[str] = ()) -> None:
@@ -142,7 +143,7 @@ class AnswerMetrics:
             for name in metric.higher_is_better:
                 if name in owners:
                     raise ValueError(
-                        f"--{OPTION}: {metric.label} and {owners[name]} both have a figure called {name}. Give one of "
+                        f"`{OPTION}`: {metric.label} and {owners[name]} both have a figure called {name}. Give one of "
                         f"them another name: {{class_path: {metric.label}, name: another}}."
                     )
                 owners[name] = metric.label
@@ -177,7 +178,7 @@ def metric_class() -> type[Metric]:
         from torchmetrics import Metric
     except ImportError as error:
         raise ValueError(
-            f"--{OPTION} needs the package torchmetrics: pip install torchmetrics (or 'litgpt[all]')."
+            f"`{OPTION}` needs the package torchmetrics: pip install torchmetrics (or 'litgpt[all]')."
         ) from error
     return Metric
 
@@ -190,7 +191,7 @@ def find_class(name: str) -> type[Metric]:
     known = [*NAMED, *choice.names()]
     if name not in known:
         raise ValueError(
-            f"--{OPTION} {name} is unknown.{did_you_mean(name, known)} Choose from {', '.join(known)}, or give the "
+            f"{OPTION}={name} is unknown.{did_you_mean(name, known)} Choose from {', '.join(known)}, or give the "
             "dotted path of a class of torchmetrics' kind."
         )
     return choice.resolve(name)[1]

@@ -89,37 +89,37 @@ class TrainArgs:
         ):
             _check_at_least(f"train.{name}", getattr(self, name), 1)
         if self.epochs is not None and not 0 < self.epochs < math.inf:
-            raise ValueError(f"train.epochs {self.epochs}: give a number of passes greater than 0, such as 1 or 0.5.")
+            raise ValueError(f"train.epochs={self.epochs}: give a number of passes greater than 0, such as 1 or 0.5.")
         for name in ("lr_warmup_steps", "max_time", "max_norm", "min_lr", "learning_rate", "weight_decay"):
             _check_at_least(f"train.{name}", getattr(self, name), 0)
         for name in ("lr_warmup_fraction", "lr_cooldown_fraction"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"train.{name} {value} is not between 0 and 1.")
+                raise ValueError(f"train.{name}={value} is not between 0 and 1.")
         self._check_schedule()
         self.activation_checkpointing = _blocks_to_checkpoint(self.activation_checkpointing)
         if self.neftune_noise_alpha is not None and self.neftune_noise_alpha <= 0:
             raise ValueError(
-                f"train.neftune_noise_alpha {self.neftune_noise_alpha} must be positive; null is no noise."
+                f"train.neftune_noise_alpha={self.neftune_noise_alpha} must be positive; null is no noise."
             )
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
-                raise ValueError(f"train.{name} {value} is not in [0, 1).")
+                raise ValueError(f"train.{name}={value} is not in [0, 1).")
 
     def _check_schedule(self) -> None:
         if self.lr_schedule not in get_args(LRSchedule):
             raise ValueError(
-                f"train.lr_schedule {self.lr_schedule!r} is unknown. Choose one of: {', '.join(get_args(LRSchedule))}."
+                f"train.lr_schedule={self.lr_schedule!r} is unknown. Choose one of: {', '.join(get_args(LRSchedule))}."
             )
         if self.lr_schedule == "constant" and self.lr_decay_iters is not None:
             raise ValueError(
-                f"train.lr_decay_iters {self.lr_decay_iters}: with train.lr_schedule constant nothing decays. "
+                f"train.lr_decay_iters={self.lr_decay_iters}: with train.lr_schedule=constant nothing decays. "
                 "Leave one of them out."
             )
         if self.lr_cooldown_fraction is not None and self.lr_schedule != "warmup-stable-decay":
             raise ValueError(
-                f"train.lr_cooldown_fraction {self.lr_cooldown_fraction} is for train.lr_schedule warmup-stable-decay; "
+                f"train.lr_cooldown_fraction={self.lr_cooldown_fraction} is for train.lr_schedule=warmup-stable-decay; "
                 f"it is {self.lr_schedule}."
             )
 
@@ -135,7 +135,7 @@ class TrainArgs:
         implied = self.micro_batch_size * self.gradient_accumulation_iters * devices
         if self.global_batch_size not in (implied, default_global_batch_size):
             raise ValueError(
-                f"train.gradient_accumulation_iters {self.gradient_accumulation_iters} makes a global batch of "
+                f"train.gradient_accumulation_iters={self.gradient_accumulation_iters} makes a global batch of "
                 f"{self.micro_batch_size} (micro_batch_size) x {self.gradient_accumulation_iters} x {devices} "
                 f"device(s) = {implied} sequences, but train.global_batch_size is {self.global_batch_size}. "
                 "Give only one of the two."
@@ -149,9 +149,9 @@ class TrainArgs:
             below, above = self.global_batch_size // at_once * at_once, math.ceil(self.global_batch_size / at_once)
             choices = f"{below} or {above * at_once}" if below else f"{above * at_once}"
             raise ValueError(
-                f"train.global_batch_size {self.global_batch_size} is not divisible by train.micro_batch_size "
+                f"train.global_batch_size={self.global_batch_size} is not divisible by `train.micro_batch_size` "
                 f"{self.micro_batch_size} x {devices} device(s) = {at_once}. "
-                f"Set --train.global_batch_size to {choices}, or change --train.micro_batch_size or --devices."
+                f"Set `train.global_batch_size` to {choices}, or change `train.micro_batch_size` or `devices`."
             )
         return self.global_batch_size // at_once
 
@@ -180,12 +180,12 @@ class TrainArgs:
             ends.append(steps_in(samples, self.global_batch_size, samples_per_epoch))
         if self.epochs is not None and samples_per_epoch is None and not ends and self.max_time is None:
             raise ValueError(
-                f"--train.epochs {self.epochs}: the data does not say how long an epoch is. Set --train.max_steps."
+                f"train.epochs={self.epochs}: the data does not say how long an epoch is. Set `train.max_steps`."
             )
         if not ends and self.max_time is None and self.max_tokens is None:
             raise ValueError(
-                "Nothing ends this run: set one of --train.max_steps, --train.max_tokens, --train.max_time or "
-                "--train.epochs."
+                "Nothing ends this run: set one of `train.max_steps`, `train.max_tokens`, `train.max_time` or "
+                "`train.epochs`."
             )
         return min(ends) if ends else None
 
@@ -230,7 +230,7 @@ class EvalArgs:
         if isinstance(self.evaluate_example, str) and self.evaluate_example not in ("first", "random"):
             if not self.evaluate_example.isdecimal():
                 raise ValueError(
-                    f"eval.evaluate_example {self.evaluate_example!r} is not first, random or an example's number."
+                    f"eval.evaluate_example={self.evaluate_example!r} is not first, random or an example's number."
                 )
             self.evaluate_example = int(self.evaluate_example)
 
@@ -263,11 +263,11 @@ def _blocks_to_checkpoint(value: str | int) -> str | int:
         return text
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(
-            f"train.activation_checkpointing {value!r} is not none, full or a number N for every N-th block."
+            f"train.activation_checkpointing={value!r} is not none, full or a number N for every N-th block."
         )
     return int(text)
 
 
 def _check_at_least(name: str, value: float | None, low: int) -> None:
     if value is not None and value < low:
-        raise ValueError(f"{name} {value} is too small: it must be at least {low}.")
+        raise ValueError(f"{name}={value} is too small: it must be at least {low}.")

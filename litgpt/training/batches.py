@@ -40,7 +40,7 @@ class MicroBatch(NamedTuple):
         if "document_ids" in inputs and device.type != "cpu":  # counted here: there, it would have to be waited for
             starts = starts_of_documents(inputs.get("positions"), inputs["document_ids"])
             inputs |= {} if starts is None else {"document_starts": starts}
-        # From pinned memory the copy runs beside the computation.
+        # From pinned memory the copy overlaps with the computation.
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
         idx, targets = (tensor.to(device, non_blocking=True) for tensor in (self.idx, self.targets))
         return self._replace(idx=idx, targets=targets, inputs=inputs)
@@ -58,7 +58,7 @@ class MicroBatch(NamedTuple):
                 raise ValueError(
                     f"The data holds the token id {wrong}, and the model's embedding has {num_embeddings} rows: the "
                     "text was tokenised for another vocabulary. Prepare it with the model's tokenizer, or set "
-                    "--model_config.padded_vocab_size."
+                    "`model_config.padded_vocab_size`."
                 )
         return self
 

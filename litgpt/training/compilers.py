@@ -44,20 +44,20 @@ def choose_compiler(compile: bool, compiler: str | None) -> Backend | None:
     if compiler not in offered:
         if compiler in INSTALL:
             raise ValueError(
-                f"--compiler {compiler} is not installed here (PyTorch {torch.__version__}). It needs "
-                f"{INSTALL[compiler]}. Or choose --compiler {OWN}."
+                f"compiler={compiler} is not installed here (PyTorch {torch.__version__}). It needs "
+                f"{INSTALL[compiler]}. Or choose compiler={OWN}."
             )
         known = list(dict.fromkeys([OWN, *INSTALL, *offered]))
         raise ValueError(
-            f"--compiler {compiler} is unknown.{did_you_mean(compiler, known)} Choose from: {', '.join(known)}."
+            f"compiler={compiler} is unknown.{did_you_mean(compiler, known)} Choose from: {', '.join(known)}."
         )
     try:
         return offered[compiler].load()
     except Exception as error:  # a package made for another torch fails in any way there is
         needs = f" It needs {INSTALL[compiler]}." if compiler in INSTALL else ""
         raise ValueError(
-            f"--compiler {compiler} cannot be loaded with PyTorch {torch.__version__} ({type(error).__name__}: "
-            f"{error}).{needs} Or choose --compiler {OWN}."
+            f"compiler={compiler} cannot be loaded with PyTorch {torch.__version__} ({type(error).__name__}: "
+            f"{error}).{needs} Or choose compiler={OWN}."
         ) from error
 
 

@@ -79,7 +79,7 @@ class Console:
         self._record(line)
 
     def within_step(self, step: int, done: int, of: int) -> None:
-        """Move the bar between the end of `step` and that of the next, of whose parts so many are done."""
+        """Move the bar between the end of `step` and that of the next, of whose parts this many are done."""
         if self.bar is not None and done < of:
             self._move(round(step + done / of, 2))
 

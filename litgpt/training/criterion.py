@@ -29,7 +29,7 @@ class Criterion:
         return "validation loss" if self.name == LOSS else self.column
 
     def is_better(self, value: float | None, best: float | None) -> bool:
-        """Whether a value is better than the best so far; one that is no number never is."""
+        """Whether a value is better than the best so far; one that is not a number never is."""
         if value is None or not math.isfinite(value):
             return False
         return best is None or (value > best if self.higher_is_better else value < best)
@@ -40,7 +40,7 @@ def choose_criterion(name: str, higher_is_better: Mapping[str, bool | None]) -> 
 
     Args:
         name: What was asked for.
-        higher_is_better: The run's figures beside the loss, and which values of them are the good ones; None where
+        higher_is_better: The run's figures besides the loss, and which values of them are the good ones; None where
             that is not certain.
 
     Raises:
@@ -51,12 +51,12 @@ def choose_criterion(name: str, higher_is_better: Mapping[str, bool | None]) -> 
     if name not in higher_is_better:
         known = [LOSS, *higher_is_better]
         raise ValueError(
-            f"--eval.best_by {name}: this run has no such figure.{did_you_mean(name, known)} Choose from "
-            f"{', '.join(known)}; while finetuning, --eval.metrics brings more."
+            f"eval.best_by={name}: this run has no such figure.{did_you_mean(name, known)} Choose from "
+            f"{', '.join(known)}; while finetuning, `eval.metrics` brings more."
         )
     if higher_is_better[name] is None:
         raise ValueError(
-            f"--eval.best_by {name}: it is not certain which values are the good ones. The metric's class does not say "
+            f"eval.best_by={name}: it is not certain which values are the good ones. The metric's class does not say "
             "(higher_is_better), or texts that equal their references score worse than others by what it says. Choose "
             "another figure."
         )

@@ -129,7 +129,7 @@ class Gradients:
         step = 0 if self.scaled else int(self.ended_at)
         if not step:
             return None
-        row = f", as {self.allowed} in a row were before it (--train.skip_nonfinite)" if self.allowed else ""
+        row = f", as {self.allowed} in a row were before it (`train.skip_nonfinite`)" if self.allowed else ""
         return (
             f"The gradient of step {step} is not finite (NaN or infinite){row}: {self._where()}. The weights are as "
             "they were before it."

@@ -1,4 +1,4 @@
-"""Where metrics go beside metrics.csv: tensorboard, wandb, mlflow, or a logger class of the user's own."""
+"""Where metrics go besides metrics.csv: tensorboard, wandb, mlflow, or a logger class of the user's own."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class WandbLogger(Logger):
             )
         except wandb.errors.UsageError as error:
             raise ValueError(
-                f"--logger_name wandb: {str(error).strip()} Run `wandb login`, set WANDB_API_KEY, or set "
+                f"logger_name=wandb: {str(error).strip()} Run `wandb login`, set WANDB_API_KEY, or set "
                 "WANDB_MODE=offline to send it later."
             ) from None
 
@@ -126,13 +126,13 @@ class ForeignLogger(Logger):
 
 
 def check_logger(name: str, log: LogArgs) -> None:
-    """Refuse, before any work, a logger that is unknown or not installed, and settings that it cannot act on."""
+    """Refuse, before any work, a logger that is unknown or not installed, and settings that it does not support."""
     if log.teamspace is not None:
-        raise ValueError("--log.teamspace: none of the loggers here has teamspaces. Leave it out.")
+        raise ValueError("`log.teamspace`: none of the loggers here has teamspaces. Leave it out.")
     if log.log_model and name not in ("wandb", "mlflow"):
-        raise ValueError(f"--log.log_model true: the logger {name} takes no checkpoints; wandb and mlflow do.")
+        raise ValueError(f"log.log_model=true: the logger {name} takes no checkpoints; wandb and mlflow do.")
     if log.checkpoint_name is not None and not log.log_model:
-        raise ValueError("--log.checkpoint_name needs --log.log_model true: it names the uploaded checkpoint.")
+        raise ValueError("`log.checkpoint_name` needs log.log_model=true: it names the uploaded checkpoint.")
     packages = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny"}
     if name in packages:
         _need(name, packages[name])
@@ -165,8 +165,8 @@ def _need(module: str, package: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ValueError(
-            f"--logger_name {module} needs the package {package}: pip install {package} (or 'litgpt[all]'). "
-            "--logger_name csv needs nothing."
+            f"logger_name={module} needs the package {package}: pip install {package} (or 'litgpt[all]'). "
+            "logger_name=csv needs nothing."
         ) from error
 
 
@@ -175,10 +175,10 @@ def _load_class(path: str) -> type:
     try:
         cls = getattr(import_named(module), name) if module else None
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"--logger_name {path}: {error}.") from error
+        raise ValueError(f"logger_name={path}: {error}.") from error
     if not (isinstance(cls, type) and hasattr(cls, "log_metrics")):
         raise ValueError(
-            f"--logger_name {path} is unknown.{did_you_mean(path, NAMES)} Choose one of {', '.join(NAMES)}, or give "
+            f"logger_name={path} is unknown.{did_you_mean(path, NAMES)} Choose one of {', '.join(NAMES)}, or give "
             "the dotted path of a class with log_metrics(metrics, step)."
         )
     return cls

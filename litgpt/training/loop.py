@@ -56,7 +56,7 @@ class Generated:
 
 @dataclass
 class Run:
-    """All that `fit` works with beside model, optimizer and data."""
+    """All that `fit` works with besides model, optimizer and data."""
 
     train: TrainArgs
     evaluation: EvalArgs
@@ -127,7 +127,7 @@ def fit(
     progress.judge_by(run.criterion)
     if evaluation.patience and not val_batches:
         raise ValueError(
-            f"--eval.patience {evaluation.patience}: there is no validation data. Add some, or leave it out."
+            f"eval.patience={evaluation.patience}: there is no validation data. Add some, or leave it out."
         )
     watch = LossWatch(fabric)
     gradients = Gradients(fabric, loss_module, inner, train.skip_nonfinite or 0, progress)
@@ -322,7 +322,7 @@ class TokenCount:
 
 
 class LossWatch:
-    """Notes the first micro-batch whose loss is no number, without waiting for the device in each step."""
+    """Notes the first micro-batch whose loss is not a number, without waiting for the device in each step."""
 
     def __init__(self, fabric: Fabric) -> None:
         self.fabric = fabric
@@ -369,8 +369,8 @@ def what_to_do(directory: RunDirectory) -> str:
     newest = directory.newest()
     last = f"The last good checkpoint is {newest}; resume from it" if newest else "There is no checkpoint; restart"
     return (
-        f"{last} with a smaller --optimizer.lr, a longer --train.lr_warmup_steps, clipped gradients (--train.max_norm "
-        "1.0), or leave to pass over a few such steps (--train.skip_nonfinite 5)."
+        f"{last} with a smaller `optimizer.lr`, a longer `train.lr_warmup_steps`, clipped gradients "
+        "(train.max_norm=1.0), or leave to pass over a few such steps (train.skip_nonfinite=5)."
     )
 
 

@@ -20,7 +20,7 @@ NATS_PER_TOKEN = "nats per token"
 # vocabularies less; below that, adding up the head's gradient once per chunk shows.
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}
 MANY_ELEMENTS = 1 << 26
-CACHED_ELEMENTS = 1 << 19  # so many in float32 stay in the cache of a CPU's core
+CACHED_ELEMENTS = 1 << 19  # this many in float32 stay in the cache of a CPU's core
 
 
 class LossModule(nn.Module):
@@ -70,7 +70,7 @@ def rows_per_chunk(device: str, vocabulary: int) -> int:
 
 
 def even_rows(rows: int, at_most: int) -> int:
-    """Rows of a chunk when so many are shared out evenly: no last chunk of a few that reads the head's whole weight."""
+    """Rows of a chunk when this many are shared out evenly: no last chunk of a few reads the head's whole weight."""
     chunks = max(1, -(-rows // at_most))
     return max(1, -(-rows // chunks))
 

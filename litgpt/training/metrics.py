@@ -42,7 +42,7 @@ class MetricsFile:
     Args:
         path: The file.
         after_step: Keep rows up to this step (a resumed run says the later ones again); None starts a new file.
-        figures: Names of what the loss gives beside itself.
+        figures: Names of what the loss gives besides itself.
         metrics: Names of what answers to the validation data are scored by.
     """
 

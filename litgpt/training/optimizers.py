@@ -43,17 +43,17 @@ class OptimizerSpec:
         try:
             found = getattr(import_named(module_name or "torch.optim"), name, None)
         except ImportError as error:
-            raise ValueError(f"--optimizer {self.class_path}: cannot import {module_name} ({error}).") from error
+            raise ValueError(f"optimizer={self.class_path}: cannot import {module_name} ({error}).") from error
         if not (isinstance(found, type) and issubclass(found, Optimizer)):
             known = [n for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, Optimizer)]
             raise ValueError(
-                f"--optimizer {self.class_path} is no optimizer class.{did_you_mean(name, known)} "
+                f"optimizer={self.class_path} is not an optimizer class.{did_you_mean(name, known)} "
                 "Give the name of a torch.optim class or the dotted path of your own."
             )
         return MuonWithAdamW if found is torch.optim.Muon else found
 
     def argument_names(self) -> list[str]:
-        """The arguments that the class takes beside the parameters."""
+        """The arguments that the class takes besides the parameters."""
         parameters = list(inspect.signature(self.load_class()).parameters.values())[1:]
         return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
@@ -64,7 +64,7 @@ class OptimizerSpec:
         for name in self.init_args:
             if name not in known and not takes_any:
                 raise ValueError(
-                    f"--optimizer.{name}: {self.class_path} takes no {name!r}.{did_you_mean(name, known)} "
+                    f"`optimizer.{name}`: {self.class_path} takes no {name!r}.{did_you_mean(name, known)} "
                     f"It takes: {', '.join(known)}."
                 )
 
@@ -72,8 +72,8 @@ class OptimizerSpec:
         """Refuse an optimizer that cannot train parameters which are spread over devices."""
         if sharded and self.load_class().__module__.startswith("bitsandbytes."):
             raise ValueError(
-                f"--optimizer {self.class_path} cannot train weights that are sharded over devices. "
-                "Use --strategy ddp, or an optimizer of torch."
+                f"optimizer={self.class_path} cannot train weights that are sharded over devices. "
+                "Use strategy=ddp, or an optimizer of torch."
             )
 
     def with_train_args(self, train: TrainArgs, default: OptimizerSpec) -> OptimizerSpec:
@@ -96,7 +96,7 @@ class OptimizerSpec:
             given = _value(name, self.init_args.get(name))
             if given not in (None, _value(name, value), _value(name, default.init_args.get(name))):
                 raise ValueError(
-                    f"--train.{names[name]} says {value}, but --optimizer.{name} says {given}. Give only one of them."
+                    f"`train.{names[name]}` says {value}, but `optimizer.{name}` says {given}. Give only one of them."
                 )
         spec = replace(self, init_args={**self.init_args, **settings})
         spec.check()
@@ -151,7 +151,7 @@ class OptimizerSpec:
             return found(params, **args)
         except (TypeError, ValueError) as error:
             shown = ", ".join(f"{name}={value}" for name, value in self.init_args.items())
-            raise ValueError(f"--optimizer {self.class_path} with {shown or 'no arguments'}: {error}") from error
+            raise ValueError(f"optimizer={self.class_path} with {shown or 'no arguments'}: {error}") from error
 
 
 def _pick(first: Any, second: Any) -> Any:

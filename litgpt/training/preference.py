@@ -42,18 +42,16 @@ class PreferenceSettings:
 
     def __post_init__(self) -> None:
         if self.loss not in ("sigmoid", "ipo"):
-            raise ValueError(f"--dpo_loss {self.loss}: choose sigmoid or ipo.")
+            raise ValueError(f"loss={self.loss}: choose sigmoid or ipo.")
         if self.beta <= 0:
-            raise ValueError(f"--dpo_beta {self.beta}: must be positive; with 0 nothing would be learned.")
+            raise ValueError(f"beta={self.beta}: must be positive; with 0 nothing would be learned.")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(
-                f"--dpo_label_smoothing {self.label_smoothing}: must be at least 0 and below 0.5: from there on "
+                f"label_smoothing={self.label_smoothing}: must be at least 0 and below 0.5: from there on "
                 "the labels say nothing."
             )
         if self.label_smoothing and self.loss == "ipo":
-            raise ValueError(
-                f"--dpo_label_smoothing {self.label_smoothing} is for --dpo_loss sigmoid; ipo has none. Leave it out."
-            )
+            raise ValueError(f"label_smoothing={self.label_smoothing} is for loss=sigmoid; ipo has none. Leave it out.")
 
 
 class PreferenceLoss(LossModule):

@@ -21,7 +21,7 @@ class Recorder:
     Args:
         console: Where lines go.
         directory: Where metrics.csv and loss.png go.
-        logger: Where metrics go beside that; None for nowhere (and on ranks other than 0).
+        logger: Where metrics go besides that; None for nowhere (and on ranks other than 0).
         flops_per_token: Operations of a forward and backward pass per token, for the MFU.
         peak_flops: Operations per second of all devices; None where it is not known, and then there is no MFU.
         loss: Says what the loss is in, and which figures come with it.

@@ -22,7 +22,7 @@ STEP_DIR = re.compile(r"step-(\d{8,})")
 
 
 class RunDirectory:
-    """`out_dir` of a run: checkpoints `step-00000100/`, ..., `best/`, `final/`, and its records beside them.
+    """`out_dir` of a run: checkpoints `step-00000100/`, ..., `best/`, `final/`, and its records next to them.
 
     Attributes:
         notes: What to tell the user of it once there is a place to.
@@ -39,7 +39,7 @@ class RunDirectory:
             ValueError: Another run writes there, or nobody can.
         """
         if self.path.is_file():
-            raise ValueError(f"--out_dir {self.path} is a file. Choose a directory.")
+            raise ValueError(f"out_dir={self.path} is a file. Choose a directory.")
         lock = RunLock(self.path)
         self.notes += [lock.note] if lock.note else []
 
@@ -94,7 +94,7 @@ class RunDirectory:
         if damage and check:
             raise ValueError(
                 "\n".join(damage) + f"\nNo checkpoint of the run in {self.path} is whole: there is nothing to resume "
-                "from. Start it again with --overwrite true, or elsewhere with --out_dir."
+                "from. Start it again with overwrite=true, or elsewhere with `out_dir`."
             )
         return None
 
@@ -150,7 +150,7 @@ class RunDirectory:
                 if any(place.is_relative_to(artifact.resolve()) for artifact in artifacts):
                     raise ValueError(
                         f"A new run in '{self.path}' would delete '{path}', which it starts from. "
-                        "Choose another --out_dir."
+                        "Choose another `out_dir`."
                     )
             for artifact in artifacts:
                 shutil.rmtree(artifact) if artifact.is_dir() else artifact.unlink()
@@ -171,8 +171,8 @@ class RunDirectory:
             newest = self.newest(check)
             if newest is None and text == "true":
                 raise FileNotFoundError(
-                    f"--resume true: there is no checkpoint of a run in {self.path}. Give the --out_dir of the run, a "
-                    "checkpoint directory, or --resume auto to start afresh where there is none."
+                    f"resume=true: there is no checkpoint of a run in {self.path}. Give the `out_dir` of the run, a "
+                    "checkpoint directory, or resume=auto to start afresh where there is none."
                 )
             return newest
         path = Path(resume)
@@ -184,8 +184,8 @@ class RunDirectory:
         if not (path / STATE_FILE).is_file():
             what = f"it holds no {STATE_FILE}" if path.is_dir() else "there is no such directory"
             raise FileNotFoundError(
-                f"--resume {resume}: {what}. Give a checkpoint directory of a run, such as out/pretrain/step-00001000; "
-                "to train on from other weights, use --initial_checkpoint_dir."
+                f"resume={resume}: {what}. Give a checkpoint directory of a run, such as out/pretrain/step-00001000; "
+                "to train on from other weights, use `initial_checkpoint_dir`."
             )
         if check:
             check_checkpoint(path)
@@ -194,7 +194,7 @@ class RunDirectory:
     def _refusal(self) -> str:
         return (
             f"{self.path} already holds a run ({', '.join(sorted(p.name for p in self.artifacts())[:4])}, ...). "
-            "Continue it with --resume auto, write elsewhere with --out_dir, or delete it with --overwrite true."
+            "Continue it with resume=auto, write elsewhere with `out_dir`, or delete it with overwrite=true."
         )
 
 

@@ -49,7 +49,7 @@ class RunLock:
                 pass
         except OSError as error:
             raise ValueError(
-                f"--out_dir {directory} cannot be written to ({error.strerror}). Choose another directory."
+                f"out_dir={directory} cannot be written to ({error.strerror}). Choose another directory."
             ) from error
         self._descriptor = descriptor
         status = os.fstat(descriptor)
@@ -118,8 +118,8 @@ class RunLock:
         if holder is not None:
             who = f"process {holder['process']} on {holder['host']}, since {holder['since']}"
         return (
-            f"--out_dir {self.directory}: another run writes there ({who}). Wait until it ends or end it, or choose "
-            "another --out_dir."
+            f"out_dir={self.directory}: another run writes there ({who}). Wait until it ends or end it, or choose "
+            "another `out_dir`."
         )
 
 

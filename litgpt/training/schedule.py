@@ -43,8 +43,8 @@ class Schedule:
         if train.lr_warmup_fraction is not None:
             if total_steps is None:
                 raise ValueError(
-                    "train.lr_warmup_fraction needs a run whose length is known: "
-                    "set --train.max_steps or --train.max_tokens, or use --train.lr_warmup_steps."
+                    "`train.lr_warmup_fraction` needs a run whose length is known: "
+                    "set `train.max_steps` or `train.max_tokens`, or use `train.lr_warmup_steps`."
                 )
             warmup = math.ceil(train.lr_warmup_fraction * total_steps)
         end = train.lr_decay_iters or total_steps
@@ -54,8 +54,8 @@ class Schedule:
             return cls(warmup, end, train.min_lr, train.lr_schedule)
         if end is None:
             raise ValueError(
-                "train.lr_schedule warmup-stable-decay needs to know when the run ends: "
-                "set --train.max_steps or --train.lr_decay_iters."
+                "train.lr_schedule=warmup-stable-decay needs to know when the run ends: "
+                "set `train.max_steps` or `train.lr_decay_iters`."
             )
         fraction = COOLDOWN if train.lr_cooldown_fraction is None else train.lr_cooldown_fraction
         return cls(warmup, end, train.min_lr, "linear", stable_until=end - math.ceil(fraction * end))

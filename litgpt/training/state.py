@@ -145,7 +145,7 @@ def load_optimizer_state(optimizer: Optimizer, saved: dict[int, dict[str, Any]])
 
 
 def collect(fabric: Fabric, optimizer: Optimizer, progress: Progress, inputs: Inputs | None = None) -> dict[str, Any]:
-    """Everything beside the weights that a checkpoint needs. Every rank must call this."""
+    """Everything besides the weights that a checkpoint needs. Every rank must call this."""
     return {
         "inputs": inputs and inputs.saved(),
         "progress": asdict(progress),
@@ -177,9 +177,9 @@ def restore(
     note = inputs.compare(state.get("inputs"), checkpoint) if inputs is not None else None
     if state["optimizer_class"] != type(optimizer).__name__:
         raise ValueError(
-            f"--optimizer {type(optimizer).__name__}, but the run in {checkpoint} was trained with "
+            f"optimizer={type(optimizer).__name__}, but the run in {checkpoint} was trained with "
             f"{state['optimizer_class']}. Resume it with the same optimizer, or start from its weights with "
-            "--initial_checkpoint_dir."
+            "`initial_checkpoint_dir`."
         )
     load_weights(module, checkpoint, saved)
     load_optimizer_state(optimizer, state["optimizer"])

@@ -7,13 +7,14 @@ from fractions import Fraction
 
 
 def samples_in(epochs: float, samples_per_epoch: int) -> int:
-    """The samples of so many passes over the data; of a part of a pass, the last one counts whole."""
+    """The samples of this many passes over the data; of a part of a pass, the last one counts whole."""
     return math.ceil(Fraction(str(epochs)) * samples_per_epoch)  # 0.1 of 30 is 3: in floats it is a little more
 
 
 def steps_in(samples: int, samples_per_step: int, samples_per_epoch: int | None) -> int:
-    """The optimizer steps that so many samples make, where no step reaches into the next epoch: the last one of each is
-    smaller, unless `samples_per_step` divides the epoch. None for `samples_per_epoch`: it is not known where they end.
+    """The optimizer steps that this many samples make, where no step reaches into the next epoch: the last one of each
+    is smaller, unless `samples_per_step` divides the epoch. None for `samples_per_epoch`: it is not known where they
+    end.
     """
     if not samples_per_epoch:
         return math.ceil(samples / samples_per_step)

@@ -44,7 +44,7 @@ def validate(fabric: Fabric, model: nn.Module, batches: Iterable, max_batches: i
     if total[0] == 0:
         raise ValueError(
             "The validation data holds nothing to predict. Add validation data, or leave validation out with a larger "
-            "--eval.interval and --eval.final_validation false."
+            "`eval.interval` and eval.final_validation=false."
         )
     return (total[1:] / total[0]).tolist()
 

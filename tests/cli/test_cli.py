@@ -45,7 +45,7 @@ class LogArgs:
 
 
 class Data:
-    """A base class, with its subclasses beside it."""
+    """A base class, with its subclasses next to it."""
 
 
 @dataclass
@@ -296,7 +296,7 @@ def test_class_by_name_in_any_order():
 
 def test_class_that_only_one_can_be():
     assert run("dir", "--data.rows", "3").data == Table(rows=3)
-    assert "needs --data NAME beside it, one of: Table, Text" in refused("dir", "--data.seed", "3")
+    assert "needs --data NAME as well, one of: Table, Text" in refused("dir", "--data.seed", "3")
     assert "Did you mean '--data.rows'" in refused("dir", "--data.row", "3")
 
 

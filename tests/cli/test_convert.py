@@ -1,4 +1,4 @@
-"""`litgpt convert DIR --to FORMAT`: each format from each, and that what cannot act is refused by name."""
+"""`litgpt convert DIR --to FORMAT`: each format from each, and that what is not supported is refused by name."""
 
 from pathlib import Path
 
@@ -109,20 +109,23 @@ def test_weights_without_a_config_are_those_of_the_named_model(litgpt, ours):
     [
         (
             ("--to", "hf", "--quantize", "bnb.nf4"),
-            "--quantize bnb.nf4 cannot act with --to hf: it is for --to gguf and",
+            "--quantize bnb.nf4 cannot be combined with --to hf: it is for --to gguf and",
         ),
-        (("--to", "hf", "--model_name", "x"), "--model_name x cannot act with --to hf"),
+        (("--to", "hf", "--model_name", "x"), "--model_name x cannot be combined with --to hf"),
         (
             ("--to", "gguf", "--format", "pth"),
-            "--format pth cannot act with --to gguf: it is for --to hf. Leave it out",
+            "--format pth cannot be combined with --to gguf: it is for --to hf. Leave it out",
         ),
-        (("--to", "litgpt", "--model_name", "x"), "--model_name x cannot act: "),
+        (("--to", "litgpt", "--model_name", "x"), "--model_name x has no effect here: "),
         (("--to", "litgpt", "--pretrained_checkpoint_dir", "x"), "it is for --to litgpt from a PEFT adapter"),
-        (("--to", "peft", "--dtype", "bf16"), "--dtype bf16 cannot act with --to peft"),
+        (("--to", "peft", "--dtype", "bf16"), "--dtype bf16 cannot be combined with --to peft"),
         (("--to", "peft"), "holds no LoRA weights"),
-        (("--to", "gguf", "--dtype", "bf16", "--quantize", "q8_0"), "--dtype bf16 cannot act with --quantize q8_0"),
+        (
+            ("--to", "gguf", "--dtype", "bf16", "--quantize", "q8_0"),
+            "--dtype bf16 cannot be combined with --quantize q8_0",
+        ),
         (("--to", "litgpt", "out", "--quantize", "q8_0"), "--quantize q8_0 is not for inference"),
-        (("--to", "gguf", "out"), "'out' is no name of a GGUF file"),
+        (("--to", "gguf", "out"), "'out' is not a name of a GGUF file"),
         (("--to", "onnx"), "onnx"),
         ((), "missing: --to. Usage: litgpt convert CHECKPOINT_DIR OUT"),
         (("a", "b", "--to", "hf"), "unexpected argument 'b'"),

@@ -76,7 +76,7 @@ def test_generate_takes_the_kind_and_says_so(litgpt, base, quantised, monkeypatc
     assert "(bf16-true, bnb.nf4, cpu)" in chat.err
     result = litgpt("generate", quantised, *ANSWER, "--quantize", "int4")
     assert result.code == 1
-    assert "--quantize int4 cannot act: the weights in 'small' are bnb.nf4 already. Leave it out" in result.err
+    assert "--quantize int4 has no effect here: the weights in 'small' are bnb.nf4 already. Leave it out" in result.err
     result = litgpt("generate_tp", quantised, "--devices", 2, *ANSWER)
     assert result.code == 1
     assert "'small' holds bnb.nf4 weights, which cannot be split over processes" in result.err
@@ -127,7 +127,7 @@ def test_training_on_it(litgpt, quantised):
     assert open_checkpoint("full/final").quantized is None
     result = litgpt("finetune_lora", quantised, *TRAINING, "--quantize", "bnb.fp4", "--out_dir", "other")
     assert result.code == 1
-    assert "--quantize bnb.fp4 cannot act: the weights in 'small' are bnb.nf4 already" in result.err
+    assert "--quantize bnb.fp4 has no effect here: the weights in 'small' are bnb.nf4 already" in result.err
 
 
 def test_lora_on_weights_for_cpus_is_trained_on_plain_ones(litgpt, base):
@@ -181,26 +181,34 @@ def test_the_seeds_gguf_file(litgpt, base):
 @pytest.mark.parametrize(
     ("command", "arguments", "message"),
     [
-        ("lit_checkpoint", ("--output_path", "m.bin"), "'m.bin' is no name of a GGUF file: let it end with .gguf"),
-        ("from_litgpt", ("out.bin", "--format", "gguf"), "'out.bin' is no name of a GGUF file: let it end with .gguf"),
-        ("lit_checkpoint", ("--output_path", "m.gguf", "--quantize", "bnb.nf4"), "'bnb.nf4' is no type of weights"),
+        ("lit_checkpoint", ("--output_path", "m.bin"), "'m.bin' is not a name of a GGUF file: let it end with .gguf"),
+        (
+            "from_litgpt",
+            ("out.bin", "--format", "gguf"),
+            "'out.bin' is not a name of a GGUF file: let it end with .gguf",
+        ),
+        ("lit_checkpoint", ("--output_path", "m.gguf", "--quantize", "bnb.nf4"), "'bnb.nf4' is not a type of weights"),
         (
             "from_litgpt",
             ("m.gguf", "--dtype", "q80"),
-            "'q80' is no type of weights in a GGUF file. Did you mean 'q8_0'",
+            "'q80' is not a type of weights in a GGUF file. Did you mean 'q8_0'",
         ),
-        ("lit_checkpoint", ("--output_path", "m.gguf", "--out_dir", "o"), "--out_dir o cannot act with --output_path"),
+        (
+            "lit_checkpoint",
+            ("--output_path", "m.gguf", "--out_dir", "o"),
+            "--out_dir o cannot be combined with --output_path",
+        ),
         (
             "lit_checkpoint",
             ("--output_path", "m.gguf", "--quantize", "q8_0", "--dtype", "float32"),
-            "--dtype float32 cannot act with --quantize q8_0 in a GGUF file",
+            "--dtype float32 cannot be combined with --quantize q8_0 in a GGUF file",
         ),
         (
             "lit_checkpoint",
             ("--checkpoint_path", "p", "--output_path", "m.gguf"),
             "--checkpoint_path p is another name",
         ),
-        ("lit_checkpoint", ("--model_name", "phi", "--dtype", "float32"), "--model_name phi cannot act without"),
+        ("lit_checkpoint", ("--model_name", "phi", "--dtype", "float32"), "--model_name phi is not supported without"),
         ("lit_checkpoint", ("--output_path", "there.gguf"), "'there.gguf' exists already"),
     ],
 )
@@ -220,7 +228,7 @@ def test_gguf_files_that_cannot_be_are_refused(litgpt, base, command, arguments,
         (("--quantize", "bnb.int8-training"), "--quantize bnb.int8-training is not for inference"),
         (
             ("--quantize", "int8", "--dtype", "float64"),
-            "--dtype float64 cannot act with --quantize int8. Use --dtype float32",
+            "--dtype float64 cannot be combined with --quantize int8. Use --dtype float32",
         ),
         (("--quantize", "int8", "--dtype", "float8"), "--dtype float8: there is no such type"),
         (("--quantize", "int8", "--out_dir", "out"), "'out' exists already"),
@@ -233,7 +241,7 @@ def test_what_cannot_act_is_refused(litgpt, base, arguments, message):
 
 
 def test_what_is_quantised_already_and_adapters_are_refused(litgpt, quantised):
-    for kind, message in (("bnb.nf4", "is quantised so already"), ("int8", "are bnb.nf4 already. Leave it out")):
+    for kind, message in (("bnb.nf4", "is quantised like that already"), ("int8", "are bnb.nf4 already. Leave it out")):
         result = litgpt("convert_lit_checkpoint", quantised, "--quantize", kind, "--out_dir", "again")
         assert result.code == 1
         assert message in result.err

@@ -369,8 +369,8 @@ def test_without_config_json_a_name_is_asked_for(litgpt, hub, llama_files):
         (["--tokenizer_only"], 2, "error: missing: repo_id."),
         (["org/tiny", "--revision", "v7"], 1, "error: org/tiny has no such revision (--revision v7)"),
         (["org/tiny", "--dtype", "bf17"], 1, "error: --dtype bf17: there is no such type"),
-        (["org/tiny", "--dtype", "bf16", "--convert_checkpoint", "false"], 1, "error: --dtype bf16 cannot act with --convert_checkpoint false"),
-        (["org/tiny", "--keep_hf_files", "false", "--tokenizer_only", "true"], 1, "error: --keep_hf_files false cannot act with --tokenizer_only true"),
+        (["org/tiny", "--dtype", "bf16", "--convert_checkpoint", "false"], 1, "error: --dtype bf16 cannot be combined with --convert_checkpoint false"),
+        (["org/tiny", "--keep_hf_files", "false", "--tokenizer_only", "true"], 1, "error: --keep_hf_files false cannot be combined with --tokenizer_only true"),
     ],
 )  # fmt: skip
 def test_what_goes_wrong_is_said_clearly(litgpt, hub, llama_files, words, code, message):

@@ -174,10 +174,10 @@ def test_room_that_the_context_does_not_have_is_said(litgpt, tmp_path):
     [
         (("--quantize", "bnb.nf5"), "--quantize bnb.nf5 is not for inference. Choose one of: bnb.nf4,"),
         (("--precision", "bf8"), "--precision bf8 is not known. Choose one of 32-true"),
-        (("--top_p", "1.5"), "top_p 1.5 is not possible"),
-        (("--temperature", "-1"), "temperature -1.0 is not possible"),
-        (("--num_samples", "0"), "--num_samples 0 is not possible"),
-        (("--max_new_tokens", "0"), "max_new_tokens 0 is not possible"),
+        (("--top_p", "1.5"), "top_p 1.5 is not valid"),
+        (("--temperature", "-1"), "temperature -1.0 is not valid"),
+        (("--num_samples", "0"), "--num_samples 0 is not valid"),
+        (("--max_new_tokens", "0"), "max_new_tokens 0 is not valid"),
     ],
 )
 def test_an_option_that_cannot_act_is_refused_by_name(litgpt, chat_model, options, message):

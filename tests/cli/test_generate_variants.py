@@ -190,8 +190,8 @@ def test_blocks_on_several_devices_answer_the_same(litgpt, base):
     assert litgpt("generate_sequentially", base, *GREEDY, "--devices", 2, *quantised).out == expected
     for options, message in (
         (("--devices", 3), "--devices 3: tiny-random has 2 blocks"),
-        (("--devices", 2, "--compile", "true"), "--compile true cannot act with sequential"),
-        (("--devices", "x"), "--devices x is no number of devices"),
+        (("--devices", 2, "--compile", "true"), "--compile true cannot be combined with sequential"),
+        (("--devices", "x"), "--devices x is not a number of devices"),
         (("--devices", "0,x"), "--devices 0,x names a device that there is not"),
     ):
         result = litgpt("generate_sequentially", base, *options)

@@ -40,7 +40,7 @@ def base(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tuned(base, tmp_path):
-    """What finetune_lora leaves, and the logits of the model with the update beside it."""
+    """What finetune_lora leaves, and the logits of the model with the update next to it."""
     directory = tmp_path / "out" / "final"
     directory.mkdir(parents=True)
     gpt = adapted(base)
@@ -191,14 +191,17 @@ def test_as_a_peft_adapter_and_back(litgpt, base, tuned, tmp_path):
         (["merge_lora", "checkpoints/org/model"], "holds no LoRA weights (no lit_model.pth.lora, no PEFT adapter)"),
         (["merge_lora", "out/final", "--precision", "bf61-true"], "--precision bf61-true"),
         (["merge_lora", "out/final", "--out_dir", "checkpoints/org/model"], "holds the model that was finetuned"),
-        (["convert_from_litgpt", "out/final", "x", "--format", "peft", "--dtype", "bf16"], "--dtype bf16 cannot act"),
+        (
+            ["convert_from_litgpt", "out/final", "x", "--format", "peft", "--dtype", "bf16"],
+            "--dtype bf16 cannot be combined with --format peft",
+        ),
         (
             ["convert_from_litgpt", "checkpoints/org/model", "x", "--format", "peft"],
             "holds no LoRA weights (no lit_model.pth.lora, no PEFT adapter)",
         ),
         (
             ["convert_to_litgpt", "org/model", "--pretrained_checkpoint_dir", "org/model"],
-            "--pretrained_checkpoint_dir org/model cannot act",
+            "--pretrained_checkpoint_dir org/model has no effect here",
         ),
     ],
 )

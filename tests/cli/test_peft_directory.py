@@ -192,7 +192,7 @@ def test_download_of_an_adapter(litgpt, hub, base, tmp_path):
     assert result.code == 0, result.err
     assert "Saved the adapter to checkpoints/org/adapter" in result.out
     content = hub.repositories["org/adapter"]
-    for damaged, said in ((b"[]", "is a list"), (b"{", "is no valid JSON")):
+    for damaged, said in ((b"[]", "is a list"), (b"{", "is not valid JSON")):
         hub.repositories["org/damaged"] = {**content, "adapter_config.json": damaged}
         result = litgpt("generate", "org/damaged", *GREEDY)
         assert (result.code, said in result.err.splitlines()[-1]) == (1, True), result.err

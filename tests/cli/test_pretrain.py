@@ -287,7 +287,7 @@ def test_precisions(place, capsys):
         (["--optimizer.learning_rte", "1"], "learning_rte"),
         (["--logger_name", "tensorbord"], "Did you mean 'tensorboard'"),
         (["--resume", "true"], "there is no checkpoint of a run in out/pretrain"),
-        (["--devices", "many"], "--devices many is no number of devices"),
+        (["--devices", "many"], "--devices many is not a number of devices"),
         (["--strategy", "magic"], "magic"),
         (["--train.max_step", "1"], "Did you mean '--train.max_steps'"),
         (["--eval.evaluate_example", "random"], "--eval.evaluate_example is for finetuning"),

@@ -177,7 +177,7 @@ def test_open_web_text_downloads_tokenises_and_trains(run, place):
     module = OpenWebText(data)
     module.connect(Tokenizer(data / "tokenizer"), 1, 32)
     module.prepare_data()
-    with pytest.raises(ValueError, match=r"--data.val_split_fraction 0.0005 cannot act: \S+ was prepared with 0.1"):
+    with pytest.raises(ValueError, match=r"val_split_fraction=0.0005 has no effect here: \S+ was prepared with 0.1"):
         module.setup()
 
 

@@ -29,7 +29,7 @@ sys.addaudithook(hook)
 
 @pytest.fixture
 def directory(tmp_path, monkeypatch) -> Iterator[Path]:
-    """A good checkpoint whose every side file also names a module that lies in it, and a file beside it."""
+    """A good checkpoint whose every side file also names a module that lies in it, and a file next to it."""
     global watching
     directory = checkpoint_files.chat_model(tmp_path / "checkpoint")
     for name in ("planted", "modeling_planted", "wandb", "sentencepiece_model_pb2"):

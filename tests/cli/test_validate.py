@@ -267,7 +267,7 @@ def test_an_index_that_does_not_fit_the_shards(validate, directory):
 
 def test_an_index_that_is_no_json(validate, directory):
     (directory / "model.safetensors.index.json").write_text("{")
-    assert "index.json' is no valid JSON" in only_error(validate(directory))["message"]
+    assert "index.json' is not valid JSON" in only_error(validate(directory))["message"]
 
 
 @pytest.mark.parametrize("directory", ["lit"], indirect=True)

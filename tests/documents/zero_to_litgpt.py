@@ -265,7 +265,7 @@ print(response.json()["output"])""",
         needs=("out/converted_model/model.pth",),
         code=1,
         then=refused_by_transformers,
-        reason="transformers 5 no longer takes `state_dict` beside a name; it says so. What is meant, safetensors that "
+        reason="transformers 5 no longer takes `state_dict` next to a name; it says so. What is meant, safetensors that "
         "from_pretrained loads, convert_from_litgpt has written already: AutoModel.from_pretrained('out/converted_model').",
     ),
     Row(

@@ -64,9 +64,9 @@ def test_the_list_of_tasks_is_there_without_torch(tasks):
     [
         (["--tasks", "choices", "--data", "x.txt"], "are for --tasks perplexity"),
         (["--tasks", "perplexity"], "give --data FILE_OR_FOLDER"),
-        (["--tasks", "choices", "--batch_size", "0"], "--batch_size 0 is not possible"),
+        (["--tasks", "choices", "--batch_size", "0"], "--batch_size 0 is not valid"),
         (["--tasks", "choices", "--limit", "0"], "--limit 0"),
-        (["--tasks", "choices", "--dtype", "float8"], "--dtype float8 is not possible"),
+        (["--tasks", "choices", "--dtype", "float8"], "--dtype float8 is not valid"),
         (["--tasks", "choices", "--dtype", "float32", "--precision", "bf16-true"], "contradict each other"),
         (["--tasks", "choices", "--fewshot_as_multiturn", "true"], "give --apply_chat_template true, too"),
         (["--tasks", "choices", "--apply_chat_template", "tols"], "no chat template 'tols'"),

@@ -125,7 +125,7 @@ def raw(draw: Draw, content: bytes, most: int = 3, head: int | None = None, in_p
         draw: Draws.
         content: The bytes.
         most: How many changes there are at most.
-        head: Most of them are within so many bytes.
+        head: Most of them are within this many bytes.
         in_place: What follows a change stays where it was.
     """
     changed = bytearray(content)

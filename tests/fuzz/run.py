@@ -65,7 +65,7 @@ class Counts:
 
 
 def fuzz(parser: Parser, folder: Folder, inputs: int, start: int | None = None, keep: Path | None = None) -> Counts:
-    """Counts of so many inputs: always the same ones, or those that follow from the number `start`."""
+    """Counts of this many inputs: always the same ones, or those that follow from the number `start`."""
     counts = Counts()
 
     @settings(

@@ -258,7 +258,7 @@ def test_what_gguf_cannot_say_is_refused(made, tmp_path):
     _, file = made("Llama")
     directory = tmp_path / "hf"
     source = open_checkpoint(file.parent / "hf")
-    with pytest.raises(ValueError, match=r"'q8' is no type of weights in a GGUF file\..*Choose float32"):
+    with pytest.raises(ValueError, match=r"'q8' is not a type of weights in a GGUF file\..*Choose float32"):
         export_gguf(source, tmp_path / "m.gguf", "q8")
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).save_pretrained(directory)
     tokenizer_files.byte_fallback(directory)  # 700 tokens

@@ -208,7 +208,7 @@ def test_adapters_of_other_models_are_refused(tmp_path):
     architectures.build("Qwen3Moe", tmp_path / "mixture")
     with pytest.raises(ValueError, match=r"h\.0\.mlp\.gate is not supported"):
         import_peft(tmp_path, open_checkpoint(tmp_path / "mixture"))
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.gate\.weight is no layer of this model"):
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.gate\.weight is not a layer of this model"):
         import_peft(tmp_path, open_checkpoint(tmp_path / "base"))
 
 

@@ -142,9 +142,9 @@ def test_experts_of_another_model_are_refused(tmp_path):
     config = LoraConfig(r=3, target_modules=[], target_parameters=FUSED)
     get_peft_model(pair.reference, config).save_pretrained(tmp_path / "adapter")
     for row, message in (
-        ("Mixtral", "is no tensor of 5 experts here"),
-        ("GptOss", "is no tensor of 5 experts here"),
-        ("Llama", "is no tensor of 1 experts here"),
+        ("Mixtral", "is not a tensor of 5 experts here"),
+        ("GptOss", "is not a tensor of 5 experts here"),
+        ("Llama", "is not a tensor of 1 experts here"),
         ("Qwen3Moe dense first layer", r"there is no transformer\.h\.0\.mlp\.experts\.0\.fc_1 here"),
     ):
         architectures.build(row, tmp_path / row)

@@ -53,7 +53,7 @@ def randomise(model):
 
 
 def adapted(directory):
-    """Our text model with an update that has learned something, and that saved beside the configuration."""
+    """Our text model with an update that has learned something, and that saved next to the configuration."""
     gpt = load_model(directory, dtype=torch.float32)
     apply_lora(gpt, LORA)
     torch.manual_seed(3)

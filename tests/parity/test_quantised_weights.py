@@ -338,7 +338,7 @@ def test_a_float8_llama_is_what_transformers_loads(tmp_path, per_tensor):
 
 
 def test_a_converted_checkpoint_is_exported_unquantised(tmp_path):
-    """`config.json` stays beside the weights and says that they are quantised; they no longer are."""
+    """`config.json` stays next to the weights and says that they are quantised; they no longer are."""
     llama(tmp_path / "hf")
     source = open_checkpoint(tmp_path / "hf")
     expected = {name: tensor.clone() for name, tensor in source.weights()}

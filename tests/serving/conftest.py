@@ -70,7 +70,7 @@ class Running:
 
 
 class Brake:
-    """Holds a server's model up after so many steps until it is let go, and counts its steps.
+    """Holds a server's model up after this many steps until it is let go, and counts its steps.
 
     What must happen to an answer before its end happens while the model stands still, however quick or busy the machine.
     """

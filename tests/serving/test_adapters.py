@@ -114,7 +114,7 @@ def test_adapters_that_cannot_be_served_are_refused(chat_directory, adapted, tmp
     other = LoRASettings(r=4)
     save_lora(tmp_path, {"transformer.h.0.attn.qkv.lora_A": torch.zeros(8, 7)}, other, "elsewhere")
     for options, message in [
-        (["--adapter", "poet"], "--adapter poet is not possible: write NAME=DIR"),
+        (["--adapter", "poet"], "--adapter poet is not valid: write NAME=DIR"),
         (["--adapter", f"poet={chat_directory}"], "holds no LoRA weights"),
         (["--adapter", f"poet={poet}", "--adapter", f"poet={poet}"], "two have the same name"),
         (["--adapter", f"tiny-random={poet}", "--port", "0"], "that is the name of the model itself"),

@@ -129,7 +129,7 @@ def test_what_is_no_origin_is_refused(chat_directory, capsys, origin):
     from litgpt.__main__ import main
 
     assert main(["serve", str(chat_directory), "--cors_origins", origin]) in (1, 2)
-    assert f"--cors_origins {origin} is no origin" in capsys.readouterr().err
+    assert f"--cors_origins {origin} is not an origin" in capsys.readouterr().err
 
 
 # -- every answer, from whatever place in the server, can be read by a page that may

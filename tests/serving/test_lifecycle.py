@@ -87,11 +87,11 @@ def test_a_graceful_end_finishes_what_runs_and_waits(chat_directory, stream):
 def test_a_port_that_is_taken_is_said(chat_directory):
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ValueError, match=rf"--host 127.0.0.1 --port {port}: cannot listen there"):
+        with pytest.raises(ValueError, match=rf"host=127.0.0.1 port={port}: cannot listen there"):
             listen("127.0.0.1", port)
-    with pytest.raises(ValueError, match="--port 70000 is not possible"):
+    with pytest.raises(ValueError, match="port=70000 is not valid"):
         listen("127.0.0.1", 70000)
-    with pytest.raises(ValueError, match=r"--host nowhere\.invalid is no address"):
+    with pytest.raises(ValueError, match=r"host=nowhere\.invalid is not an address"):
         listen("nowhere.invalid", 0)
 
 
@@ -209,7 +209,7 @@ def test_a_signal_ends_it_while_it_loads(chat_directory):
 @pytest.mark.parametrize("place", [("llm.codec.Codec", "encode"), ("serving.service.Service", "model")])
 @pytest.mark.parametrize("leaves", [False, True])
 def test_whatever_it_is_busy_with_a_signal_ends_it(chat_directory, place, leaves):
-    """In a thread beside the event loop, and in the event loop itself; the client may have gone or not."""
+    """In a thread next to the event loop, and in the event loop itself; the client may have gone or not."""
     (module, _, name), method = place[0].rpartition("."), place[1]
     with stuck(chat_directory, module, name, method, "--shutdown_timeout", "0.5") as (process, url):
         if method == "encode":
@@ -273,15 +273,15 @@ def test_what_runs_too_long_is_ended_and_told_so(chat_directory, stream):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--max_queue", "-1"], "--max_queue -1 is not possible"),
-        (["--temperature", "-1"], "temperature -1.0 is not possible"),
-        (["--devices", "2"], "--devices 2 cannot act without --generate_strategy"),
+        (["--max_queue", "-1"], "--max_queue -1 is not valid"),
+        (["--temperature", "-1"], "temperature -1.0 is not valid"),
+        (["--devices", "2"], "--devices 2 is not supported without --generate_strategy"),
         (
             ["--devices", "2", "--generate_strategy", "tensor_parallel", "--compile", "true"],
-            "--compile true cannot act",
+            "--compile true cannot be combined with",
         ),
         (["--devices", "3", "--generate_strategy", "sequential"], "--devices 3: tiny-random has 2 blocks"),
-        (["--generate_strategy", "sequential"], "--generate_strategy sequential cannot act"),
+        (["--generate_strategy", "sequential"], "--generate_strategy sequential is not supported"),
         (["--api_path", "/health"], "--api_path /health is taken"),
     ],
 )

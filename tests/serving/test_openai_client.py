@@ -308,7 +308,7 @@ ERRORS = {
     "no schema": ({"response_format": {"type": "json_schema"}}, openai.UnprocessableEntityError, "response_format.json_schema.schema", "missing"),
     "no tools": ({"tool_choice": "required"}, openai.BadRequestError, "tool_choice", "needs tools"),
     "unknown function": ({"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "x"}}}, openai.BadRequestError, "tool_choice", "not among"),
-    "variables": ({"extra_body": {"chat_template_kwargs": {"messages": []}}}, openai.BadRequestError, "chat_template_kwargs", "not possible"),
+    "variables": ({"extra_body": {"chat_template_kwargs": {"messages": []}}}, openai.BadRequestError, "chat_template_kwargs", "not valid"),
     "image": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, openai.UnprocessableEntityError, "messages.0.content", "'text'"),
     "arguments": ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{"}}]}]}, openai.BadRequestError, "messages", "no JSON"),
 }  # fmt: skip

@@ -85,5 +85,5 @@ def test_a_loss_that_is_no_number_is_never_the_best():
 
 
 def test_patience_without_validation_data_is_refused(train, tmp_path):
-    with pytest.raises(ValueError, match=r"--eval\.patience 2: there is no validation data"):
+    with pytest.raises(ValueError, match=r"eval\.patience=2: there is no validation data"):
         train(tmp_path / "run", max_steps=2, eval=PATIENT, data={"val_split_fraction": 0.0})

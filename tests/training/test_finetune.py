@@ -178,7 +178,7 @@ def test_packed_rows_train_too(base, records, tmp_path):
 
 
 def test_what_lora_leaves_behind(base, records, tmp_path):
-    """The matrices say what they are, and the merged model beside them computes what they and the base do."""
+    """The matrices say what they are, and the merged model next to them computes what they and the base do."""
     run("lora", base, records, tmp_path, max_steps=6)
     final = tmp_path / "final"
     update, settings, of = read_lora(final)
@@ -246,7 +246,7 @@ def test_making_a_job_does_nothing_yet(tmp_path, monkeypatch):
     options = FinetuneOptions(data=JSON(json_path=tmp_path / "nowhere"), overwrite=True, devices=2)
     job = Finetuning(Path("nobody/has-it"), tmp_path / "out", options, settings={}, quantize="unknown")
     assert earlier.read_bytes() == b"weights"
-    with pytest.raises(ValueError, match="--quantize unknown"):
+    with pytest.raises(ValueError, match="quantize=unknown"):
         job.check()
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "final", "lit_model.pth"]
 
@@ -254,7 +254,7 @@ def test_making_a_job_does_nothing_yet(tmp_path, monkeypatch):
 def test_pretraining_data_is_refused_by_name(base, tmp_path):
     from litgpt.data import TextFiles
 
-    with pytest.raises(ValueError, match=r"--data TextFiles is for pretraining.*--data JSON"):
+    with pytest.raises(ValueError, match=r"data=TextFiles is for pretraining.*data=JSON"):
         finetune_full.setup(base, tmp_path / "out", FinetuneOptions(data=TextFiles(train_data_path=tmp_path)))
 
 

@@ -40,7 +40,7 @@ def test_wandb_without_a_login_says_what_to_do(train, tmp_path, monkeypatch):
         raise wandb.errors.UsageError("No API key configured.")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    with pytest.raises(ValueError, match=r"^--logger_name wandb: No API key configured\. Run `wandb login`"):
+    with pytest.raises(ValueError, match=r"^logger_name=wandb: No API key configured\. Run `wandb login`"):
         train(tmp_path / "run", max_steps=1, logger_name="wandb", log=LogArgs())
 
 
@@ -81,9 +81,9 @@ def test_a_class_of_ones_own(train, tmp_path):
         ("litlogger", LogArgs(), "litlogger is unknown.*csv, tensorboard, wandb, mlflow"),
         ("no.such.Logger", LogArgs(), "no.such.Logger: No module named 'no'"),
         ("json.JSONDecoder", LogArgs(), "a class with log_metrics"),
-        ("csv", LogArgs(log_model=True), "--log.log_model true: the logger csv"),
-        ("csv", LogArgs(teamspace="x"), "--log.teamspace"),
-        ("wandb", LogArgs(checkpoint_name="x"), "needs --log.log_model true"),
+        ("csv", LogArgs(log_model=True), "log.log_model=true: the logger csv"),
+        ("csv", LogArgs(teamspace="x"), "`log.teamspace`"),
+        ("wandb", LogArgs(checkpoint_name="x"), "needs log.log_model=true"),
     ],
 )
 def test_wrong_loggers_are_explained(name, log, message):

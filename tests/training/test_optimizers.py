@@ -156,13 +156,13 @@ def test_muon_keeps_the_settings_of_groups_and_goes_through_a_state_dict():
     assert len(optimizer.state) == len(optimizer.state_dict()["state"]) == 3
     only = MuonWithAdamW([vector], lr=0.1)
     only.step()
-    with pytest.raises(ValueError, match="--optimizer Muon with lr=-1"):
+    with pytest.raises(ValueError, match="optimizer=Muon with lr=-1"):
         OptimizerSpec("Muon", {"lr": -1}).build(matrices)
 
 
 def test_bitsandbytes_with_sharded_weights_is_refused_before_any_work(train, tmp_path):
     pytest.importorskip("bitsandbytes")
     spec = OptimizerSpec("bitsandbytes.optim.AdamW8bit", RATE)
-    with pytest.raises(ValueError, match=r"--optimizer bitsandbytes\.optim\.AdamW8bit cannot .*--strategy ddp"):
+    with pytest.raises(ValueError, match=r"optimizer=bitsandbytes\.optim\.AdamW8bit cannot .*strategy=ddp"):
         train(tmp_path / "run", max_steps=2, optimizer=spec, devices=2, micro_batch_size=2)
     assert not (tmp_path / "run").exists()

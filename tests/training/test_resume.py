@@ -189,7 +189,7 @@ def test_a_resume_on_something_else_is_refused(train, text, tmp_path):
     for line, changed in others.items():
         with pytest.raises(ValueError, match=rf"run/final was started with something else:\n(.*\n)*  {line}"):
             train(run, max_steps=4, resume="auto", **changed)
-    with pytest.raises(ValueError, match=r"(?s)--data.seed: .*--seed: .*the training data: .*another run"):
+    with pytest.raises(ValueError, match=r"(?s)seed: .*seed: .*the training data: .*another run"):
         train(run, max_steps=4, resume="auto", data={"seed": 7}, seed=43)
     assert (run / "final/training_state.pth").read_bytes() == before
 
@@ -331,7 +331,7 @@ def test_auto_goes_back_to_the_newest_whole_checkpoint(train, tmp_path, capsys):
     for checkpoint in RunDirectory(run).checkpoints():
         damage(checkpoint / "training_state.pth")
     for resume in ("auto", True, run):
-        with pytest.raises(ValueError, match=r"step-00000003.* is damaged[^$]*No checkpoint .* whole.*--overwrite"):
+        with pytest.raises(ValueError, match=r"step-00000003.* is damaged[^$]*No checkpoint .* whole.*overwrite"):
             train(run, **settings, resume=resume)
 
 

@@ -18,7 +18,7 @@ def test_a_run_is_never_overwritten_unasked(train, tmp_path):
     before = (out_dir / "final/lit_model.pth").read_bytes()
     with pytest.raises(ValueError, match=r"already holds a run") as error:
         train(out_dir, max_steps=3)
-    for offer in ("--resume auto", "--out_dir", "--overwrite true"):
+    for offer in ("resume=auto", "`out_dir`", "overwrite=true"):
         assert offer in str(error.value)
     assert (out_dir / "final/lit_model.pth").read_bytes() == before
     train(out_dir, max_steps=1, overwrite=True)
@@ -29,7 +29,7 @@ def test_a_run_is_never_overwritten_unasked(train, tmp_path):
 
 def test_resume_choices(train, tmp_path):
     out_dir = tmp_path / "run"
-    with pytest.raises(FileNotFoundError, match=r"--resume true: there is no checkpoint .*--resume auto"):
+    with pytest.raises(FileNotFoundError, match=r"resume=true: there is no checkpoint .*resume=auto"):
         RunDirectory(out_dir).prepare(True, False)
     assert RunDirectory(out_dir).prepare("auto", False) is None
     train(out_dir, max_steps=5, save_interval=2)
@@ -40,7 +40,7 @@ def test_resume_choices(train, tmp_path):
     assert RunDirectory(tmp_path / "new").prepare(out_dir, False) == out_dir / "final"
     (out_dir / "final").rename(tmp_path / "elsewhere")
     assert run.prepare("auto", False) == out_dir / "step-00000004"
-    with pytest.raises(FileNotFoundError, match="--initial_checkpoint_dir"):
+    with pytest.raises(FileNotFoundError, match="initial_checkpoint_dir"):
         run.prepare(tmp_path / "cache", False)
     with pytest.raises(FileNotFoundError, match="no such directory"):
         run.prepare(tmp_path / "nowhere", False)
@@ -60,7 +60,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(train, tmp_path):
 
 def test_a_run_refused_before_it_trained_is_not_in_the_way_of_the_next(train, tmp_path):
     out_dir = tmp_path / "run"
-    with pytest.raises(ValueError, match=r"max_seq_length 64 is longer"):
+    with pytest.raises(ValueError, match=r"max_seq_length=64 is longer"):
         train(out_dir, max_seq_length=64)
     assert (out_dir / "logs.txt").exists()
     assert len(train(out_dir, max_steps=2)) == 2

@@ -88,9 +88,9 @@ def test_the_lock_ends_with_the_call_however_it_ends(tmp_path):
 
 def test_a_directory_that_cannot_be_written_to_is_named(train, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"--out_dir .*file/run cannot be written to \(Not a directory\)"):
+    with pytest.raises(ValueError, match=r"out_dir=.*file/run cannot be written to \(Not a directory\)"):
         train(tmp_path / "file/run", max_steps=2)
-    with pytest.raises(ValueError, match=r"--out_dir .*file is a file"):
+    with pytest.raises(ValueError, match=r"out_dir=.*file is a file"):
         train(tmp_path / "file", max_steps=2)
 
 

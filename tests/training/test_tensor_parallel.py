@@ -275,7 +275,7 @@ def test_each_rank_reads_views_of_the_file(tmp_path):
 )
 def test_what_cannot_be_split_is_refused_with_its_reason(changes, ranks, message):
     config = Config(name="tiny", **{**SMALL, "mlp_class_name": "LLaMAMLP", **changes})
-    with pytest.raises(ValueError, match=f"--devices {ranks} cannot split tiny: {message}"):
+    with pytest.raises(ValueError, match=f"devices={ranks} cannot split tiny: {message}"):
         check_split(config, ranks)
 
 

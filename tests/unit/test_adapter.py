@@ -234,14 +234,14 @@ def test_models_that_cannot_be_adapted_are_refused(apply):
     latent = {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "q_lora_rank": None}
     with pytest.raises(ValueError, match="multi-head latent attention"):
         apply(build("grouped", n_query_groups=4, latent_attention=latent))
-    with pytest.raises(ValueError, match="--adapter_prompt_length 0"):
+    with pytest.raises(ValueError, match="adapter_prompt_length=0"):
         apply(build(), prompt_length=0)
-    with pytest.raises(ValueError, match="--adapter_start_layer -1"):
+    with pytest.raises(ValueError, match="adapter_start_layer=-1"):
         apply(build(), start_layer=-1)
 
 
 def test_a_model_without_later_layers_is_refused():
-    with pytest.raises(ValueError, match="--adapter_start_layer 2: the model has only 2 layers"):
+    with pytest.raises(ValueError, match="adapter_start_layer=2: the model has only 2 layers"):
         apply_adapter(build(n_layer=2))
 
 

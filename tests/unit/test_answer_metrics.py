@@ -69,16 +69,16 @@ def test_classes_with_arguments():
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("ruge", "--eval.metrics ruge is unknown. Did you mean 'rouge'? Choose from exact_match, bleu, rouge, "),
+        ("ruge", "eval.metrics=ruge is unknown. Did you mean 'rouge'? Choose from exact_match, bleu, rouge, "),
         ("torchmetrics.text.CHRFScor", "Did you mean 'CHRFScore'?"),
         ("nowhere.Metric", "There is no module 'nowhere'"),
         ("torch.nn.Linear", "is not a subclass of Metric"),
-        ("SQuAD", "--eval.metrics SQuAD does not score a list of texts by a list of texts: "),
-        ("torchmetrics.classification.MulticlassExactMatch", "--eval.metrics.num_classes is missing"),
+        ("SQuAD", "eval.metrics=SQuAD does not score a list of texts by a list of texts: "),
+        ("torchmetrics.classification.MulticlassExactMatch", "`eval.metrics.num_classes` is missing"),
         ({"class_path": "bleu", "init_args": {"ngram": 2}}, "BLEUScore has no such setting. Did you mean 'n_gram'?"),
         (
             {"class_path": "BLEUScore", "init_args": {"n_gram": "two"}},
-            "--eval.metrics.n_gram: expected an integer, got 'two'.",
+            "`eval.metrics.n_gram`: expected an integer, got 'two'.",
         ),
         ({"class_path": "BLEUScore", "n_gram": 2}, "a metric is a name, or a class_path with init_args"),
         ({"class_path": "rouge", "name": "r"}, "name r is for a single figure, but it gives rouge1_fmeasure, "),
@@ -87,7 +87,7 @@ def test_classes_with_arguments():
 def test_wrong_metrics_are_named(value, message):
     with pytest.raises(ValueError) as error:
         AnswerMetric(value)
-    assert str(error.value).startswith("--eval.metrics")
+    assert str(error.value).startswith("`eval.metrics`")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -112,7 +112,7 @@ def test_texts_that_cannot_be_scored_are_no_reason_to_end_a_run():
     figures, problems = metrics.score(["yes?"], ["yes"])
     assert figures == {"exact_match": 0.0, "Picky": None}
     assert problems == [
-        f"--eval.metrics {__name__}.Picky does not score a list of texts by a list of texts: no questions"
+        f"eval.metrics={__name__}.Picky does not score a list of texts by a list of texts: no questions"
     ]
 
 
@@ -149,7 +149,7 @@ def test_the_best_by_a_figure():
         assert (progress.best_by, progress.best_value, progress.best_step, progress.stale_validations) == (
             *("loss", None, None, 0),
         )
-    with pytest.raises(ValueError, match=r"--eval\.best_by exactmatch: .* Did you mean 'exact_match'\?"):
+    with pytest.raises(ValueError, match=r"eval\.best_by=exactmatch: .* Did you mean 'exact_match'\?"):
         choose_criterion("exactmatch", known)
-    with pytest.raises(ValueError, match=r"--eval\.best_by unsaid: it is not certain which values are the good ones"):
+    with pytest.raises(ValueError, match=r"eval\.best_by=unsaid: it is not certain which values are the good ones"):
         choose_criterion("unsaid", known)

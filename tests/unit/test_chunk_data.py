@@ -155,7 +155,7 @@ def test_isolated_documents_do_not_see_each_other(tmp_path):
 
 def test_what_ends_a_document_must_be_known(tmp_path):
     write_tokens(tmp_path / "d", [400])
-    with pytest.raises(ValueError, match=r"--data.isolate_documents true: it is not known which token ends"):
+    with pytest.raises(ValueError, match=r"isolate_documents=true: it is not known which token ends"):
         opened(LitData(tmp_path / "d", isolate_documents=True))
 
 
@@ -213,7 +213,7 @@ def changed_index(directory: Path, **config) -> None:
         ({"encryption": {"algorithm": "fernet"}}, "are encrypted"),
         ({"item_loader": "PyTreeLoader", "data_format": ["int", "str"]}, "chunks of another kind"),
         ({"compression": "lz4"}, "compressed with 'lz4'; only zstd is supported"),
-        ({"data_format": ["no_header_tensor:0"]}, "is no type of token ids"),
+        ({"data_format": ["no_header_tensor:0"]}, "is not a type of token ids"),
     ],
 )
 def test_other_data_of_litdata_is_refused_by_name(tmp_path, config, message):
@@ -253,7 +253,7 @@ def test_a_bad_chunk_is_named_in_one_line(tmp_path, spoil, message, workers):
 @pytest.mark.parametrize(
     ("chunks", "block", "message"),
     [
-        ([100, 90], 100, r"--train.max_seq_length 100: the chunks .* too short, the longest has 100 tokens"),
+        ([100, 90], 100, r"train.max_seq_length=100: the chunks .* too short, the longest has 100 tokens"),
         ([], 16, "training data in .* is empty"),
     ],
 )
@@ -273,9 +273,9 @@ def test_empty_validation_data_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"data_path": "a", "path": "b"}, r"--data.data_path and --data.path say the same"),
-        ({"path": "a", "data_dir": "b"}, r"--data.path and --data.data_dir say the same"),
-        ({"data_path": ["a", "b"], "weights": [1.0]}, r"has 1 number\(s\), and --data.data_path names 2"),
+        ({"data_path": "a", "path": "b"}, r"`data_path` and `path` say the same"),
+        ({"path": "a", "data_dir": "b"}, r"`path` and `data_dir` say the same"),
+        ({"data_path": ["a", "b"], "weights": [1.0]}, r"has 1 number\(s\), and `data_path` names 2"),
         ({"data_path": ["a", "b"], "weights": [1.0, 0.0]}, "every weight must be greater than 0"),
         ({"data_path": ["a", "a"]}, "each only once"),
         ({"split_names": ("train",)}, "two names are needed"),

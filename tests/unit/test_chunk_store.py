@@ -212,5 +212,5 @@ def test_a_cache_that_is_too_small_is_refused(tmp_path, monkeypatch):
     write_tokens(tmp_path / "made", [3000] * 4)
     data = LitData(f"local:{tmp_path / 'made'}", max_cache_gb=1e-5)
     data.connect(None, 1, 32)
-    with pytest.raises(ValueError, match=r"--data.max_cache_gb 1e-05 is too small.*Set at least"):
+    with pytest.raises(ValueError, match=r"max_cache_gb=1e-05 is too small.*Set at least"):
         data.setup()

@@ -375,7 +375,7 @@ def test_an_end_of_turn_token_also_ends_a_reply(tmp_path, model, bpe):
 
 def test_an_unknown_splitting_is_refused_unless_the_tokenizer_lies_beside(tmp_path, model, bpe):
     path = write(tmp_path / "m.gguf", named(model), tokens=lambda writer: add_bpe(writer, bpe, "brand-new"))
-    with pytest.raises(ValueError, match=r"'brand-new'.*tokenizer\.json beside"):
+    with pytest.raises(ValueError, match=r"'brand-new'.*tokenizer\.json next to"):
         _ = open_checkpoint(path).files
     bpe.save(str(tmp_path / "tokenizer.json"))
     files = open_checkpoint(path).files

@@ -65,7 +65,7 @@ def test_trained_tokenizer_is_lossless_and_the_same_each_time(tokenizer, tmp_pat
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (400, 0, 0)
     for text in (TEXT.read_text()[200_000:201_000], "Übergröße 漢字 🙂\x00\t\r\n  two  spaces "):
         assert tokenizer.decode(tokenizer.encode_ids(text, bos=False)) == text
-    with pytest.raises(ValueError, match=r"--tokenizer_vocab_size 200 .* at least 257"):
+    with pytest.raises(ValueError, match=r"tokenizer_vocab_size=200 .* at least 257"):
         train_tokenizer(["text"], 200, tmp_path / "small")
 
 
@@ -278,7 +278,7 @@ def test_a_cache_of_before_there_were_sums_is_taken_by_its_size(folder, tokenize
         (lambda d: (d.mkdir(), (d / "a.pdf").touch()), r"holds no .txt file .it holds a.pdf"),
         (lambda d: (d.mkdir(), (d / "a.txt").touch()), "1 text file.s. are empty"),
         (lambda d: d.write_bytes(b"caf\xe9 " * 100), "is not UTF-8 text .*iconv"),
-        (lambda d: d.write_text("too short"), r"too short: \d+ tokens, and one block needs 33.*--train.max_seq_length"),
+        (lambda d: d.write_text("too short"), r"too short: \d+ tokens, and one block needs 33.*train.max_seq_length"),
     ],
 )
 def test_wrong_texts_are_explained(make, message, tmp_path, tokenizer):
@@ -289,11 +289,11 @@ def test_wrong_texts_are_explained(make, message, tmp_path, tokenizer):
 
 def test_missing_settings_are_explained(tmp_path):
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(ValueError, match=r"--tokenizer_dir .*--tokenizer_vocab_size"):
+    with pytest.raises(ValueError, match=r"tokenizer_dir` .*tokenizer_vocab_size"):
         module(tmp_path, None)
-    with pytest.raises(ValueError, match=r"--data\.train_data_path"):
+    with pytest.raises(ValueError, match=r"train_data_path"):
         module(None, None)
-    with pytest.raises(ValueError, match=r"val_split_fraction 1\.5"):
+    with pytest.raises(ValueError, match=r"val_split_fraction=1\.5"):
         TextFiles(val_split_fraction=1.5)
 
 

@@ -119,7 +119,7 @@ def test_lima_is_gated_and_its_token_is_not_recorded(hub, tokenizer):
     hub.tokens["datasets/GAIR/lima"] = TOKEN
     with pytest.raises(
         HubError,
-        match=r"datasets/GAIR/lima is gated: accept its terms on .*/datasets/GAIR/lima, .*--data\.access_token",
+        match=r"datasets/GAIR/lima is gated: accept its terms on .*/datasets/GAIR/lima, .*access_token",
     ):
         prepared(LIMA(), tokenizer)
     data = LIMA(access_token=TOKEN)
@@ -143,7 +143,7 @@ def test_flan_takes_the_chosen_tasks(hub, tokenizer):
     assert len(prepared(FLAN(), tokenizer).train_samples) == 9
     with pytest.raises(HubError, match=r"has no 'train/bool_train\.jsonl'\. Did you mean 'train/boolq_train\.jsonl'"):
         prepared(FLAN(subsets="bool"), tokenizer)
-    with pytest.raises(ValueError, match=r"--data\.url ftp://x: expected https"):
+    with pytest.raises(ValueError, match=r"url=ftp://x: expected https"):
         FLAN(url="ftp://x")
 
 
@@ -192,7 +192,7 @@ configs:
     data = prepared(HFDataset("openai/gsm8k", name="socratic", columns=columns), tokenizer)
     assert said(data)[0] == ["1 + 1?", "It is 2"]
     assert (len(data.train_samples), len(data.val_samples)) == (3, 1)
-    with pytest.raises(HubError, match=r"has no configuration 'man' \(--data\.name\)\. Did you mean 'main'"):
+    with pytest.raises(HubError, match=r"has no configuration 'man' \(`name`\)\. Did you mean 'main'"):
         prepared(HFDataset("openai/gsm8k", name="man", columns=columns), tokenizer)
     with pytest.raises(ValueError, match=r"row 1: has no 'instruction', 'output' .* Its keys are 'question', 'answer'"):
         prepared(HFDataset("openai/gsm8k"), tokenizer)
@@ -254,14 +254,14 @@ def test_paths_that_lead_out_of_the_directory_are_not_taken(hub):
 
 
 def test_what_is_not_there_is_explained(hub, tokenizer, monkeypatch):
-    with pytest.raises(HubError, match=r"no repository 'datasets/some/thing' on the hub .*--data\.access_token"):
+    with pytest.raises(HubError, match=r"no repository 'datasets/some/thing' on the hub .*access_token"):
         prepared(HFDataset("some/thing"), tokenizer)
     hub.repositories["datasets/some/json"] = {"train.jsonl": lines(alpaca(3))}
-    with pytest.raises(HubError, match=r"no such revision \(--data\.revision v9\)"):
+    with pytest.raises(HubError, match=r"no such revision \(data.revision=v9\)"):
         prepared(HFDataset("some/json", revision="v9"), tokenizer)
-    with pytest.raises(ValueError, match=r"--data\.repo_id ORG/NAME is missing"):
+    with pytest.raises(ValueError, match=r"repo_id=ORG/NAME is missing"):
         HFDataset()
-    with pytest.raises(ValueError, match=r"--data\.val_split test and --data\.val_split_fraction 0\.1"):
+    with pytest.raises(ValueError, match=r"val_split=test and val_split_fraction=0\.1"):
         HFDataset("a/b", val_split="test", val_split_fraction=0.1)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match="HF_HUB_OFFLINE is set, and the data set some/json has not been downloaded"):
@@ -340,5 +340,5 @@ def test_a_file_is_there_whole_or_not_at_all(web, tmp_path):
         fetch_url(f"{web.url}/b", tmp_path / "b")
     with pytest.raises(HubError, match="cannot be downloaded: no connection"):
         fetch_url("http://127.0.0.1:9/a", tmp_path / "c")
-    with pytest.raises(ValueError, match=r"--data\.file_url file:///a"):
+    with pytest.raises(ValueError, match=r"file_url=file:///a"):
         fetch_url("file:///a", tmp_path / "c")

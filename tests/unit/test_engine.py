@@ -222,9 +222,9 @@ def test_the_context_is_filled_to_its_last_token(model):
     [
         ([3] * 128, 5, "The prompt has 128 tokens, and the model's context of 128 tokens"),
         ([], 5, "The prompt is empty"),
-        ([3], 0, "max_new_tokens 0 is not possible"),
-        ([3], 1.5, "max_new_tokens 1.5 is not possible: give an integer"),
-        ([3], "5", "max_new_tokens '5' is not possible: give an integer"),
+        ([3], 0, "max_new_tokens 0 is not valid"),
+        ([3], 1.5, "max_new_tokens 1.5 is not valid: give an integer"),
+        ([3], "5", "max_new_tokens '5' is not valid: give an integer"),
     ],
 )
 def test_a_request_that_cannot_be_served_is_refused(model, prompt, count, message):
@@ -604,7 +604,7 @@ def test_a_scored_prompt_may_be_continued_and_may_fill_the_context(model):
 
 
 def sizes(model, *shapes: tuple[int, int]) -> list[int]:
-    """Bytes of caches of so many rows and tokens."""
+    """Bytes of caches of this many rows and tokens."""
     return [sum(t.numel() * t.itemsize for t in model.new_cache(*shape).tensors()) for shape in shapes]
 
 
@@ -712,7 +712,7 @@ def test_a_device_without_memory_for_more_ends_what_runs_and_no_more(roomy, monk
 
 
 def test_what_is_let_in_can_grow_to_its_end(roomy, monkeypatch):
-    """Short now, long later: one that could not be finished beside the others waits, though there is room for now."""
+    """Short now, long later: one that could not be finished next to the others waits, though there is room for now."""
     monkeypatch.setattr(kv_cache_manager, "HEADROOM", 64)
     [two] = sizes(roomy, (2, 512))
     engine = Engine(roomy, kept_bytes=math.inf, cache_bytes=two)

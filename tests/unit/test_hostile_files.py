@@ -272,7 +272,7 @@ def test_an_index_names_files_in_its_directory(copy, refused, name):
     content = json.loads(index.read_text())
     content["weight_map"][min(content["weight_map"])] = name
     index.write_text(json.dumps(content))
-    assert "model.safetensors.index.json' is no valid weight index" in refused(directory)
+    assert "model.safetensors.index.json' is not a valid weight index" in refused(directory)
 
 
 def test_files_may_be_links_to_elsewhere(copy, tmp_path):
@@ -376,9 +376,9 @@ def test_a_pickle_names_nothing_to_run(copy, refused):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensor: torch.zeros(1).expand(tensor.shape), "no plain tensor"),
-        (lambda tensor: tensor.to_sparse(), "no plain tensor"),
-        (lambda tensor: tensor.to("meta"), "no plain tensor"),
+        (lambda tensor: torch.zeros(1).expand(tensor.shape), "not a plain tensor"),
+        (lambda tensor: tensor.to_sparse(), "not a plain tensor"),
+        (lambda tensor: tensor.to("meta"), "not a plain tensor"),
     ],
 )
 def test_tensors_have_their_values_in_the_file(copy, refused, change, message):

@@ -121,6 +121,24 @@ def test_one_name_one_class():
     assert twice.keys() >= INTERFACES
 
 
+def test_errors_of_library_code_name_fields():
+    """`r=0`, or `r` in backticks; the command line alone writes --lora_r 0 (litgpt/cli/option_names.py)."""
+    assert options_in("raise ValueError(f'--lora_r {r}: too small')") == ["--lora_r"]
+    assert options_in("raise ValueError(f'r={r}: see `litgpt finetune_lora ' '--help`')") == []
+    below = [file for file in FILES if file.relative_to(PACKAGE).parts[0] not in ("cli", "commands", "__main__.py")]
+    assert {str(file): found for file in below if (found := options_in(file.read_text()))} == {}
+
+
+def options_in(source: str) -> list[str]:
+    """The options that raised texts name, those of a command line in backticks apart."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Raise):
+            parts = (n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str))
+            found += re.findall(r"(?<![\w-])--[a-z_.]+", re.sub(r"`[^`]*`", "", "".join(parts)))
+    return found
+
+
 def classes_by_name() -> dict[str, list[str]]:
     """Where the classes of each name are."""
     places = defaultdict(list)

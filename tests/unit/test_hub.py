@@ -119,7 +119,7 @@ def test_no_weights_says_what_there_is(files, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"<html>", r"a/b: 'model\.safetensors\.index\.json' is no valid JSON"),
+        (b"<html>", r"a/b: 'model\.safetensors\.index\.json' is not valid JSON"),
         (INDEX.encode(), r"lists files that are not there: model-2\.safetensors"),
     ],
 )
@@ -255,7 +255,7 @@ def test_revisions(hub, tmp_path):
     for revision, content in (("v1", b"old"), (None, b"new"), (commit_of("org/model", "v1"), b"old")):
         directory = fetch(tmp_path / "model", revision=revision)
         assert (directory / "model.safetensors").read_bytes() == content
-    with pytest.raises(HubError, match=r"org/model has no such revision \(--revision v9\)"):
+    with pytest.raises(HubError, match=r"org/model has no such revision \(revision=v9\)"):
         fetch(tmp_path / "model", revision="v9")
     assert names(tmp_path) == {"model/model.safetensors"}
 
@@ -272,7 +272,7 @@ def test_what_another_revision_has_left_does_not_come_along(hub, tmp_path):
 def test_gated(hub, tmp_path, monkeypatch):
     hub.repositories["org/model"] = {**SMALL, "model.safetensors": WEIGHTS}
     hub.tokens["org/model"] = "hf_right"
-    with pytest.raises(HubError, match=r"^org/model is gated: accept its terms on .*/org/model, .*--access_token"):
+    with pytest.raises(HubError, match=r"^org/model is gated: accept its terms on .*/org/model, .*access_token"):
         fetch(tmp_path / "model")
     with pytest.raises(HubError, match=r"gated, and the account of this access token has no access"):
         fetch(tmp_path / "model", access_token="hf_wrong")
@@ -290,7 +290,7 @@ def test_private(hub, tmp_path, monkeypatch):
     hub.repositories["org/model"] = dict(SMALL)
     hub.private["org/model"] = "hf_right"
     with pytest.raises(
-        HubError, match=r"no repository 'org/model' on the hub .* If it is private, pass --access_token"
+        HubError, match=r"no repository 'org/model' on the hub .* If it is private, pass `access_token`"
     ):
         fetch(tmp_path / "model")
     Path(constants.HF_TOKEN_PATH).write_text("hf_right")  # `hf auth login`
@@ -303,7 +303,7 @@ def test_private(hub, tmp_path, monkeypatch):
         ("EleutherAI/pythia-14n", r"no repository 'EleutherAI/pythia-14n' on the hub .* Did you mean 'EleutherAI/pythia-14m'"),
         ("meta-llama/Llama-3.2-8B", r"Did you mean 'meta-llama/Llama-3\.2-"),
         ("someone/her-own-model", r"^There is no repository 'someone/her-own-model' on the hub \(answer 401\)\. If it is private"),
-        ("no such id", "'no such id' is no repository id"),
+        ("no such id", "'no such id' is not a repository id"),
     ],
 )  # fmt: skip
 def test_unknown_repositories(hub, repo_id, message):
@@ -334,7 +334,7 @@ def test_room_on_the_disk_is_checked_before(hub, tmp_path, monkeypatch):
     repository = open_repository("org/model")
     message = (
         r"^No room for org/model: 3\.0 MB to download and 4\.0 MB for the converted weights are needed, and 5\.0 MB are "
-        rf"free at '{tmp_path}'\. .*--checkpoint_dir.*--convert_checkpoint false"
+        rf"free at '{tmp_path}'\. .*`checkpoint_dir`.*convert_checkpoint=false"
     )
     with pytest.raises(HubError, match=message):
         repository.fetch(["model.safetensors"], tmp_path / "model", further_bytes=4_000_000)
@@ -353,7 +353,7 @@ def test_a_disk_that_fills_up_meanwhile(hub, tmp_path, monkeypatch):
 
     hub.repositories["org/model"] = {"model.safetensors": WEIGHTS}
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(HubError, match=r"The disk is full.*--checkpoint_dir"):
+    with pytest.raises(HubError, match=r"The disk is full.*checkpoint_dir"):
         fetch(tmp_path / "model")
 
 

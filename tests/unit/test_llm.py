@@ -132,8 +132,8 @@ def test_a_stream_that_is_left_frees_its_slot(llm):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompt": "Hi", "temperature": -1}, "temperature -1 is not possible"),
-        ({"prompt": "Hi", "max_new_tokens": 0}, "max_new_tokens 0 is not possible"),
+        ({"prompt": "Hi", "temperature": -1}, "temperature -1 is not valid"),
+        ({"prompt": "Hi", "max_new_tokens": 0}, "max_new_tokens 0 is not valid"),
         ({"prompt": "word " * 600}, "model's context of 512 tokens"),
         ({"prompt": ["Hi", "word " * 600]}, "model's context of 512 tokens"),
         ({"prompt": ["Hi"], "stream": True}, "stream=True takes one prompt"),
@@ -423,12 +423,12 @@ def test_to_be_trained_it_stays_as_it_is_in_float32(trained):
     [
         ({"init": "zero"}, "init='zero'"),
         ({"distribute": "all"}, "distribute='all'"),
-        ({"distribute": None, "precision": "32-true"}, "precision='32-true' cannot act with distribute=None"),
-        ({"distribute": None, "quantize": "bnb.nf4"}, "quantize='bnb.nf4' cannot act with distribute=None"),
-        ({"init": "random", "quantize": "bnb.nf4"}, "cannot act with init='random'"),
-        ({"precision": "8-true"}, "--precision 8-true is not known"),
-        ({"quantize": "bnb.nf5"}, "--quantize bnb.nf5 is not for inference"),
-        ({"quantize": "bnb.nf4", "precision": "bf16-mixed"}, "--precision bf16-mixed cannot act"),
+        ({"distribute": None, "precision": "32-true"}, "precision='32-true' cannot be combined with distribute=None"),
+        ({"distribute": None, "quantize": "bnb.nf4"}, "quantize='bnb.nf4' cannot be combined with distribute=None"),
+        ({"init": "random", "quantize": "bnb.nf4"}, "cannot be combined with init='random'"),
+        ({"precision": "8-true"}, "precision=8-true is not known"),
+        ({"quantize": "bnb.nf5"}, "quantize=bnb.nf5 is not for inference"),
+        ({"quantize": "bnb.nf4", "precision": "bf16-mixed"}, "precision=bf16-mixed cannot be combined with"),
     ],
 )
 def test_loading_options_that_cannot_act_are_refused(directory, options, message):
@@ -484,7 +484,9 @@ def test_quantised_weights_are_saved_as_they_are(directory, kind, tmp_path):
     ids = torch.arange(40)[None]
     assert torch.equal(again(ids), llm(ids))
     assert greedy(again) == greedy(llm)
-    with pytest.raises(ValueError, match=rf"--quantize bnb\.fp4 cannot act: the weights in .*out' are {kind} already"):
+    with pytest.raises(
+        ValueError, match=rf"quantize=bnb\.fp4 has no effect here: the weights in .*out' are {kind} already"
+    ):
         again.distribute(quantize="bnb.fp4")
     assert greedy(again) == greedy(llm)  # it is as it was
     again.distribute(precision="bf16-true")
@@ -558,13 +560,16 @@ def test_blocks_lie_on_several_devices(directory, llm):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"generate_strategy": "tensor_parallel", "devices": 3}, "--devices 3 cannot split tiny-random"),
-        ({"generate_strategy": "tensor_parallel", "devices": 2, "quantize": "bnb.int8"}, "bnb.int8 cannot act with"),
-        ({"generate_strategy": "sequential", "devices": 3}, "--devices 3: tiny-random has 2 blocks"),
-        ({"accelerator": "tpu"}, "--accelerator tpu"),
-        ({"devices": 2}, "--devices 2 cannot act without --generate_strategy"),
+        ({"generate_strategy": "tensor_parallel", "devices": 3}, "devices=3 cannot split tiny-random"),
+        (
+            {"generate_strategy": "tensor_parallel", "devices": 2, "quantize": "bnb.int8"},
+            "bnb.int8 cannot be combined with",
+        ),
+        ({"generate_strategy": "sequential", "devices": 3}, "devices=3: tiny-random has 2 blocks"),
+        ({"accelerator": "tpu"}, "accelerator=tpu"),
+        ({"devices": 2}, "devices=2 is not supported without `generate_strategy`"),
         ({"fixed_kv_cache_size": 1024}, "fixed_kv_cache_size=1024"),
-        ({"generate_strategy": "magic"}, "--generate_strategy magic is unknown"),
+        ({"generate_strategy": "magic"}, "generate_strategy=magic is unknown"),
         ({"quantize": "bnb.int8-training"}, "is not for inference"),
     ],
 )
@@ -575,7 +580,7 @@ def test_a_distribution_that_cannot_be_is_refused_and_changes_nothing(llm, optio
     assert llm.engine is engine
 
 
-# --- what was finetuned, without merged weights beside it
+# --- what was finetuned, without merged weights next to it
 
 
 def tuned(directory, path, kind):

@@ -31,7 +31,7 @@ def adapted(dropout: float = 0.0, **shape) -> GPT:
 
 
 def kept_by_linear_layers(gpt: GPT) -> dict[str, int]:
-    """Bytes that each plain linear layer keeps for the backward pass beside its parameters."""
+    """Bytes that each plain linear layer keeps for the backward pass next to its parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in gpt.parameters()}
     kept: dict[str, int] = {}
     running: list[str] = []
@@ -92,7 +92,7 @@ def test_mixed_precision_needs_no_second_copy_of_frozen_weights(shape):
 
 
 def mixed_precision_run(gpt: GPT) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
-    """Loss, gradients, and how many tensors of a frozen weight's shape are kept beside the weights."""
+    """Loss, gradients, and how many tensors of a frozen weight's shape are kept next to the weights."""
     parameters = {p.untyped_storage().data_ptr() for p in gpt.parameters()}
     shapes = {layer.weight.T.shape for name, layer in gpt.named_modules() if name.endswith(("fc_1", "fc_2", "proj"))}
     copies: list[torch.Tensor] = []

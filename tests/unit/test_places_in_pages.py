@@ -1,4 +1,4 @@
-"""Pages lead to files and functions that exist; and what stands beside the README says what is so."""
+"""Pages lead to files and functions that exist; and what stands next to the README says what is so."""
 
 import ast
 import os

@@ -103,7 +103,7 @@ def test_columns_are_renamed():
     [
         ({"prompt": "Say it.", "chosen": "Good."}, r"line 7: has no 'rejected'; .*keys are 'prompt', 'chosen'"),
         ({"chosen": [GOOD], "rejected": [BAD]}, "line 7: has replies without a prompt"),
-        ({"chosen": "Good.", "rejected": "Bad."}, r"line 7: has a 'chosen' without a prompt beside it .* or in it"),
+        ({"chosen": "Good.", "rejected": "Bad."}, r"line 7: has a 'chosen' without a prompt next to it .* or in it"),
         ({"chosen": [USER, GOOD], "rejected": [{**USER, "content": "?"}, BAD]}, "line 7: has a 'chosen' .*no prompt"),
         ({"chosen": [USER, GOOD], "rejected": [USER, BAD, USER]}, "has a 'rejected' .* ends with one of the user"),
         ({"prompt": "x", "chosen": [1], "rejected": [BAD]}, r"in its 'chosen', message 1 is 1"),
@@ -196,7 +196,7 @@ def test_some_pairs_are_held_out(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("option", [{"pack": True}, {"mask_prompt": False}])
 def test_what_cannot_act_is_refused(option, tmp_path):
-    with pytest.raises(ValueError, match=f"--data.{next(iter(option))}"):
+    with pytest.raises(ValueError, match=f"{next(iter(option))}="):
         Preferences(json_path=tmp_path, **option)
 
 

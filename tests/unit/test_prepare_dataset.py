@@ -594,7 +594,7 @@ def test_columns(tokenizer, tmp_path, capsys):
     two = write("two.jsonl", [{"title": "a", "summary": "b", "n": 1}])
     assert "--text_column. It has: title, summary, n." in fails(capsys, tokenizer, two, out, "--split", "train")
     assert "no such column. Did you mean 'title'?" in fails(capsys, tokenizer, two, out, "--text_column", "titel")
-    assert "which is no text" in fails(capsys, tokenizer, two, out / "a", "--text_column", "n", "--split", "train")
+    assert "which is not text" in fails(capsys, tokenizer, two, out / "a", "--text_column", "n", "--split", "train")
     empty = write("empty.jsonl", [{"text": None}, {"text": ""}, {"id": 3}])
     said = fails(capsys, tokenizer, empty, out / "b", "--text_column", "text", "--split", "train")
     assert "The column 'text' is empty in all 3 records" in said
@@ -620,7 +620,9 @@ def test_another_plan_in_the_same_place_is_refused(tokenizer, documents, mixed, 
     assert "--overwrite true" in said
     os.utime(source, (1, 1))
     assert "(source files differ)" in fails(capsys, tokenizer, source, out)
-    assert "cannot act with --shard" in fails(capsys, tokenizer, source, out, "--shard", "1/2", "--overwrite", "true")
+    assert "cannot be combined with --shard" in fails(
+        capsys, tokenizer, source, out, "--shard", "1/2", "--overwrite", "true"
+    )
     run(tokenizer, source, out, "--overwrite", "true")
     assert "(val_split_fraction differ)" in fails(capsys, tokenizer, source, out, "--val_split_fraction", 0.2)
     other = Tokenizer(tokenizer_files.byte_fallback(tmp_path / "tokenizer"))
@@ -643,7 +645,7 @@ def test_options_that_cannot_act(tokenizer, documents, tmp_path, capsys, monkeyp
         ("--split", "val"): "give train,val or train",
         ("--shard", "0/2"): "counted from 1",
         ("--shard", "a"): "I/N is expected",
-        ("--shard", "slurm"): "no task of a SLURM array",
+        ("--shard", "slurm"): "not a task of a SLURM array",
         ("--split", "train", "--val_split_fraction", "0.1"): "--split leaves val out",
         ("--val_split_fraction", "1.5"): "not between 0 and 1",
         ("--num_workers", "0"): "at least one",

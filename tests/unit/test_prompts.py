@@ -317,11 +317,11 @@ def test_named_templates_in_files(tmp_path):
                 conversation("U"), tokenize=False, add_generation_prompt=True, tools=tools, chat_template=name
             )
             assert one.render(conversation("U"), tools=tools) == expected, (name, tools)
-    with pytest.raises(ValueError, match=r"--chat_template tools: The checkpoint has no .*Did you mean 'tool_use'"):
+    with pytest.raises(ValueError, match=r"chat_template=tools: The checkpoint has no .*Did you mean 'tool_use'"):
         choose_prompt_style(directory, explicit=NamedTemplate("tools"))
-    with pytest.raises(ValueError, match=r"--chat_template rag: the checkpoint in .* has no chat template"):
+    with pytest.raises(ValueError, match=r"chat_template=rag: the checkpoint in .* has no chat template"):
         choose_prompt_style(tokenizer_files.byte_level(tmp_path / "none"), explicit=NamedTemplate("rag"))
-    with pytest.raises(ValueError, match="--prompt_style alpaca and --chat_template rag both say"):
+    with pytest.raises(ValueError, match="prompt_style=alpaca and chat_template=rag both say"):
         format_of_options("alpaca", "rag")
 
 
@@ -433,7 +433,7 @@ def test_the_first_format_that_is_there_is_chosen(tmp_path):
     mine = directory / "mine.jinja"
     mine.write_text("mine")
     assert choose_prompt_style(directory, explicit=str(mine)).apply("U") == "mine"
-    with pytest.raises(FileNotFoundError, match=r"--prompt_style .*none\.jinja"):
+    with pytest.raises(FileNotFoundError, match=r"prompt_style=.*none\.jinja"):
         choose_prompt_style(directory, explicit=str(directory / "none.jinja"))
 
 
@@ -450,12 +450,12 @@ def test_a_checkpoint_names_no_code_to_import(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     for path in ("planted.Style", "litgpt.prompts.planted.Style", "os.system"):
         (tmp_path / "prompt_style.yaml").write_text(f"class_path: {path}\n")
-        with pytest.raises(ValueError, match=rf"names {path}.* give --prompt_style"):
+        with pytest.raises(ValueError, match=rf"names {path}.* give prompt_style"):
             choose_prompt_style(tmp_path)
     assert not (tmp_path / "ran").exists()
     save_prompt_style(Shouting(), tmp_path)
     name = f"{Shouting.__module__}.Shouting"
-    with pytest.raises(ValueError, match=f"give --prompt_style {name}"):
+    with pytest.raises(ValueError, match=f"give prompt_style={name}"):
         choose_prompt_style(tmp_path)
     assert isinstance(choose_prompt_style(tmp_path, explicit=name), Shouting)  # the user's own word
 

@@ -173,17 +173,15 @@ def test_another_kind_than_the_checkpoints_is_refused(plain):
     source = open_checkpoint(plain("llama", "bnb.int8"))
     assert kind_of(load_model(source, quantize="bnb.int8-training")) == "bnb.int8-training"
     with pytest.raises(
-        ValueError, match=r"--quantize int8 cannot act: the weights in '.*' are bnb.int8 already. Leave it out"
+        ValueError, match=r"quantize=int8 has no effect here: the weights in '.*' are bnb.int8 already. Leave it out"
     ):
         load_model(source, quantize="int8")
     with pytest.raises(ValueError, match=r"bnb\.int8 weights, which cannot be split over processes"):
         load_model(source, split=lambda model: lambda name, tensor: tensor)
     cuda, source = torch.device("cuda"), open_checkpoint(plain("llama", "int4"))
-    with pytest.raises(
-        ValueError, match=r"are int4, which is for CPUs, and the model goes to cuda.*--quantize bnb.nf4"
-    ):
+    with pytest.raises(ValueError, match=r"are int4, which is for CPUs, and the model goes to cuda.*quantize=bnb.nf4"):
         settled_kind(source, None, "bf16-true", cuda)
-    with pytest.raises(ValueError, match="--precision bf16-mixed cannot act with --quantize int4"):
+    with pytest.raises(ValueError, match="precision=bf16-mixed cannot be combined with quantize=int4"):
         settled_kind(source, None, "bf16-mixed", torch.device("cpu"))
     assert settled_kind(source, None, "bf16-true", torch.device("cpu")) == "int4"
 

@@ -452,13 +452,13 @@ def test_options_that_cannot_act_are_refused():
         ("bnb.int8-training", False, "bnb.int8"),
         ("gptq", True, "bnb.nf4"),
     ):
-        with pytest.raises(ValueError, match=rf"--quantize {kind} .*{remedy}"):
+        with pytest.raises(ValueError, match=rf"quantize={kind} .*{remedy}"):
             check_quantize(kind, "bf16-true", training=training)
-    with pytest.raises(ValueError, match=r"--precision 16-mixed cannot act .* Use --precision 16-true"):
+    with pytest.raises(ValueError, match=r"precision=16-mixed cannot be combined .* Use precision=16-true"):
         check_quantize("bnb.nf4", "16-mixed", training=True)
-    with pytest.raises(ValueError, match=r"--precision 64-true cannot act .* Use --precision 32-true"):
+    with pytest.raises(ValueError, match=r"precision=64-true cannot be combined .* Use precision=32-true"):
         check_quantize("bnb.nf4", "64-true", training=False)
-    with pytest.raises(ValueError, match=r"--quantize bnb\.nf5 is unknown.*bnb\.nf4"):
+    with pytest.raises(ValueError, match=r"quantize=bnb\.nf5 is unknown.*bnb\.nf4"):
         replace_linears(make("neox"), "bnb.nf5", torch.float32)
     assert without_mixing("bf16-mixed") == without_mixing("bf16-true") == "bf16-true"
 

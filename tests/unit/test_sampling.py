@@ -180,5 +180,5 @@ def test_penalties():
     ],
 )
 def test_a_value_out_of_range_is_named(name, value):
-    with pytest.raises(ValueError, match=re.escape(f"{name} {value} is not possible")):
+    with pytest.raises(ValueError, match=re.escape(f"{name} {value} is not valid")):
         Sampling(**{name: value})

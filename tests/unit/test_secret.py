@@ -119,7 +119,7 @@ def test_a_finetuning_run(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize("debug", [(), ("--debug",)])
 def test_errors(debug, tmp_path, monkeypatch, capsys):
-    """A token that is no valid header is shown by the HTTP client, an address by everybody."""
+    """A token that is not a valid header is shown by the HTTP client, an address by everybody."""
     monkeypatch.chdir(tmp_path)
     address = f"http://me:{TOKEN}@127.0.0.1:9/x.yaml"
     assert main(["pretrain", "--config", address, *debug]) == 1

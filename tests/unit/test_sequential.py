@@ -98,5 +98,5 @@ def test_code_that_would_leave_the_moves_out_is_not_compiled():
 
 
 def test_more_devices_than_blocks_are_refused():
-    with pytest.raises(ValueError, match="--devices 4: tiny has 3 blocks, which is the most devices"):
+    with pytest.raises(ValueError, match="devices=4: tiny has 3 blocks, which is the most devices"):
         place_blocks(tiny_model(), 4)

@@ -242,5 +242,5 @@ def test_the_validation_batches_hold_all_of_it_once(records, tokenizer):
 def test_packing_says_how_full_the_rows_are_and_needs_a_length(records, tokenizer):
     assert "% full." in module(records, tokenizer, pack=True).describe()
     data = JSON(json_path=records, pack=True)
-    with pytest.raises(ValueError, match=r"--data\.pack true fills rows of --train\.max_seq_length"):
+    with pytest.raises(ValueError, match=r"pack=true fills rows of `train\.max_seq_length`"):
         data.connect(tokenizer, 2, None)

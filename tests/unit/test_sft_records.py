@@ -354,22 +354,22 @@ def test_a_validation_path_of_its_own(tmp_path):
 
 def test_contradicting_settings_are_refused(tmp_path):
     write(tmp_path / "train.json", records(3)), write(tmp_path / "val.json", records(1))
-    with pytest.raises(ValueError, match=r"val_split_fraction 0\.1: there are validation records \(val\.json\)"):
+    with pytest.raises(ValueError, match=r"val_split_fraction=0\.1: there are validation records \(val\.json\)"):
         JSON(json_path=tmp_path, val_split_fraction=0.1).files()
-    with pytest.raises(ValueError, match=r"--data\.val_json_path .* has validation records of its own"):
+    with pytest.raises(ValueError, match=r"val_json_path=.* has validation records of its own"):
         JSON(json_path=tmp_path, val_json_path=tmp_path / "val.json").files()
-    with pytest.raises(ValueError, match=r"val_split_fraction 1\.0 is not in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"val_split_fraction=1\.0 is not in \[0, 1\)"):
         JSON(json_path=tmp_path, val_split_fraction=1.0)
-    with pytest.raises(ValueError, match=r"--data\.ignore_index 0"):
+    with pytest.raises(ValueError, match=r"ignore_index=0"):
         JSON(json_path=tmp_path, ignore_index=0)
-    with pytest.raises(ValueError, match=r"--data\.on_long 'cut'"):
+    with pytest.raises(ValueError, match=r"on_long='cut'"):
         JSON(json_path=tmp_path, on_long="cut")
 
 
 def test_missing_paths_are_explained(tmp_path):
-    with pytest.raises(ValueError, match=r"--data\.json_path FILE_OR_FOLDER is missing"):
+    with pytest.raises(ValueError, match=r"json_path=FILE_OR_FOLDER is missing"):
         JSON().files()
-    with pytest.raises(FileNotFoundError, match=r"--data\.json_path nowhere\.json: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"json_path=nowhere\.json: no such file"):
         JSON(json_path=Path("nowhere.json")).files()
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(FileNotFoundError, match=r"holds no \.json or \.jsonl file to train on \(it holds notes\.txt\)"):
@@ -485,7 +485,7 @@ def test_arrow_holds_the_same_records(kind, tmp_path):
     table = pyarrow.Table.from_pylist(ROWS * 700)
     with getattr(ipc, kind)(str(tmp_path / "data-00000-of-00001.arrow"), table.schema) as writer:
         writer.write_table(table)
-    for name in ("dataset_info.json", "state.json"):  # as `datasets` saves them beside it
+    for name in ("dataset_info.json", "state.json"):  # as `datasets` saves them next to it
         (tmp_path / name).write_text('{"features": {}}')
     train, val = JSON(json_path=tmp_path).files()
     assert ([path.name for path in train], val) == (["data-00000-of-00001.arrow"], [])

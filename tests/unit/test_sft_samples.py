@@ -294,9 +294,7 @@ def test_explicit_style_and_mask_win(chat, tmp_path):
     data = module(instructions, chat, prompt_style="checkpoint", mask_prompt=True)
     assert isinstance(data.style, ChatTemplate)
     assert chat.decode(data.train_samples[0].input_ids, skip_special=False).startswith("<|im_start|>user\nQuestion")
-    with pytest.raises(
-        ValueError, match=r"--data\.prompt_style alpacca: There is no prompt style .* Did you mean 'Alpaca'"
-    ):
+    with pytest.raises(ValueError, match=r"prompt_style=alpacca: There is no prompt style .* Did you mean 'Alpaca'"):
         module(chats, chat, prompt_style="alpacca")
 
 
@@ -355,7 +353,7 @@ def test_samples_without_anything_to_learn_are_counted(chat, tmp_path):
     path.write_text("\n".join(json.dumps({"instruction": "why " * n, "output": "So."}) for n in [1] * 8 + [100] * 3))
     with pytest.raises(
         ValueError,
-        match=r"3 of 11 records have nothing to learn within --train\.max_seq_length 64(.|\n)*a\.jsonl, line 9, whose prompt has \d+ tokens.*on_long drop",
+        match=r"3 of 11 records have nothing to learn within train\.max_seq_length=64(.|\n)*a\.jsonl, line 9, whose prompt has \d+ tokens.*on_long=drop",
     ):
         module(path, chat, 64, mask_prompt=True, val_split_fraction=0, prompt_style="chatml")
     assert not any((tmp_path / "cache/samples").iterdir())
@@ -453,5 +451,5 @@ def test_a_damaged_cache_of_before_there_were_sums_is_named(chat, tmp_path, cach
 
 
 def test_a_tokenizer_is_needed(tmp_path):
-    with pytest.raises(ValueError, match="--data JSON needs a tokenizer"):
+    with pytest.raises(ValueError, match="data=JSON needs a tokenizer"):
         JSON(json_path=tmp_path).connect(None)

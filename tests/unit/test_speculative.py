@@ -185,7 +185,7 @@ def test_what_it_cannot_do_is_refused():
     for request in (Request([1], 5, Sampling(presence_penalty=1.0)), Request([1], 5, logprobs=2)):
         with pytest.raises(ValueError, match="has no penalties, biases, constraints or log-probabilities"):
             engine.complete([request])
-    with pytest.raises(ValueError, match="--compile true cannot act"):
+    with pytest.raises(ValueError, match="compile=true is not supported"):
         SpeculativeEngine(tiny_model(), compile=True)
-    with pytest.raises(ValueError, match="--speculative_k 0 is not possible"):
+    with pytest.raises(ValueError, match="speculative_k=0 is not valid"):
         SpeculativeEngine(tiny_model(), count=0)

@@ -48,7 +48,7 @@ def test_a_key_may_come_twice_where_that_is_usual():
 
 def test_messages_name_the_file_and_the_remedy(tmp_path):
     file = tmp_path / "a.json"
-    for content, reason in (("{", "is no valid JSON"), ("3", "a number"), ("null", "empty"), ('"a"', "a text")):
+    for content, reason in (("{", "is not valid JSON"), ("3", "a number"), ("null", "empty"), ('"a"', "a text")):
         file.write_text(content)
         with pytest.raises(ValueError, match=rf"'{file}' .*{reason}.*\. Do this\.$"):
             read_json_object(file, remedy="Do this.")
@@ -57,10 +57,10 @@ def test_messages_name_the_file_and_the_remedy(tmp_path):
 
 
 def test_only_files_are_read_and_only_so_much_of_them(tmp_path):
-    with pytest.raises(ValueError, match="is no file"):
+    with pytest.raises(ValueError, match="is not a file"):
         read_bounded(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="is no file"):
+    with pytest.raises(ValueError, match="is not a file"):
         read_bounded(tmp_path / "pipe")
     file = tmp_path / "a"
     file.write_bytes(b"12345")
@@ -141,5 +141,5 @@ def test_a_weight_index():
     content = {"weight_map": {"a": "x.safetensors", "b": "sub/y.safetensors"}, "metadata": {}}
     assert parse_weight_index(json.dumps(content).encode(), "i") == content["weight_map"]
     for wrong in ({}, {"weight_map": []}, {"weight_map": {"a": ".."}}, {"weight_map": {"a": "x", "b": None}}):
-        with pytest.raises(ValueError, match="'i' is no valid weight index"):
+        with pytest.raises(ValueError, match="'i' is not a valid weight index"):
             parse_weight_index(json.dumps(wrong).encode(), "i")

@@ -141,5 +141,5 @@ def test_what_they_are_not_for_is_refused():
     check_quantize("int4", "bf16-true", training=False, device="cpu")
     with pytest.raises(ValueError, match=r"int4 is not for training. Choose one of: bnb\.nf4"):
         check_quantize("int4", "bf16-true", training=True)
-    with pytest.raises(ValueError, match=r"int8 is for CPUs, and the model goes to cuda. Use --quantize bnb\.int8"):
+    with pytest.raises(ValueError, match=r"int8 is for CPUs, and the model goes to cuda. Use quantize=bnb\.int8"):
         check_quantize("int8", "bf16-true", training=False, device="cuda")

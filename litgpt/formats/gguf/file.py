@@ -155,7 +155,7 @@ class GGUFFile:
         tensors = [self._tensor_header() for _ in range(tensor_count)]
         alignment = self.metadata.get("general.alignment", 32)
         if not is_count(alignment, 1 << 20) or alignment == 0 or alignment & (alignment - 1):
-            raise ValueError(f"general.alignment is {shown(alignment)}, which is no power of two")
+            raise ValueError(f"general.alignment is {shown(alignment)}, which is not a power of two")
         start = -(-self._position // alignment) * alignment
         self.tensors = {tensor.name: replace(tensor, offset=start + tensor.offset) for tensor in tensors}
         if len(self.tensors) < len(tensors):

@@ -18,7 +18,7 @@ MAX_TOKEN = 1024
 def write_tokenizer(get: Get, directory: Path, source: Path, context: int) -> dict[str, Any]:
     """Writes tokenizer.json, tokenizer_config.json and generation_config.json from a GGUF file's metadata.
 
-    A `tokenizer.json` that lies beside the file is taken instead of the one that the metadata describe.
+    A `tokenizer.json` that lies next to the file is taken instead of the one that the metadata describe.
 
     Args:
         get: `get(key, default=None)` of the metadata.
@@ -42,11 +42,11 @@ def write_tokenizer(get: Get, directory: Path, source: Path, context: int) -> di
         except Exception as error:  # the tokenizers library raises bare Exception
             raise ValueError(
                 f"The tokenizer in '{source}' cannot be used: {error}. "
-                f"Put the model's own tokenizer.json beside the file to use that."
+                f"Put the model's own tokenizer.json next to the file to use that."
             ) from error
         tokenizer.save(str(directory / "tokenizer.json"))
     else:
-        raise ValueError(f"'{source}' holds no tokenizer. Put the model's tokenizer.json beside it.")
+        raise ValueError(f"'{source}' holds no tokenizer. Put the model's tokenizer.json next to it.")
     named = {name: get(f"tokenizer.ggml.{key}_token_id") for name, key in _NAMED.items()}
     ids = {name: None if token is None or token < 0 else token for name, token in named.items()}
     for name, token in ids.items():
