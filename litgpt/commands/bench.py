@@ -178,9 +178,7 @@ def _numbers(option: str, given: int | str, minimum: int) -> list[int]:
     try:
         numbers = [int(part) for part in str(given).split(",")]
     except ValueError:
-        raise ValueError(
-            f"--{option} {given} is not valid: give numbers with commas between them, as 1,8."
-        ) from None
+        raise ValueError(f"--{option} {given} is not valid: give numbers with commas between them, as 1,8.") from None
     for number in numbers:
         if number < minimum:
             raise ValueError(f"--{option} {number} is not valid: give {minimum} or more.")

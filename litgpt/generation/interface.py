@@ -99,7 +99,7 @@ class GenerationEngine(ABC):
         """Have new requests prefill all of their prompts, whatever is known of earlier ones."""
 
     def prepare(self, numbers: Iterable[int]) -> None:
-        """Wait for what is compiled in the background for so many requests at a time, as a benchmark does."""
+        """Wait for what is compiled in the background for this many requests at a time, as a benchmark does."""
         return
 
     @property

@@ -78,7 +78,7 @@ class ModelRunner:
             self.has_one_shape = True  # what torch.compile makes is for the shapes that it has seen
 
     def prepare(self, numbers: Iterable[int]) -> None:
-        """Wait for the code that is compiled for so many rows, where it can be made before a step asks for it."""
+        """Wait for the code that is compiled for this many rows, where it can be made before a step asks for it."""
         if hasattr(self.decode_step, "prepare"):
             self.decode_step.prepare(sorted(map(power_of_two, numbers)))
 

@@ -29,7 +29,7 @@ struct Tasks {
 
 class Pool {
  public:
-  // Does the tasks with so many threads, the calling one among them.
+  // Does the tasks with this many threads, the calling one among them.
   void run(const Tasks& tasks, long threads) {
     if (tasks.count <= 0) return;
     pthread_mutex_lock(&callers_);

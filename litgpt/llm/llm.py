@@ -214,7 +214,7 @@ class LLM(nn.Module):
                 default torch's global generator does (`torch.manual_seed`).
 
         Raises:
-            ValueError: A setting is not possible, or a prompt is longer than the model's context; from an iterator,
+            ValueError: A setting is not valid, or a prompt is longer than the model's context; from an iterator,
                 that comes with its first piece.
         """
         if stream and not isinstance(prompt, str):
@@ -303,7 +303,7 @@ class LLM(nn.Module):
             ("Total GPU memory allocated in GB") or of the process ("Peak memory in GB").
 
         Raises:
-            ValueError: num_iterations is not possible; and as for `generate`.
+            ValueError: num_iterations is not valid; and as for `generate`.
         """
         if num_iterations < 1:
             raise ValueError(f"num_iterations={num_iterations} is not valid: give 1 or more.")

@@ -61,7 +61,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.num_samples < 1:
             raise ValueError(f"num_samples={self.num_samples} is not valid: give 1 or more.")
-        _ = self.sampling  # refuses what is not possible
+        _ = self.sampling  # refuses what is not valid
 
     @property
     def sampling(self) -> Sampling:

@@ -136,7 +136,7 @@ def check_room(engine: LiveEngine, test: SpeedTest) -> None:
 
 
 def weight_bytes_read(model: GPT, rows: int) -> int:
-    """Bytes of weights that a decode step of so many rows reads: all but the embedding, of which it takes a row each,
+    """Bytes of weights that a decode step of this many rows reads: all but the embedding, of which it takes a row each,
     and of experts those that are expected to be chosen, where every choice is as likely."""
     config = model.config
     wte, head = model.transformer.wte, model.lm_head

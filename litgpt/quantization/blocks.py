@@ -84,7 +84,7 @@ class BlockFormat:
     pack: Callable[[Levels], Tensor] | None = None
 
     def row_bytes(self, columns: int) -> int:
-        """Bytes of a row of so many values."""
+        """Bytes of a row of this many values."""
         return columns // self.values * self.bytes
 
     def dequantised(self, raw: Tensor) -> Tensor:
