@@ -85,8 +85,15 @@ def explain(error: ArgumentError, option: str, hint_of: Callable[[str], Any]) ->
         return f"{prefix}{required[1] or required[2]} is missing."
     key = re.search(r'Parser key "([^"]+)"', text)
     values = re.findall(r"(?:Given value|Got value): (.*)", text)
-    if not key or not values:
+    if not key:
         return f"{prefix}{text}"
+    if "surrogates not allowed" in text:  # bytes that Python could not read as text when the program started
+        return (
+            f"{prefix}{key[1]}: it is no text in UTF-8. Rename the file or directory that it names, or say with "
+            "LC_ALL=C.UTF-8 that it is."
+        )
+    if not values:
+        return f"{prefix}{key[1]}: {text[key.end() :].lstrip(': ').strip()}"
     hint = hint_of(key[1])
     if admits(hint, Secret):
         values = [REDACTED]

@@ -31,6 +31,7 @@ from litgpt.data.sample_encoding import (
     style_identity,
 )
 from litgpt.data.sample_file import Sample, SampleFile, Summary
+from litgpt.devices.random_state import check_seed
 from litgpt.model import IGNORE_INDEX
 from litgpt.prompts import ChatTemplate, PromptStyle, choose_prompt_style
 
@@ -413,6 +414,7 @@ class OneSamplePerRow:
 
 def hold_out_samples(examples: list[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
     """Splits off a random `fraction`, at least one and never all; both parts keep their order."""
+    check_seed(seed)
     count = len(examples)
     held = 0 if fraction == 0 or count < 2 else min(max(1, round(fraction * count)), count - 1)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))

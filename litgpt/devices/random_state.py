@@ -10,6 +10,20 @@ if TYPE_CHECKING:
     pass
 
 
+MAX_SEED = 2**63 - 1  # torch keeps a seed in 64 bits
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError where torch has no generator for a seed."""
+    if not -MAX_SEED - 1 <= seed <= MAX_SEED:
+        raise ValueError(f"seed {seed} is not valid: give -2^63 to 2^63 - 1.")
+
+
+def following_seed(seed: int, count: int) -> int:
+    """The seed `count` after another; after the largest comes the smallest."""
+    return (seed + count + MAX_SEED + 1) % (2 * MAX_SEED + 2) - MAX_SEED - 1
+
+
 def seed_everything(seed: int) -> None:
     """Seed python, numpy and torch on every device."""
     import random

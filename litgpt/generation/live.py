@@ -120,14 +120,18 @@ class LiveEngine:
             if not self._callers:
                 self._in_training = [module for module in self.model.modules() if module.training]
             self._callers += 1
-            _set_training(self._in_training, False)
+            self._set_training(False)
         try:
             yield
         finally:
             with self._lock:
                 self._callers -= 1
                 if not self._callers:
-                    _set_training(self._in_training, True)
+                    self._set_training(True)
+
+    def _set_training(self, training: bool) -> None:  # no function of the module: at the interpreter's end it is gone
+        for module in self._in_training:
+            module.training = training
 
     def _current_worker(self) -> Worker:
         engine = self._current_engine()
@@ -163,11 +167,6 @@ def weights_version(model: nn.Module) -> tuple[Any, ...]:
 def _close(worker: Worker) -> None:
     if threading.current_thread() is not worker._thread:  # the garbage collector runs wherever it likes
         worker.close()
-
-
-def _set_training(modules: list[nn.Module], training: bool) -> None:
-    for module in modules:
-        module.training = training
 
 
 _optimizer_steps: Counter[int] = Counter()  # by the identity of the parameter: one that follows another only adds

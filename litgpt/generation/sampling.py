@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from litgpt.devices.random_state import check_seed, following_seed
+
 BLOCK = 256  # probabilities that are summed at a time
 
 
@@ -53,6 +55,8 @@ class Sampling:
         for name in ("top_k", "seed"):
             if not isinstance(getattr(self, name), Integral | None):
                 raise ValueError(f"{name} {getattr(self, name)!r} is not valid: give an integer, or leave it out.")
+        if self.seed is not None:
+            check_seed(self.seed)
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature {self.temperature} is not valid: give 0 (greedy) or more.")
         if self.top_k is not None and self.top_k < 0:
@@ -72,7 +76,7 @@ class Sampling:
 
     def following(self, index: int) -> Sampling:
         """The settings of one of several answers, each of which has a seed of its own: they count on from the first."""
-        return self if self.seed is None or not index else replace(self, seed=self.seed + index)
+        return self if self.seed is None or not index else replace(self, seed=following_seed(self.seed, index))
 
     @property
     def is_greedy(self) -> bool:

@@ -24,6 +24,9 @@ class TextStream:
         self, tokenizer: Tokenizer, stops: Sequence[str] = (), after: Sequence[int] = (), shown: Sequence[int] = ()
     ) -> None:
         self._decoder = tokenizer.stream_decoder(after=after, shown=shown)
+        wrong = next((stop for stop in stops if not isinstance(stop, str)), None)
+        if wrong is not None:
+            raise ValueError(f"stop {wrong!r} is not valid: give a text, or a list of texts.")
         self._stops = [stop for stop in stops if stop]
         self.held = ""
         """Text that may be the beginning of a stop string."""

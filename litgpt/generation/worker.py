@@ -56,8 +56,12 @@ class Worker:
         ticket = Ticket(self)
 
         def begin() -> None:
-            ticket.number = self.engine.submit(request)
-            self._deliveries[ticket.number] = deliver
+            try:
+                ticket.number = self.engine.submit(request)
+            except Exception as error:  # only this request fails: the thread has others to serve
+                deliver(error)
+            else:
+                self._deliveries[ticket.number] = deliver
 
         with self._closing:  # what is put after the command to close would never be done
             if self._closed:

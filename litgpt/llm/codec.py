@@ -89,7 +89,7 @@ class Codec:
 
     def text_stream(self, prompt: Sequence[int], stop: str | Sequence[str] = ()) -> TextStream:
         """What makes the text of the answer to a prompt, up to a stop text."""
-        stops = [stop] if isinstance(stop, str) else list(stop)
+        stops = list(stop) if isinstance(stop, Sequence) and not isinstance(stop, str) else [stop]
         return TextStream(self.tokenizer, stops, prompt if self.style.continues_text else ())
 
     def _known(self, ids: list[int]) -> list[int]:

@@ -168,21 +168,32 @@ def with_input(
 
 
 def split_turns(messages: Sequence[Message]) -> tuple[str | None, list[tuple[str, str | None]]]:
-    """The system message, and each user's message with its reply (None for the last)."""
-    rest = list(messages)
-    system = rest.pop(0)["content"] if rest and rest[0]["role"] == "system" else None
+    """The system message, and each user's message with its reply (None for the last).
+
+    Raises:
+        ValueError: Roles are not in turn, or a message is no text.
+    """
+    system: str | None = None
     turns: list[tuple[str, str | None]] = []
-    for index, message in enumerate(rest):
-        expected = "assistant" if index % 2 else "user"
-        if message["role"] != expected:
+    expected = "user"
+    for number, message in enumerate(messages, 1):
+        role, text = message.get("role"), message.get("content")
+        if not isinstance(text, str | None) or "content" not in message:
+            shown = f"the content {text!r}" if "content" in message else "no content"
+            raise ValueError(f"This prompt style writes messages of text; message {number} has {shown}.")
+        if role == "system" and number == 1:
+            system = text
+        elif role != expected:
             raise ValueError(
                 f"This prompt style writes an optional system message, then user and assistant in turn; message "
-                f"{len(messages) - len(rest) + index + 1} has the role {message['role']!r} where {expected!r} is due."
+                f"{number} has the role {role!r} where {expected!r} is due."
             )
-        if expected == "user":
-            turns.append((message["content"], None))
+        elif role == "user":
+            turns.append((text or "", None))
+            expected = "assistant"
         else:
-            turns[-1] = (turns[-1][0], message["content"])
+            turns[-1] = (turns[-1][0], text)
+            expected = "user"
     return system, turns
 
 

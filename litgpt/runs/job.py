@@ -30,7 +30,7 @@ from litgpt.data.base import DataModule
 from litgpt.devices.accelerator import count_devices
 from litgpt.devices.memory import memory_used
 from litgpt.devices.precision import PRECISIONS
-from litgpt.devices.random_state import seed_everything
+from litgpt.devices.random_state import check_seed, seed_everything
 from litgpt.model import GPT
 from litgpt.parallel import launcher
 from litgpt.parallel.fabric import describe_devices, make_fabric, peak_flops, precision_of
@@ -122,6 +122,7 @@ class Job:
     def check(self) -> None:
         """Settle the batch, the optimizer, the compiler and the logger; ValueError where they do not go together."""
         options, train = self.options, self.options.train
+        check_seed(options.seed)
         self.world_size = count_devices(options.devices, options.num_nodes)
         train.set_batch_by_accumulation(self.world_size, self.defaults.train.global_batch_size)
         train.accumulation(self.world_size)

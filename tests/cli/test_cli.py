@@ -190,6 +190,13 @@ def test_wrong_types_name_option_value_and_type():
     assert refused("dir", "--optimizer.lr", "x").startswith("--optimizer.lr: expected a number")
 
 
+def test_a_name_that_is_no_text_is_named():
+    """A file name in another encoding reaches a program with lone surrogates in it."""
+    assert refused("caf\udce9").startswith("--checkpoint_dir: it is no text in UTF-8. Rename the file or directory")
+    refusal = refused("dir", "--data", "Text", "--data.path", "caf\udce9")
+    assert refusal.startswith("--data.path: it is no text in UTF-8.")
+
+
 def test_the_settings_that_differ_from_the_defaults_are_few(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("train: {max_steps: 7, micro_batch_size: 4}\noptimizer: {init_args: {lr: 0.0004}}\n")

@@ -448,6 +448,19 @@ def test_a_caller_that_goes_away_frees_its_slot(model):
     assert not worker.engine.busy
 
 
+def test_a_request_that_the_engine_does_not_take_fails_alone(model, monkeypatch):
+    worker = Worker(Engine(model))
+
+    def fail(*_):
+        raise OverflowError("too large")
+
+    with monkeypatch.context() as patch, pytest.raises(OverflowError, match="too large"):
+        patch.setattr(engine_module, "Sequence", fail)
+        list(worker.stream(Request([1], 5, GREEDY)))
+    assert list(worker.stream(Request([1], 5, GREEDY))) == plain(model, [1], 5)
+    worker.close()
+
+
 def test_what_goes_wrong_in_a_step_ends_its_requests_and_no_others(model):
     worker = Worker(Engine(model))
 

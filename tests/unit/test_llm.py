@@ -4,6 +4,8 @@ import copy
 import gc
 import inspect
 import re
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -138,6 +140,9 @@ def test_a_stream_that_is_left_frees_its_slot(llm):
         ({"prompt": ["Hi", "word " * 600]}, "model's context of 512 tokens"),
         ({"prompt": ["Hi"], "stream": True}, "stream=True takes one prompt"),
         ({"prompt": None}, "prompt is None: give a text, or a list of texts"),
+        ({"prompt": "Hi", "seed": 2**70}, "seed 1180591620717411303424 is not valid"),
+        ({"prompt": "Hi", "stop": [3]}, "stop 3 is not valid"),
+        ({"prompt": "Hi", "stop": 3}, "stop 3 is not valid"),
         ({"prompt": [{"role": "user", "content": "Hi"}]}, "give a text, or a list of texts; chat takes messages"),
     ],
 )
@@ -184,6 +189,17 @@ def test_many_threads_join_one_batch(directory):
         assert list(threads.map(ask, prompts)) == expected
     assert max(together) > 3
     assert len(together) < 4 * 24  # one after the other would take 8 times 24
+
+
+def test_a_stream_that_is_open_when_the_program_ends_is_left_quietly(directory):
+    program = f"""
+from litgpt import LLM
+stream = LLM.load({str(directory)!r}).generate("Hi", stream=True, max_new_tokens=100)
+next(stream)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
 
 
 def test_the_benchmark_measures_every_iteration_from_the_beginning(llm):

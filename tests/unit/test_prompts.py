@@ -494,3 +494,17 @@ def test_a_chat_template_is_chosen_by_name():
     assert ChatTemplate({"default": "plain", "tool_use": "tools"}).named("default").render([], tools=[1]) == "plain"
     with pytest.raises(ValueError, match="Did you mean 'tool_use'"):
         style.named("tooluse")
+
+
+@pytest.mark.parametrize(
+    ("message", "problem"),
+    [
+        ({"role": "user"}, "message 1 has no content"),
+        ({"role": "user", "content": 3}, "message 1 has the content 3"),
+        ({"content": "Hi"}, "message 1 has the role None where 'user' is due"),
+    ],
+)
+@pytest.mark.parametrize("name", ["alpaca", "chatml"])
+def test_a_message_that_is_no_text_is_named(name, message, problem):
+    with pytest.raises(ValueError, match=problem):
+        PromptStyle.from_name(name).render([message])

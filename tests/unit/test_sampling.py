@@ -177,8 +177,18 @@ def test_penalties():
         ("top_p", ()),
         ("min_p", [0.1]),
         ("seed", 0.5),
+        ("seed", 2**63),
+        ("seed", -(2**63) - 1),
     ],
 )
 def test_a_value_out_of_range_is_named(name, value):
     with pytest.raises(ValueError, match=re.escape(f"{name} {value} is not valid")):
         Sampling(**{name: value})
+
+
+def test_answers_have_seeds_of_their_own_up_to_the_largest():
+    """They are drawn with torch's generators, which keep a seed in 64 bits."""
+    seeds = [Sampling(seed=2**63 - 2).following(index).seed for index in range(3)]
+    assert seeds == [2**63 - 2, 2**63 - 1, -(2**63)]
+    for seed in seeds:
+        torch.Generator().manual_seed(seed)
