@@ -2,8 +2,8 @@
 
 import sys
 import threading
-from http.client import HTTPException
-from typing import Any
+from http.client import HTTPException, HTTPMessage
+from typing import IO, Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
@@ -111,7 +111,9 @@ def _fetched(url: str) -> str:
 class _Redirects(HTTPRedirectHandler):
     """Follows an address on the web to another, https to https only, and to nothing else (urllib takes ftp, too)."""
 
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
+    def redirect_request(
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> Request | None:
         before, after = urlsplit(req.full_url).scheme, urlsplit(newurl).scheme
         if after not in ("http", "https") or (before == "https" and after == "http"):
             raise URLError(f"the server leads on to {newurl:.200}, which is not followed")

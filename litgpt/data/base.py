@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -203,7 +203,7 @@ def stream_loader(
     seed: int,
     num_workers: int = 0,
     shuffle: bool = True,
-    collate_fn: Any = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
     sampler: StreamSampler | None = None,
 ) -> DataLoader:
     """A loader without end over `dataset` in the order of `sampler`, by default a `StreamSampler`, with at most one

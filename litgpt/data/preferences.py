@@ -144,7 +144,7 @@ class PreferenceData(SFTData):
         lines = [f"Training data: {train}"]
         lines.append(f"Validation data: {held}{val}" if len(self._val) else "There is no validation data.")
         lines.append(f"Prompt style: {self.style_words()}.")
-        if not self._choice["end"]:
+        if not self._choice.end:
             lines.append("Warning: the tokenizer has no end-of-text token, so replies are compared without their end.")
         return "\n".join(lines)
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
@@ -44,6 +44,16 @@ HELD_OUT = 0.05  # part of the records held out for validation unless told other
 TRAIN, VAL, CHOICE = "train", "val", "choice.json"
 SPLITS = (TRAIN, VAL)
 CHECKPOINT = "checkpoint"  # what prompt_style calls the checkpoint's own style
+
+
+class CachedChoice(NamedTuple):
+    """How the samples in a cache were made."""
+
+    is_chat: bool
+    """Whether one of the records is a conversation"""
+    mask_prompt: bool
+    end: list[int]
+    """The ids that a reply ends with"""
 
 
 @dataclass(kw_only=True, repr=False)
@@ -187,13 +197,13 @@ class SFTData(DataModule):
                     disable=None,
                 )
                 write(temporary / name, examples, encoded, encoder)
-            choice = {"is_chat": is_chat, "mask_prompt": mask_prompt, "end": encoder.end}
+            choice = CachedChoice(is_chat, mask_prompt, encoder.end)._asdict()
             (temporary / CHOICE).write_text(json.dumps(choice), encoding="utf-8")
             write_sums(temporary)
 
     def setup(self, stage: str = "") -> None:
         directory = self._directory()
-        self._choice = json.loads((directory / CHOICE).read_text(encoding="utf-8"))
+        self._choice = CachedChoice(**json.loads((directory / CHOICE).read_text(encoding="utf-8")))
         self._packed: dict[Path, list[list[int]]] = {}
         self._train, self._val = (SampleFile(directory / name) for name in SPLITS)
         if not len(self._train):
@@ -212,7 +222,7 @@ class SFTData(DataModule):
     @property
     def style(self) -> PromptStyle:
         """The prompt style in effect."""
-        return self._style_for(self._choice["is_chat"])
+        return self._style_for(self._choice.is_chat)
 
     @property
     def num_examples(self) -> int:
@@ -234,7 +244,7 @@ class SFTData(DataModule):
     def example_reply(self, index: int) -> list[int] | None:
         """The token ids of the last reply of validation conversation number `index` (of a pair, of the chosen one),
         without what ends it; None where the reply was cut off."""
-        row, end = self._row_of(index), self._choice["end"]
+        row, end = self._row_of(index), self._choice.end
         reply = self._val.reply_of(row)
         if not end:
             return None if self._val.lengths[row] == self._max_tokens() else reply
@@ -280,16 +290,16 @@ class SFTData(DataModule):
             lines.append(f"Validation data: {held}{describe_samples(self._val.summary, self._limit_name())}")
         else:
             lines.append("There is no validation data.")
-        learned = "the replies only" if self._choice["mask_prompt"] else "prompts and replies (mask_prompt false)"
+        learned = "the replies only" if self._choice.mask_prompt else "prompts and replies (mask_prompt false)"
         lines.append(f"Prompt style: {self.style_words()}. The loss is on {learned}.")
-        if self.prompt_style is None and not self._choice["is_chat"] and self._takes_own():
+        if self.prompt_style is None and not self._choice.is_chat and self._takes_own():
             lines.append(
                 "The checkpoint has a chat template, so it is trained and used in that; for another prompt style: "
                 f"--data.prompt_style {self.single_turn_style}."
             )
         if self._train.summary.inputs_appended:
             lines.append("This style has no place for an input: it follows the instruction after an empty line.")
-        if not self._choice["end"]:
+        if not self._choice.end:
             lines.append("Warning: the tokenizer has no end-of-text token, so the model does not learn to stop.")
         return "\n".join(lines)
 

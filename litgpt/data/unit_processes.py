@@ -9,13 +9,16 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from litgpt.data.corpus import Unit
 from litgpt.data.source_files import Report
 from litgpt.data.unit_tokens import UnitJob, prepare_unit
 from litgpt.data.word_cache import WordCache
 from litgpt.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from multiprocessing.sharedctypes import Synchronized
 
 
 def run_in_processes(job: UnitJob, units: Sequence[Unit], report: Report, num_workers: int | None) -> None:
@@ -71,14 +74,24 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_state: dict[str, Any] = {}
+class _UnitState(NamedTuple):
+    """What a process works with."""
+
+    job: UnitJob
+    counter: Synchronized[int]
+    """Bytes that all processes have read"""
+    words: WordCache
 
 
-def _begin(job: UnitJob, counter: Any) -> None:
+_state: _UnitState  # in a process of the pool
+
+
+def _begin(job: UnitJob, counter: Synchronized[int]) -> None:
+    global _state
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
-    _state.update(job=job, counter=counter, words=WordCache(Tokenizer(job.tokenizer_dir)))
+    _state = _UnitState(job, counter, WordCache(Tokenizer(job.tokenizer_dir)))
 
 
 def _end_with_parent() -> None:
@@ -91,7 +104,7 @@ def _end_with_parent() -> None:
 
 def _do(unit: Unit) -> None:
     def report(size: int) -> None:
-        with _state["counter"].get_lock():
-            _state["counter"].value += size
+        with _state.counter.get_lock():
+            _state.counter.value += size
 
-    prepare_unit(_state["job"], unit, _state["words"], report)
+    prepare_unit(_state.job, unit, _state.words, report)

@@ -18,7 +18,12 @@ import struct
 import sys
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+
+if TYPE_CHECKING:
+    from jinja2 import Template, nodes
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 REQUEST = struct.Struct("<Qddd")  # bytes that follow, seconds, bytes of memory, characters of text
 ANSWER = struct.Struct("<cQ")  # what it is, and the bytes that follow
@@ -27,13 +32,13 @@ MAX_MESSAGE = 1000  # characters of an error
 
 
 @lru_cache(maxsize=16)
-def compiled(source: str) -> Any:
+def compiled(source: str) -> Template:
     """A template, ready to be rendered."""
     return environment().from_string(source)
 
 
 @lru_cache
-def environment() -> Any:
+def environment() -> ImmutableSandboxedEnvironment:
     """What the templates on the Hub are written for: the options and names that `transformers` gives them."""
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
@@ -44,7 +49,7 @@ def environment() -> Any:
 
         tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
-        def parse(self, parser: Any) -> nodes.Node:
+        def parse(self, parser: Parser) -> nodes.Node:
             line = next(parser.stream).lineno
             return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 

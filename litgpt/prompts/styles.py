@@ -9,12 +9,15 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import yaml
 
 from litgpt.cli.own_code import find_named
 from litgpt.cli.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    from litgpt.config import Config
 
 STYLES_FILE = Path(__file__).with_name("styles.yaml")
 OUR_STYLES = "litgpt.prompts."  # where each of them is a class
@@ -129,11 +132,11 @@ class PromptStyle(ABC):
         return style_class(name)()
 
     @staticmethod
-    def from_config(config: Any) -> PromptStyle:
+    def from_config(config: Config | None) -> PromptStyle:
         """The style that a known checkpoint's name stands for; the bare prompt for an unknown one."""
         from litgpt.catalog import find_known
 
-        known = find_known(config.name) if getattr(config, "name", "") else None
+        known = find_known(config.name) if config is not None and config.name else None
         return style_class(known.prompt_style if known else "Default")()
 
 

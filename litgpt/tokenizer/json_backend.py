@@ -8,12 +8,15 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from litgpt.tokenizer.backend import MOST_COMPOSED, Backend, damaged
 from litgpt.tokenizer.decoder_steps import flat_parts, from_byte_level, steps_of_decoder, token_to_bytes
 from litgpt.tokenizer.library import load_library_tokenizer
 from litgpt.tokenizer.token_settings import TOKEN_FLAGS, named_tokens
+
+if TYPE_CHECKING:
+    import tokenizers
 from litgpt.untrusted import is_slow, parse_json, shown
 
 MAX_GROWTH = 64  # by how much replacements may lengthen a text
@@ -124,7 +127,7 @@ class JsonBackend(Backend):
             if content not in known and self.token_to_id(content) is not None
         )
 
-    def _declare_special(self, tokens: Iterable[Any]) -> None:
+    def _declare_special(self, tokens: Iterable[tokenizers.AddedToken]) -> None:
         """Makes them tokens that a text cannot spell, the library's word for which is special."""
         import tokenizers
 
@@ -203,7 +206,7 @@ def no_panic(file: Path) -> Generator[None]:
         raise damaged(file, ValueError(str(error).partition("\n")[0])) from None
 
 
-def _check_parts(tokenizer: Any, file: Path) -> None:
+def _check_parts(tokenizer: tokenizers.Tokenizer, file: Path) -> None:
     """That none of the parts of a tokenizer.json takes a time or makes a text out of all proportion to what it is
     given: an expression that backtracks, replacements that each make the text longer."""
     for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from litgpt.tokenizer.backend import MAX_ID, MOST_COMPOSED, Backend, damaged
 from litgpt.tokenizer.token_settings import read_side_file
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
 from litgpt.untrusted import is_count
 
 # sentencepiece's ModelProto { normalizer_spec { add_dummy_prefix: false } }, serialised. A protobuf message takes what
@@ -75,7 +78,7 @@ class SentencePieceBackend(Backend):
         return ids
 
     @cached_property
-    def _model_without_prefix(self) -> Any:
+    def _model_without_prefix(self) -> SentencePieceProcessor:
         from sentencepiece import SentencePieceProcessor
 
         return SentencePieceProcessor(model_proto=self._file.read_bytes() + NO_DUMMY_PREFIX)
@@ -97,7 +100,7 @@ class SentencePieceBackend(Backend):
         return piece.replace("▁", " ").encode()
 
 
-def _load_sentencepiece(file: Path) -> Any:
+def _load_sentencepiece(file: Path) -> SentencePieceProcessor:
     from sentencepiece import SentencePieceProcessor
 
     try:
