@@ -454,9 +454,10 @@ def test_a_request_that_the_engine_does_not_take_fails_alone(model, monkeypatch)
     def fail(*_):
         raise OverflowError("too large")
 
-    with monkeypatch.context() as patch, pytest.raises(OverflowError, match="too large"):
+    with monkeypatch.context() as patch:
         patch.setattr(engine_module, "Sequence", fail)
-        list(worker.stream(Request([1], 5, GREEDY)))
+        with pytest.raises(OverflowError, match="too large"):
+            list(worker.stream(Request([1], 5, GREEDY)))
     assert list(worker.stream(Request([1], 5, GREEDY))) == plain(model, [1], 5)
     worker.close()
 
