@@ -518,6 +518,8 @@ class Router(nn.Linear):
     The correction bias of sigmoid routing steers the choice only, and stays in float32.
     """
 
+    e_score_correction_bias: Tensor | None
+
     def __init__(self, config: Config) -> None:
         super().__init__(config.n_embd, config.n_expert, bias=config.router_bias)
         self.config = config
@@ -534,7 +536,7 @@ class Router(nn.Linear):
         before = self.e_score_correction_bias
         super()._apply(fn, recurse)
         after = self.e_score_correction_bias
-        if after is not None and after.dtype != before.dtype:
+        if before is not None and after is not None and after.dtype != before.dtype:
             self.e_score_correction_bias = before.to(after.device)
         return self
 

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from litgpt.adaptation.modules import KeepsFloat32, replace_module
+from litgpt.adaptation.modules import KeepsFloat32, LinearLayer, is_linear, replace_module
 from litgpt.checkpoint import HYPERPARAMETERS, plain_names, read_state_dict
 from litgpt.checkpoint.names import ADAPTER_FILES, ADAPTER_V2_WEIGHTS, ADAPTER_WEIGHTS
+from litgpt.config import Config
 from litgpt.kv_cache import AttentionPlan
 from litgpt.model import GPT, CausalSelfAttention, RMSNorm, Router, attend
 from litgpt.untrusted import read_yaml_mapping, shown
@@ -30,6 +32,10 @@ NORM = re.compile(r"transformer\.(h\.\d+\.norm_[12]|ln_f)\.(weight|bias)")
 LINEAR = re.compile(r"(.+)\.adapter_(bias|scale)")
 
 
+class Prompt(KeepsFloat32, nn.Embedding):
+    """The places of a learned prompt, (L, C)."""
+
+
 class PromptedAttention(KeepsFloat32, CausalSelfAttention):
     """Attention whose queries also look at a learned prompt, with a softmax of its own.
 
@@ -38,6 +44,9 @@ class PromptedAttention(KeepsFloat32, CausalSelfAttention):
     last two of every group, as if each group's queries, key and value stood together. That is not how `qkv` holds them;
     the prompts of LitGPT 0.5.13 were trained so, and are nothing without it.
     """
+
+    adapter_wte: Prompt
+    gating_factor: nn.Parameter
 
     def attended(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
         """As in the base class; the prompt is seen by every query, whatever the plan says of the text."""
@@ -54,19 +63,20 @@ class PromptedAttention(KeepsFloat32, CausalSelfAttention):
         return rows[..., -2, :], rows[..., -1, :]
 
 
-class Prompt(KeepsFloat32, nn.Embedding):
-    """The places of a learned prompt, (L, C)."""
+Linear = TypeVar("Linear", bound=LinearLayer)
 
 
-class AdapterV2Linear(KeepsFloat32):
+class AdapterV2Linear(KeepsFloat32, Generic[Linear]):
     """A frozen linear layer, `linear`, and what its output is shifted and scaled by, each (out,)."""
 
-    def __init__(self, linear: nn.Module) -> None:
+    linear: Linear
+
+    def __init__(self, linear: Linear) -> None:
         super().__init__()
         self.linear = linear
-        where = {"device": next(linear.parameters()).device, "dtype": torch.float32}
-        self.adapter_bias = nn.Parameter(torch.empty(linear.out_features, **where))
-        self.adapter_scale = nn.Parameter(torch.empty(linear.out_features, **where))
+        size, device = linear.out_features, next(linear.parameters()).device
+        self.adapter_bias = nn.Parameter(torch.empty(size, device=device, dtype=torch.float32))
+        self.adapter_scale = nn.Parameter(torch.empty(size, device=device, dtype=torch.float32))
 
     @property
     def in_features(self) -> int:
@@ -82,11 +92,11 @@ class AdapterV2Linear(KeepsFloat32):
         return (y + self.adapter_bias.to(y.dtype)) * self.adapter_scale.to(y.dtype)
 
 
-class AdapterV2Router(AdapterV2Linear):
+class AdapterV2Router(AdapterV2Linear[Router]):
     """The same for the router of a mixture, with what routing asks it for."""
 
     @property
-    def config(self):
+    def config(self) -> Config:
         return self.linear.config
 
     @property
@@ -101,11 +111,11 @@ class TrainedRMSNorm(KeepsFloat32, RMSNorm):
 class TrainedLayerNorm(KeepsFloat32, nn.LayerNorm):
     """A norm that learns in float32; what it computes is the same."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float()).to(x.dtype)
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.float()).to(input.dtype)
 
 
-TRAINED_NORMS = {RMSNorm: TrainedRMSNorm, nn.LayerNorm: TrainedLayerNorm}
+TRAINED_NORMS: dict[type[nn.Module], type[nn.Module]] = {RMSNorm: TrainedRMSNorm, nn.LayerNorm: TrainedLayerNorm}
 
 
 def apply_adapter(gpt: GPT, prompt_length: int = 10, start_layer: int = 2) -> None:
@@ -135,7 +145,7 @@ def apply_adapter_v2(gpt: GPT, prompt_length: int = 10, start_layer: int = 2) ->
     for name, module in list(gpt.named_modules()):
         if isinstance(module, Router):
             replace_module(gpt, name, AdapterV2Router(module))
-        elif hasattr(module, "in_features"):
+        elif is_linear(module):
             replace_module(gpt, name, AdapterV2Linear(module))
         elif type(module) in TRAINED_NORMS and NORM.fullmatch(f"{name}.weight"):
             _train_norm(module)
@@ -154,6 +164,7 @@ def _add_prompts(gpt: GPT, prompt_length: int, start_layer: int) -> None:
         raise ValueError(f"adapter_prompt_length={prompt_length}: a prompt has at least one place.")
     for block in gpt.transformer.h[start_layer:]:
         attention = block.attn
+        assert isinstance(attention, CausalSelfAttention)
         device = next(attention.parameters()).device
         attention.__class__ = PromptedAttention  # in place, as FSDP2 does it: names and hooks stay
         # Made by hand: as a plain embedding, the meta device's would import torch's compiler to initialise nothing.

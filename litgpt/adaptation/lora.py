@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from litgpt.adaptation.modules import KeepsFloat32, replace_module
+from litgpt.adaptation.modules import KeepsFloat32, LinearLayer, is_linear, replace_module
 from litgpt.checkpoint import HYPERPARAMETERS, plain_names, read_state_dict
 from litgpt.checkpoint.names import LORA_WEIGHTS
 from litgpt.config import Config
@@ -125,7 +125,8 @@ class LowRank(torch.autograd.Function):
         return F.linear(hidden, up.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_output,) = grad_outputs
         x, down, up, kept, hidden = ctx.saved_tensors
         rows = grad_output.flatten(0, -2)  # (N, out)
         scaled = (rows @ up.to(x.dtype)).mul_(ctx.scale)  # (N, r) the gradient of what `down` gives
@@ -150,17 +151,25 @@ class LoRALinear(KeepsFloat32):
         rows: The parts of the output, in order, as (number of rows, whether they are updated).
     """
 
-    def __init__(self, linear: nn.Module, settings: LoRASettings, rows: list[tuple[int, bool]]) -> None:
+    linear: LinearLayer
+
+    def __init__(self, linear: LinearLayer, settings: LoRASettings, rows: list[tuple[int, bool]]) -> None:
         super().__init__()
-        self.linear = linear.requires_grad_(False)
+        self.linear = linear
+        for p in linear.parameters():
+            p.requires_grad_(False)
         self.rows = rows
         self.rank, self.scaling = settings.r, settings.scaling
         self.enabled = True  # without it, the layer does what the original did
         updated = [size for size, updates in rows if updates]
-        where = {"device": _device(linear), "dtype": torch.float32}
-        self.lora_A = nn.Parameter(torch.empty(len(updated) * settings.r, linear.in_features, **where))
-        self.lora_B = nn.Parameter(torch.empty(sum(updated), settings.r, **where))
-        self.lora_magnitude = nn.Parameter(torch.empty(sum(updated), **where)) if settings.dora else None
+        device = _device(linear)
+
+        def trained(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=torch.float32))
+
+        self.lora_A = trained(len(updated) * settings.r, linear.in_features)
+        self.lora_B = trained(sum(updated), settings.r)
+        self.lora_magnitude = trained(sum(updated)) if settings.dora else None
         self.dropout = Dropout(settings.dropout) if settings.dropout else nn.Identity()
 
     @property
@@ -187,10 +196,13 @@ class LoRALinear(KeepsFloat32):
             return y
         # autocast would do it within `F.linear`, and not in the backward pass
         typed = x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
-        drops = self.training and isinstance(self.dropout, Dropout)
-        kept, scale = (self.dropout.keeps(x), self.scaling / (1 - self.dropout.p)) if drops else (None, self.scaling)
+        kept, scale = None, self.scaling
+        if self.training and isinstance(self.dropout, Dropout):
+            kept, scale = self.dropout.keeps(x), self.scaling / (1 - self.dropout.p)
         update = LowRank.apply(typed, self.lora_A, self._up(), kept, scale)
-        return y + update if self.lora_magnitude is None else self._with_magnitude(y, self._updated(update, dim=-1))
+        if self.lora_magnitude is None:
+            return y + update
+        return self._with_magnitude(self.lora_magnitude, y, self._updated(update, dim=-1))
 
     def _up(self) -> Tensor:
         """(out, n * r) lora_B with each part's rows beside that part's ranks, and zeros elsewhere."""
@@ -200,12 +212,12 @@ class LoRALinear(KeepsFloat32):
         blank = self.lora_B.new_empty
         return torch.block_diag(*(next(parts) if updates else blank(size, 0) for size, updates in self.rows))
 
-    def _with_magnitude(self, y: Tensor, update: Tensor) -> Tensor:
+    def _with_magnitude(self, magnitude: Tensor, y: Tensor, update: Tensor) -> Tensor:
         """DoRA: each updated row is brought to its learned length; the norm itself gets no gradient (section 4.3)."""
         with torch.no_grad():  # `detach` at the end would keep the sum, as large as the weight, until the backward pass
             weight = self._updated(plain_weight(self.linear).float())
             norm = (weight + self.update().float()).norm(dim=1)
-        factor = (self.lora_magnitude / norm).to(y.dtype)  # (updated rows,)
+        factor = (magnitude / norm).to(y.dtype)  # (updated rows,)
         bias = self.linear.bias
         direction = self._updated(y, dim=-1) - (0 if bias is None else self._updated(bias.to(y.dtype)))
         return y + self._spread((factor - 1) * direction + factor * update)
@@ -248,7 +260,7 @@ class LoRALinear(KeepsFloat32):
         return torch.cat(parts, dim=-1)
 
 
-def plain_weight(linear: nn.Module) -> Tensor:
+def plain_weight(linear: LinearLayer) -> Tensor:
     """(out, in) the weight of a linear layer, also of a quantised one."""
     if type(linear) is nn.Linear:
         return linear.weight
@@ -261,7 +273,7 @@ def plain_weight(linear: nn.Module) -> Tensor:
     return (y if linear.bias is None else y - linear.bias).T
 
 
-def _device(module: nn.Module) -> torch.device:
+def _device(module: LinearLayer) -> torch.device:
     return next(module.parameters()).device
 
 
@@ -270,7 +282,7 @@ def apply_lora(gpt: GPT, settings: LoRASettings) -> None:
     gpt.requires_grad_(False)
     for name, layer in list(gpt.named_modules()):
         rows = adapted_rows(name, layer, gpt.config, settings)
-        if rows is not None:
+        if rows is not None and is_linear(layer):
             replace_module(gpt, name, LoRALinear(layer, settings, rows))
     reset_lora(gpt)
 
@@ -284,7 +296,7 @@ def reset_lora(gpt: GPT) -> None:
 
 def adapted_rows(name: str, layer: nn.Module, config: Config, settings: LoRASettings) -> list[tuple[int, bool]] | None:
     """The parts of a layer's rows, each with whether it is updated; None for a layer that stays as it is."""
-    if not hasattr(layer, "in_features") or isinstance(layer, (Router, LoRALinear)):
+    if not is_linear(layer) or isinstance(layer, (Router, LoRALinear)):
         return None
     block, _, last = name.rpartition(".")
     size = config.head_size
@@ -464,6 +476,8 @@ def merged_weights(
         prefix = name.removesuffix("weight")
         for key, _ in layer.named_parameters(recurse=False):
             setattr(layer, key, nn.Parameter(update[prefix + key].float(), requires_grad=False))
-        layer.linear.weight = nn.Parameter(tensor, requires_grad=False)
+        plain = layer.linear
+        assert isinstance(plain, nn.Linear)
+        empty, plain.weight = plain.weight, nn.Parameter(tensor, requires_grad=False)
         yield name, layer.merged_weight(dtype)
-        layer.linear.weight = None  # its memory may be given back
+        plain.weight = empty  # the memory may be given back

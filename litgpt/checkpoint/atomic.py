@@ -9,7 +9,7 @@ import platform
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +21,7 @@ class SaveError(ValueError):
 
 
 @contextmanager
-def atomic_directory(final: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_directory(final: str | Path, overwrite: bool = False) -> Generator[Path]:
     """Yields an empty hidden sibling of `final`; when the block ends well it is flushed to disk and becomes `final`.
 
     If the block raises, the sibling is removed and `final` is what it was before. Siblings that killed processes left
@@ -59,7 +59,7 @@ def atomic_directory(final: str | Path, overwrite: bool = False) -> Iterator[Pat
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
+def atomic_file(path: str | Path) -> Generator[Path]:
     """Yields a hidden sibling path to write to; when the block ends well it is flushed and replaces `path`.
 
     Raises:
@@ -82,7 +82,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_additions(directory: str | Path) -> Iterator[Path]:
+def atomic_additions(directory: str | Path) -> Generator[Path]:
     """Yields an empty hidden directory inside `directory`; when the block ends well, its files move into `directory`.
 
     Each replaces a file of the same name whole or not at all; the weights come last, so that whoever finds them finds
@@ -173,7 +173,7 @@ def _fsync(path: Path) -> None:
 
 
 @contextmanager
-def _saving(final: Path) -> Iterator[None]:
+def _saving(final: Path) -> Generator[None]:
     """Turns the many faces of a full disk into one clear message."""
     try:
         yield
@@ -188,7 +188,7 @@ def _saving(final: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _making_room(final: Path) -> Iterator[None]:
+def _making_room(final: Path) -> Generator[None]:
     """Says of a place that nothing can be written to that it is one."""
     try:
         yield

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO, overload
 
@@ -135,7 +135,7 @@ class HidingStream:
 
 
 @contextlib.contextmanager
-def hidden_secrets() -> Iterator[None]:
+def hidden_secrets() -> Generator[None]:
     """Whatever is printed or logged meanwhile, of libraries and of threads that fail too, shows no secrets."""
     out, err = HidingStream(sys.stdout), HidingStream(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -147,7 +147,7 @@ def hidden_secrets() -> Iterator[None]:
                     stream.flush()
 
 
-def _of_environment() -> Iterator[str]:
+def _of_environment() -> Generator[str]:
     """What variables hold that are named so; what is short there, or a path, is rather a setting."""
     for name in os.environ:
         if name.upper().endswith(ENDS) and NAME.fullmatch(name):  # the former is quick

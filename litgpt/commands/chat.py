@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 try:
@@ -280,7 +280,7 @@ def _echo(line: str) -> None:
 
 
 @contextlib.contextmanager
-def _unseen_typing() -> Iterator[None]:
+def _unseen_typing() -> Generator[None]:
     """What is typed meanwhile on a terminal does not appear in the reply: it waits for the next prompt."""
     if not sys.stdin.isatty() or termios is None:
         yield

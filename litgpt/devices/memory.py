@@ -7,12 +7,8 @@ import ctypes
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-
-if TYPE_CHECKING:
-    pass
 
 
 def memory_used(device: torch.device) -> float:
@@ -65,9 +61,9 @@ def memory_free(device: torch.device) -> int | None:
     """Bytes of memory that nobody uses now. None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    present = memory_present(device)
     if device.type == "mps":
-        return present - torch.mps.driver_allocated_memory()
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    present = memory_present(device)
     meminfo = Path("/proc/meminfo")
     if present is None or not meminfo.exists():
         return present

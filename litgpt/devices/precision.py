@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Literal, TypeGuard
 
 import torch
 
-if TYPE_CHECKING:
-    pass
 from litgpt.devices.accelerator import accelerator
 
+Precision = Literal["32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed", "64-true"]
 # name -> (dtype of the weights, dtype to compute in where that is another)
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "32-true": (torch.float32, None),
@@ -53,10 +52,14 @@ def inference_dtypes(precision: str, device: torch.device) -> tuple[torch.dtype,
     return PRECISIONS[precision]
 
 
-def check_precision(precision: str, device: str | None = None) -> None:
-    """Refuse a precision that is unknown, or that the kind of device cannot train in."""
+def check_precision(precision: str, device: str | None = None) -> Precision:
+    """The precision itself; one that is unknown, or that the kind of device cannot train in, is refused.
+
+    Raises:
+        ValueError: It is one of those.
+    """
     device = device or accelerator()
-    if precision not in PRECISIONS:
+    if not _is_known(precision):
         raise ValueError(f"precision={precision} is unknown. Choose one of: {', '.join(PRECISIONS)}.")
     remedy = f"Choose another, for example precision={default_precision(device)}."
     if precision.startswith("64") and device == "mps":
@@ -65,3 +68,8 @@ def check_precision(precision: str, device: str | None = None) -> None:
         raise ValueError(f"precision={precision} needs a GPU; this is {device}. {remedy}")
     if precision.startswith("bf16") and device == "cuda" and not torch.cuda.is_bf16_supported():
         raise ValueError(f"precision={precision} is not supported by {torch.cuda.get_device_name()}. {remedy}")
+    return precision
+
+
+def _is_known(precision: str) -> TypeGuard[Precision]:
+    return precision in PRECISIONS

@@ -1,7 +1,7 @@
 """What can go wrong with the hub, in words that say what to do."""
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from litgpt.cli.secret import Secret, hide
@@ -12,7 +12,7 @@ class HubError(ValueError):
 
 
 @contextmanager
-def clear_errors(repo_id: str, access_token: Secret | str | None, revision: str | None = None) -> Iterator[None]:
+def clear_errors(repo_id: str, access_token: Secret | str | None, revision: str | None = None) -> Generator[None]:
     """Turn the hub client's errors into messages that say what to do."""
     from huggingface_hub import constants, errors
 

@@ -5,7 +5,7 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -189,7 +189,7 @@ def _patiently(ask: Callable[[], Answer]) -> Answer:
 
 
 @contextmanager
-def _alone(directory: Path) -> Iterator[None]:
+def _alone(directory: Path) -> Generator[None]:
     """Keeps a second process from downloading into the same directory at the same time."""
     from huggingface_hub.utils import WeakFileLock
 
@@ -221,7 +221,7 @@ def _held(transfer: Transfer, file: RemoteFile, *folders: Path) -> bool:
 
 
 @contextmanager
-def _progress(repo_id: str, total: int) -> Iterator[tqdm]:
+def _progress(repo_id: str, total: int) -> Generator[tqdm]:
     """A bar over all files, which shows after two seconds; without a terminal, nothing."""
     with tqdm(total=total, desc=repo_id, unit="B", unit_scale=True, delay=2, disable=None) as bar:
         try:

@@ -4,7 +4,7 @@ import hashlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -190,7 +190,7 @@ class Transfer(Generic[File]):
         return bytes(content[:count])
 
     @contextmanager
-    def _answer(self, file: File, first: int, last: int) -> Iterator[Any]:
+    def _answer(self, file: File, first: int, last: int) -> Generator[Any]:
         """The answer to a request for the bytes `first` to `last` of a file."""
         from huggingface_hub import constants
         from huggingface_hub.utils import get_session, hf_raise_for_status

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -40,7 +40,7 @@ def import_fabric() -> type[Fabric]:
 
 
 @contextmanager
-def _version_only(package: str) -> Iterator[None]:
+def _version_only(package: str) -> Generator[None]:
     """Inside, what imports a package gets nothing but its version; unless it is there already, or not installed."""
     spec = None if package in sys.modules else find_spec(package)
     if spec is None:
@@ -70,13 +70,11 @@ def make_fabric(
     Fabric = import_fabric()
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # what it would announce, describe_devices says
     count = count_devices(devices, num_nodes)
-    precision = precision or default_precision()
-    check_precision(precision)
     return Fabric(
         accelerator=accelerator(),
         devices=devices if "," in str(devices) or str(devices) in ("auto", "-1") else int(devices),
         num_nodes=num_nodes,
-        precision=precision,
+        precision=check_precision(precision or default_precision()),
         strategy=_strategy(strategy, count),
     )
 

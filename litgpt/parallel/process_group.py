@@ -7,7 +7,7 @@ such groups. They meet in a folder and, without GPUs, speak through the loopback
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -43,16 +43,19 @@ class ProcessGroup:
         store = dist.FileStore(str(folder / "meeting"), self.count)
         store.set_timeout(MEETING)
         if self.device.type == "cuda":
-            self._backend = dist.ProcessGroupNCCL(store, self.rank, self.count, EXCHANGE)
+            nccl = dist.ProcessGroupNCCL.Options()
+            nccl._timeout = EXCHANGE
+            self._backend = dist.ProcessGroupNCCL(store, self.rank, self.count, nccl)
             return
-        options = dist.ProcessGroupGloo._Options()
+        gloo: Any = dist.ProcessGroupGloo  # torch's own stub lacks the options, and the argument that takes them
+        options = gloo._Options()
         # By default it takes the address of the machine's name, which others might reach and some machines lack.
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        options._devices = [gloo.create_device(hostname="127.0.0.1")]
         options._timeout = EXCHANGE
-        self._backend = dist.ProcessGroupGloo(store, self.rank, self.count, options)
+        self._backend = gloo(store, self.rank, self.count, options)
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self) -> Generator[None]:
         """What all processes do at the same time; nothing is exchanged outside of it."""
         self._together = True
         try:

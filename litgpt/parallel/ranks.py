@@ -40,7 +40,7 @@ def once_per_node(fabric: Fabric, work: Callable[[], object]) -> None:
     group = torch.distributed.new_group(backend="gloo", timeout=LONGEST_WORK) if others else None
     if fabric.local_rank == 0:
         work()
-    if group is not None:
+    if isinstance(group, torch.distributed.ProcessGroup):
         torch.distributed.barrier(group)
         torch.distributed.destroy_process_group(group)
 

@@ -6,10 +6,10 @@ block's keys and values lie next to its weights. The devices work in turn, so th
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections import deque
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -100,8 +100,10 @@ class Mover:
 
     def _copy(self, value: Rotation | AttentionPlan | None) -> Any:
         if isinstance(value, Rotation):
-            return Rotation(*(None if part is None else part.to(self.device) for part in value))
-        if value is None:
-            return None
-        tensors = {name: part.to(self.device) for name, part in vars(value).items() if isinstance(part, Tensor)}
-        return dataclasses.replace(value, **tensors)
+            cos, sin, scale = value
+            return Rotation(cos.to(self.device), sin.to(self.device), None if scale is None else scale.to(self.device))
+        moved = copy(value)
+        for name, part in ({} if value is None else vars(value)).items():
+            if isinstance(part, Tensor):
+                setattr(moved, name, part.to(self.device))
+        return moved

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from litgpt.model import Block
-
-if TYPE_CHECKING:
-    pass
 
 
 def shard_module(module: nn.Module, mesh: Any) -> nn.Module:
@@ -24,11 +21,12 @@ def shard_module(module: nn.Module, mesh: Any) -> nn.Module:
     data_parallel = mesh["data_parallel"]
     for block in [m for m in module.modules() if isinstance(m, Block)]:
         fully_shard(block, mesh=data_parallel)
-    return fully_shard(module, mesh=data_parallel)
+    fully_shard(module, mesh=data_parallel)
+    return module
 
 
 @contextmanager
-def whole_parameters(module: nn.Module) -> Iterator[None]:
+def whole_parameters(module: nn.Module) -> Generator[None]:
     """Inside, each device has all parameters of a module that `shard_module` may have sharded, so that a rank can run
     it without the others. Every rank must call this, after the module's first forward pass."""
     from torch.distributed.fsdp import FSDPModule

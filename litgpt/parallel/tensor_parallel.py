@@ -70,8 +70,10 @@ class _Split:
         self.parts: dict[str, Callable[[Tensor], Tensor]] = {}
         self.names = {module: name for name, module in gpt.named_modules()}
         for block in gpt.transformer.h:
-            split = self.latent_attention if isinstance(block.attn, LatentAttention) else self.attention
-            split(block.attn)
+            if isinstance(block.attn, LatentAttention):
+                self.latent_attention(block.attn)
+            else:
+                self.attention(block.attn)
             for module in block.mlp.modules():
                 if isinstance(module, (GptNeoxMLP, LLaMAMLP)):
                     self.mlp(module)
@@ -104,11 +106,10 @@ class _Split:
         attention.sizes = (count, group_count, group_count)
         if attention.sinks is not None:
             self.tensor(attention, "sinks", lambda t: t.narrow(0, first, count))
-        if attention.norm_q is not None and attention.norm_all_heads:
+        if attention.norm_all_heads:
             for norm, (start, length) in ((attention.norm_q, spans[0]), (attention.norm_k, (group, group_count))):
-                span = (start * size, length * size)
-                self.tensor(norm, "weight", lambda t, span=span: t.narrow(0, *span))
-                norm.__class__, norm.group = SplitRMSNorm, self.group
+                if isinstance(norm, RMSNorm):  # a model without norms has none; a LayerNorm is refused
+                    self.norm(norm, (start * size, length * size))
 
     def latent_attention(self, attention: LatentAttention) -> None:
         heads = attention.n_head
@@ -120,7 +121,14 @@ class _Split:
             self.rows(linear, [(first * size, count * size)])
         self.columns(attention.proj, (first * attention.value_size, count * attention.value_size))
 
-    def mlp(self, mlp: nn.Module) -> None:
+    def norm(self, norm: RMSNorm, span: tuple[int, int]) -> None:
+        """Keeps some of the weight, of a norm over what all ranks have."""
+        self.tensor(norm, "weight", lambda t: t.narrow(0, *span))
+        norm.__class__ = SplitRMSNorm
+        assert isinstance(norm, SplitRMSNorm)
+        norm.group = self.group
+
+    def mlp(self, mlp: GptNeoxMLP | LLaMAMLP) -> None:
         inner = [mlp.fc] if isinstance(mlp, GptNeoxMLP) else [mlp.fc_1, mlp.fc_2]
         span = self.share(mlp.proj.in_features)
         for linear in inner:

@@ -92,7 +92,7 @@ class _Process:
         self.poll = select.poll()
         self.poll.register(self.answers, select.POLLIN | select.POLLHUP)
 
-    def ask(self, *requests: bytes) -> Iterator[tuple[bytes, str]]:
+    def ask(self, *requests: bytes) -> Generator[tuple[bytes, str]]:
         """What it answers to each, kind and text. Several must not have more than `at_once` bytes together, or both
         sides might wait until the other reads."""
         with contextlib.suppress(BrokenPipeError):  # why it has ended is seen below

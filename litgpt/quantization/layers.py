@@ -21,7 +21,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -162,6 +162,9 @@ class EightBitWeight(nn.Module):
         return super()._apply(keeping_types(fn), recurse)
 
 
+QuantizedWeight = FourBitWeight | EightBitWeight | weight_only.Int4Weight | weight_only.Int8Weight | BlockWeight
+
+
 class QuantizedLinear(nn.Module):
     """A linear layer whose weight is `quantized` and gets no gradient; gradients pass through to the input.
 
@@ -230,7 +233,7 @@ class QuantizedLinear(nn.Module):
 
 def _quantized_weight(
     shape: tuple[int, int], kind: str, dtype: torch.dtype, device: torch.device | str
-) -> FourBitWeight | EightBitWeight | weight_only.WeightOnly | BlockWeight:
+) -> QuantizedWeight:
     if kind == block_weight.KIND:
         return BlockWeight(shape, dtype)
     if kind in weight_only.KINDS:
@@ -245,12 +248,13 @@ class _FrozenProduct(torch.autograd.Function):
     """x W^T. For the backward pass nothing but W is needed, and W is there: no activation is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: nn.Module) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: QuantizedWeight) -> Tensor:
         ctx.weight = weight
         return weight.multiply(x)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (grad_output,) = grad_outputs
         return grad_output @ ctx.weight.dequantised(grad_output.dtype), None
 
 
@@ -273,9 +277,8 @@ def replace_linears(model: GPT, kind: str, dtype: torch.dtype) -> None:
         kinds = ", ".join((*TRAINING_KINDS, "bnb.int8", *FOR_CPUS))
         raise ValueError(f"quantize={kind} is unknown. Choose one of: {kinds}.")
     with_head = kind in FOR_CPUS
-    for name, linear in list(model.named_modules()):
-        if not is_replaced(name, linear, with_head):
-            continue
+    chosen = [(name, m) for name, m in model.named_modules() if is_replaced(m, name, with_head)]
+    for name, linear in chosen:
         has_bias = linear.bias is not None
         sizes = linear.in_features, linear.out_features
         # The head costs more than any other layer if it is wrong: with int4 it is in 8 bits (measured, `weight_only`).
@@ -283,7 +286,7 @@ def replace_linears(model: GPT, kind: str, dtype: torch.dtype) -> None:
         layer = QuantizedLinear(*sizes, has_bias, of_layer, dtype, linear.weight.device)
         if not linear.weight.is_meta:
             layer.load_weight(linear.weight.detach())
-            if has_bias:
+            if layer.bias is not None:
                 layer.bias.data.copy_(linear.bias)
         replace_module(model, name, layer)
     if kind == block_weight.KIND:
@@ -300,7 +303,7 @@ def _replace_embedding(model: GPT, dtype: torch.dtype) -> None:
         model.lm_head.quantized = embedding.quantized
 
 
-def is_replaced(name: str, module: nn.Module, with_head: bool = False) -> bool:
+def is_replaced(module: nn.Module, name: str, with_head: bool = False) -> TypeGuard[nn.Linear]:
     """Whether `replace_linears` replaces this module of a GPT. A router is not a plain linear layer."""
     chosen = name.startswith("transformer.h.") and not name.endswith(KEPT)
     return type(module) is nn.Linear and (chosen or (with_head and name == "lm_head"))
@@ -404,7 +407,10 @@ def import_bitsandbytes() -> ModuleType:
 def _import_quietly() -> ModuleType:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     compiler, kernels = torch.compile, sys.modules.get("kernels")
-    torch.compile, sys.modules["kernels"] = _not_compiled, None
+    # Whatever the names are declared as: for as long as the import takes, and None is a module not to be imported.
+    names: dict[str, Any] = vars(torch)
+    modules: dict[str, Any] = sys.modules
+    names["compile"], modules["kernels"] = _not_compiled, None
     try:
         import bitsandbytes
     except (ImportError, OSError, RuntimeError) as error:
@@ -414,7 +420,7 @@ def _import_quietly() -> ModuleType:
         ) from error
     finally:
         torch.compile = compiler
-        sys.modules.pop("kernels") if kernels is None else sys.modules.update(kernels=kernels)
+        modules.pop("kernels") if kernels is None else modules.update(kernels=kernels)
     return bitsandbytes
 
 

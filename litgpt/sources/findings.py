@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +74,7 @@ class Findings:
         return any(problem.fails and problem.group in groups for problem in self.problems)
 
     @contextmanager
-    def catching(self, group: str) -> Iterator[None]:
+    def catching(self, group: str) -> Generator[None]:
         """An error that a user can mend becomes a problem. Its indented lines are details."""
         try:
             yield

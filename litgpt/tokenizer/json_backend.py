@@ -224,7 +224,7 @@ def _check_parts(tokenizer: tokenizers.Tokenizer, file: Path) -> None:
                     raise damaged(file, ValueError(f"the replacements of its {name} make a text ever longer"))
 
 
-def _every_part(layout: Any) -> Iterator[dict[str, Any]]:
+def _every_part(layout: Any) -> Generator[dict[str, Any]]:
     if isinstance(layout, dict):
         yield layout
     for inner in layout.values() if isinstance(layout, dict) else layout if isinstance(layout, list) else ():

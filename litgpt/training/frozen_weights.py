@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import nn
 
-from litgpt.model import GPT, Router
-
-if TYPE_CHECKING:
-    pass
 from litgpt.devices.precision import PRECISIONS
+from litgpt.model import GPT, Router
 
 
 def store_frozen_matrices(gpt: GPT, precision: str) -> None:

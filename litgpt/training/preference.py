@@ -5,7 +5,7 @@ Letters: P pairs, 2P rows (chosen and rejected in turn), T tokens, C embedding w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -195,7 +195,7 @@ def _whole_pairs(targets: Tensor) -> Tensor:
 
 
 @contextmanager
-def reference_model(gpt: GPT) -> Iterator[None]:
+def reference_model(gpt: GPT) -> Generator[None]:
     """Inside, a model with LoRA is the one that it was before: without updates, dropout and noise."""
     layers, was_training = list(lora_layers(gpt)), gpt.training
     gpt.eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,7 +48,7 @@ class Recorder:
         self._earlier = 0.0
 
     @contextmanager
-    def running(self, progress: Progress, total_steps: int | None, resumed: bool) -> Iterator[None]:
+    def running(self, progress: Progress, total_steps: int | None, resumed: bool) -> Generator[None]:
         """Training happens inside, from `progress` on. However it ends, the losses are drawn."""
         self._earlier, self._start = progress.seconds, time.perf_counter()
         if self.console.active:
@@ -79,7 +79,7 @@ class Recorder:
         self._tokens += tokens
 
     @contextmanager
-    def off_the_clock(self) -> Iterator[None]:
+    def off_the_clock(self) -> Generator[None]:
         """What happens inside does not count as training time in tokens per second and iteration time."""
         before = time.perf_counter()
         try:
