@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from io import FileIO
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -82,7 +83,7 @@ def check_parts(path: Path, parts: Iterable[CheckedPart]) -> None:
     if total > path.stat().st_size:  # believed, they could take for ever
         raise DamagedFile("it is damaged, its parts overlap or are not all there")
     local = threading.local()
-    files: list[IO[bytes]] = []
+    files: list[FileIO] = []
 
     def differs(part: CheckedPart) -> bool:
         if not hasattr(local, "file"):
@@ -106,7 +107,7 @@ def check_parts(path: Path, parts: Iterable[CheckedPart]) -> None:
         raise DamagedFile(_difference(wrong, len(parts)))
 
 
-def _sum_of(file: IO[bytes], part: CheckedPart, buffer: memoryview, bar: tqdm) -> int | None:
+def _sum_of(file: FileIO, part: CheckedPart, buffer: memoryview, bar: tqdm) -> int | None:
     """The CRC-32 of a part; None where the file ends before."""
     file.seek(part.offset)
     found, left = 0, part.size

@@ -103,14 +103,20 @@ class _WriteBehind:
         self.flush()
         return self.file.seek(offset, whence)
 
+    def close(self) -> None:
+        """Has everything written, and ends the thread."""
+        try:
+            self.flush()
+        finally:
+            self.thread.shutdown()
+
     def __enter__(self) -> "_WriteBehind":
         return self
 
     def __exit__(self, *error: object) -> None:
-        try:
-            if error == (None, None, None):
-                self.flush()
-        finally:
+        if error == (None, None, None):
+            self.close()
+        else:
             self.thread.shutdown()
 
 
@@ -133,18 +139,18 @@ class _StateDictWriter:
             raise ValueError(f"The tensor '{name}' comes twice.")
         tensor = tensor.detach()
         key = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        written = self.written.get(key)
         # An address alone proves nothing: after the storage is freed, the next tensor may get the same.
-        storage, entry = self.written.get(key, (None, None))
-        if storage is None or storage.expired() or tensor.numel() == 0:
+        if written is None or written[0].expired() or tensor.numel() == 0:
             entry = _StoredTensor(str(len(self.entries)), tensor.dtype, tuple(tensor.shape))
             self._write_storage(f"archive/data/{entry.key}", tensor)
-            self.written[key] = (StorageWeakRef(tensor.untyped_storage()), entry)
-        self.entries[name] = entry
+            written = self.written[key] = (StorageWeakRef(tensor.untyped_storage()), entry)
+        self.entries[name] = written[1]
 
     def _write_storage(self, record: str, tensor: torch.Tensor) -> None:
         with self._open(record, tensor.numel() * tensor.dtype.itemsize) as out:
             for part in raw_parts(tensor):
-                out.write(memoryview(part.numpy()))
+                out.write(part.numpy().data)
                 if self.release:
                     self.file.then(self.release, part)
 
@@ -152,7 +158,7 @@ class _StateDictWriter:
         """Opens a record whose content begins at a multiple of 64 bytes, filled up by an extra field of the header."""
         info = zipfile.ZipInfo(record)
         zip64 = size >= zipfile.ZIP64_LIMIT
-        header = self.archive.fp.tell() + _ZIP_HEADER + len(record) + (_ZIP64_FIELD if zip64 else 0)
+        header = self.file.tell() + _ZIP_HEADER + len(record) + (_ZIP64_FIELD if zip64 else 0)
         padding = -(header + 4) % _ALIGNMENT
         info.extra = struct.pack("<HH", 0x4246, padding) + b"Z" * padding  # "FB", the field's id in torch's own files
         return self.archive.open(info, "w", force_zip64=zip64)

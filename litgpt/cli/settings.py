@@ -103,7 +103,7 @@ class Collector:
             rest = rest[1:] if rest[0] == "init_args" else rest
             put(chosen, ("init_args", *rest), value)
 
-    def _mapping(self, parameter: Parameter, value: Any) -> dict[str, Any]:
+    def _mapping(self, parameter: Parameter, value: Any) -> dict[Any, Any]:
         """The value of a whole group: a mapping, its text, or a file that holds it."""
         if isinstance(value, str):
             inline = "{" in value or ":" in value or not self.reads_files

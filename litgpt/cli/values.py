@@ -104,17 +104,12 @@ def explain(error: ArgumentError, option: str, hint_of: Callable[[str], Any]) ->
 
 def instantiate(parser: ArgumentParser, values: Any) -> Any:
     """Make the dataclasses and nested classes of parsed values."""
+    name = "instantiate" if hasattr(parser, "instantiate") else "instantiate_classes"  # its older name
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the method has another name in newer versions
-        return (getattr(parser, "instantiate", None) or parser.instantiate_classes)(values)
+        warnings.simplefilter("ignore")
+        return getattr(parser, name)(values)
 
 
 def read_attribute_docstrings(on: bool) -> None:
     """Whether a string literal under a dataclass field becomes the help of its option: it takes time to find them."""
-    if hasattr(jsonargparse, "set_parsing_settings"):
-        try:
-            jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=on)
-            return
-        except TypeError:  # versions that have the function without this setting
-            pass
-    jsonargparse.set_docstring_parse_options(attribute_docstrings=on)
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=on)

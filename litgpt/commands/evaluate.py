@@ -201,7 +201,7 @@ def _slots(batch_size: int | str) -> int | None:
 
 def _precision(dtype: str | None, precision: str | None) -> str | None:
     """What --dtype and --precision say together."""
-    name = str(dtype or "auto").removeprefix("torch.")
+    name = (dtype or "auto").removeprefix("torch.")
     if name == "auto":
         return precision
     if name not in DTYPES:

@@ -53,31 +53,34 @@ class CausalAttention(torch.autograd.Function):
         return y.transpose(1, 2)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        (grad_output,) = grad_outputs
-        q, k, v = ctx.saved_tensors
-        grad_q = torch.empty_like(q)
-        keys, values = _by_group(k, k.size(2)), _by_group(v, k.size(2))  # (B * G, T, D)
-        grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
-        for start in range(0, q.size(1), BLOCK):
-            block = slice(start, start + BLOCK)
-            queries = _by_group(q[:, block] * ctx.scale, k.size(2))  # (B * G, R * n, D), a head's n rows together
-            grad_y = _by_group(grad_output[:, block], k.size(2))
-            n = min(BLOCK, q.size(1) - start)
-            seen = slice(0, start + n)
-            scores = queries @ keys[:, seen].transpose(1, 2)  # (B * G, R * n, start + n)
-            mask = torch.full((n, n), float("-inf"), dtype=scores.dtype).triu_(1)
-            scores.unflatten(1, (-1, n))[..., start:].add_(mask)
-            weights = scores.softmax(dim=-1)
-            grad_values[:, seen] += weights.transpose(1, 2) @ grad_y
-            grad_weights = torch.matmul(grad_y, values[:, seen].transpose(1, 2), out=scores)
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_keys[:, seen] += grad_scores.transpose(1, 2) @ queries
-            rows = (grad_scores @ keys[:, seen]).mul_(ctx.scale)
-            grad_q[:, block] = rows.view(q.size(0), q.size(2), n, -1).transpose(1, 2)
-        grad_k, grad_v = (part.unflatten(0, (k.size(0), -1)).transpose(1, 2) for part in (grad_keys, grad_values))
-        return grad_q, grad_k, grad_v, None
+        return _attention_gradients(ctx, *grad_outputs)
+
+
+@once_differentiable
+def _attention_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    q, k, v = ctx.saved_tensors
+    grad_q = torch.empty_like(q)
+    keys, values = _by_group(k, k.size(2)), _by_group(v, k.size(2))  # (B * G, T, D)
+    grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
+    for start in range(0, q.size(1), BLOCK):
+        block = slice(start, start + BLOCK)
+        queries = _by_group(q[:, block] * ctx.scale, k.size(2))  # (B * G, R * n, D), a head's n rows together
+        grad_y = _by_group(grad_output[:, block], k.size(2))
+        n = min(BLOCK, q.size(1) - start)
+        seen = slice(0, start + n)
+        scores = queries @ keys[:, seen].transpose(1, 2)  # (B * G, R * n, start + n)
+        mask = torch.full((n, n), float("-inf"), dtype=scores.dtype).triu_(1)
+        scores.unflatten(1, (-1, n))[..., start:].add_(mask)
+        weights = scores.softmax(dim=-1)
+        grad_values[:, seen] += weights.transpose(1, 2) @ grad_y
+        grad_weights = torch.matmul(grad_y, values[:, seen].transpose(1, 2), out=scores)
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+        grad_keys[:, seen] += grad_scores.transpose(1, 2) @ queries
+        rows = (grad_scores @ keys[:, seen]).mul_(ctx.scale)
+        grad_q[:, block] = rows.view(q.size(0), q.size(2), n, -1).transpose(1, 2)
+    grad_k, grad_v = (part.unflatten(0, (k.size(0), -1)).transpose(1, 2) for part in (grad_keys, grad_values))
+    return grad_q, grad_k, grad_v, None
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
@@ -98,18 +101,21 @@ class RMSNormFunction(torch.autograd.Function):
         return F.rms_norm(x, weight.shape, weight, eps)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        (grad_output,) = grad_outputs
-        x, weight, factor = ctx.saved_tensors
-        width = weight.numel()
-        # LayerNorm's kernel, for a mean of zero. It takes away what goes through the mean: that is put back.
-        nothing, only_x = torch.zeros_like(factor), [True, False, False]
-        grad_x, *_ = torch.ops.aten.native_layer_norm_backward(
-            grad_output, x, [width], nothing, factor, weight.to(factor.dtype), None, only_x
-        )
-        grad_x += (grad_output @ weight)[..., None] * factor / width
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = (grad_output * (x * factor)).flatten(0, -2).sum(dim=0, dtype=factor.dtype).to(weight.dtype)
-        return grad_x, grad_weight, None
+        return _norm_gradients(ctx, *grad_outputs)
+
+
+@once_differentiable
+def _norm_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    x, weight, factor = ctx.saved_tensors
+    width = weight.numel()
+    # LayerNorm's kernel, for a mean of zero. It takes away what goes through the mean: that is put back.
+    nothing, only_x = torch.zeros_like(factor), [True, False, False]
+    grad_x, *_ = torch.ops.aten.native_layer_norm_backward(
+        grad_output, x, [width], nothing, factor, weight.to(factor.dtype), None, only_x
+    )
+    grad_x += (grad_output @ weight)[..., None] * factor / width
+    grad_weight = None
+    if ctx.needs_input_grad[1]:
+        grad_weight = (grad_output * (x * factor)).flatten(0, -2).sum(dim=0, dtype=factor.dtype).to(weight.dtype)
+    return grad_x, grad_weight, None

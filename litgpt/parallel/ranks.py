@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -21,6 +22,16 @@ def gathered_objects(fabric: Fabric, value: Any) -> list[Any]:
     if fabric.world_size > 1:
         torch.distributed.all_gather_object(values, value)
     return values
+
+
+def all_reduce(fabric: Fabric, tensor: Tensor, operation: Literal["sum", "min", "max"]) -> Tensor:
+    """A tensor's sum, minimum or maximum over the ranks, element by element; the tensor itself where there is one rank.
+    With several, it lies on the rank's device and is a tensor of its own. Every rank must call this."""
+    if fabric.world_size == 1:
+        return tensor
+    reduced = fabric.all_reduce(tensor.clone(), reduce_op=operation)
+    assert isinstance(reduced, Tensor)  # Fabric takes and gives collections, too
+    return reduced
 
 
 def store_of_ranks() -> torch.distributed.Store:

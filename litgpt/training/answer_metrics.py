@@ -61,7 +61,7 @@ class AnswerMetric:
     """
 
     def __init__(self, value: str | dict[str, Any]) -> None:
-        spec = {"class_path": value} if isinstance(value, str) else dict(value)
+        spec: dict[str, Any] = {"class_path": value} if isinstance(value, str) else dict(value)
         self.label, name = str(spec.pop("class_path", "")), spec.pop("name", None)
         init_args = dict(spec.pop("init_args", None) or {})
         if spec or not self.label:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from itertools import chain, islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -102,6 +102,14 @@ def micro_batch(batch: Tensor | dict[str, Tensor]) -> MicroBatch:
     return MicroBatch(idx, batch["labels"][:, 1:].contiguous(), inputs, num_tokens, batch.get("samples"))
 
 
+class SeekableSampler(Protocol):
+    """A batch sampler that starts at any position (see `litgpt.data.StreamSampler`)."""
+
+    num_samples: int
+
+    def set_position(self, position: int, rank: int, world_size: int, end: int | None) -> None: ...
+
+
 class BatchStream:
     """A stream of this rank's micro-batches, with a position that can be saved: epoch after epoch, each of them all
     samples once.
@@ -138,22 +146,26 @@ class BatchStream:
         self.batch_size, self.rank, self.world_size, self.seed = batch_size, rank, world_size, seed
         self.position = 0  # in samples, over all ranks
         self._batches: Iterator[Any] | None = None
-        self._sampler = getattr(loader, "batch_sampler", None)
-        self._seekable = hasattr(self._sampler, "set_position")
+        sampler = getattr(loader, "batch_sampler", None)
+        self._sampler: SeekableSampler | None = sampler if hasattr(sampler, "set_position") else None
         self.samples_per_epoch: int | None = self._count()
         self.end: int | None = None
         """The position at which the stream ends, where it does"""
         if epochs is not None and self.samples_per_epoch is not None:
             end = samples_in(epochs, self.samples_per_epoch)
-            self.end = end if self._seekable else -(-end // batch_size) * batch_size  # whole batches are all there is
-        self.order: str | None = getattr(self._sampler, "order", None)
+            if self._sampler is None:
+                end = -(-end // batch_size) * batch_size  # whole batches are all there is
+            self.end = end
+        self.order: str | None = getattr(sampler, "order", None)
 
     def _count(self) -> int | None:
-        if self._seekable:
+        if self._sampler is not None:
             return self._sampler.num_samples
+        if not isinstance(self.loader, Sized):
+            return None
         try:
             batches = len(self.loader)
-        except TypeError:
+        except TypeError:  # a DataLoader over a stream has a length that cannot be asked for
             return None
         if not batches:
             raise ValueError("The training data is empty: the data module's train_dataloader() gives no batches.")
@@ -183,7 +195,7 @@ class BatchStream:
     def next(self) -> MicroBatch:
         """The next micro-batch of this rank."""
         if self._batches is None:
-            self._batches = self._from_position() if self._seekable else self._by_skipping()
+            self._batches = self._by_skipping() if self._sampler is None else self._from_position(self._sampler)
         batch = micro_batch(next(self._batches))
         left = self._left()
         self.position += min(self.batch_size * self.world_size, left)
@@ -200,8 +212,8 @@ class BatchStream:
         """Whether an epoch or the stream ends at the position."""
         return self.has_ended or (self.samples_per_epoch is not None and self.position % self.samples_per_epoch == 0)
 
-    def _from_position(self) -> Iterator[Any]:
-        self._sampler.set_position(self.position, self.rank, self.world_size, self.end)
+    def _from_position(self, sampler: SeekableSampler) -> Iterator[Any]:
+        sampler.set_position(self.position, self.rank, self.world_size, self.end)
         # The loader draws a seed for its workers; the training's own random numbers must not depend on that.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)  # the CPU's alone: GPUs' are left as they are

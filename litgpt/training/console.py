@@ -64,8 +64,8 @@ class Console:
         if self.active and sys.stdout.isatty() and sys.stderr.isatty():
             # Some terminals (of build servers) say they have no columns; nothing would be shown there.
             has_width = os.get_terminal_size(sys.stderr.fileno()).columns > 0
-            width = {"dynamic_ncols": True} if has_width else {"ncols": 100}
-            self.bar = tqdm(total=total, initial=done, unit="step", smoothing=0.1, **width)
+            width = None if has_width else 100
+            self.bar = tqdm(total=total, initial=done, unit="step", smoothing=0.1, ncols=width, dynamic_ncols=has_width)
 
     def step(self, step: int, line: str, **figures: str) -> None:
         """Report a step: by the bar's figures, or as a line."""
@@ -75,17 +75,13 @@ class Console:
             self.print(line)
             return
         self.bar.set_postfix_str(", ".join(f"{name} {value}" for name, value in figures.items()), refresh=False)
-        self._move(step)
+        _move(self.bar, step)
         self._record(line)
 
     def within_step(self, step: int, done: int, of: int) -> None:
         """Move the bar between the end of `step` and that of the next, of whose parts this many are done."""
         if self.bar is not None and done < of:
-            self._move(round(step + done / of, 2))
-
-    def _move(self, place: float) -> None:
-        self.bar.n = place
-        self.bar.update(0)
+            _move(self.bar, round(step + done / of, 2))
 
     def close_bar(self) -> None:
         if self.bar is not None:
@@ -98,3 +94,8 @@ class Console:
             return
         with open(self._file, "a", encoding="utf-8") as file:
             file.write(f"{text}\n")
+
+
+def _move(bar: tqdm, place: float) -> None:
+    bar.n = place
+    bar.update(0)

@@ -18,6 +18,9 @@ class ExactMatch(Metric):
     is_differentiable = False
     full_state_update = False
 
+    matches: Tensor
+    total: Tensor
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.add_state("matches", torch.tensor(0), dist_reduce_fx="sum")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from litgpt.parallel.ranks import all_reduce
 from litgpt.parallel.sharding import is_sharded, own_parameters
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Gradients:
         norms = _norms(present)  # (present,)
         norm = torch.linalg.vector_norm(norms)
         if self.sharded:
-            norm = self.fabric.all_reduce(norm.square(), reduce_op="sum").sqrt()
+            norm = all_reduce(self.fabric, norm.square(), "sum").sqrt()
         if not self.scaled:
             self._note(step, norm, norms, [gradient is not None for gradient in gradients])
         if max_norm is not None:
@@ -99,11 +100,13 @@ class Gradients:
         already that there was none."""
         if self.waits and self.left_out.item():
             return True
-        if not self.waits:
-            self.optimizer.found_inf = self.left_out.float()
+        if self.waits:
+            optimizer.step()
+            return False
+        given: dict[str, Any] = vars(self.optimizer)  # among which a GradScaler puts its flag
+        given["found_inf"] = self.left_out.float()
         optimizer.step()
-        if not self.waits:
-            del self.optimizer.found_inf
+        del given["found_inf"]
         return False
 
     def settle(self) -> str | None:
@@ -139,7 +142,7 @@ class Gradients:
         """In which parameters, the one nearest to the loss first: from there it spreads."""
         bad = self.bad.to(torch.int32)
         if self.sharded:
-            bad = self.fabric.all_reduce(bad, reduce_op="max")
+            bad = all_reduce(self.fabric, bad, "max")
         names = [name for name, is_bad in zip(self.names, bad.tolist(), strict=True) if is_bad]
         if not names:
             return "its norm overflows, though each parameter's does not"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,14 +17,14 @@ from torch.optim import Optimizer
 
 from litgpt.checkpoint import SaveError, atomic_directory
 from litgpt.devices.random_state import draw_apart
-from litgpt.parallel.ranks import gathered_objects
+from litgpt.parallel.ranks import all_reduce, gathered_objects
 from litgpt.training.arguments import EvalArgs, TrainArgs
 from litgpt.training.batches import BatchStream, MicroBatch
 from litgpt.training.criterion import LOSS, Criterion
 from litgpt.training.gradients import Gradients
 from litgpt.training.inputs import Inputs
 from litgpt.training.last_step import LastStep
-from litgpt.training.loss import NATS_PER_TOKEN
+from litgpt.training.loss import NATS_PER_TOKEN, loss_module
 from litgpt.training.metrics import val_column
 from litgpt.training.recorder import Recorder, figures_in_words, metrics_in_words
 from litgpt.training.run_directory import RunDirectory
@@ -35,6 +35,7 @@ from litgpt.training.validation import validate
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+    from lightning_fabric.wrappers import _FabricModule
 
 FINISHED = "finished"
 NEVER = 1 << 62
@@ -93,7 +94,7 @@ class Outcome:
 
 
 def fit(
-    fabric: Fabric, model: nn.Module, optimizer: Any, batches: BatchStream, val_batches: Sequence | Any, run: Run
+    fabric: Fabric, model: _FabricModule, optimizer: Any, batches: BatchStream, val_batches: Iterable[Any], run: Run
 ) -> Outcome:
     """Train until the first of the limits in `run.train` is reached.
 
@@ -112,8 +113,8 @@ def fit(
     train, evaluation, recorder = run.train, run.evaluation, run.recorder
     accumulation = train.accumulation(fabric.world_size)
     inner = getattr(optimizer, "optimizer", optimizer)  # the optimizer itself, without Fabric's wrapper
-    loss_module = getattr(model, "module", model)
-    gpt = loss_module.gpt
+    loss = loss_module(model)
+    gpt = loss.gpt
     progress = Progress()
     draw_apart(fabric.global_rank)
     if run.resume is not None:
@@ -130,10 +131,10 @@ def fit(
             f"eval.patience={evaluation.patience}: there is no validation data. Add some, or leave it out."
         )
     watch = LossWatch(fabric)
-    gradients = Gradients(fabric, loss_module, inner, train.skip_nonfinite or 0, progress)
+    gradients = Gradients(fabric, loss, inner, train.skip_nonfinite or 0, progress)
     count = TokenCount(fabric, progress, recorder)
 
-    def validation() -> dict[str, float]:
+    def validation() -> dict[str, float | None]:
         with recorder.off_the_clock():
             return validate_and_tell(fabric, model, val_batches, run, progress)
 
@@ -181,18 +182,18 @@ def fit(
             if logs or validates or stop:
                 check_finite(watch, gradients, run, progress)
                 count.settle()
-                loss, *figures = (sum_over_ranks(fabric, sums.sum(dim=0)) / terms).tolist()
+                mean, *figures = (all_reduce(fabric, sums.sum(dim=0), "sum") / terms).tolist()
                 norm = None if grad_norm is None else grad_norm.item()
-                row = recorder.step(progress, batches.epoch, loss=loss, learning_rate=learning_rate, grad_norm=norm)
-                row |= zip(loss_module.figures, figures, strict=True)
+                row = recorder.step(progress, batches.epoch, loss=mean, learning_rate=learning_rate, grad_norm=norm)
+                row |= zip(loss.figures, figures, strict=True)
                 if validates:
                     row |= validation()
                 recorder.write(row, progress.val_loss)
-            if validates:
-                is_best = progress.judge(row.get(run.criterion.column), run.criterion)
-                if is_best and (train.keep_best or evaluation.patience):
-                    save(run.directory.best)
-                stop = stop or out_of_patience(run, progress)
+                if validates:
+                    is_best = progress.judge(row.get(run.criterion.column), run.criterion)
+                    if is_best and (train.keep_best or evaluation.patience):
+                        save(run.directory.best)
+                    stop = stop or out_of_patience(run, progress)
             if stop is None and train.save_interval and progress.step % train.save_interval == 0:
                 save(run.directory.step(progress.step))
 
@@ -208,7 +209,7 @@ def fit(
 
 
 def accumulate_gradients(
-    fabric: Fabric, model: nn.Module, batches: list[MicroBatch], moved: Callable[[int], None] | None = None
+    fabric: Fabric, model: _FabricModule, batches: list[MicroBatch], moved: Callable[[int], None] | None = None
 ) -> tuple[Tensor, Tensor | int]:
     """Add up the gradient of one optimizer step: that of the loss per term (target token) over all micro-batches and
     ranks.
@@ -223,11 +224,11 @@ def accumulate_gradients(
         The loss and the further figures of each micro-batch, summed over this rank's terms, (micro-batches, 1 + F)
         float32; and the number of terms in all of them on all ranks.
     """
-    loss_module = getattr(model, "module", model)
-    terms: Tensor | int = sum(loss_module.num_terms(batch) for batch in batches)
+    loss = loss_module(model)
+    own_terms = sum(loss.num_terms(batch) for batch in batches)
+    terms: Tensor | int = max(own_terms, 1)
     if fabric.world_size > 1:  # stays on the device: reading it would wait for the device
-        terms = fabric.all_reduce(torch.tensor(terms, device=fabric.device), reduce_op="sum")
-    terms = max(terms, 1) if isinstance(terms, int) else terms.clamp(min=1)
+        terms = all_reduce(fabric, torch.tensor(own_terms, device=fabric.device), "sum").clamp(min=1)
     # Data-parallel training averages gradients over ranks; the sum is wanted.
     scale = fabric.world_size / terms
     sums = []
@@ -293,10 +294,6 @@ def best_line(run: Run, progress: Progress) -> str:
     return line
 
 
-def sum_over_ranks(fabric: Fabric, value: Tensor) -> Tensor:
-    return fabric.all_reduce(value.clone(), reduce_op="sum") if fabric.world_size > 1 else value
-
-
 class TokenCount:
     """Adds up the tokens of all ranks, each with batches of lengths of its own, only when the sum is asked for."""
 
@@ -315,7 +312,7 @@ class TokenCount:
             return
         tokens = self.tokens
         if self.fabric.world_size > 1:
-            tokens = int(self.fabric.all_reduce(torch.tensor(tokens, device=self.fabric.device), reduce_op="sum"))
+            tokens = int(all_reduce(self.fabric, torch.tensor(tokens, device=self.fabric.device), "sum"))
         self.progress.tokens += tokens
         self.recorder.count(self.iterations, tokens)
         self.iterations = self.tokens = 0
@@ -338,9 +335,7 @@ class LossWatch:
 
     def check(self, directory: RunDirectory) -> None:
         """Stop training if a loss seen so far was no number. Every rank must call this."""
-        first = self.first_bad
-        if self.fabric.world_size > 1:
-            first = self.fabric.all_reduce(first.clone(), reduce_op="min")
+        first = all_reduce(self.fabric, self.first_bad, "min")
         if int(first) == NEVER:
             self.unchecked.clear()
             return
@@ -375,16 +370,16 @@ def what_to_do(directory: RunDirectory) -> str:
 
 
 def validate_and_tell(
-    fabric: Fabric, model: nn.Module, val_batches: Any, run: Run, progress: Progress
-) -> dict[str, float]:
+    fabric: Fabric, model: _FabricModule, val_batches: Iterable[Any], run: Run, progress: Progress
+) -> dict[str, float | None]:
     """Validate, have the model write what is wanted of it, and print both; the columns of the record."""
-    start, console, loss_module = time.perf_counter(), run.recorder.console, getattr(model, "module", model)
+    start, console, module = time.perf_counter(), run.recorder.console, loss_module(model)
     loss, *values = validate(fabric, model, val_batches, run.evaluation.max_iters)
     progress.val_loss = loss
     seconds = time.perf_counter() - start
-    figures = dict(zip(loss_module.figures, values, strict=True))
+    figures = dict(zip(module.figures, values, strict=True))
     shown = figures_in_words(figures)
-    if loss_module.unit == NATS_PER_TOKEN:
+    if module.unit == NATS_PER_TOKEN:
         shown = f", perplexity: {math.exp(loss):.2f}" if loss < 100 else ", perplexity: huge"
     console.print(f"step {progress.step} | loss val: {loss:.3f}{shown} | val time: {seconds:.2f} s")
     generated = Generated() if run.generate is None else run.generate()

@@ -45,6 +45,13 @@ class LossModule(nn.Module):
         return batch.num_targets
 
 
+def loss_module(model: nn.Module) -> LossModule:
+    """The loss that `fit` trains, within what Fabric has made of it."""
+    module = getattr(model, "module", model)
+    assert isinstance(module, LossModule)
+    return module
+
+
 class NextTokenLoss(LossModule):
     """The cross-entropy of the next token; its terms are the target tokens."""
 
@@ -146,6 +153,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_output,) = grad_outputs
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place, so they serve once
         return None, None, None, *(g.mul_(grad_output) for g in gradients)

@@ -50,9 +50,17 @@ class MuonWithAdamW(Optimizer):
         both = {"lr": lr, "weight_decay": weight_decay}
         self._parts: list[Optimizer] = []
         if matrices:
-            settings = {"ns_coefficients": ns_coefficients, "eps": eps, "ns_steps": ns_steps}
-            settings |= {"momentum": momentum, "nesterov": nesterov, "adjust_lr_fn": adjust_lr_fn}
-            self._parts.append(torch.optim.Muon(matrices, **both, **settings))
+            muon = torch.optim.Muon(
+                matrices,
+                **both,
+                momentum=momentum,
+                nesterov=nesterov,
+                ns_coefficients=ns_coefficients,
+                eps=eps,
+                ns_steps=ns_steps,
+                adjust_lr_fn=adjust_lr_fn,
+            )
+            self._parts.append(muon)
         if rest:
             self._parts.append(torch.optim.AdamW(rest, **both, betas=betas))
         super().__init__([group for part in self._parts for group in part.param_groups], both)

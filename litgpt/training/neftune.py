@@ -7,15 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from litgpt.training.loss import LossModule
 
-def add_noise(model: nn.Module, alpha: float | None) -> None:
+
+def add_noise(model: LossModule, alpha: float | None) -> None:
     """In training, add uniform noise of up to alpha / sqrt(L C) to what the embedding gives, L tokens of C values.
 
     L is the length of a row, as in the paper's own code; in packed rows it is that of each document, so that packing
     does not make the noise smaller. The noise comes from torch's global generator, whose state a checkpoint holds.
 
     Args:
-        model: Holds a GPT as `gpt`; its forward takes `document_ids` (B, T) where rows are packed.
+        model: The loss that is trained; its forward takes `document_ids` (B, T) where rows are packed.
         alpha: The strength; None adds no noise.
     """
     if alpha is None:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from litgpt.adaptation.lora import lora_layers
 from litgpt.model import IGNORE_INDEX
+from litgpt.parallel.ranks import all_reduce
 from litgpt.training.batches import MicroBatch, micro_batch
 from litgpt.training.loss import LossModule, rows_per_chunk
 from litgpt.training.validation import share_out
@@ -225,6 +226,7 @@ def reference_log_probs(fabric: Fabric, model: nn.Module, batches: Iterable, num
     for batch in share_out(map(micro_batch, batches), fabric.global_rank, fabric.world_size):
         on_device = batch.to(fabric.device)
         values = model(on_device.idx, on_device.targets, log_probs_alone=True, **on_device.inputs).to(found.dtype)
+        assert batch.samples is not None  # each pair has its number
         found.view(-1, 2)[batch.samples[::2, 0].to(fabric.device)] = values.view(-1, 2)
     model.train(was_training)
-    return (fabric.all_reduce(found, reduce_op="sum") if fabric.world_size > 1 else found).cpu()
+    return all_reduce(fabric, found, "sum").cpu()

@@ -175,7 +175,7 @@ class RunDirectory:
                     "checkpoint directory, or resume=auto to start afresh where there is none."
                 )
             return newest
-        path = Path(resume)
+        path = Path(str(resume))
         path = path.parent if path.is_file() else path
         if path.is_dir() and not (path / STATE_FILE).is_file() and (inner := RunDirectory(path)).newest():
             newest = inner.newest(check)

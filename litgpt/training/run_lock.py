@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from datetime import datetime
@@ -17,7 +18,8 @@ LOCK_FILE = ".lock"
 _HELD_BY_ANOTHER = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 _FAR = 1 << 30  # Windows lets nobody read bytes that are locked; who holds the lock is to be read
 
-_Given, _Returned = ParamSpec("_Given"), TypeVar("_Returned")
+_Given = ParamSpec("_Given")
+_Returned = TypeVar("_Returned")
 # By the file's identity. To open and close a file that this process has locked would let go of the lock.
 _held: dict[tuple[int, int], RunLock] = {}
 
@@ -148,15 +150,15 @@ def unlocks_at_end(function: Callable[_Given, _Returned]) -> Callable[_Given, _R
 
 
 def _lock_file(descriptor: int) -> None:
-    try:
-        import fcntl
-    except ImportError:
+    if sys.platform == "win32":
         import msvcrt
 
         os.lseek(descriptor, _FAR, os.SEEK_SET)
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         os.lseek(descriptor, 0, os.SEEK_SET)
         return
+    import fcntl
+
     fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 

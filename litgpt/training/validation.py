@@ -7,9 +7,11 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from litgpt.parallel.ranks import all_reduce
 from litgpt.training.batches import MicroBatch, micro_batch
+from litgpt.training.loss import loss_module
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -28,18 +30,19 @@ def validate(fabric: Fabric, model: nn.Module, batches: Iterable, max_batches: i
     """
     was_training = model.training
     model.eval()
-    loss_module = getattr(model, "module", model)
-    total = torch.zeros(2 + len(loss_module.figures), dtype=torch.float64)  # terms, loss, figures
-    sums = []
-    rows = loss_module.gpt.config.padded_vocab_size
+    loss = loss_module(model)
+    total = torch.zeros(2 + len(loss.figures), dtype=torch.float64)  # terms, loss, figures
+    sums: list[Tensor] = []
+    rows = loss.gpt.config.padded_vocab_size
     read = (micro_batch(batch).checked(rows) for batch in islice(batches, max_batches))
     for batch in share_out(read, fabric.global_rank, fabric.world_size):
-        total[0] += loss_module.num_terms(batch)
+        total[0] += loss.num_terms(batch)
         on_device = batch.to(fabric.device)
         sums.append(model(on_device.idx, on_device.targets, **on_device.inputs).float().reshape(-1))
     if sums:
         total[1:] = torch.stack(sums).cpu().double().sum(dim=0)
-    total = _sum_over_ranks(fabric, total)
+    if fabric.world_size > 1:  # MPS has no float64, and never more than one device
+        total = all_reduce(fabric, total.to(fabric.device), "sum").cpu()
     model.train(was_training)
     if total[0] == 0:
         raise ValueError(
@@ -60,10 +63,3 @@ def share_out(batches: Iterable[MicroBatch], rank: int, world_size: int) -> Iter
             group = []
     if group:
         yield group[rank] if rank < len(group) else group[0].without_targets()
-
-
-def _sum_over_ranks(fabric: Fabric, values: torch.Tensor) -> torch.Tensor:
-    if fabric.world_size == 1:
-        return values
-    # MPS has no float64; there is only ever one MPS device, so this is reached on cuda and cpu alone.
-    return fabric.all_reduce(values.to(fabric.device), reduce_op="sum").cpu()
