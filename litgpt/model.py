@@ -532,7 +532,7 @@ class Router(nn.Linear):
         with torch.autocast(input.device.type, enabled=False):
             return F.linear(input.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         before = self.e_score_correction_bias
         super()._apply(fn, recurse)
         after = self.e_score_correction_bias
@@ -652,7 +652,7 @@ class RotaryEmbedding(nn.Module):
             rotations = [Rotation(cos, sin, scale)]
         return [*rotations, None]
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
         self.frequencies = rope_frequencies(self.config)[0].to(fn(self.frequencies).device)
         return self
 

@@ -16,15 +16,16 @@ import zipfile
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from io import BytesIO
+from io import BytesIO, FileIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from litgpt.checkpoint.weights import Release
 
+_Part = TypeVar("_Part")
 _ALIGNMENT = 64  # torch's own, so that a mapped tensor of any type is aligned
 _CHUNK = 4 * 2**20
 _ZIP_HEADER = 30
@@ -72,20 +73,20 @@ class _WriteBehind:
     What fails is raised by a later call, at the latest when the file is left.
     """
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: FileIO) -> None:
         self.file = file
         self.thread = ThreadPoolExecutor(1)
         self.pending: deque[Future] = deque()
 
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         self.then(self._write_all, memoryview(data).cast("B"))
         return len(data)
 
-    def then(self, function: Callable, *arguments: Any) -> None:
+    def then(self, function: Callable[[_Part], None], part: _Part) -> None:
         """Has the thread call a function when everything before is written."""
         while len(self.pending) >= 4:
             self.pending.popleft().result()
-        self.pending.append(self.thread.submit(function, *arguments))
+        self.pending.append(self.thread.submit(function, part))
 
     def _write_all(self, data: memoryview) -> None:
         while data:
@@ -154,7 +155,7 @@ class _StateDictWriter:
                 if self.release:
                     self.file.then(self.release, part)
 
-    def _open(self, record: str, size: int) -> Any:
+    def _open(self, record: str, size: int) -> IO[bytes]:
         """Opens a record whose content begins at a multiple of 64 bytes, filled up by an extra field of the header."""
         info = zipfile.ZipInfo(record)
         zip64 = size >= zipfile.ZIP64_LIMIT

@@ -28,7 +28,7 @@ class Collector:
         reads_files: Whether a group's value may be the path of a file that holds it.
     """
 
-    def __init__(self, signature: Signature, origin: str = "", *, reads_files: bool = True):
+    def __init__(self, signature: Signature, origin: str = "", *, reads_files: bool = True) -> None:
         self.signature, self.reads_files = signature, reads_files
         self.origin = f"{origin}: " if origin else "--"
         self.layer: Layer = {}

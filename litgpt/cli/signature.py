@@ -58,7 +58,7 @@ class Parameter:
 class Signature:
     """The parameters of a command's function."""
 
-    def __init__(self, function: Callable[..., Any]):
+    def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         hints = typing.get_type_hints(function)
         self.parameters = {

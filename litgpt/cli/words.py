@@ -39,7 +39,7 @@ def split(argv: list[str], signature: Signature) -> Arguments:
 
 
 class _Splitter:
-    def __init__(self, argv: list[str], signature: Signature):
+    def __init__(self, argv: list[str], signature: Signature) -> None:
         self.words = list(argv)
         self.signature = signature
         self.positionals = list(signature.positionals)

@@ -151,7 +151,8 @@ def setup(
 
     content = {**data.content(), "seed": data.settings().get("seed")}
     spec, world_size = job.optimizer_spec, job.world_size
-    inputs = Inputs.of(job.settings, content, config, tokenizer, spec, world_size, length_of_a_sequence=tokens)
+    length = {"the length of a sequence": tokens}
+    inputs = Inputs.of(job.settings, content, config, tokenizer, spec, world_size, length)
     generate = sample if tokenizer and evaluation.max_new_tokens else None
     outcome = job.fit(model, optimizer, save, inputs, generate=generate)
 

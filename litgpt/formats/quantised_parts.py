@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from litgpt.checkpoint import Release
 from litgpt.model import GPT
 from litgpt.quantization import block_weight
-from litgpt.quantization.layers import SAVED_KINDS, QuantizedLinear, is_quantized, kind_of, quantized_layers
+from litgpt.quantization.layers import (
+    SAVED_KINDS,
+    QuantizedLinear,
+    is_quantized,
+    kind_of,
+    quantized_layers,
+    quantized_linears,
+)
 from litgpt.quantization.weight_only import Int4Weight
 
 KIND = "quantize"
@@ -66,7 +73,7 @@ def quantised_stream(weights: Iterable[Named], model: GPT, release: Release) -> 
         release: Called with the parts of a weight that have been quantised.
     """
     yield from _kind_record(kind_of(model))
-    layers, likes = dict(quantized_layers(model)), model.state_dict()
+    layers, likes = dict(quantized_linears(model)), model.state_dict()
     previous, converted = None, None
     for name, tensor in weights:
         layer = layers.get(name.removesuffix(".weight"))

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from tqdm import tqdm
 
@@ -39,14 +39,22 @@ class RemoteFile:
         """What it is called on the disk until it is whole: never mixed with another version of itself."""
         return f".{self.name.replace('/', '--')}.{(self.digest or str(self.size))[:12]}.incomplete"
 
-    def hasher(self) -> Any:
+    def hasher(self) -> "Hasher":
         """A hash to feed with the content."""
         if self.digest is not None and len(self.digest) == 64:
             return hashlib.sha256()
         return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
 
-    def matches(self, hasher: Any) -> bool:
+    def matches(self, hasher: "Hasher") -> bool:
         return self.digest in (None, hasher.hexdigest())
+
+
+class Hasher(Protocol):
+    """A hash of `hashlib`, whose module does not name the type."""
+
+    def update(self, data: bytes, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
 
 
 File = TypeVar("File", bound=RemoteFile)

@@ -10,7 +10,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from copy import copy
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -76,34 +76,41 @@ def connect_blocks(gpt: GPT, places: Sequence[int], devices: Sequence[torch.devi
     gpt.transformer.ln_f.register_forward_pre_hook(movers[0].move_input)
 
 
+Shared = TypeVar("Shared")
+
+
 class Mover:
     """Brings what a device's blocks read to it; what they have in common (who sees whom, rotations) once in a call."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._moved: deque[tuple[Any, Any]] = deque(maxlen=KINDS)
+        self._moved: deque[tuple[Any, Any]] = deque(maxlen=KINDS)  # pairs of one type each
 
     def move_block(self, block: nn.Module, args: tuple) -> tuple:
         """Before each block."""
         x, rotation, plan, *cache = args
-        return x.to(self.device), self._once(rotation), self._once(plan), *cache
+        return x.to(self.device), self._once(rotation, self._rotation), self._once(plan, self._plan), *cache
 
     def move_input(self, module: nn.Module, args: tuple) -> tuple:
         return (args[0].to(self.device),)
 
-    def _once(self, value: Rotation | AttentionPlan | None) -> Any:
+    def _once(self, value: Shared, copied: Callable[[Shared], Shared]) -> Shared:
         for original, moved in self._moved:
             if original is value:
                 return moved
-        self._moved.append((value, self._copy(value)))
-        return self._moved[-1][1]
+        moved = copied(value)
+        self._moved.append((value, moved))
+        return moved
 
-    def _copy(self, value: Rotation | AttentionPlan | None) -> Any:
-        if isinstance(value, Rotation):
-            cos, sin, scale = value
-            return Rotation(cos.to(self.device), sin.to(self.device), None if scale is None else scale.to(self.device))
-        moved = copy(value)
-        for name, part in ({} if value is None else vars(value)).items():
+    def _rotation(self, rotation: Rotation | None) -> Rotation | None:
+        if rotation is None:
+            return None
+        cos, sin, scale = rotation
+        return Rotation(cos.to(self.device), sin.to(self.device), None if scale is None else scale.to(self.device))
+
+    def _plan(self, plan: AttentionPlan) -> AttentionPlan:
+        moved = copy(plan)
+        for name, part in vars(plan).items():
             if isinstance(part, Tensor):
                 setattr(moved, name, part.to(self.device))
         return moved

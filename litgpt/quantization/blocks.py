@@ -198,6 +198,15 @@ def _pack_scales(scales: Tensor, minimums: Tensor) -> Tensor:
     return torch.cat((low | high >> 4 << 6, low_minimums | high_minimums >> 4 << 6, third), dim=1)
 
 
+def _pack_factors(levels: Levels) -> tuple[Tensor, Tensor, Tensor]:
+    """The bytes of the two numbers of each block, and of the scales and minimums of its groups."""
+    scales, minimum, minimums = levels.scales, levels.minimum, levels.minimums
+    assert scales is not None
+    assert minimum is not None
+    assert minimums is not None
+    return _half(levels.scale), _half(minimum), _pack_scales(scales, minimums)
+
+
 def _unpack_q4_k(blocks: Tensor) -> Levels:
     scale, minimum = _halves(blocks[:, :4])
     scales, minimums = _unpack_scales(blocks[:, 4:16])
@@ -206,8 +215,7 @@ def _unpack_q4_k(blocks: Tensor) -> Levels:
 
 def _pack_q4_k(levels: Levels) -> Tensor:
     codes = _put_together(levels.codes.flatten(1), _NIBBLES, pieces=4)
-    numbers = _half(levels.scale), _half(levels.minimum), _pack_scales(levels.scales, levels.minimums)
-    return torch.cat((*numbers, codes), dim=1)
+    return torch.cat((*_pack_factors(levels), codes), dim=1)
 
 
 def _unpack_q5_k(blocks: Tensor) -> Levels:
@@ -219,8 +227,8 @@ def _unpack_q5_k(blocks: Tensor) -> Levels:
 
 def _pack_q5_k(levels: Levels) -> Tensor:
     codes = levels.codes.flatten(1).to(torch.uint8)
-    numbers = _half(levels.scale), _half(levels.minimum), _pack_scales(levels.scales, levels.minimums)
-    return torch.cat((*numbers, _put_together(codes >> 4, _BITS), _put_together(codes & 15, _NIBBLES, pieces=4)), dim=1)
+    data = _put_together(codes >> 4, _BITS), _put_together(codes & 15, _NIBBLES, pieces=4)
+    return torch.cat((*_pack_factors(levels), *data), dim=1)
 
 
 def _unpack_q6_k(blocks: Tensor) -> Levels:
@@ -230,6 +238,7 @@ def _unpack_q6_k(blocks: Tensor) -> Levels:
 
 
 def _pack_q6_k(levels: Levels) -> Tensor:
+    assert levels.scales is not None
     codes = (levels.codes + 32).flatten(1).to(torch.uint8)
     data = _put_together(codes & 15, _NIBBLES, pieces=2), _put_together(codes >> 4, _PAIRS, pieces=2)
     return torch.cat((*data, levels.scales.to(torch.int8).view(torch.uint8), _half(levels.scale)), dim=1)

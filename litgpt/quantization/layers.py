@@ -295,7 +295,8 @@ def replace_linears(model: GPT, kind: str, dtype: torch.dtype) -> None:
 
 def _replace_embedding(model: GPT, dtype: torch.dtype) -> None:
     table = model.transformer.wte.weight
-    embedding = BlockEmbedding(*table.shape, dtype)
+    num_embeddings, width = table.shape
+    embedding = BlockEmbedding(num_embeddings, width, dtype)
     if not table.is_meta:
         embedding.load_weight(table.detach())
     replace_module(model, "transformer.wte", embedding)
@@ -318,6 +319,11 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear | 
     """The quantised layers, and the embedding where it is quantised, and their names."""
     kinds = (QuantizedLinear, BlockEmbedding)
     return ((name, module) for name, module in model.named_modules() if isinstance(module, kinds))
+
+
+def quantized_linears(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
+    """The quantised linear layers and their names."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLinear))
 
 
 def kind_of(model: nn.Module) -> str | None:

@@ -233,8 +233,10 @@ class Finetuning(Job):
             self.tokenizer,
             self.optimizer_spec,
             self.world_size,
-            length_of_a_packed_row=self.tokens if self.data.pack else None,
-            frozen_weights=self.base_digest if counts else None,
+            {
+                "the length of a packed row": self.tokens if self.data.pack else None,
+                "the frozen weights": self.base_digest if counts else None,
+            },
         )
 
 

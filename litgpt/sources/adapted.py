@@ -11,12 +11,11 @@ from torch import Tensor
 from litgpt.adaptation.adapter import load_adapter, read_adapter
 from litgpt.adaptation.lora import LORA_WEIGHTS, LoRASettings, merged_weights, read_lora
 from litgpt.checkpoint import copy_companion_files, fill_companion_files, holds_tokenizer, is_peft_alone
-from litgpt.formats.quantised_parts import Parts
 from litgpt.model import GPT
 from litgpt.sources.kept import kept_directory
 from litgpt.sources.peft import import_peft
 from litgpt.sources.peft_files import base_of_peft
-from litgpt.sources.source import HEAD, Named, Source, Watch
+from litgpt.sources.source import HEAD, Form, Named, Source, Watch
 
 
 class AdaptedSource(Source):
@@ -75,7 +74,7 @@ class AdapterSource(AdaptedSource):
         self.adapter, _ = read_adapter(adapter)
         self.quantized, self.note = base.quantized, base.note
 
-    def forms(self, kind: str | None) -> Iterator[tuple[str, Tensor | Parts]]:
+    def forms(self, kind: str | None) -> Iterator[tuple[str, Form]]:
         return self.base.forms(kind)
 
     def load_into(self, model: GPT, watch: Watch = iter) -> None:

@@ -24,7 +24,7 @@ from litgpt.formats.quantised_parts import (
 )
 from litgpt.quantization.layers import (
     QuantizedLinear,
-    quantized_layers,
+    quantized_linears,
     same_form,
 )
 from litgpt.sources.fit import LEARNED, compare_shapes, excess, first_dtype, left_out, misfit, same_values, says_tied
@@ -64,7 +64,7 @@ class LitSource(Source):
                 del self.tensors[name]
         if self.quantized is not None:
             problems += compare_types(wanted, self.tensors, weights.name)
-            self.layers = {f"{name}.weight": layer for name, layer in quantized_layers(model)}
+            self.layers = {f"{name}.weight": layer for name, layer in quantized_linears(model)}
         if problems:
             raise ValueError(misfit(weights, f"'{self.files if base else path / CONFIG}'", problems))
 

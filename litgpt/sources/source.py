@@ -10,17 +10,15 @@ from torch import Tensor
 
 from litgpt.cli.plural import counted
 from litgpt.config import Config
-from litgpt.formats.quantised_parts import (
-    Parts,
-    fill,
-)
+from litgpt.formats.quantised_parts import Parts, fill
 from litgpt.model import GPT
-from litgpt.quantization.block_weight import BlockMatrix
-from litgpt.quantization.layers import is_quantized, kind_of, quantized_layers
+from litgpt.quantization.block_weight import BlockMatrix, BlockWeight
+from litgpt.quantization.layers import QuantizedLinear, is_quantized, kind_of, quantized_layers
 from litgpt.sources.fit import compare_shapes, rows_at_once
 
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 Named = tuple[str, Tensor]
+Form = Tensor | Parts | BlockMatrix
 Place = torch.device | str | Callable[[str], torch.device]
 Watch = Callable[[Iterator[tuple[str, Any]]], Iterator[tuple[str, Any]]]
 
@@ -64,7 +62,7 @@ class Source(ABC):
         asked for. Tied embeddings come right after one another, as one tensor under both names.
         """
 
-    def forms(self, kind: str | None) -> Iterator[tuple[str, Tensor | Parts | BlockMatrix]]:
+    def forms(self, kind: str | None) -> Iterator[tuple[str, Form]]:
         """As `weights`, for a model quantised as `kind`: a weight that is here in that form comes as its parts."""
         return self.weights()
 
@@ -99,12 +97,16 @@ class Source(ABC):
         filled: set[int] = set()
         with torch.no_grad():
             for name, tensor in watch(self.forms(kind_of(model))):
+                layer = quantized.get(name)
                 if isinstance(tensor, BlockMatrix):
-                    quantized[name].quantized.take(tensor)
+                    weight = quantized[name].quantized
+                    assert isinstance(weight, BlockWeight)
+                    weight.take(tensor)
                 elif not isinstance(tensor, Tensor):
-                    fill(quantized[name], tensor, self.release)
-                elif name in quantized:
-                    quantized[name].load_weight(tensor, self.release)
+                    assert isinstance(layer, QuantizedLinear)
+                    fill(layer, tensor, self.release)
+                elif layer is not None:
+                    layer.load_weight(tensor, self.release)
                 # A tied weight of the model is one tensor under two names: fill it once.
                 elif targets[name].data_ptr() not in filled:
                     self._copy(tensor, targets[name])

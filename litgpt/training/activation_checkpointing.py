@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from litgpt.model import GPT, Block
+
+_Returned = TypeVar("_Returned")
 
 
 def checkpoint_blocks(gpt: GPT, choice: str | int) -> None:
@@ -31,9 +33,9 @@ def checkpointed_blocks(gpt: GPT, choice: str | int) -> list[Block]:
     return [] if choice == "none" else list(gpt.transformer.h)[:: 1 if choice == "full" else int(choice)]
 
 
-def _computed_again(forward: Callable) -> Callable:
+def _computed_again(forward: Callable[..., _Returned]) -> Callable[..., _Returned]:
     @wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> _Returned:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)  # draws the same random numbers again

@@ -55,7 +55,7 @@ class Inputs:
         tokenizer: Tokenizer | None,
         optimizer: OptimizerSpec,
         num_devices: int,
-        **more: Any,
+        parts: Mapping[str, Any],
     ) -> Inputs:
         """Put it together.
 
@@ -66,7 +66,7 @@ class Inputs:
             tokenizer: None where there is none.
             optimizer: As it is built.
             num_devices: On all nodes.
-            more: Further parts, in words with _ for a space, which a resume must leave as they were.
+            parts: What else a resume must leave as it was, by its name in words.
         """
         given = {name: value for name, value in plain(dict(settings)).items() if name not in _ELSEWHERE}
         given |= {"optimizer": plain(optimizer.init_args), "data": {"seed": data.get("seed")}}
@@ -77,7 +77,7 @@ class Inputs:
         fixed |= {"the tokenizer": tokenizer and tokenizer.fingerprint()[:16]}
         fixed |= {"the training data": data.get("train")}
         free |= {"the validation data": data.get("val"), "the number of devices": num_devices}
-        fixed |= {f"the {name.replace('_', ' ')}": value for name, value in more.items()}
+        fixed |= parts
         return cls(fixed, free)
 
     def saved(self) -> dict[str, Any]:

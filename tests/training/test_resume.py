@@ -230,7 +230,7 @@ FREE = {
 }
 
 
-def inputs_of(settings=None, data=None, config=None, init_args=None, devices=1, **more):
+def inputs_of(settings=None, data=None, config=None, init_args=None, devices=1, parts=None):
     from litgpt.config import Config
     from litgpt.training.inputs import Inputs
     from litgpt.training.optimizers import OptimizerSpec
@@ -242,7 +242,7 @@ def inputs_of(settings=None, data=None, config=None, init_args=None, devices=1, 
         None,
         OptimizerSpec("AdamW", {"lr": 1e-3, "weight_decay": 0.1, **(init_args or {})}),
         devices,
-        **{"frozen_weights": "abc", "length_of_a_sequence": 32, **more},
+        {"the frozen weights": "abc", "the length of a sequence": 32, **(parts or {})},
     )
 
 
@@ -253,8 +253,8 @@ def inputs_of(settings=None, data=None, config=None, init_args=None, devices=1, 
         ({"data": {"train": "10 tokens (c)"}}, "the training data"),
         ({"data": {"seed": 4}}, "--data.seed"),
         ({"config": {"norm_eps": 1e-4}}, "model_config.norm_eps"),
-        ({"frozen_weights": "abd"}, "the frozen weights"),
-        ({"length_of_a_sequence": 16}, "the length of a sequence"),
+        ({"parts": {"the frozen weights": "abd"}}, "the frozen weights"),
+        ({"parts": {"the length of a sequence": 16}}, "the length of a sequence"),
     ],
 )
 def test_each_input_that_must_stay_is_compared(changed, name):
