@@ -84,7 +84,3 @@ def test_the_citation_is_of_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()  # what the format asks for
     assert citation["version"] == litgpt.__version__
-
-
-def test_type_checkers_are_told_that_the_package_is_typed():
-    assert (ROOT / "litgpt/py.typed").is_file()
