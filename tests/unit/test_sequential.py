@@ -27,8 +27,8 @@ def test_an_engine_batches_over_several_devices(bases, monkeypatch):
     requests = [Request(prompt, 30, Sampling(0.8, seed=index)) for index, prompt in enumerate(PROMPTS)]
     expected = Engine(model).complete(requests)
     copies, calls, blocks = Counter(), [], []
-    real = Mover._copy
-    monkeypatch.setattr(Mover, "_copy", lambda self, value: copies.update([type(value)]) or real(self, value))
+    real = Mover._plan
+    monkeypatch.setattr(Mover, "_plan", lambda self, plan: copies.update([type(plan)]) or real(self, plan))
     model.transformer["wte"].register_forward_hook(lambda *_: calls.append(1))
     connect_blocks(model, [0, 0, 1, 2, 2], [CPU] * 3)
     model.transformer["h"][4].register_forward_hook(lambda *_: blocks.append(1))
