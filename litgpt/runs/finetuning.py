@@ -6,9 +6,9 @@ import inspect
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from litgpt import cli
@@ -40,6 +40,9 @@ from litgpt.training.inputs import Inputs, new_digest, sampled
 from litgpt.training.loop import Generated, Outcome
 from litgpt.training.preference import PreferenceLoss
 from litgpt.training.state import Saved
+
+if TYPE_CHECKING:
+    from lightning_fabric.wrappers import _FabricModule
 
 NEEDS_LESS = "--train.micro_batch_size, --train.max_seq_length, finetune_lora, --quantize"
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -190,7 +193,7 @@ class Finetuning(Job):
         default = inspect.signature(self.optimizer_spec.load_class()).parameters["lr"].default
         return float(self.optimizer_spec.init_args.get("lr", default))
 
-    def train(self, model: nn.Module, optimizer: Optimizer, save_weights: Save, saved: Saved) -> Outcome:
+    def train(self, model: _FabricModule, optimizer: Optimizer, save_weights: Save, saved: Saved) -> Outcome:
         """Train, and have the model answer validation samples on the way.
 
         Args:

@@ -56,6 +56,7 @@ from litgpt.training.state import Saved
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+    from lightning_fabric.wrappers import _FabricModule
 
 Save = Callable[[Path, dict[str, Tensor]], None]
 """Writes the weights of a checkpoint, and all that belongs to them, into an empty directory"""
@@ -210,7 +211,7 @@ class Job:
         ):
             self.console.print(line)
 
-    def set_up(self, loss: LossModule) -> nn.Module:
+    def set_up(self, loss: LossModule) -> _FabricModule:
         """Bring the model, inside its loss, onto the devices, with its blocks checkpointed and compiled as asked for.
 
         Returns:
@@ -234,7 +235,7 @@ class Job:
 
     def fit(
         self,
-        model: nn.Module,
+        model: _FabricModule,
         optimizer: Optimizer,
         save: Save,
         inputs: Inputs,

@@ -95,7 +95,7 @@ class Gradients:
         self.ended_at = torch.where(~ended & (self.in_row > self.allowed), step, self.ended_at)
         self.left_out = ~finite | (self.ended_at > 0)
 
-    def step(self, optimizer: Any) -> bool:
+    def step(self, optimizer: Optimizer) -> bool:
         """Have the optimizer (with Fabric's wrapper) make its update, if the gradient allows. True where it is known
         already that there was none."""
         if self.waits and self.left_out.item():

@@ -94,7 +94,12 @@ class Outcome:
 
 
 def fit(
-    fabric: Fabric, model: _FabricModule, optimizer: Any, batches: BatchStream, val_batches: Iterable[Any], run: Run
+    fabric: Fabric,
+    model: _FabricModule,
+    optimizer: Optimizer,
+    batches: BatchStream,
+    val_batches: Iterable[Any],
+    run: Run,
 ) -> Outcome:
     """Train until the first of the limits in `run.train` is reached.
 
