@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-
 MAX_SEED = 2**63 - 1  # torch keeps a seed in 64 bits
 
 
