@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,31 +87,115 @@ class Ring:
 class LayerCache:
     """What one layer remembers: tensors of shape (B, slots, G, D), in slots shared by the layers of its kind.
 
-    A cache that remembers otherwise is a subclass with an `update` of its own; `GPT.layer_cache` puts it to use.
+    A cache that remembers otherwise is a subclass with an `update` of its own, or with `memory`, `encode` and `decode`;
+    `GPT.layer_cache` puts it to use.
+
+    Attributes:
+        kind: What users call it (`--kv_cache`); None for the plain one, and for one of somebody's own.
+        tensors: What is kept, each (B, slots, ...).
     """
+
+    kind: str | None = None
 
     def __init__(self, ring: Ring, tensors: Sequence[Tensor]) -> None:
         self.ring = ring
         self.tensors = tensors
 
+    @staticmethod
+    def memory(slots: torch.Size, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: Any) -> list[Tensor]:
+        """What is kept of an empty cache.
+
+        Args:
+            slots: (B, slots).
+            shapes: (G, D) of each tensor of a token.
+            dtype: The type that the model computes in.
+            device: Where it goes.
+        """
+        # Zeros, not empty: a masked slot is multiplied by 0, which must not meet a NaN.
+        return [torch.zeros(*slots, *shape, dtype=dtype, device=device) for shape in shapes]
+
     def update(self, plan: AttentionPlan, *new: Tensor) -> tuple[Tensor, ...]:
         """Stores tensors (B, T, G, D) of this call and returns those to attend to, (B, S, G, D)."""
-        read = new
         rows, chosen = self.ring.indices(self.tensors[0].device)
+        kept = self.encode(new)
+        read = self.decode(kept, new)
         if plan.reads == "both":
-            pairs = zip(self.tensors, new, strict=True)
-            read = tuple(torch.cat((stored[chosen].to(fresh.dtype), fresh), dim=1) for stored, fresh in pairs)
-        for stored, fresh in zip(self.tensors, new, strict=True):
+            earlier = self.decode([stored[chosen] for stored in self.tensors], new)
+            read = tuple(
+                torch.cat((stored.to(fresh.dtype), fresh), dim=1) for stored, fresh in zip(earlier, read, strict=True)
+            )
+        for stored, fresh in zip(self.tensors, kept, strict=True):
             stored[rows, plan.slots] = fresh.detach().to(stored.dtype)
         if plan.reads == "cache":
-            read = tuple(stored[chosen, : plan.read_length] for stored in self.tensors)
+            read = self.decode([stored[chosen, : plan.read_length] for stored in self.tensors], new)
         return read
+
+    def encode(self, new: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What is kept of tensors (B, T, G, D), one for each of `tensors`."""
+        return new
+
+    def decode(self, kept: Sequence[Tensor], like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What attention sees, (B, S, G, D), of what is kept; `like` are tensors of the types that suit it."""
+        return tuple(kept)
 
     def select(self, ring: Ring) -> "LayerCache":
         """The same memory, with the rows of this ring."""
         selected = copy(self)
         selected.ring = ring
         return selected
+
+
+class Int8LayerCache(LayerCache):
+    """Keys and values in 8 bits, with a scale for each token and head; de-quantised where attention reads them.
+
+    A value is off by at most half of its scale, which is the largest size of the D values that share it, / 127. The
+    tokens of a call see one another as later ones will see them, so that an answer depends neither on the chunks in
+    which a prompt is prefilled nor on what of it is known already.
+
+    Attributes:
+        tensors: Of each tensor of a token the codes (B, slots, G, D), int8, and their scales (B, slots, G).
+    """
+
+    kind = "int8"
+
+    @staticmethod
+    def memory(slots: torch.Size, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: Any) -> list[Tensor]:
+        tensors = []
+        for heads, size in shapes:
+            tensors.append(torch.zeros(*slots, heads, size, dtype=torch.int8, device=device))
+            tensors.append(torch.zeros(*slots, heads, dtype=dtype, device=device))
+        return tensors
+
+    def encode(self, new: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [part for fresh in new for part in to_int8(fresh, self.tensors[1].dtype)]
+
+    def decode(self, kept: Sequence[Tensor], like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        parts = zip(kept[::2], kept[1::2], like, strict=True)
+        return tuple((codes * scales[..., None]).to(fresh.dtype) for codes, scales, fresh in parts)
+
+
+def to_int8(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(..., D) values -> codes (..., D), int8, and scales (...) of a type: the values are about their product."""
+    values = values.float()
+    # The codes are for the scale as it is rounded.
+    scale = (values.abs().amax(dim=-1) / 127).clamp(min=torch.finfo(dtype).tiny).to(dtype)
+    return (values / scale.float()[..., None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+KINDS: dict[str, type[LayerCache]] = {"int8": Int8LayerCache}
+
+
+def layer_cache_of(kind: str | None) -> type[LayerCache]:
+    """What the layers of a cache are made of, of what users call it; None is the plain one.
+
+    Raises:
+        ValueError: There is no such kind.
+    """
+    if kind is None:
+        return LayerCache
+    if kind not in KINDS:
+        raise ValueError(f"--kv_cache {kind} is unknown. Give {' or '.join(KINDS)}, or leave it out.")
+    return KINDS[kind]
 
 
 class LayerShape(NamedTuple):
@@ -151,12 +235,11 @@ class KVCache:
         self.lengths = torch.full((batch_size, 1), max_length, dtype=torch.int64, device=device)
         self.windows = [layer.window for layer in layers]
         self.rings = self._rings(batch_size, max_length, device)
-        # Zeros, not empty: a masked slot is multiplied by 0, which must not meet a NaN.
+        self.dtype = dtype
         self.layers = []
         for window, shapes, place in layers:
             ring = self.rings[window]
-            tensors = [torch.zeros(*ring.table.shape, *shape, dtype=dtype, device=place) for shape in shapes]
-            self.layers.append(layer_cache(ring, tensors))
+            self.layers.append(layer_cache(ring, layer_cache.memory(ring.table.shape, shapes, dtype, place)))
 
     def _rings(self, batch_size: int, max_length: int, device: torch.device | str) -> dict[int | None, Ring]:
         """One for each kind of layer."""

@@ -386,12 +386,14 @@ class LatentAttention(nn.Module):
         latent, k_rotated = self.kv_a_proj_with_mqa(x).split([self.rank, self.rotated_size], dim=-1)
         latent = self.kv_a_norm(latent)[:, :, None]  # (B, T, 1, R)
         k_rotated = rotate(k_rotated[:, :, None], rotation, self.interleave)  # (B, T, 1, .)
-        # (B, S, 1, R + .)
-        stored = None if cache is None else cache.update(plan, torch.cat((latent, k_rotated), dim=-1))[0]
-        if stored is None or plan.reads == "call":
+        seen = torch.cat((latent, k_rotated), dim=-1)  # (B, S, 1, R + .)
+        if cache is not None:
+            seen = cache.update(plan, seen)[0]
+        if cache is None or plan.reads == "call":
+            latent, k_rotated = seen.split([self.rank, self.rotated_size], dim=-1)
             y = self._attend_heads(q_plain, q_rotated, latent, k_rotated, plan)
         else:
-            y = self._attend_latents(q_plain, q_rotated, stored, plan)
+            y = self._attend_latents(q_plain, q_rotated, seen, plan)
         return self.proj(y.flatten(-2))
 
     def _attend_heads(

@@ -49,6 +49,7 @@ def setup(
     json: Path | None = None,
     init: Literal["pretrained", "random"] = "pretrained",
     quantize: str | None = None,
+    kv_cache: str | None = None,
     precision: str | None = None,
     compile: bool | None = None,
     threads: int | None = None,
@@ -76,6 +77,7 @@ def setup(
         init: Take the checkpoint's weights, or random ones for a model of this shape, for which a known name suffices.
         quantize: Keep the weights in 4 or 8 bits; `litgpt generate --help` lists how. By default as the checkpoint has
             them.
+        kv_cache: int8 keeps keys and values in 8 bits.
         precision: 32-true, bf16-true, 16-true (weights and computation), bf16-mixed, 16-mixed (float32 weights). By
             default bf16-true where the device computes it in hardware, else 32-true.
         compile: Compile the decoding, which is waited for before the clock starts. By default on one CPU, as in
@@ -97,7 +99,7 @@ def setup(
     placement = place(accelerator, devices, generate_strategy)
     on_cpu = placement.device.type == "cpu"
     compile = on_cpu and generate_strategy is None if compile is None else compile
-    options = LoadOptions(precision, quantize, compile, None, access_token)
+    options = LoadOptions(precision, quantize, compile, None, access_token, kv_cache)
     if init == "random":
         if placement.strategy is not None:
             raise ValueError("--init random cannot act with --generate_strategy. Leave one of them out.")
@@ -117,6 +119,7 @@ def setup(
     for test in tests:
         check_room(engine, test)
     kind, weights = kind_of(model), sum(p.nbytes for p in model.parameters())
+    dtype = str(engine_options.autocast or model.transformer.wte.weight.dtype).removeprefix("torch.")
     machine = {
         "litgpt_version": litgpt.__version__,
         "torch_version": torch.__version__,
@@ -131,6 +134,9 @@ def setup(
         "init": init,
         "precision": precision or inference_precision(placement.device),
         "quantize": kind,
+        "kv_cache": kv_cache,
+        "type_k": kv_cache or dtype,
+        "type_v": kv_cache or dtype,
         "compile": compile,
     }
     stream = 0.0 if placement.strategy else read_bandwidth(placement.device, weights)

@@ -46,6 +46,7 @@ def setup(
     prompt_style: str | None = None,
     chat_template: str | None = None,
     quantize: str | None = None,
+    kv_cache: str | None = None,
     precision: str | None = None,
     compile: bool = False,
     multiline: bool = False,
@@ -73,6 +74,8 @@ def setup(
         chat_template: Name of one of the checkpoint's chat templates, where it has several; by default the usual one.
         quantize: Keep the weights in 4 or 8 bits: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8; for CPUs
             int4 or int8, or gguf, the blocks of a GGUF file as they lie in it. By default as the checkpoint has them.
+        kv_cache: int8 keeps keys and values in 8 bits, in about half of the memory. By default they have the type
+            that is computed in.
         precision: 32-true, bf16-true, 16-true (weights and computation), bf16-mixed, 16-mixed (float32 weights). By
             default bf16-true where the device computes it in hardware, else 32-true.
         compile: Compile the decoding: on a CPU in the background, for later runs too; a GPU's first answer waits.
@@ -84,7 +87,7 @@ def setup(
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens {max_new_tokens} is not valid: give 1 or more.")
     style = format_of_options(prompt_style, chat_template)
-    llm = LLM(load_parts(checkpoint_dir, LoadOptions(precision, quantize, compile, style, access_token)))
+    llm = LLM(load_parts(checkpoint_dir, LoadOptions(precision, quantize, compile, style, access_token, kv_cache)))
     print(f"Now chatting with {llm.name}.")
     if multiline:
         print("To send a prompt, enter '!submit' on a line of its own. To exit, enter '!quit' or press Ctrl-D.")

@@ -38,6 +38,7 @@ def setup(
     max_seq_length: int | None = None,
     stride: int | None = None,
     quantize: str | None = None,
+    kv_cache: str | None = None,
     precision: str | None = None,
     devices: int | str = 1,
 ) -> None:
@@ -77,6 +78,7 @@ def setup(
             sees at a time.
         quantize: Load the weights in 4 or 8 bits; `litgpt generate --help` lists how. By default as the checkpoint has
             them.
+        kv_cache: int8 keeps keys and values in 8 bits.
         precision: 32-true, bf16-true, 16-true (weights and computation), bf16-mixed, 16-mixed (float32 weights). By
             default bf16-true where the device computes it in hardware, else 32-true.
         devices: Number of devices, or their numbers as 0,2: each has the whole model, in a process of its own, and they
@@ -151,6 +153,7 @@ def setup(
         max_slots=slots,
         precision=precision,
         quantize=quantize,
+        kv_cache=kv_cache,
         access_token=access_token,
     ) as replicas:
         llm = replicas.llm
@@ -169,7 +172,12 @@ def setup(
                 template=model.template if apply_chat_template else None,
                 system_instruction=system_instruction,
                 fewshot_as_multiturn=fewshot_as_multiturn,
-                settings={"precision": replicas.precision, "quantize": quantize, "devices": replicas.count},
+                settings={
+                    "precision": replicas.precision,
+                    "quantize": quantize,
+                    "kv_cache": kv_cache,
+                    "devices": replicas.count,
+                },
                 options={
                     "batch_size": batch_size,
                     "device": str(llm.device),

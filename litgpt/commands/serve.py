@@ -11,6 +11,7 @@ from litgpt.cli.secret import Secret, hidden_secrets
 from litgpt.generation.engine import share_memory
 from litgpt.generation.interface import GenerationEngine
 from litgpt.generation.sampling import Sampling
+from litgpt.kv_cache import layer_cache_of
 from litgpt.llm.llm import LLM
 from litgpt.llm.loading import LoadOptions, load_parts
 from litgpt.llm.placement import place
@@ -28,6 +29,7 @@ def setup(
     checkpoint_dir: Path,
     *,
     quantize: str | None = None,
+    kv_cache: str | None = None,
     precision: str | None = None,
     temperature: float = 0.8,
     top_k: int | None = 50,
@@ -66,6 +68,8 @@ def setup(
         checkpoint_dir: A checkpoint directory, a Hugging Face directory, a .gguf file, a directory of LoRA or adapter
             weights, a known name or a Hub id.
         quantize: Load the weights in 4 or 8 bits; `litgpt generate --help` lists how.
+        kv_cache: int8 keeps keys and values in 8 bits, in about half of the memory. By default they have the type
+            that is computed in.
         precision: 32-true, bf16-true, 16-true (weights and computation), bf16-mixed, 16-mixed (float32 weights). By
             default bf16-true where the device computes it in hardware, else 32-true.
         temperature: Of requests that name none: below 1 answers get more certain, 0 takes the most likely token.
@@ -144,6 +148,7 @@ def setup(
         raise ValueError(f"--adapter: two have the same name ({', '.join(adapter or ())}). Give each its own.")
     style = format_of_options(prompt_style, chat_template)
     hosts, origins = _split(allowed_hosts), [_origin(text) for text in _split(cors_origins)]
+    layer_cache_of(kv_cache)
     expect_checkpoint(checkpoint_dir)
     api_key = api_key or (Secret(os.environ[API_KEY]) if os.environ.get(API_KEY) else None)
     service = Service(max_batch_size, max_queue, timeout)
@@ -154,7 +159,9 @@ def setup(
             service.say(f"loading {checkpoint_dir} ({share:.0%})")
 
         tell(0)
-        options = LoadOptions(precision, quantize, on_one_cpu if compile is None else compile, style, access_token)
+        options = LoadOptions(
+            precision, quantize, on_one_cpu if compile is None else compile, style, access_token, kv_cache
+        )
         llm = LLM(load_parts(checkpoint_dir, options, placement=placement, max_slots=max_batch_size, tell=tell))
         placement.on_loss(server.fail)
         models = [ServedModel(llm, defaults, aliases=(str(checkpoint_dir),))]

@@ -12,8 +12,8 @@ With --json, one object is printed:
     summary      name, architecture, parameters, dtypes (type: how many values), context, sliding_window, rows (of the
                  embedding), tied_head, tokens (of the tokenizer), prompt_format, special_tokens (bos, eos, pad, stop),
                  lora_weights, quantized, note; null where there is no readable configuration
-    memory       precision, batch_size, context, devices, lora_r, device, device_bytes, methods (inference, lora, qlora
-                 and full: parts in bytes, total, fits); null likewise
+    memory       precision, batch_size, context, devices, kv_cache, lora_r, device, device_bytes, methods (inference,
+                 lora, qlora and full: parts in bytes, total, fits); null likewise
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from litgpt.devices.accelerator import accelerator
 from litgpt.devices.memory import memory_present
 from litgpt.devices.precision import inference_dtypes, inference_precision
 from litgpt.formats.hf_config import config_to_hf
+from litgpt.kv_cache import LayerCache, layer_cache_of
 from litgpt.model import GPT
 from litgpt.prompts import ChatTemplate, PromptStyle, WrittenStyle
 from litgpt.runs.memory_estimate import Usage, estimate_memory
@@ -57,6 +58,7 @@ def setup(
     *,
     check_values: bool = False,
     precision: str | None = None,
+    kv_cache: str | None = None,
     batch_size: int = 1,
     context: int | None = None,
     lora_r: int = 8,
@@ -77,6 +79,7 @@ def setup(
         check_values: Read every weight once, too, and look for NaN, infinity and matrices of zeros.
         precision: To estimate for: 32-true, bf16-true, 16-true, bf16-mixed, 16-mixed. By default what this machine
             answers in.
+        kv_cache: int8 for keys and values in 8 bits at inference.
         batch_size: Sequences at a time on each device, the micro-batch of training.
         context: Tokens of a sequence; at inference prompt and answer together. By default 4096, or the model's context
             where that is shorter.
@@ -90,6 +93,7 @@ def setup(
     device = torch.device(accelerator())
     precision = precision or inference_precision(device)
     inference_dtypes(precision, device)
+    layer_cache = layer_cache_of(kv_cache)
     known = find_known(str(checkpoint_dir).removeprefix("checkpoints/"))
     path = find_here(checkpoint_dir, incomplete=True)
     if path is None and known is not None:
@@ -113,7 +117,9 @@ def setup(
         context = context or min(DEFAULT_CONTEXT, findings.config.block_size)
         report["summary"] = summarise(findings, findings.config)
         kind = findings.source.quantized if findings.source else None
-        report["memory"] = estimate(findings.config, device, precision, batch_size, context, lora_r, devices, kind)
+        report["memory"] = estimate(
+            findings.config, device, precision, batch_size, context, lora_r, devices, kind, layer_cache
+        )
     if json:
         print(dumps(report, indent=2))
     else:
@@ -194,10 +200,12 @@ def estimate(
     lora_r: int,
     devices: int,
     kind: str | None,
+    layer_cache: type[LayerCache],
 ) -> dict[str, Any]:
     """The memory that each use of the model needs on this kind of device, and what there is.
 
     Of weights that are quantised, inference keeps the `kind`; LoRA is estimated on plain ones, and QLoRA in 4 bits.
+    Keys and values are in a `layer_cache`.
     """
     weights, compute = inference_dtypes(precision, device)
     present = memory_present(device)
@@ -207,12 +215,14 @@ def estimate(
         model = model_for(method, config, compute or weights if method == "qlora" else weights, lora_r, kind)
         if mixed is not None and method == "lora":
             store_frozen_matrices(model, precision)
+        model.layer_cache = layer_cache
         usage = Usage(method != "inference", mixed, batch_size, context, device.type, devices)
         parts = estimate_memory(model, usage)
         total = sum(parts.values())
         methods[method] = {"parts": parts, "total": total, "fits": None if present is None else total <= present}
     settings = {"precision": precision, "batch_size": batch_size, "context": context, "devices": devices}
-    return {**settings, "lora_r": lora_r, "device": device.type, "device_bytes": present, "methods": methods}
+    settings |= {"kv_cache": layer_cache.kind, "lora_r": lora_r, "device": device.type, "device_bytes": present}
+    return {**settings, "methods": methods}
 
 
 def model_for(method: str, config: Config, dtype: torch.dtype, lora_r: int, kind: str | None = None) -> GPT:

@@ -19,7 +19,7 @@ from litgpt.checkpoint import atomic_file
 from litgpt.config import Config
 from litgpt.generation import skinny_gemm
 from litgpt.generation.compiled_program import Program, code_version, dtype_name
-from litgpt.kv_cache import KVCache
+from litgpt.kv_cache import KVCache, layer_cache_of
 from litgpt.model import GPT, RotaryEmbedding
 from litgpt.quantization.layers import replace_linears
 
@@ -148,6 +148,7 @@ def _step_and_example(
     model.to(dtype).to_empty(device="cpu")
     model.rope = RotaryEmbedding(model.config)
     model.tie_weights()
+    model.layer_cache = layer_cache_of(specification["kv_cache"])
     weights = {name: [list(t.shape), dtype_name(t.dtype)] for name, t in model.state_dict().items()}
     if weights != specification["weights"]:
         different = sorted(set(map(str, weights.items())) ^ set(map(str, specification["weights"].items())))

@@ -78,7 +78,7 @@ class CompiledDecoder:
         state = self._tensors_of(cache)
         if state is None:
             return self.model(tokens, positions, cache=cache)
-        program = self._program((tokens.size(0), state[-1].dtype))
+        program = self._program((tokens.size(0), cache.dtype))
         if program is None:
             return self.model(tokens, positions, cache=cache)
         return program(tokens, positions, state, read_length(cache))
@@ -87,7 +87,7 @@ class CompiledDecoder:
         """As `GPT.hidden_states`, for prompts: (B, T) tokens at (B, T) positions, -1 for padding -> (B, T, C)."""
         tensors, program = list(cache.tensors()), None
         if self._reads and not torch.is_autocast_enabled("cpu"):
-            program = self._program((READING, tensors[-1].dtype))
+            program = self._program((READING, cache.dtype))
         if program is None:
             return self.model.hidden_states(tokens, positions, cache=cache)
         rows = next(iter(cache.rings.values())).rows[:, 0]

@@ -16,7 +16,7 @@ from torch import Tensor
 import litgpt
 from litgpt.cli.resources import cache_directory
 from litgpt.generation import skinny_gemm
-from litgpt.kv_cache import KVCache, LayerCache
+from litgpt.kv_cache import KVCache, layer_cache_of
 from litgpt.model import GPT, LLaMAMoE
 from litgpt.quantization.block_weight import BlockWeight
 from litgpt.quantization.layers import QuantizedLinear, quantized_layers
@@ -72,7 +72,7 @@ def read_length(cache: KVCache) -> int:
 
 def why_not(model: GPT) -> str | None:
     """Why the step of such a model cannot be compiled; None if it can."""
-    if model.layer_cache is not LayerCache:
+    if model.layer_cache is not layer_cache_of(model.layer_cache.kind):
         return f"keys and values are kept in a {model.layer_cache.__name__}"
     layers = {type(layer.quantized) for _, layer in quantized_layers(model)}
     if BlockWeight in layers:
@@ -119,6 +119,7 @@ def specification(model: GPT, rows: int, dtype: torch.dtype) -> dict[str, Any]:
         "weights": {name: [list(t.shape), dtype_name(t.dtype)] for name, t in model.state_dict().items()},
         "dtype": dtype_name(model.transformer.wte.weight.dtype),
         "cache_dtype": dtype_name(dtype),
+        "kv_cache": model.layer_cache.kind,
         "rows": rows,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

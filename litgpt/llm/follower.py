@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from litgpt.generation.rank_engine import News, RanksLost, follow
+from litgpt.kv_cache import layer_cache_of
 from litgpt.parallel.process_group import ProcessGroup
 from litgpt.parallel.tensor_parallel import split_model
 from litgpt.sources.door import open_model
@@ -76,6 +77,7 @@ def _work(job: dict[str, Any], lines: queue.SimpleQueue[bytes], replies: Any) ->
         quantize=job["quantize"],
         split=partial(split_model, group=ranks.group),
     )
+    model.layer_cache = layer_cache_of(job["kv_cache"])
     print(json.dumps({"ready": True}), file=replies, flush=True)
     ranks.group.rendezvous(Path(job["folder"]))
     follow(model, ranks)

@@ -75,6 +75,7 @@ class LLM(nn.Module):
         *,
         precision: str | None = None,
         quantize: str | None = None,
+        kv_cache: str | None = None,
         prompt_style: str | PromptStyle | NamedTemplate | None = None,
         compile: bool = False,
     ) -> LLM:
@@ -91,6 +92,7 @@ class LLM(nn.Module):
                 there or moved by `distribute` or a Trainer.
             precision: 32-true, bf16-true, 16-true, bf16-mixed or 16-mixed, in place of the device's own.
             quantize: Keep the weights in 4 or 8 bits, see `distribute`; by default as the checkpoint has them.
+            kv_cache: "int8" keeps keys and values in 8 bits; by default they are in the type that is computed in.
             prompt_style: Name of a prompt format, a class package.module.Class, a chat template's .jinja file or a
                 PromptStyle, in place of the checkpoint's own; or NamedTemplate(NAME) for one of several that it has.
             compile: Compile the decoding: on a CPU in the background, for later runs too; a GPU's first answer waits.
@@ -100,7 +102,7 @@ class LLM(nn.Module):
             ValueError: A file is damaged, the model is not supported, or an option is not supported.
         """
         check_load(init, distribute, precision, quantize)
-        options = LoadOptions(precision, quantize, compile, prompt_style, access_token)
+        options = LoadOptions(precision, quantize, compile, prompt_style, access_token, kv_cache)
         stays = distribute is None
         dtype = torch.get_default_dtype() if stays else None
         if init == "random":
@@ -270,7 +272,7 @@ class LLM(nn.Module):
         """
         if isinstance(messages, str) or not all(isinstance(message, Mapping) for message in messages):
             raise ValueError(
-                f"messages is {_short(messages)}: "
+                f"messages is {reply.short(messages)}: "
                 "give a list of messages, as [{'role': 'user', 'content': 'Hello'}]; a prompt alone is for generate."
             )
         answer = self._reply(messages, max_new_tokens, stop, Sampling(temperature, top_k, top_p, min_p, seed=seed))
@@ -328,7 +330,7 @@ class LLM(nn.Module):
         """The replies to one prompt or to several, to be completed; arguments as for `generate`."""
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(prompts, Sequence) or not all(isinstance(text, str) for text in prompts):
-            raise ValueError(f"prompt is {_short(prompt)}: give a text, or a list of texts; chat takes messages.")
+            raise ValueError(f"prompt is {reply.short(prompt)}: give a text, or a list of texts; chat takes messages.")
         system: Messages = [] if sys_prompt is None else [{"role": "system", "content": sys_prompt}]
         settings = Sampling(**sampling)
         return [
@@ -446,9 +448,12 @@ class LLM(nn.Module):
             source = open_model(checkpoint)
             kind = settled_kind(source, quantize, precision, placement.device)
             placement.check(source, kind, options.compile)
+            layer_cache = self.model.layer_cache
             del self.live, self.model  # their memory is free before the next are read
             self.placement.close()
-            self.model = placement.load(checkpoint, source, dtype=dtype, quantize=quantize, watch=with_progress(source))
+            settings = {"dtype": dtype, "quantize": quantize, "kv_cache": layer_cache.kind}
+            self.model = placement.load(checkpoint, source, **settings, watch=with_progress(source))
+            self.model.layer_cache = layer_cache
             self._loaded = weights_version(self.model)
         else:
             if next(quantized_layers(self.model), None):
@@ -490,9 +495,3 @@ class LLM(nn.Module):
                 save_config_json(self.config, directory)
             save_prompt_style(prompt_style or self.prompt_style, directory)
             save_model(directory, saved_weights(self.model), self.config)
-
-
-def _short(value: Any) -> str:
-    """A value as it was given, as far as a line has room."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."

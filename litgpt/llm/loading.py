@@ -20,6 +20,7 @@ from litgpt.devices.precision import inference_dtypes, inference_precision
 from litgpt.formats.config_json import read_config_json
 from litgpt.formats.hf_config import config_from_hf
 from litgpt.generation.interface import MAX_SLOTS, EngineMaker, EngineOptions
+from litgpt.kv_cache import layer_cache_of
 from litgpt.llm.placement import Placement
 from litgpt.model import GPT
 from litgpt.prompts import NamedTemplate, PromptStyle, choose_prompt_style
@@ -47,6 +48,8 @@ class LoadOptions:
     """A prompt format in place of the checkpoint's own."""
     access_token: Secret | str | None = None
     """For a gated model that has to be downloaded."""
+    kv_cache: str | None = None
+    """Keep keys and values in 8 bits ("int8"); None in the type that is computed in."""
 
 
 @dataclass
@@ -102,6 +105,7 @@ def load_parts(
         precision = precision or inference_precision(device)
         dtype, autocast = inference_dtypes(precision, device)
         check_quantize(options.quantize, precision, training=False, device=device)
+    layer_cache_of(options.kv_cache)
     opened = source or open_model(checkpoint, options.access_token)
     kind = settled_kind(opened, options.quantize, precision, device)
     placement.check(opened, kind, options.compile)
@@ -117,7 +121,12 @@ def load_parts(
     if opened.note:
         _say(opened.note)
     model = placement.load(
-        checkpoint, opened, dtype=dtype, quantize=options.quantize, watch=with_progress(opened, tell)
+        checkpoint,
+        opened,
+        dtype=dtype,
+        quantize=options.quantize,
+        kv_cache=options.kv_cache,
+        watch=with_progress(opened, tell),
     )
     engine = EngineOptions(max_slots=max_slots, compile=options.compile, autocast=autocast)
     again = checkpoint if source is None else None
@@ -230,6 +239,7 @@ def random_model(
     gpt = meta_model(config)
     give_memory(gpt, dtype, device)
     gpt.init_weights()
+    gpt.layer_cache = layer_cache_of(options.kv_cache)
     if options.quantize is not None:
         replace_linears(gpt, options.quantize, dtype)
     return gpt.eval(), EngineOptions(compile=options.compile, autocast=autocast)

@@ -14,6 +14,7 @@ from litgpt.devices.accelerator import accelerator as best_accelerator
 from litgpt.devices.accelerator import chosen_devices
 from litgpt.generation.engine import Engine
 from litgpt.generation.interface import EngineOptions, GenerationEngine
+from litgpt.kv_cache import layer_cache_of
 from litgpt.model import GPT
 from litgpt.quantization.layers import FOUR_BIT_KINDS
 from litgpt.sources.adapted import AdapterSource
@@ -93,7 +94,14 @@ class Placement:
         check_split(source.config, len(self.devices))
 
     def load(
-        self, checkpoint: Path | str, source: Source, *, dtype: torch.dtype, quantize: str | None, watch: Watch
+        self,
+        checkpoint: Path | str,
+        source: Source,
+        *,
+        dtype: torch.dtype,
+        quantize: str | None,
+        kv_cache: str | None = None,
+        watch: Watch,
     ) -> GPT:
         """Load a model, here or everywhere.
 
@@ -101,15 +109,20 @@ class Placement:
             checkpoint: What the user named.
             source: The same, opened.
             dtype, quantize, watch: As for `load_model`.
+            kv_cache: As for `layer_cache_of`.
 
         Raises:
             RanksLost: One of several processes could not load its part.
         """
         if self.strategy == "sequential":
-            return self._load_in_blocks(source, dtype, quantize, watch)
-        if self.strategy == "tensor_parallel":
-            return self._load_in_parts(checkpoint, source, dtype, quantize, watch)
-        return load_model(source, dtype=dtype, device=self.device, quantize=quantize, watch=watch)
+            model = self._load_in_blocks(source, dtype, quantize, watch)
+        elif self.strategy == "tensor_parallel":
+            part = {"checkpoint": str(checkpoint), "quantize": quantize, "kv_cache": kv_cache}
+            model = self._load_in_parts(part, source, dtype, quantize, watch)
+        else:
+            model = load_model(source, dtype=dtype, device=self.device, quantize=quantize, watch=watch)
+        model.layer_cache = layer_cache_of(kv_cache)
+        return model
 
     def _load_in_blocks(self, source: Source, dtype: torch.dtype, quantize: str | None, watch: Watch) -> GPT:
         from litgpt.parallel.sequential import connect_blocks, place_blocks, placed_weights
@@ -121,13 +134,12 @@ class Placement:
         return model
 
     def _load_in_parts(
-        self, checkpoint: Path | str, source: Source, dtype: torch.dtype, quantize: str | None, watch: Watch
+        self, part: dict[str, str | None], source: Source, dtype: torch.dtype, quantize: str | None, watch: Watch
     ) -> GPT:
         from litgpt.llm.leader import Leader
         from litgpt.parallel.tensor_parallel import split_model
 
-        name = str(dtype).removeprefix("torch.")
-        self.leader = Leader(self.devices, {"checkpoint": str(checkpoint), "dtype": name, "quantize": quantize})
+        self.leader = Leader(self.devices, part | {"dtype": str(dtype).removeprefix("torch.")})
         try:
             split = partial(split_model, group=self.leader.group)
             model = load_model(source, dtype=dtype, device=self.device, quantize=quantize, split=split, watch=watch)

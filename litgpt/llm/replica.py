@@ -41,7 +41,7 @@ def _work(job: dict[str, Any], replies: Any) -> None:
     device = torch.device(job["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)  # or else it would take memory of the first one, too
-    options = LoadOptions(job["precision"], job["quantize"])
+    options = LoadOptions(job["precision"], job["quantize"], kv_cache=job["kv_cache"])
     llm = LLM(load_parts(job["checkpoint"], options, placement=Placement([device]), max_slots=job["max_slots"]))
     worker = llm.worker
     tickets: dict[int, Ticket] = {}

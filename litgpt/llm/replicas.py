@@ -40,7 +40,7 @@ class Replicas:
         devices: Where the copies are, this process's first.
         max_slots: How many requests each runs at a time; None leaves it to the engine.
         precision: As for `LLM.load`; by default what the device is best at.
-        quantize, access_token: As for `LLM.load`.
+        quantize, kv_cache, access_token: As for `LLM.load`.
 
     Attributes:
         llm: The model here.
@@ -55,6 +55,7 @@ class Replicas:
         max_slots: int | None = None,
         precision: str | None = None,
         quantize: str | None = None,
+        kv_cache: str | None = None,
         access_token: Secret | str | None = None,
     ) -> None:
         self.count, self.max_slots = len(devices), max_slots or MAX_SLOTS
@@ -65,7 +66,7 @@ class Replicas:
         if devices[0].type == "cpu" and self.count > 1:
             threads = max(1, threads // self.count)
             torch.set_num_threads(threads)
-        options = LoadOptions(self.precision, quantize, access_token=access_token)
+        options = LoadOptions(self.precision, quantize, access_token=access_token, kv_cache=kv_cache)
         placement = Placement([devices[0]])
         try:
             # First here: what is wrong with the checkpoint is said once, and a download is made once.
@@ -76,6 +77,7 @@ class Replicas:
                     "device": str(device),
                     "precision": self.precision,
                     "quantize": quantize,
+                    "kv_cache": kv_cache,
                     "max_slots": self.max_slots,
                     "threads": threads,
                 }

@@ -51,6 +51,9 @@ class Options:
     quantize: str | None = None
     """Keep the weights in 4 or 8 bits: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or bnb.int8; for CPUs int4 or int8, or
     gguf, the blocks of a GGUF file as they lie in it. By default as the checkpoint has them."""
+    kv_cache: str | None = None
+    """int8 keeps keys and values in 8 bits, in about half of the memory. By default they are in the type that is
+    computed in."""
     compile: bool = False
     """Compile the decoding: on a CPU in the background, for later runs too; a GPU's first answer waits."""
     seed: int = 1234
@@ -72,7 +75,7 @@ class Options:
     def loading(self) -> LoadOptions:
         """How the model is loaded."""
         style = format_of_options(self.prompt_style, self.chat_template)
-        return LoadOptions(self.precision, self.quantize, self.compile, style, self.access_token)
+        return LoadOptions(self.precision, self.quantize, self.compile, style, self.access_token, self.kv_cache)
 
 
 def read_prompt(prompt: str) -> str:

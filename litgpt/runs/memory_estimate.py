@@ -164,11 +164,13 @@ def _inference_working(model: GPT, usage: Usage) -> int:
     chunk = min(PREFILL_CHUNK, usage.context)
     rows, element = usage.batch_size * chunk, _compute_bytes(model, usage)
     attention = _attention_width(config) * element * 2 + _rotation_bytes(config)
+    # What attention reads of a layer, de-quantised.
+    read = 0 if model.layer_cache.kind is None else _kept_width(model) * usage.tokens * element
     widest = max(attention, max(_mlp_values(config, layer) for layer in range(config.n_layer)) * element)
     stream = config.n_embd * (2 * element + 8)  # the stream, its norm, and the norm's float32 within
     distances = 0 if chunk == usage.context else rows * usage.context * (8 + 1 + element)  # who sees whom
     logits = usage.batch_size * config.padded_vocab_size * SAMPLING_BYTES
-    return max(rows * (widest + stream) + distances + _scores(config, usage, chunk, element), logits)
+    return max(rows * (widest + stream) + read + distances + _scores(config, usage, chunk, element), logits)
 
 
 def _scores(config: Config, usage: Usage, queries: int, element: int) -> int:
@@ -409,6 +411,11 @@ def _attention_width(config: Config) -> int:
         return (config.n_head + 2 * config.n_query_groups) * config.head_size
     query_size = latent["qk_nope_head_dim"] + latent["qk_rope_head_dim"]
     return config.n_head * (2 * query_size + latent["v_head_dim"]) + latent["kv_lora_rank"]
+
+
+def _kept_width(model: GPT) -> int:
+    """Values per token that a layer's cache is for."""
+    return sum(heads * size for heads, size in model.transformer.h[0].attn.cache_shapes())
 
 
 def _rotation_bytes(config: Config) -> int:
