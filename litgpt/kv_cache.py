@@ -194,7 +194,7 @@ def layer_cache_of(kind: str | None) -> type[LayerCache]:
     if kind is None:
         return LayerCache
     if kind not in KINDS:
-        raise ValueError(f"--kv_cache {kind} is unknown. Give {' or '.join(KINDS)}, or leave it out.")
+        raise ValueError(f"kv_cache={kind!r} is unknown. Give {' or '.join(KINDS)}, or leave it out.")
     return KINDS[kind]
 
 

@@ -162,7 +162,7 @@ def planned(
     """All tests, those of one batch size together.
 
     Raises:
-        ValueError: There are none, or a number is not possible.
+        ValueError: There are none, or a number is not valid.
     """
     prompts, news = _numbers("prompt_tokens", prompt_tokens, 0), _numbers("new_tokens", new_tokens, 0)
     tests = []
@@ -179,7 +179,7 @@ def _numbers(option: str, given: int | str, minimum: int) -> list[int]:
     """What an option says that takes several numbers.
 
     Raises:
-        ValueError: One is not possible.
+        ValueError: One is not valid.
     """
     try:
         numbers = [int(part) for part in str(given).split(",")]

@@ -125,7 +125,7 @@ def check_room(engine: LiveEngine, test: SpeedTest) -> None:
     if test.longest > context:
         raise ValueError(
             f"The test {test.name} needs {test.longest} tokens in a row, and the model's context has {context}. Give "
-            f"`{'prompt' if test.prompt_tokens else 'new'}`_tokens less{', or `depth`' if test.depth else ''}."
+            f"`{'prompt_tokens' if test.prompt_tokens else 'new_tokens'}` less{', or `depth`' if test.depth else ''}."
         )
     needed = test.batch_size * engine.engine.bytes_needed(test.longest)
     if test.batch_size > 1 and needed > engine.engine.cache_bytes:

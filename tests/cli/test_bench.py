@@ -139,13 +139,13 @@ def test_compiled_code_is_waited_for_before_the_clock_starts(litgpt, directory, 
         (["--prompt_tokens", 160], "The test pp160 needs 161 tokens in a row, and the model's context has 160"),
         (["--new_tokens", 100, "--depth", 64], "pp512 @ d64 needs"),
         (["--prompt_tokens", 0, "--new_tokens", 0], "--prompt_tokens 0 with --new_tokens 0 leaves nothing to measure"),
-        (["--batch_sizes", "1,0"], "--batch_sizes 0 is not possible: give 1 or more"),
+        (["--batch_sizes", "1,0"], "--batch_sizes 0 is not valid: give 1 or more"),
         (
             ["--batch_sizes", "many"],
-            "--batch_sizes many is not possible: give numbers with commas between them, as 1,8",
+            "--batch_sizes many is not valid: give numbers with commas between them, as 1,8",
         ),
-        (["--repetitions", 0], "--repetitions 0 is not possible"),
-        (["--threads", 0], "--threads 0 is not possible"),
+        (["--repetitions", 0], "--repetitions 0 is not valid"),
+        (["--threads", 0], "--threads 0 is not valid"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(litgpt, directory, options, message):

@@ -262,7 +262,7 @@ def test_the_python_api_keeps_it_where_the_model_moves(tmp_path):
     llm.distribute("cpu", precision="32-true")
     assert llm.model.layer_cache is Int8LayerCache
     assert llm.generate("Hello", top_k=1, max_new_tokens=12) == text
-    with pytest.raises(ValueError, match=r"--kv_cache int4 is unknown. Give int8, or leave it out"):
+    with pytest.raises(ValueError, match=r"kv_cache='int4' is unknown. Give int8, or leave it out"):
         LLM.load(directory, kv_cache="int4")
     assert LLM.load(directory).model.layer_cache is LayerCache
 
@@ -311,4 +311,4 @@ def test_commands_take_it(tmp_path, capsys, monkeypatch):
     assert figures[0] != figures[1] == pytest.approx(figures[0], rel=0.02)
     assert figures[2] == pytest.approx(figures[1], rel=1e-5)
     assert main(["generate", str(directory), "--kv_cache", "fp8"]) == 1
-    assert "--kv_cache fp8 is unknown. Give int8" in capsys.readouterr().err
+    assert "--kv_cache 'fp8' is unknown. Give int8" in capsys.readouterr().err
