@@ -12,12 +12,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from litgpt.checkpoint import atomic_directory, copy_companion_files, save_model
 from litgpt.cli.secret import Secret
 from litgpt.config import Config
 from litgpt.devices.precision import inference_dtypes, inference_precision
-from litgpt.formats.hf_config import save_config_json
-from litgpt.formats.quantised_parts import saved_weights
 from litgpt.generation.interface import GenerationEngine
 from litgpt.generation.live import LiveEngine, weights_version
 from litgpt.generation.sampling import Sampling
@@ -27,15 +24,15 @@ from litgpt.llm.codec import Codec
 from litgpt.llm.loading import LoadOptions, Parts, check_load, load_parts, random_parts, settled_kind, with_progress
 from litgpt.llm.placement import Placement, fixed_length, place
 from litgpt.llm.reply import ChatSettings, GenerateSettings, Messages, No, Reply, SamplingSettings, Yes
+from litgpt.llm.saving import save_plain_checkpoint
 from litgpt.llm.timing import timed
 from litgpt.llm.training import LossFunction, next_token_loss, read_trainer_checkpoint, use_checkpoint_names
 from litgpt.model import GPT
-from litgpt.prompts import NamedTemplate, PromptStyle, save_prompt_style
-from litgpt.quantization.layers import check_quantize, is_quantized, kind_of, quantized_layers, replace_linears
+from litgpt.prompts import NamedTemplate, PromptStyle
+from litgpt.quantization.layers import check_quantize, quantized_layers, replace_linears
 from litgpt.sources.door import open_model
-from litgpt.sources.fit import compare_shapes
-from litgpt.sources.meta import shapes_of
 from litgpt.tokenizer.tokenizer import Tokenizer
+from litgpt.untrusted import shown
 
 
 class LLM(nn.Module):
@@ -272,7 +269,7 @@ class LLM(nn.Module):
         """
         if isinstance(messages, str) or not all(isinstance(message, Mapping) for message in messages):
             raise ValueError(
-                f"messages is {reply.short(messages)}: "
+                f"messages is {shown(messages)}: "
                 "give a list of messages, as [{'role': 'user', 'content': 'Hello'}]; a prompt alone is for generate."
             )
         answer = self._reply(messages, max_new_tokens, stop, Sampling(temperature, top_k, top_p, min_p, seed=seed))
@@ -330,7 +327,7 @@ class LLM(nn.Module):
         """The replies to one prompt or to several, to be completed; arguments as for `generate`."""
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(prompts, Sequence) or not all(isinstance(text, str) for text in prompts):
-            raise ValueError(f"prompt is {reply.short(prompt)}: give a text, or a list of texts; chat takes messages.")
+            raise ValueError(f"prompt is {shown(prompt)}: give a text, or a list of texts; chat takes messages.")
         system: Messages = [] if sys_prompt is None else [{"role": "system", "content": sys_prompt}]
         settings = Sampling(**sampling)
         return [
@@ -481,17 +478,6 @@ class LLM(nn.Module):
         """
         if self.placement.is_split:
             raise ValueError("The model is split over processes (tensor_parallel). Load it again, and save that.")
-        wanted, found = shapes_of(self.config, kind_of(self.model)), self.model.state_dict()
-        wanted, found = ({n: t for n, t in each.items() if not is_quantized(n)} for each in (wanted, found))
-        problems = compare_shapes(wanted, found, "a checkpoint", "this model")
-        if problems:
-            raise ValueError(
-                "This model is not a plain one any more; merge LoRA first (`litgpt.lora.merge_lora(llm.model)`):\n"
-                + "\n".join(problems[:4])
-            )
-        with atomic_directory(out_dir) as directory:
-            copy_companion_files(self.tokenizer.dir, directory)
-            if self._checkpoint is None:  # the tokenizer's config.json is another model's
-                save_config_json(self.config, directory)
-            save_prompt_style(prompt_style or self.prompt_style, directory)
-            save_model(directory, saved_weights(self.model), self.config)
+        style = prompt_style or self.prompt_style
+        # Without a checkpoint, the config.json beside the tokenizer is another model's.
+        save_plain_checkpoint(out_dir, self.model, self.tokenizer.dir, style, writes_config=self._checkpoint is None)

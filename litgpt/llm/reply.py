@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -135,9 +135,3 @@ def stream_text(engine: LiveEngine, reply: Reply) -> Iterator[str]:
         for _, text in pieces:
             if text:
                 yield text
-
-
-def short(value: Any) -> str:
-    """A value as it was given, as far as a line has room."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
