@@ -7,15 +7,15 @@ from typing import Protocol, TypeVar
 
 from litgpt.generation.request import Output, Request
 
-Piece = TypeVar("Piece")
+Taken = TypeVar("Taken")
 
 
 class RequestRunner(Protocol):
     """What runs requests, as `litgpt.generation.live.LiveEngine.run` does."""
 
     def __call__(
-        self, requests: Sequence[Request], take: Callable[[int, Output], tuple[Piece, bool]]
-    ) -> Iterator[Piece]:
+        self, requests: Sequence[Request], take: Callable[[int, Output], tuple[Taken, bool]]
+    ) -> Iterator[Taken]:
         """Answers some requests, and yields what `take` makes of each output, in the order in which they come.
 
         Args:

@@ -9,7 +9,6 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ import litgpt
 from litgpt.checkpoint import atomic_file
 from litgpt.config import Config
 from litgpt.generation import skinny_gemm
-from litgpt.generation.compiled_program import Program, code_version, dtype_name
+from litgpt.generation.compiled_program import Program, Specification, code_version, described_weights
 from litgpt.kv_cache import KVCache, layer_cache_of
 from litgpt.model import GPT, RotaryEmbedding
 from litgpt.quantization.layers import replace_linears
@@ -77,7 +76,7 @@ class ReadStep(DecodeStep):
         return self.model.hidden_states(tokens, positions, cache=self.cache_of(tensors, lengths, rows, reach))
 
 
-def compile_elsewhere(specification: dict[str, Any], path: Path) -> None:
+def compile_elsewhere(specification: Specification, path: Path) -> None:
     """Has another process compile a step. It outlives this one, so that a short run leaves something to the next.
 
     Raises:
@@ -100,7 +99,7 @@ def compile_elsewhere(specification: dict[str, Any], path: Path) -> None:
         raise ValueError(answer.strip() or f"the compiling process ended with status {process.returncode}")
 
 
-def compile_step(specification: dict[str, Any], path: Path) -> None:
+def compile_step(specification: Specification, path: Path) -> None:
     """Compiles a step and puts it into a file, unless another process has done it meanwhile.
 
     Raises:
@@ -137,7 +136,7 @@ def compile_step(specification: dict[str, Any], path: Path) -> None:
 
 
 def _step_and_example(
-    specification: dict[str, Any],
+    specification: Specification,
 ) -> tuple[DecodeStep, tuple[Tensor, Tensor, list[Tensor], Tensor]]:
     """The step of such a model, and arguments of its `forward`. Weights have addresses, but no memory is filled."""
     dtype = getattr(torch, specification["dtype"])
@@ -149,7 +148,7 @@ def _step_and_example(
     model.rope = RotaryEmbedding(model.config)
     model.tie_weights()
     model.layer_cache = layer_cache_of(specification["kv_cache"])
-    weights = {name: [list(t.shape), dtype_name(t.dtype)] for name, t in model.state_dict().items()}
+    weights = described_weights(model)
     if weights != specification["weights"]:
         different = sorted(set(map(str, weights.items())) ^ set(map(str, specification["weights"].items())))
         raise ValueError(f"the model is not as its configuration says: {different[0]}")

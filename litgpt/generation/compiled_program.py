@@ -8,7 +8,7 @@ import json
 import zipfile
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -21,6 +21,27 @@ from litgpt.model import GPT, LLaMAMoE
 from litgpt.quantization.block_weight import BlockWeight
 from litgpt.quantization.layers import QuantizedLinear, quantized_layers
 from litgpt.quantization.weight_only import GROUP, Int4Weight, WeightOnly
+
+
+class Specification(TypedDict):
+    """All that the compiled code of a step depends on, as JSON has it."""
+
+    config: dict[str, Any]
+    """The fields of `Config`."""
+    quantize: str | None
+    weights: dict[str, list[list[int] | str]]
+    """The shape and the type of each, by name."""
+    dtype: str
+    cache_dtype: str
+    kv_cache: str
+    """Which `LayerCache`."""
+    rows: int
+    """How many rows the step has; 0 is the code that reads prompts."""
+    threads: int
+    torch: str
+    cpu: list[str | dict[str, str]]
+    code: str
+    """`code_version`."""
 
 
 class Program:
@@ -102,8 +123,8 @@ def reads_compiled(model: GPT) -> bool:
     return not written_out and config.latent_attention is None and not any(quantized_layers(model))
 
 
-def specification(model: GPT, rows: int, dtype: torch.dtype) -> dict[str, Any]:
-    """All that the compiled code of a step depends on, as JSON has it.
+def specification(model: GPT, rows: int, dtype: torch.dtype) -> Specification:
+    """What the compiled code of a step depends on.
 
     Args:
         model: The model.
@@ -116,7 +137,7 @@ def specification(model: GPT, rows: int, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "config": dataclasses.asdict(model.config),
         "quantize": kind if weights else None,
-        "weights": {name: [list(t.shape), dtype_name(t.dtype)] for name, t in model.state_dict().items()},
+        "weights": described_weights(model),
         "dtype": dtype_name(model.transformer.wte.weight.dtype),
         "cache_dtype": dtype_name(dtype),
         "kv_cache": model.layer_cache.kind,
@@ -128,10 +149,15 @@ def specification(model: GPT, rows: int, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def path_of(specification: dict[str, Any]) -> Path:
+def path_of(specification: Specification) -> Path:
     """Where the code of a step is kept."""
     digest = hashlib.sha256(json.dumps(specification, sort_keys=True, default=str).encode()).hexdigest()
     return cache_directory() / "compiled" / f"{digest[:32]}.pt2"
+
+
+def described_weights(model: GPT) -> dict[str, list[list[int] | str]]:
+    """The shape and the type of each weight, by name."""
+    return {name: [list(t.shape), dtype_name(t.dtype)] for name, t in model.state_dict().items()}
 
 
 @cache

@@ -18,7 +18,7 @@ from litgpt.generation.request import Output, Request
 from litgpt.generation.worker import Worker
 from litgpt.model import GPT
 
-Piece = TypeVar("Piece")
+Taken = TypeVar("Taken")
 
 
 class LiveEngine:
@@ -39,7 +39,7 @@ class LiveEngine:
         self._lock = threading.Lock()
         self._engine: GenerationEngine | None = None
         self._worker: Worker | None = None
-        self._made_with: tuple[Any, ...] = ()
+        self._made_with: tuple[object, ...] = ()
         self._changes = 0
         self._callers = 0  # that wait for answers
         self._in_training: list[nn.Module] = []  # what is put back into training mode when they have theirs
@@ -64,8 +64,8 @@ class LiveEngine:
         self._changes += 1
 
     def run(
-        self, requests: Sequence[Request], take: Callable[[int, Output], tuple[Piece, bool]]
-    ) -> Generator[Piece, None, None]:
+        self, requests: Sequence[Request], take: Callable[[int, Output], tuple[Taken, bool]]
+    ) -> Generator[Taken, None, None]:
         """Answers some requests, and yields what becomes of their outputs as they come.
 
         Args:
@@ -151,13 +151,13 @@ class LiveEngine:
         return self._engine
 
 
-def weights_version(model: nn.Module) -> tuple[Any, ...]:
+def weights_version(model: nn.Module) -> tuple[object, ...]:
     """What differs whenever a weight has another value, place or type than before.
 
     Writing to a tensor in place counts up its version, as `load_state_dict` and most optimizers do; steps of optimizers
     are counted besides, since fused ones leave no trace there. Not seen is what else is written through `.data`.
     """
-    versions: list[Any] = []
+    versions: list[object] = []
     for tensor in (*model.parameters(), *model.buffers()):
         versions += tensor.data_ptr(), tensor.dtype, tensor.device, _optimizer_steps[id(tensor)]
         versions.append(0 if tensor.is_inference() else tensor._version)

@@ -23,7 +23,7 @@ from litgpt.llm.llm import LLM
 from litgpt.llm.loading import LoadOptions, load_parts
 from litgpt.llm.placement import Placement, named_device
 
-Piece = TypeVar("Piece")
+Taken = TypeVar("Taken")
 Deliver = Callable[[Output | Exception], None]
 AHEAD = 2  # times the slots: this many requests a process has at a time
 
@@ -92,7 +92,7 @@ class Replicas:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def run(self, requests: Sequence[Request], take: Callable[[int, Output], tuple[Piece, bool]]) -> Iterator[Piece]:
+    def run(self, requests: Sequence[Request], take: Callable[[int, Output], tuple[Taken, bool]]) -> Iterator[Taken]:
         """Answers some requests; as `LiveEngine.run`. Neighbours go to the same process, which reads what they share
         once; one that is quick gets more of them.
 

@@ -16,13 +16,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 import h11
 import uvicorn
 from starlette.datastructures import Headers
 from uvicorn.protocols.http.flow_control import CLOSE_HEADER
-from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from litgpt.serving.errors import ApiError
@@ -91,7 +90,7 @@ class Connection(H11Protocol):
         self._held = 0  # of them, those that are kept for the application
         self._unsent, self._unsent_since = 0, self.since
         self._ended = False
-        self._noted: Any = None  # the request that `phase` is about
+        self._noted: RequestResponseCycle | None = None  # the request that `phase` is about
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from litgpt.serving.json_schema import allows_something
 from litgpt.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 # Models write JSON with these spaces. Free white space invites small ones to write nothing else.
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -81,7 +84,7 @@ class Grammars:
 class GrammarConstraint:
     """Follows one answer. It never raises: the engine's other requests must not suffer."""
 
-    def __init__(self, matcher: Any, size: int, ends: list[int]) -> None:
+    def __init__(self, matcher: LLMatcher, size: int, ends: list[int]) -> None:
         self._matcher, self._size, self._ends = matcher, size, ends
         self._length = 0
         self.complete_at: int | None = None
