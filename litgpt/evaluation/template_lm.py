@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -35,7 +35,7 @@ SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # o
 # What changes nothing at these values, and other engines are told.
 WITHOUT_EFFECT = {"num_beams": 1, "num_return_sequences": 1, "early_stopping": False, "use_cache": True}
 
-Answer = Any
+Answer: TypeAlias = tuple[float, bool] | float | str
 """What the harness takes of a request: (log-likelihood, is greedy), a log-likelihood, or a text."""
 
 
@@ -144,7 +144,7 @@ class EngineLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        answers: list[Any] = [None] * len(requests)
+        answers: dict[int, tuple[float, bool]] = {}
         with bar(len(requests), "Scoring answers") as progress:
             for index, answer in self._scored([(context, continuation) for _, context, continuation in requests]):
                 answers[index] = answer
@@ -152,7 +152,7 @@ class EngineLM(TemplateLM):
                     self.answered[id(self._instances[index])].append(answer)
                 self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
                 progress.update()
-        return answers
+        return [answers[index] for index in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         self._tell_first(requests)
@@ -214,7 +214,7 @@ class EngineLM(TemplateLM):
         self._tell_first(requests)
         replies = [self._reply(request, self.seed + index) for index, request in enumerate(requests)]
         order = sorted(range(len(replies)), key=lambda index: -len(replies[index].request.prompt))
-        answers: list[Any] = [None] * len(requests)
+        answers: dict[int, str] = {}
 
         def take(place: int, output: Output) -> tuple[int | None, bool]:
             reply = replies[order[place]]
@@ -230,7 +230,7 @@ class EngineLM(TemplateLM):
                 self.answered[id(requests[index])].append(answers[index])
                 self.cache_hook.add_partial("generate_until", requests[index].args, answers[index])
                 progress.update()
-        return answers
+        return [answers[index] for index in range(len(requests))]
 
     def _reply(self, instance: Instance, seed: int) -> Continuation:
         text, settings = instance.args

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from litgpt.checkpoint import Release
+from litgpt.formats.rules import Named
 from litgpt.model import GPT
 from litgpt.quantization import block_weight
 from litgpt.quantization.layers import (
@@ -30,7 +31,6 @@ from litgpt.quantization.layers import (
 from litgpt.quantization.weight_only import Int4Weight
 
 KIND = "quantize"
-Named = tuple[str, Tensor]
 Parts = dict[str, Tensor]
 
 

@@ -37,7 +37,7 @@ class Leader:
     def __init__(self, devices: Sequence[torch.device], part: dict[str, Any]) -> None:
         self.group = ProcessGroup(0, len(devices), devices[0])
         self._folder = Path(tempfile.mkdtemp(prefix="litgpt-"))
-        self.others: list[_Process] = []
+        self.others: list[_RankProcess] = []
         threads = torch.get_num_threads()
         self._end = weakref.finalize(self, _end, self.others, self.group, self._folder, threads, os.getpid())
         if devices[0].type == "cpu":
@@ -45,7 +45,7 @@ class Leader:
             torch.set_num_threads(threads)
         for rank, device in enumerate(devices[1:], 1):
             place = {"rank": rank, "count": len(devices), "device": str(device), "folder": str(self._folder)}
-            self.others.append(_Process(place | part | {"threads": threads}, self.group))
+            self.others.append(_RankProcess(place | part | {"threads": threads}, self.group))
 
     @property
     def on_loss(self) -> Callable[[RanksLost], None] | None:
@@ -102,7 +102,7 @@ class Leader:
         raise TypeError("A model that is split over several processes cannot be copied. Load it again.")
 
 
-class _Process(ChildProcess):
+class _RankProcess(ChildProcess):
     """One of the other ranks. What reads from it holds no leader, so that one who is not used any more can go."""
 
     def __init__(self, job: dict[str, Any], group: ProcessGroup) -> None:
@@ -133,7 +133,7 @@ class _Process(ChildProcess):
             self.on_loss(self.failure)
 
 
-def _end(processes: list[_Process], group: ProcessGroup, folder: Path, threads: int, owner: int) -> None:
+def _end(processes: list[_RankProcess], group: ProcessGroup, folder: Path, threads: int, owner: int) -> None:
     if os.getpid() != owner:
         return  # a copy of the process, made by fork, goes
     for process in processes:

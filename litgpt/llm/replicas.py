@@ -17,14 +17,13 @@ from litgpt.devices.accelerator import chosen_devices
 from litgpt.devices.precision import inference_precision
 from litgpt.generation.interface import MAX_SLOTS
 from litgpt.generation.request import Output, Request, TokenLogprob
-from litgpt.generation.worker import Ticket
+from litgpt.generation.worker import Deliver, Ticket
 from litgpt.llm.child_process import ChildProcess
 from litgpt.llm.llm import LLM
 from litgpt.llm.loading import LoadOptions, load_parts
 from litgpt.llm.placement import Placement, named_device
 
 Taken = TypeVar("Taken")
-Deliver = Callable[[Output | Exception], None]
 AHEAD = 2  # times the slots: this many requests a process has at a time
 
 

@@ -11,11 +11,12 @@ from torch import Tensor
 from litgpt.adaptation.adapter import load_adapter, read_adapter
 from litgpt.adaptation.lora import LORA_WEIGHTS, LoRASettings, merged_weights, read_lora
 from litgpt.checkpoint import copy_companion_files, fill_companion_files, holds_tokenizer, is_peft_alone
+from litgpt.formats.rules import Named
 from litgpt.model import GPT
 from litgpt.sources.kept import kept_directory
 from litgpt.sources.peft import import_peft
 from litgpt.sources.peft_files import base_of_peft
-from litgpt.sources.source import HEAD, Form, Named, Source, Watch
+from litgpt.sources.source import HEAD, Form, Source, Watch
 
 
 class AdaptedSource(Source):

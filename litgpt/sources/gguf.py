@@ -24,6 +24,7 @@ from litgpt.formats.gguf.gguf_architectures import GGUF_ARCHITECTURES, GGUFArchi
 from litgpt.formats.gguf.row_places import RowNumbers, composed
 from litgpt.formats.gguf.tokenizer_files import write_tokenizer
 from litgpt.formats.hf_config import config_from_hf
+from litgpt.formats.rules import Named
 from litgpt.model import stretch_by_parts
 from litgpt.quantization.block_weight import KIND as BLOCKS
 from litgpt.quantization.block_weight import BlockMatrix
@@ -31,7 +32,7 @@ from litgpt.quantization.layers import quantized_layers
 from litgpt.sources.fit import compare_shapes, excess, left_out, misfit
 from litgpt.sources.kept import kept_directory
 from litgpt.sources.meta import meta_model, shapes_of
-from litgpt.sources.source import EMBEDDING, HEAD, Named, Source
+from litgpt.sources.source import EMBEDDING, HEAD, Source
 
 ROPE_FACTORS = "rope_freqs.weight"
 # What GGUF has names for and no text model here computes with: other parts of a model, several tokens at once, and

@@ -20,10 +20,11 @@ from litgpt.formats.config_json import read_config_json
 from litgpt.formats.hf_config import config_from_hf, config_to_hf, ignored_entries
 from litgpt.formats.quantised_weights import Quantised, Weights, dequantised_type, is_stale, read_quantised, unscaled
 from litgpt.formats.recognition import alias_in, architecture_of, class_names, text_model, text_name
+from litgpt.formats.rules import Named
 from litgpt.formats.safetensors_file import read_safetensors
 from litgpt.sources.fit import BLOCK, LEARNED, compare_shapes, excess, first_dtype, left_out, misfit, same_values
 from litgpt.sources.meta import on_meta, shapes_of
-from litgpt.sources.source import EMBEDDING, HEAD, Named, Source
+from litgpt.sources.source import EMBEDDING, HEAD, Source
 
 
 class HFSource(Source):

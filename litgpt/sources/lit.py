@@ -22,6 +22,7 @@ from litgpt.formats.quantised_parts import (
     take_kind,
     weight_name,
 )
+from litgpt.formats.rules import Named
 from litgpt.quantization.layers import (
     QuantizedLinear,
     quantized_linears,
@@ -29,7 +30,7 @@ from litgpt.quantization.layers import (
 )
 from litgpt.sources.fit import LEARNED, compare_shapes, excess, first_dtype, left_out, misfit, same_values, says_tied
 from litgpt.sources.meta import meta_model, on_meta
-from litgpt.sources.source import EMBEDDING, HEAD, Named, Source
+from litgpt.sources.source import EMBEDDING, HEAD, Source
 
 
 class LitSource(Source):

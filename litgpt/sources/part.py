@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from litgpt.sources.source import Named, Source
+from litgpt.formats.rules import Named
+from litgpt.sources.source import Source
 
 
 class PartSource(Source):

@@ -11,13 +11,13 @@ from torch import Tensor
 from litgpt.cli.plural import counted
 from litgpt.config import Config
 from litgpt.formats.quantised_parts import Parts, fill
+from litgpt.formats.rules import Named
 from litgpt.model import GPT
 from litgpt.quantization.block_weight import BlockMatrix, BlockWeight
 from litgpt.quantization.layers import QuantizedLinear, is_quantized, kind_of, quantized_layers
 from litgpt.sources.fit import compare_shapes, rows_at_once
 
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
-Named = tuple[str, Tensor]
 Form = Tensor | Parts | BlockMatrix
 Place = torch.device | str | Callable[[str], torch.device]
 Watch = Callable[[Iterator[tuple[str, Any]]], Iterator[tuple[str, Any]]]

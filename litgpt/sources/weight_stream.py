@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from litgpt.sources.source import Named, Source
+from litgpt.formats.rules import Named
+from litgpt.sources.source import Source
 
 
 def tell_note(source: Source) -> None:
