@@ -33,7 +33,7 @@ class Specification(TypedDict):
     """The shape and the type of each, by name."""
     dtype: str
     cache_dtype: str
-    kv_cache: str
+    kv_cache: str | None
     """Which `LayerCache`."""
     rows: int
     """How many rows the step has; 0 is the code that reads prompts."""
