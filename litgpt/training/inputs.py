@@ -7,6 +7,7 @@ of devices may change, and is said.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,8 +72,8 @@ class Inputs:
         given = {name: value for name, value in plain(dict(settings)).items() if name not in _ELSEWHERE}
         given |= {"optimizer": plain(optimizer.init_args), "data": {"seed": data.get("seed")}}
         options = {name: value for name, value in _options(without_secrets(given)) if name not in _ELSEWHERE}
-        fixed = {f"`{name}`": value for name, value in options.items() if _is_fixed(name)}
-        free = {f"`{name}`": value for name, value in options.items() if not _is_fixed(name)}
+        fixed = {f"--{name}": value for name, value in options.items() if _is_fixed(name)}
+        free = {f"--{name}": value for name, value in options.items() if not _is_fixed(name)}
         fixed |= {f"model_config.{name}": value for name, value in plain(asdict(config)).items() if name not in _IDLE}
         fixed |= {"the tokenizer": tokenizer and tokenizer.fingerprint()[:16]}
         fixed |= {"the training data": data.get("train")}
@@ -99,7 +100,7 @@ class Inputs:
         if wrong:
             raise ValueError(
                 f"`resume`: the run in {checkpoint} was started with something else:\n"
-                + "\n".join(f"  {line}" for line in wrong)
+                + "\n".join("  " + re.sub(r"^--([\w.]+)", r"`\1`", line) for line in wrong)
                 + "\nFrom here on it would be another run. Resume it with what it was started with, or start a new run "
                 f"elsewhere (`out_dir`) from its weights: {checkpoint} is a checkpoint like any other."
             )

@@ -246,7 +246,7 @@ def test_reference_log_probs_of_all_rows(llama):
         ({"beta": 0.0}, "--dpo_beta 0.0: must be positive"),
         ({"loss": "hinge"}, "--dpo_loss hinge: choose sigmoid or ipo"),
         ({"label_smoothing": 0.5}, "--dpo_label_smoothing 0.5: must be at least 0 and below 0.5"),
-        ({"loss": "ipo", "label_smoothing": 0.1}, "--dpo_label_smoothing 0.1 is for --dpo_loss sigmoid"),
+        ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing=0.1 is for loss=sigmoid"),
     ],
 )
 def test_settings_that_cannot_be(values, message):

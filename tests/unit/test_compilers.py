@@ -60,8 +60,8 @@ def test_one_that_a_package_offers_compiles_every_block(offers):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("thundr", r"--compiler thundr is unknown\. Did you mean 'thunder'\? Choose from: torch, thunder"),
-        ("thunder", rf"--compiler thunder is not installed here \(PyTorch {torch.__version__[:3]}.*2\.12 or older.*pip install"),
+        ("thundr", r"compiler=thundr is unknown\. Did you mean 'thunder'\? Choose from: torch, thunder"),
+        ("thunder", rf"compiler=thunder is not installed here \(PyTorch {torch.__version__[:3]}.*2\.12 or older.*pip install"),
     ],
 )  # fmt: skip
 def test_one_that_there_is_not_is_refused(name, message, monkeypatch):
