@@ -178,8 +178,8 @@ def test_a_resume_on_something_else_is_refused(train, text, tmp_path):
     before = (run / "final/training_state.pth").read_bytes()
     text.write_text(text.read_text().replace("J", "j", 1))
     others = {
-        "--seed: 42 then, 43 now": {"seed": 43},
-        "--data.seed: 42 then, 7 now": {"data": {"seed": 7}},
+        "`seed`: 42 then, 43 now": {"seed": 43},
+        "`data.seed`: 42 then, 7 now": {"data": {"seed": 7}},
         r"the training data: (?P<as_many>[\d,]+ tokens) \(\w+\) then, (?P=as_many) \(\w+\) now": {},
         "the tokenizer: another": {"tokenizer_vocab_size": None, "tokenizer_dir": bigger_tokenizer(tmp_path)},
         "model_config.norm_eps: 1e-05 then, 0.0001 now": {"shape": {**SHAPE, "norm_eps": 1e-4}},
@@ -189,7 +189,7 @@ def test_a_resume_on_something_else_is_refused(train, text, tmp_path):
     for line, changed in others.items():
         with pytest.raises(ValueError, match=rf"run/final was started with something else:\n(.*\n)*  {line}"):
             train(run, max_steps=4, resume="auto", **changed)
-    with pytest.raises(ValueError, match=r"(?s)seed: .*seed: .*the training data: .*another run"):
+    with pytest.raises(ValueError, match=r"(?s)`data.seed`: .*`seed`: .*the training data: .*another run"):
         train(run, max_steps=4, resume="auto", data={"seed": 7}, seed=43)
     assert (run / "final/training_state.pth").read_bytes() == before
 
