@@ -18,7 +18,7 @@ ADAPTER = "litgpt from a PEFT adapter"
 # Which options act when what is written.
 ACTING: dict[str, set[str]] = {
     "hf": {"dtype", "format", "verbose"},
-    "gguf": {"dtype", "quantize", "model_name", "verbose"},
+    "gguf": {"dtype", "quantize", "model_name", "calibration", "verbose"},
     "litgpt": {"dtype", "quantize", "model_name", "verbose"},
     ADAPTER: {"pretrained_checkpoint_dir"},
     "peft": set(),
@@ -36,6 +36,7 @@ def setup(
     model_name: str | None = None,
     pretrained_checkpoint_dir: Path | None = None,
     access_token: Secret | None = None,
+    calibration: Path | None = None,
     verbose: bool = False,
 ) -> None:
     """Write a checkpoint in another format: for transformers, llama.cpp, PEFT, or for litgpt itself.
@@ -53,13 +54,16 @@ def setup(
             PeftModel.from_pretrained.
         dtype: Data type of the weights (float32, float16, bfloat16); by default that of the checkpoint.
         quantize: Keep the weights of the linear layers in 4 or 8 bits. To litgpt: bnb.nf4, bnb.nf4-dq, bnb.fp4,
-            bnb.fp4-dq, bnb.int8, int4 or int8. To gguf: q8_0, q5_1, q5_0, q4_1 or q4_0.
+            bnb.fp4-dq, bnb.int8, int4 or int8. To gguf: q8_0, q6_k, q5_k_m, q5_k_s, q5_1, q5_0,
+            q4_k_m, q4_k_s, q4_1 or q4_0.
         format: To hf, what to write the weights as: safetensors (the default), pth (a state dict for torch.load), or
             both.
         model_name: What the model is called. To litgpt, where there is no config.json, its figures are those of the
             known model of this name.
         pretrained_checkpoint_dir: The model that a PEFT adapter belongs to, where it is another than the adapter says.
         access_token: For a gated model that has to be downloaded first.
+        calibration: To gguf, with quantize: a text file, of the kind that the model is to read and write. The model
+            reads it, and is quantised so that errors are where they matter least. That takes memory for all of it.
         verbose: Print every tensor instead of a progress bar.
     """
     given: dict[str, object] = {
@@ -68,6 +72,7 @@ def setup(
         "format": format,
         "model_name": model_name,
         "pretrained_checkpoint_dir": pretrained_checkpoint_dir,
+        "calibration": calibration,
         "verbose": verbose or None,
     }
     path = find_checkpoint(checkpoint_dir, access_token, incomplete=True)
@@ -87,7 +92,7 @@ def setup(
         raise ValueError(f"--dtype {dtype} cannot be combined with --quantize {quantize} in a GGUF file. Leave it out.")
     kind = quantize or dtype
     out = out or beside(path, kind, GGUF)
-    save_gguf(source, out, kind, model_name, verbose)
+    save_gguf(source, out, kind, model_name, verbose, calibration)
 
 
 def convert_to_ours(

@@ -19,6 +19,7 @@ def setup(
     output_path: Path | None = None,
     model_name: str | None = None,
     access_token: Secret | None = None,
+    calibration: Path | None = None,
     verbose: bool = False,
 ) -> None:
     """Write a checkpoint with quantised weights, or in another type, for litgpt itself.
@@ -37,11 +38,13 @@ def setup(
             best that in which the model is to answer. Without quantize, all weights are written in it, and quantised
             ones are de-quantised.
         quantize: Keep the weights of the linear layers in 4 or 8 bits: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq,
-            bnb.int8, or for CPUs int4 or int8; in a GGUF file q8_0, q5_1, q5_0, q4_1 or q4_0.
+            bnb.int8, or for CPUs int4 or int8; in a GGUF file q8_0, q6_k, q5_k_m, q5_k_s, q5_1, q5_0,
+            q4_k_m, q4_k_s, q4_1 or q4_0.
         checkpoint_path: Another name of checkpoint_dir.
         output_path: The GGUF file to write.
         model_name: What the GGUF file calls the model; by default as the checkpoint does.
         access_token: For a gated model that has to be downloaded first.
+        calibration: A text file that shows which weights matter, for a quantised GGUF file; as for convert.
         verbose: Print every tensor instead of a progress bar.
     """
     if checkpoint_dir is not None and checkpoint_path is not None:
@@ -61,7 +64,9 @@ def setup(
                 f"--dtype {dtype} cannot be combined with --quantize {quantize} in a GGUF file. Leave it out."
             )
         source = open_merged(checkpoint_dir, access_token)
-        return save_gguf(source, output_path, quantize or dtype, model_name, verbose)
+        return save_gguf(source, output_path, quantize or dtype, model_name, verbose, calibration)
+    if calibration is not None:
+        raise ValueError(f"--calibration {calibration} cannot act without --output_path: it is for GGUF files.")
     if model_name is not None:
         raise ValueError(f"--model_name {model_name} is not supported without --output_path: GGUF files have names.")
     target = check_form(dtype, quantize)

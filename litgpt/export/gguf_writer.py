@@ -14,33 +14,29 @@ from torch import Tensor
 
 from litgpt.cli.suggest import did_you_mean
 from litgpt.config import Config
+from litgpt.export.gguf_kinds import KINDS, Kind
 from litgpt.formats.architectures import ARCHITECTURES
 from litgpt.formats.gguf.gguf_architectures import GGUF_ARCHITECTURES, GGUFArchitecture, HFConfig, Metadata
 from litgpt.formats.gguf.vocabulary import vocabulary
 from litgpt.formats.hf_config import config_from_hf, config_to_hf, differences
 from litgpt.formats.written_config import original_config
 from litgpt.model import rope_frequencies
+from litgpt.quantization.block_search import quantised
+from litgpt.quantization.blocks import FORMATS
 from litgpt.sources.gguf import ROPE_FACTORS
 from litgpt.sources.meta import shapes_of
-from litgpt.sources.source import HEAD, Named, Source, Watch
+from litgpt.sources.source import EMBEDDING, HEAD, Named, Source, Watch
 
-# Types of matrices by their name, with GGUF's number for a file of them. The `gguf` package quantises to these.
-KINDS = {
-    "float32": (Type.F32, gguf.LlamaFileType.ALL_F32),
-    "float16": (Type.F16, gguf.LlamaFileType.MOSTLY_F16),
-    "bfloat16": (Type.BF16, gguf.LlamaFileType.MOSTLY_BF16),
-    "q8_0": (Type.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
-    "q5_1": (Type.Q5_1, gguf.LlamaFileType.MOSTLY_Q5_1),
-    "q5_0": (Type.Q5_0, gguf.LlamaFileType.MOSTLY_Q5_0),
-    "q4_1": (Type.Q4_1, gguf.LlamaFileType.MOSTLY_Q4_1),
-    "q4_0": (Type.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
-}
-_OUTSIDE = ("token_embd.weight", "output.weight")  # what loses most by few bits: never fewer than 8
 _AT_ONCE = 2**24  # values that are converted at a time
 
 
 def export_gguf(
-    source: Source, path: Path, kind: str | None = None, name: str | None = None, watch: Watch = iter
+    source: Source,
+    path: Path,
+    kind: str | None = None,
+    name: str | None = None,
+    watch: Watch = iter,
+    importance: dict[str, Tensor] | None = None,
 ) -> str:
     """Writes a checkpoint as a GGUF file, tokenizer and chat template included.
 
@@ -50,6 +46,7 @@ def export_gguf(
         kind: The type of matrices, a key of `KINDS`; None is that of the checkpoint. Vectors are float32.
         name: What the file calls the model; None is its own name.
         watch: Wraps the stream of weights, to show progress.
+        importance: What an error in each column of a weight costs, by our name of it (`litgpt.export.calibration`).
 
     Returns:
         The kind.
@@ -65,10 +62,10 @@ def export_gguf(
     usual = (original_config(source.files).get("architectures") or [None])[0]
     form, config_json, metadata = describe_in_gguf(config, usual)
     metadata |= vocabulary(source.files, config.padded_vocab_size)
-    exporter = _Exporter(source, form, config_json, KINDS[kind][0])
+    exporter = _Exporter(source, form, config_json, KINDS[kind], importance or {})
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[form.tensors])
     writer.add_name(name or config.name)
-    writer.add_file_type(KINDS[kind][1])
+    writer.add_file_type(KINDS[kind].file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in metadata.items():
         _add(writer, key, value)
@@ -154,11 +151,20 @@ class _Exporter:
         source: The checkpoint.
         form: Its architecture in GGUF.
         config_json: What it is, as Hugging Face has it.
-        kind: The type of its matrices.
+        kind: The types of its matrices.
+        importance: As for `export_gguf`.
     """
 
-    def __init__(self, source: Source, form: GGUFArchitecture, config_json: HFConfig, kind: Type) -> None:
+    def __init__(
+        self,
+        source: Source,
+        form: GGUFArchitecture,
+        config_json: HFConfig,
+        kind: Kind,
+        importance: dict[str, Tensor],
+    ) -> None:
         self.source, self.form, self.config_json, self.kind = source, form, config_json, kind
+        self.importance = importance
         self.factors = _rope_factors(source.config)
         self.shapes = _theirs(source.layout().items(), form, source.config)
         self.names = form.names(self.shapes, source.config.n_layer)
@@ -177,17 +183,19 @@ class _Exporter:
         for name, tensor in _translated(watch(self.source.weights()), self.form, self.source.config):
             change = self.form.change(name)
             tensor = tensor if change is None else change.to_gguf(tensor, self.config_json)
-            yield _values(tensor, self.stored(name))
+            yield _values(tensor, self.stored(name), self._importance_of(name))
 
     def stored(self, name: str) -> Type:
         """The type in which a tensor is stored."""
-        shape = self.shapes[name]
-        if len(shape) < 2:
-            return Type.F32
-        kind = self.kind
-        if self.names[name] in _OUTSIDE and gguf.GGML_QUANT_SIZES[kind][0] > 1:
-            kind = Type.Q8_0
-        return kind if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else Type.F16
+        config = self.source.config
+        return self.kind.stored(self.names[name], self.shapes[name], config.n_layer, config.tie_embeddings)
+
+    def _importance_of(self, name: str) -> Tensor | None:
+        """That of a weight of theirs: what is done to it moves rows, and leaves columns where they are."""
+        family = ARCHITECTURES[self.form.architecture].weights.family(name, self.source.config, ours=False)
+        ours = family.ours[0] if family is not None else name
+        tied = ours == EMBEDDING and self.source.config.tie_embeddings
+        return self.importance.get(HEAD if tied else ours)
 
 
 def _translated(ours: Iterable[Named], form: GGUFArchitecture, config: Config) -> Iterator[Named]:
@@ -201,10 +209,12 @@ def _theirs(ours: Iterable[Named], form: GGUFArchitecture, config: Config) -> di
     return {name: tuple(tensor.shape) for name, tensor in _translated(ours, form, config)}
 
 
-def _values(tensor: Tensor, kind: Type) -> np.ndarray:
+def _values(tensor: Tensor, kind: Type, importance: Tensor | None) -> np.ndarray:
     """A tensor as a file has it, converted some rows at a time."""
     if tensor.dim() < 2:
         return tensor.float().numpy()
+    if kind.name.lower() in FORMATS:
+        return quantised(tensor, kind.name.lower(), importance).numpy()
     rows = max(1, _AT_ONCE // tensor.size(1))
     return np.concatenate([gguf.quantize(part.float().numpy(), kind) for part in tensor.split(rows)])
 
