@@ -7,7 +7,7 @@ for here is the step s and the offset m that leave the least
 
 For a given choice of codes, the best s and m are a weighted least-squares fit; so for several steps around the even
 ones codes are chosen, s and m fitted, and the best fit kept. In blocks of 256 values, the groups' s and m are whole
-numbers of 6 or 8 bits times one number for all; these are chosen, fitted and varied by one in the same way, and whatever
+numbers of 6 or 8 bits times one number for all; these are chosen, fitted and varied by one in the same way, and what
 leaves less is kept.
 
 The weights w say what an error costs. An output is a sum of weights times inputs, so that an error in a column costs
@@ -68,7 +68,7 @@ def _some_rows(values: Tensor, form: BlockFormat, importance: Tensor | None) -> 
             levels = (_with_offset if form.name.endswith("1") else _around_zero)(x, w, form.name)
         else:
             levels = (_in_groups_around_zero if form.name == "q6_k" else _in_groups)(x, w, form.name)
-    return form.pack(levels).view(len(values), -1)
+    return form.pack(levels).view(len(values), form.row_bytes(values.size(1)))
 
 
 def _by_group(values: Tensor, form: BlockFormat) -> Tensor:
@@ -81,7 +81,9 @@ def _cost(x: Tensor, values: Tensor, importance: Tensor | None, form: BlockForma
     """What an error costs, as x."""
     if importance is None:
         return (x.square().mean(dim=0, keepdim=True) + x.square()).sqrt()
-    of_columns = _by_group(importance.float()[None].expand_as(values), form)
+    # A column that was given nothing may be given something yet.
+    relative = (importance.float() / importance.float().mean().clamp(min=1e-30)).clamp(min=1e-4)
+    of_columns = _by_group(relative[None].expand_as(values), form)
     return of_columns * (x.square().mean(dim=(0, 1), keepdim=True) + x.square()).sqrt()
 
 
@@ -128,7 +130,8 @@ def _fitted_with_offset(x: Tensor, w: Tensor, largest: int, no_positive: bool) -
         error = sum_xx + step.square() * sum_qq + added.square() * sum_w
         error += 2 * (step * added * sum_q - step * sum_xq - added * sum_x)
         better = (error < best.error) & (step >= 0)
-        best = _Found(*(torch.where(better, new, old) for new, old in zip((step, -added, error), best, strict=True)))
+        new = _Found(step, -added, error)
+        best = _Found(*(torch.where(better, a, b) for a, b in zip(new, best, strict=True)))
     return best
 
 
@@ -149,9 +152,7 @@ def _fitted_around_zero(x: Tensor, w: Tensor, largest: int, tries: list[float]) 
         step = _ratio(sum_xq, sum_qq)
         error = sum_xx - step * sum_xq
         better = error < best.error
-        best = _Found(
-            *(torch.where(better, new, old) for new, old in zip((step, best.offset, error), best, strict=True))
-        )
+        best = _Found(torch.where(better, step, best.step), best.offset, torch.where(better, error, best.error))
     return best
 
 

@@ -107,7 +107,8 @@ def _taken_apart(data: Tensor, shifts: tuple[int, ...], pieces: int = 1) -> Tens
 def _put_together(values: Tensor, shifts: tuple[int, ...], pieces: int = 1) -> Tensor:
     """The way back; the values must not have more bits than there is room for."""
     shift = torch.tensor(shifts, dtype=torch.uint8, device=values.device)[:, None]
-    pieced = values.to(torch.uint8).view(len(values), pieces, len(shifts), -1)
+    size = values.size(1) // pieces // len(shifts)
+    pieced = values.to(torch.uint8).view(len(values), pieces, len(shifts), size)
     return (pieced << shift).sum(dim=2, dtype=torch.uint8).flatten(1)
 
 
