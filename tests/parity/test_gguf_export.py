@@ -15,7 +15,7 @@ import transformers
 
 from litgpt.config import Config
 from litgpt.export.gguf_kinds import KINDS
-from litgpt.export.gguf_writer import describe, export_gguf
+from litgpt.export.gguf_writer import describe_in_gguf, export_gguf
 from litgpt.formats.gguf.file import GGUFFile
 from litgpt.formats.hf_config import differences
 from litgpt.quantization.layers import quantized_layers
@@ -252,7 +252,7 @@ def test_figures_rounded_to_32_bits_are_written(name, tmp_path, monkeypatch):
 def test_a_failure_speaks_of_the_models_own_architecture(name, changes, usual, message):
     config = Config(**{**vars(Config.from_name(name)), **changes})
     with pytest.raises(ValueError, match=message) as info:
-        describe(config, usual)
+        describe_in_gguf(config, usual)
     assert len(str(info.value).splitlines()) == 1
     assert not any(f"as {other}, " in str(info.value) for other in ("llama", "phi2", "gptneox"))
 
