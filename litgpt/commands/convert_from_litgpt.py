@@ -48,7 +48,7 @@ def setup(
     if format == "gguf" or (format == "both" and output_dir.suffix == GGUF):
         return save_gguf(source, output_dir, dtype, verbose=verbose, calibration=calibration)
     if calibration is not None:
-        raise ValueError(f"--calibration {calibration} cannot act here: it is for a .gguf file. Leave it out.")
+        raise ValueError(f"--calibration {calibration} has no effect here: it is for a .gguf file. Leave it out.")
     save_hf(source, output_dir, format, dtype, verbose)
     if format == "both":
         print("Both hold the same weights. `--format safetensors` or `--format pth` writes one of them.")

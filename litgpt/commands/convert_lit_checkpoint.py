@@ -66,7 +66,7 @@ def setup(
         source = open_merged(checkpoint_dir, access_token)
         return save_gguf(source, output_path, quantize or dtype, model_name, verbose, calibration)
     if calibration is not None:
-        raise ValueError(f"--calibration {calibration} cannot act without --output_path: it is for GGUF files.")
+        raise ValueError(f"--calibration {calibration} has no effect without --output_path: it is for GGUF files.")
     if model_name is not None:
         raise ValueError(f"--model_name {model_name} is not supported without --output_path: GGUF files have names.")
     target = check_form(dtype, quantize)

@@ -54,16 +54,16 @@ def importance(source: Source, text_file: Path) -> dict[str, Tensor]:
 
 def _tokens(source: Source, text_file: Path) -> Tensor:
     if not text_file.is_file():
-        raise FileNotFoundError(f"There is no file '{text_file}' (calibration). Give a text file.")
+        raise FileNotFoundError(f"calibration={str(text_file)!r}: there is no such file. Give a text file.")
     try:
         text = text_file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"'{text_file}' (calibration) is no text in UTF-8 ({error}).") from None
+        raise ValueError(f"calibration={str(text_file)!r} is no text in UTF-8 ({error}).") from None
     tokens = Tokenizer(source.files).encode(text)
     if len(tokens) < _LEAST:
         raise ValueError(
-            f"'{text_file}' (calibration) has {len(tokens)} tokens, which is too few to know what matters. Give a text "
-            f"of {_LEAST} or more; some ten thousand are usual."
+            f"calibration={str(text_file)!r} has {len(tokens)} tokens, which are too few to show what matters. Give a "
+            f"text of {_LEAST} or more; some ten thousand are usual."
         )
     return tokens
 

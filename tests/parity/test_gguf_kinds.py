@@ -157,8 +157,8 @@ def test_a_text_calibrates(wide, text, command, tmp_path, capsys):
     (tmp_path / "m.gguf").unlink()
     for kind, options, message in (
         ("float32" if command[0] != "convert" else "q8_0", ["--calibration", str(tmp_path / "none.txt")], ""),
-        ("q4_k_m", ["--calibration", str(tmp_path / "none.txt")], "There is no file"),
-        ("q4_k_m", ["--calibration", str(tmp_path / "short.txt")], "tokens, which is too few"),
+        ("q4_k_m", ["--calibration", str(tmp_path / "none.txt")], "there is no such file"),
+        ("q4_k_m", ["--calibration", str(tmp_path / "short.txt")], "tokens, which are too few"),
         ("q4_k_m", ["--calibration", str(tmp_path / "binary.txt")], "is no text in UTF-8"),
     ):
         (tmp_path / "short.txt").write_text("To be, or not to be")

@@ -124,11 +124,11 @@ def test_what_is_saved_of_it_is_plain(smollm2_gguf, tmp_path):
 
 
 def test_what_it_is_not_for_is_refused(tmp_path, smollm2_gguf):
-    with pytest.raises(ValueError, match="gguf is not for training"):
+    with pytest.raises(ValueError, match=r"gguf is not for training"):
         check_quantize("gguf", "bf16-true", training=True)
     with pytest.raises(ValueError, match=r"gguf is for CPUs, and the model goes to cuda\. Use quantize=bnb\.nf4"):
         check_quantize("gguf", "bf16-true", training=False, device="cuda")
-    with pytest.raises(ValueError, match="gguf is not for checkpoints in litgpt's format"):
+    with pytest.raises(ValueError, match=r"gguf is not for checkpoints in litgpt's format"):
         check_form(None, "gguf")
     LLM.load(smollm2_gguf, precision="32-true").save(tmp_path / "plain")
     with pytest.raises(ValueError, match=r"uses the blocks of a GGUF file as they lie there, and .* holds none"):
