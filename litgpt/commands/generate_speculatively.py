@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 from litgpt import cli
+from litgpt.cli.plural import counted
 from litgpt.generation.speculative import SpeculativeEngine
 from litgpt.llm.llm import LLM
 from litgpt.llm.loading import load_parts
@@ -24,7 +25,8 @@ def setup(
     """Print a model's answer, several tokens of which are drafted and then checked at once by the model.
 
     The answer is what the model alone would say: the same one where it always takes the most likely token, and as
-    likely a one where it draws. How much sooner it comes depends on how often the drafts are right.
+    likely a one where it draws. How much sooner it comes depends on how often the drafts are right; where they make it
+    slower, nothing is drafted for a while.
 
     Args:
         target_model_checkpoint_dir: The model that answers: a directory, a .gguf file, a known name or a Hub id.
@@ -59,6 +61,8 @@ def setup(
         f"Acceptance rate: {rate:.2%} ({engine.accepted} of {engine.proposed} drafted tokens); "
         f"{tokens / engine.calls:.2f} tokens per call of the model"
     )
+    if engine.paused:
+        say(f"In {counted(engine.paused, 'call')} nothing was drafted, since it had made the answer slower.")
 
 
 def check_same_tokens(target: Tokenizer, draft: Tokenizer) -> None:

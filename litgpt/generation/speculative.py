@@ -2,7 +2,8 @@
 
 The drafts come from a smaller model (Leviathan et al., https://arxiv.org/abs/2211.17192), or are what followed the same
 words earlier in the text (prompt lookup, https://github.com/apoorvumang/prompt-lookup-decoding). Either way the tokens
-are distributed as the large model alone would draw them, and the greedy ones are the same.
+are distributed as the large model alone would draw them, and the greedy ones are the same. Where it does not pay, it
+stops by itself (`draft_pace`).
 
 Shapes: T tokens, K drafted ones, V the vocabulary.
 """
@@ -13,10 +14,12 @@ import itertools
 import math
 from collections import abc, deque
 from functools import partial
+from time import perf_counter
 
 import torch
 from torch import Tensor
 
+from litgpt.generation.draft_pace import DraftPace, plain_times
 from litgpt.generation.engine import PREFILL_CHUNK
 from litgpt.generation.interface import GenerationEngine
 from litgpt.generation.kv_cache_manager import kv_cache_bytes, limit_attention
@@ -67,6 +70,28 @@ def accept(target: Tensor, draft: Tensor, proposed: Tensor, generator: torch.Gen
     whole = target.index_select(0, count[None])
     rest = torch.where(rest.sum() > 0, rest, whole)  # q = p: only rounding can have rejected the token
     return count, draw(rest.log(), [generator])[0]
+
+
+def accept_equal(target: Tensor, proposed: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The same for tokens that were not drawn, but found: those stay that the target draws itself.
+
+    A found token stays with the probability that the target has for it, as in `accept`. Each token takes one random
+    number, whether it was drafted or not: what a seed gives does not depend on what was drafted.
+
+    Args:
+        target: (K + 1, V) what the target draws from at each place.
+        proposed: (K,) what was found.
+        generator: Of the random numbers.
+
+    Returns:
+        As `accept`.
+    """
+    drafted = [*proposed.tolist(), -1]
+    for place, (row, found) in enumerate(zip(target, drafted, strict=True)):
+        token = draw(row[None].log(), [generator])[0]
+        if int(token) != found:
+            return torch.tensor(place, device=target.device), token
+    raise AssertionError("no token is -1")
 
 
 class PromptLookup:
@@ -154,6 +179,8 @@ class SpeculativeEngine(GenerationEngine):
     Attributes:
         proposed, accepted: How many tokens were drafted so far, and how many of them stayed.
         calls: How often the model was called.
+        paused: How many of these times nothing was drafted, since it had not paid. A draft model is paused for greedy
+            answers alone.
     """
 
     max_slots = 1
@@ -178,7 +205,8 @@ class SpeculativeEngine(GenerationEngine):
                 "compile=true is not supported here: each length of a draft would be compiled. Leave it out."
             )
         self.draft, self.count = draft, count
-        self.proposed = self.accepted = self.calls = 0
+        self.proposed = self.accepted = self.calls = self.paused = 0
+        self._plain_seconds = plain_times()
         self._numbers = itertools.count()
         self._texts: deque[Speculation] = deque()  # the first is being answered
 
@@ -205,7 +233,8 @@ class SpeculativeEngine(GenerationEngine):
     def submit(self, request: Request) -> int:
         max_new_tokens, number = self.check(request), next(self._numbers)
         sequence = Sequence(request, number, max_new_tokens, self.device, self.model.config.padded_vocab_size)
-        self._texts.append(Speculation(self.model, self.draft, sequence, self.count, self.autocast))
+        pace = DraftPace(self._plain_seconds)
+        self._texts.append(Speculation(self.model, self.draft, sequence, self.count, self.autocast, pace))
         return number
 
     def cancel(self, number: int) -> None:
@@ -217,12 +246,17 @@ class SpeculativeEngine(GenerationEngine):
         if not self._texts:
             return []
         text = self._texts[0]
+        drafts, is_first = not text.is_paced or text.pace.drafts(), not text.sequence.num_generated
+        started = perf_counter()
         try:
-            tokens, proposed = text.advance()
+            tokens, proposed = text.advance(drafts)
         except BaseException:  # KeyboardInterrupt too: some layers have stored their keys, others have not
             self._texts.popleft()
             raise
+        if text.is_paced and not is_first:  # the first prefills the prompt
+            text.pace.note(perf_counter() - started, proposed, len(tokens))
         self.calls += 1
+        self.paused += not drafts and text.pace.is_paused
         self.proposed += proposed
         self.accepted += len(tokens) - 1
         outputs = []
@@ -260,12 +294,19 @@ class Speculation:
         sequence: The request on its way.
         count: How many tokens are drafted at a time.
         autocast: A dtype to compute in, if not that of the weights.
+        pace: Whether drafting pays.
     """
 
     def __init__(
-        self, target: GPT, draft: GPT | None, sequence: Sequence, count: int, autocast: torch.dtype | None
+        self,
+        target: GPT,
+        draft: GPT | None,
+        sequence: Sequence,
+        count: int,
+        autocast: torch.dtype | None,
+        pace: DraftPace,
     ) -> None:
-        self.sequence, self.count = sequence, count
+        self.sequence, self.count, self.pace = sequence, count, pace
         self.sampling, self.generator = sequence.request.sampling, sequence.generator
         self.ids = list(sequence.request.prompt)
         length = len(self.ids) + sequence.max_new_tokens
@@ -278,12 +319,22 @@ class Speculation:
         self.lookup = PromptLookup()
         self.lookup.extend(self.ids)
 
-    def advance(self) -> tuple[list[int], int]:
-        """The next tokens of the text, and how many were drafted for that."""
-        proposed, draft = self._proposals()
+    @property
+    def is_paced(self) -> bool:
+        """Whether it may pause. Where a draft model's tokens are drawn, it may not: these take random numbers too, and
+        what comes must follow from the seed, not from the time that something took."""
+        return self.draft is None or self.sampling.is_greedy
+
+    def advance(self, drafts: bool = True) -> tuple[list[int], int]:
+        """The next tokens of the text, and how many were drafted for that: none unless it `drafts`."""
+        proposed, draft = self._proposals(self.count if drafts else 0)
         fresh = torch.tensor(self.ids[self.target.length :], device=self.target.device)
         logits = self.target(torch.cat((fresh, proposed)), proposed.numel() + 1)
-        count, token = accept(probabilities(logits, self.sampling), draft, proposed, self.generator)
+        target = probabilities(logits, self.sampling)
+        if draft is None:
+            count, token = accept_equal(target, proposed, self.generator)
+        else:
+            count, token = accept(target, draft, proposed, self.generator)
         *tokens, token, count = torch.cat((proposed, token[None], count[None])).tolist()
         new = [*tokens[:count], token]
         for model in filter(None, (self.target, self.draft)):
@@ -292,17 +343,17 @@ class Speculation:
         self.lookup.extend(new)
         return new, proposed.numel()
 
-    def _proposals(self) -> tuple[Tensor, Tensor]:
-        """(K,) tokens and (K, V) what they were drawn from; fewer than wanted where the room or the draft's context
-        ends, none before the first token, which does not wait for the draft."""
+    def _proposals(self, most: int) -> tuple[Tensor, Tensor | None]:
+        """(K,) tokens and (K, V) what they were drawn from, None where they were found; fewer than wanted where the
+        room or the draft's context ends, none before the first token, which does not wait for the draft."""
         device = self.target.device
-        count = min(self.count, self.sequence.max_new_tokens - self.sequence.num_generated - 1)
+        count = min(most, self.sequence.max_new_tokens - self.sequence.num_generated - 1)
         count = min(count, self.draft_context - len(self.ids) + 1) if self.sequence.num_generated else 0
+        if self.draft is None:
+            found = self.lookup.propose(count) if count > 0 else []
+            return torch.tensor(found, dtype=torch.int64, device=device), None
         if count < 1:
             return torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, self.vocabulary, device=device)
-        if self.draft is None:
-            found = torch.tensor(self.lookup.propose(count), dtype=torch.int64, device=device)
-            return found, torch.nn.functional.one_hot(found, self.vocabulary).float()
         tokens, rows = [], []
         known = self.draft.model.config.padded_vocab_size - 1  # the target may, if hardly ever, say one of its padding
         fed = torch.tensor(self.ids[self.draft.length :], device=device).clamp(max=known)
