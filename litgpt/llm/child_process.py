@@ -8,9 +8,42 @@ import os
 import subprocess
 import sys
 import threading
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypedDict
 
 PATIENCE = 10  # seconds that a process has to end after it was told to
+
+
+class Part(TypedDict):
+    """How a rank loads its part of a model."""
+
+    checkpoint: str
+    dtype: str
+    quantize: str | None
+    kv_cache: str | None
+
+
+class RankJob(Part):
+    """What a rank other than the first does, and where."""
+
+    rank: int
+    count: int
+    device: str
+    folder: str
+    """In which the ranks meet"""
+    threads: int
+
+
+class ReplicaJob(TypedDict):
+    """How a process loads a copy of a model, and what it answers with."""
+
+    checkpoint: str
+    device: str
+    precision: str
+    quantize: str | None
+    kv_cache: str | None
+    max_slots: int
+    threads: int
 
 
 class ChildProcess:
@@ -21,12 +54,12 @@ class ChildProcess:
 
     Args:
         module: What it runs, as `python -m`.
-        job: What it is to do; plain values.
+        job: What it is to do, a `RankJob` or `ReplicaJob`.
         name: Of the thread here that reads what it says.
         threads: How many it computes with.
     """
 
-    def __init__(self, module: str, job: dict[str, Any], *, name: str, threads: int) -> None:
+    def __init__(self, module: str, job: Mapping[str, object], *, name: str, threads: int) -> None:
         self.is_over = False  # it was told to end
         paths = os.pathsep.join(path for path in sys.path if path)
         self.process = subprocess.Popen(
@@ -51,7 +84,7 @@ class ChildProcess:
         """Called in that thread where the process ends that nobody told to."""
         raise NotImplementedError
 
-    def write(self, what: Any) -> None:
+    def write(self, what: object) -> None:
         """Sends a line."""
         try:
             self._input.write(json.dumps(what).encode() + b"\n")

@@ -13,12 +13,13 @@ import sys
 import threading
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 import torch
 
 from litgpt.generation.rank_engine import News, RanksLost, follow
 from litgpt.kv_cache import layer_cache_of
+from litgpt.llm.child_process import RankJob
 from litgpt.parallel.process_group import ProcessGroup
 from litgpt.parallel.tensor_parallel import split_model
 from litgpt.sources.door import open_model
@@ -33,7 +34,7 @@ class Follower:
         lines: What comes from rank 0.
     """
 
-    def __init__(self, job: dict[str, Any], lines: queue.SimpleQueue[bytes]) -> None:
+    def __init__(self, job: RankJob, lines: queue.SimpleQueue[bytes]) -> None:
         self.group = ProcessGroup(job["rank"], job["count"], torch.device(job["device"]))
         self._lines = lines
 
@@ -65,7 +66,7 @@ def main() -> None:
     os._exit(code)  # nothing here is worth a wait, least of all an exchange with who is gone
 
 
-def _work(job: dict[str, Any], lines: queue.SimpleQueue[bytes], replies: Any) -> None:
+def _work(job: RankJob, lines: queue.SimpleQueue[bytes], replies: TextIO) -> None:
     torch.set_num_threads(job["threads"])
     ranks = Follower(job, lines)
     if ranks.group.device.type == "cuda":

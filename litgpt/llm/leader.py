@@ -9,12 +9,12 @@ import tempfile
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from litgpt.generation.rank_engine import News, RanksLost
-from litgpt.llm.child_process import ChildProcess
+from litgpt.llm.child_process import ChildProcess, Part, RankJob
 from litgpt.parallel.process_group import ProcessGroup
 
 
@@ -26,7 +26,7 @@ class Leader:
 
     Args:
         devices: Where the ranks are, this one's first.
-        part: How to load a rank's part of the model; plain values.
+        part: How to load a rank's part of the model.
 
     Attributes:
         group: Through which the ranks exchange tensors.
@@ -34,7 +34,7 @@ class Leader:
         on_loss: Called, in a thread of its own, where a process ends that nobody told to.
     """
 
-    def __init__(self, devices: Sequence[torch.device], part: dict[str, Any]) -> None:
+    def __init__(self, devices: Sequence[torch.device], part: Part) -> None:
         self.group = ProcessGroup(0, len(devices), devices[0])
         self._folder = Path(tempfile.mkdtemp(prefix="litgpt-"))
         self.others: list[_RankProcess] = []
@@ -44,8 +44,15 @@ class Leader:
             threads = max(1, threads // len(devices))
             torch.set_num_threads(threads)
         for rank, device in enumerate(devices[1:], 1):
-            place = {"rank": rank, "count": len(devices), "device": str(device), "folder": str(self._folder)}
-            self.others.append(_RankProcess(place | part | {"threads": threads}, self.group))
+            job: RankJob = {
+                **part,
+                "rank": rank,
+                "count": len(devices),
+                "device": str(device),
+                "folder": str(self._folder),
+                "threads": threads,
+            }
+            self.others.append(_RankProcess(job, self.group))
 
     @property
     def on_loss(self) -> Callable[[RanksLost], None] | None:
@@ -98,14 +105,14 @@ class Leader:
         """Ends the others."""
         self._end()
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> NoReturn:
         raise TypeError("A model that is split over several processes cannot be copied. Load it again.")
 
 
 class _RankProcess(ChildProcess):
     """One of the other ranks. What reads from it holds no leader, so that one who is not used any more can go."""
 
-    def __init__(self, job: dict[str, Any], group: ProcessGroup) -> None:
+    def __init__(self, job: RankJob, group: ProcessGroup) -> None:
         self.rank, self.group = job["rank"], group
         self.failure: RanksLost | None = None
         self.on_loss: Callable[[RanksLost], None] | None = None

@@ -24,6 +24,7 @@ from litgpt.sources.part import check_whole
 from litgpt.sources.source import Source, Watch
 
 if TYPE_CHECKING:  # what shares a model between devices is imported where several do
+    from litgpt.llm.child_process import Part
     from litgpt.llm.leader import Leader
 
 STRATEGIES = ("sequential", "tensor_parallel")
@@ -117,7 +118,12 @@ class Placement:
         if self.strategy == "sequential":
             model = self._load_in_blocks(source, dtype, quantize, watch)
         elif self.strategy == "tensor_parallel":
-            part = {"checkpoint": str(checkpoint), "quantize": quantize, "kv_cache": kv_cache}
+            part: Part = {
+                "checkpoint": str(checkpoint),
+                "dtype": str(dtype).removeprefix("torch."),
+                "quantize": quantize,
+                "kv_cache": kv_cache,
+            }
             model = self._load_in_parts(part, source, dtype, quantize, watch)
         else:
             model = load_model(source, dtype=dtype, device=self.device, quantize=quantize, watch=watch)
@@ -133,13 +139,11 @@ class Placement:
         connect_blocks(model, places, self.devices)
         return model
 
-    def _load_in_parts(
-        self, part: dict[str, str | None], source: Source, dtype: torch.dtype, quantize: str | None, watch: Watch
-    ) -> GPT:
+    def _load_in_parts(self, part: Part, source: Source, dtype: torch.dtype, quantize: str | None, watch: Watch) -> GPT:
         from litgpt.llm.leader import Leader
         from litgpt.parallel.tensor_parallel import split_model
 
-        self.leader = Leader(self.devices, part | {"dtype": str(dtype).removeprefix("torch.")})
+        self.leader = Leader(self.devices, part)
         try:
             split = partial(split_model, group=self.leader.group)
             model = load_model(source, dtype=dtype, device=self.device, quantize=quantize, split=split, watch=watch)

@@ -11,13 +11,14 @@ import os
 import sys
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from litgpt.generation.request import Output, Request
 from litgpt.generation.sampling import Sampling
 from litgpt.generation.worker import Ticket
+from litgpt.llm.child_process import ReplicaJob
 from litgpt.llm.llm import LLM
 from litgpt.llm.loading import LoadOptions, load_parts
 from litgpt.llm.placement import Placement
@@ -36,7 +37,7 @@ def main() -> None:
     os._exit(code)
 
 
-def _work(job: dict[str, Any], replies: Any) -> None:
+def _work(job: ReplicaJob, replies: TextIO) -> None:
     torch.set_num_threads(job["threads"])
     device = torch.device(job["device"])
     if device.type == "cuda":
@@ -58,7 +59,7 @@ def _work(job: dict[str, Any], replies: Any) -> None:
         tickets[number] = worker.submit(request, partial(_deliver, replies, tickets, number))
 
 
-def _deliver(replies: Any, tickets: dict[int, Ticket], number: int, output: Output | Exception) -> None:
+def _deliver(replies: TextIO, tickets: dict[int, Ticket], number: int, output: Output | Exception) -> None:
     if isinstance(output, Exception):
         _tell(replies, {"error": f"{type(output).__name__}: {output}"})
         os._exit(1)
@@ -70,7 +71,7 @@ def _deliver(replies: Any, tickets: dict[int, Ticket], number: int, output: Outp
     _tell(replies, values)
 
 
-def _tell(replies: Any, what: dict[str, Any]) -> None:
+def _tell(replies: TextIO, what: dict[str, Any]) -> None:
     print(json.dumps(what), file=replies, flush=True)
 
 

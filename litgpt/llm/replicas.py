@@ -18,7 +18,7 @@ from litgpt.devices.precision import inference_precision
 from litgpt.generation.interface import MAX_SLOTS
 from litgpt.generation.request import Output, Request, TokenLogprob
 from litgpt.generation.worker import Deliver, Ticket
-from litgpt.llm.child_process import ChildProcess
+from litgpt.llm.child_process import ChildProcess, ReplicaJob
 from litgpt.llm.llm import LLM
 from litgpt.llm.loading import LoadOptions, load_parts
 from litgpt.llm.placement import Placement, named_device
@@ -71,7 +71,7 @@ class Replicas:
             # First here: what is wrong with the checkpoint is said once, and a download is made once.
             self.llm = LLM(load_parts(checkpoint, options, placement=placement, max_slots=self.max_slots))
             for device in devices[1:]:
-                job = {
+                job: ReplicaJob = {
                     "checkpoint": str(checkpoint),
                     "device": str(device),
                     "precision": self.precision,
@@ -88,7 +88,7 @@ class Replicas:
     def __enter__(self) -> Replicas:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def run(self, requests: Sequence[Request], take: Callable[[int, Output], tuple[Taken, bool]]) -> Iterator[Taken]:
@@ -164,7 +164,7 @@ class _Ticket:
 class _Replica(ChildProcess):
     """A copy of the model in a process of its own (`litgpt.llm.replica`)."""
 
-    def __init__(self, job: dict[str, Any], number: int) -> None:
+    def __init__(self, job: ReplicaJob, number: int) -> None:
         self.number, self._reason = number, ""
         self.failure: ReplicaLost | None = None
         self.deliveries: dict[int, Deliver] = {}

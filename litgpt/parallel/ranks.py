@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,10 +13,12 @@ from torch import Tensor
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+Value = TypeVar("Value")
+
 LONGEST_WORK = timedelta(days=14)  # of one process, while the others wait
 
 
-def gathered_objects(fabric: Fabric, value: Any) -> list[Any]:
+def gathered_objects(fabric: Fabric, value: Value) -> list[Value]:
     """What each rank has, in the order of the ranks. Every rank must call this."""
     values = [value] * fabric.world_size
     if fabric.world_size > 1:

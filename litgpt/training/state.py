@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,26 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 STATE_FILE = TRAINING_STATE
+
+
+class _State(TypedDict):
+    progress: dict[str, Any]
+    """The fields of `Progress`"""
+    world_size: int
+    optimizer_class: str
+    optimizer: dict[int, dict[str, Any]]
+    """See `optimizer_state`"""
+    scaler: dict[str, Any]
+    """Of the precision, where it has one"""
+    rng: list[dict[str, Any]]
+    """Each rank's random numbers, see `rng_state`"""
+
+
+class TrainingState(_State, total=False):
+    """What a checkpoint holds besides the weights."""
+
+    inputs: dict[str, Any] | None
+    """See `Inputs.saved`; earlier checkpoints have none"""
 
 
 @dataclass
@@ -144,10 +164,10 @@ def load_optimizer_state(optimizer: Optimizer, saved: dict[int, dict[str, Any]])
                 loaded[key] = value.to(loaded[key].device)
 
 
-def collect(fabric: Fabric, optimizer: Optimizer, progress: Progress, inputs: Inputs | None = None) -> dict[str, Any]:
+def collect(fabric: Fabric, optimizer: Optimizer, progress: Progress, inputs: Inputs | None = None) -> TrainingState:
     """Everything besides the weights that a checkpoint needs. Every rank must call this."""
     return {
-        "inputs": inputs and inputs.saved(),
+        "inputs": None if inputs is None else inputs.saved(),
         "progress": asdict(progress),
         "world_size": fabric.world_size,
         "optimizer_class": type(optimizer).__name__,
@@ -192,7 +212,7 @@ def restore(
     return Progress.from_saved(state["progress"]), note
 
 
-def read_training_state(checkpoint: Path) -> dict[str, Any]:
+def read_training_state(checkpoint: Path) -> TrainingState:
     """What `collect` gathered, read without executing anything, and compared with the sums that it was written with.
 
     Raises:

@@ -14,7 +14,7 @@ from litgpt.adaptation.lora import LORA_WEIGHTS
 from litgpt.checkpoint import WEIGHTS, read_state_dict, save_model
 from litgpt.commands import pretrain
 from litgpt.data import JSON, Preferences
-from litgpt.generation.in_training import complete
+from litgpt.generation.in_training import complete_in_training
 from litgpt.generation.request import Request
 from litgpt.runs.options import RunOptions
 from litgpt.sources.load import load_model
@@ -276,7 +276,7 @@ def test_answers_in_training_leave_no_trace(base):
         block.compile(backend=backend)
     gpt.transformer.h[0].eval()
     modes, numbers = [module.training for module in gpt.modules()], torch.get_rng_state()
-    first, second = complete(gpt, [Request([5, 6, 7], 4), Request([8], 9)])
+    first, second = complete_in_training(gpt, [Request([5, 6, 7], 4), Request([8], 9)])
     assert (len(first), len(second), compiled) == (4, 9, [])
     assert [module.training for module in gpt.modules()] == modes
     assert torch.equal(torch.get_rng_state(), numbers)
