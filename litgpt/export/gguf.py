@@ -43,8 +43,8 @@ def save_gguf(
             kind = str(dtype_from_name(kind)).removeprefix("torch.")
     if calibration is not None and kind not in QUANTISED:
         raise ValueError(
-            f"calibration={str(calibration)!r} cannot be combined with {kind or 'the type of the checkpoint'}: it is for "
-            f"quantised weights ({', '.join(QUANTISED)})."
+            f"calibration={str(calibration)!r} cannot be combined with {kind or 'the type of the checkpoint'}: it is "
+            f"for quantised weights ({', '.join(QUANTISED)})."
         )
     tell_note(source)
     matters = importance(source, calibration) if calibration is not None else None

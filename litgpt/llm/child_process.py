@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 PATIENCE = 10  # seconds that a process has to end after it was told to
 
 
-class Part(TypedDict):
+class ModelPart(TypedDict):
     """How a rank loads its part of a model."""
 
     checkpoint: str
@@ -23,7 +23,7 @@ class Part(TypedDict):
     kv_cache: str | None
 
 
-class RankJob(Part):
+class RankJob(ModelPart):
     """What a rank other than the first does, and where."""
 
     rank: int

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from litgpt.generation.rank_engine import News, RanksLost
-from litgpt.llm.child_process import ChildProcess, Part, RankJob
+from litgpt.llm.child_process import ChildProcess, ModelPart, RankJob
 from litgpt.parallel.process_group import ProcessGroup
 
 
@@ -34,7 +34,7 @@ class Leader:
         on_loss: Called, in a thread of its own, where a process ends that nobody told to.
     """
 
-    def __init__(self, devices: Sequence[torch.device], part: Part) -> None:
+    def __init__(self, devices: Sequence[torch.device], part: ModelPart) -> None:
         self.group = ProcessGroup(0, len(devices), devices[0])
         self._folder = Path(tempfile.mkdtemp(prefix="litgpt-"))
         self.others: list[_RankProcess] = []

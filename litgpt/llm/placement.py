@@ -24,7 +24,7 @@ from litgpt.sources.part import check_whole
 from litgpt.sources.source import Source, Watch
 
 if TYPE_CHECKING:  # what shares a model between devices is imported where several do
-    from litgpt.llm.child_process import Part
+    from litgpt.llm.child_process import ModelPart
     from litgpt.llm.leader import Leader
 
 STRATEGIES = ("sequential", "tensor_parallel")
@@ -118,7 +118,7 @@ class Placement:
         if self.strategy == "sequential":
             model = self._load_in_blocks(source, dtype, quantize, watch)
         elif self.strategy == "tensor_parallel":
-            part: Part = {
+            part: ModelPart = {
                 "checkpoint": str(checkpoint),
                 "dtype": str(dtype).removeprefix("torch."),
                 "quantize": quantize,
@@ -139,7 +139,9 @@ class Placement:
         connect_blocks(model, places, self.devices)
         return model
 
-    def _load_in_parts(self, part: Part, source: Source, dtype: torch.dtype, quantize: str | None, watch: Watch) -> GPT:
+    def _load_in_parts(
+        self, part: ModelPart, source: Source, dtype: torch.dtype, quantize: str | None, watch: Watch
+    ) -> GPT:
         from litgpt.llm.leader import Leader
         from litgpt.parallel.tensor_parallel import split_model
 

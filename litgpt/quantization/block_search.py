@@ -58,6 +58,7 @@ def quantised(values: Tensor, form: str, importance: Tensor | None = None) -> Te
 
 
 def _some_rows(values: Tensor, form: BlockFormat, importance: Tensor | None) -> Tensor:
+    assert form.pack is not None  # those that are only read are refused before
     x = _by_group(values, form)
     if form.name == "q8_0":
         w = torch.ones_like(x)  # so fine a grid gains nothing by a search
