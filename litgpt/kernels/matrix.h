@@ -1,5 +1,6 @@
 // A weight of any kind, and its products with inputs that are prepared for it.
 #pragma once
+#include "blocks.h"
 #include "int4.h"
 #include "linear.h"
 #ifdef __AMX_BF16__
@@ -8,7 +9,7 @@
 
 namespace litgpt {
 
-enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3, INT4 = 4 };
+enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3, INT4 = 4, BLOCKS = 5 };  // and those after it
 
 // As `Matrix` in native.py.
 struct Matrix {
@@ -23,6 +24,22 @@ template <class F> INLINE void with_type(int32_t type, const void* p, F f) {
   if (type == FLOAT32) f((const float*)p);
   else if (type == BFLOAT16) f((const bf16*)p);
   else f((const half*)p);
+}
+
+// Calls f with a format of blocks, of those in native.py's order.
+template <class F> INLINE void with_format(int32_t type, F f) {
+  switch (type - BLOCKS) {
+    case 0: return f(Small<4, false>{});
+    case 1: return f(Small<4, true>{});
+    case 2: return f(Small<5, false>{});
+    case 3: return f(Small<5, true>{});
+    case 4: return f(Q8_0{});
+    case 5: return f(Q2_K{});
+    case 6: return f(Q3_K{});
+    case 7: return f(Q4_K{});
+    case 8: return f(Q5_K{});
+    case 9: return f(Q6_K{});
+  }
 }
 
 // A row of numbers of any type, as float32.
@@ -41,10 +58,11 @@ inline float value_at(const void* x, int32_t type, long i) {
 }
 
 // In which form the inputs have to be.
-enum Form { FLOATS, PAIRS, TILES, GROUPS };
+enum Form { FLOATS, PAIRS, TILES, GROUPS, SPANS };
 
 INLINE Form form_of(const Matrix& m, [[maybe_unused]] long rows) {
   if (m.type == INT4) return GROUPS;
+  if (m.type >= BLOCKS) return SPANS;
 #ifdef __AVX512BF16__
   if (m.type == BFLOAT16 && !m.exact) {
 #ifdef __AMX_BF16__
@@ -62,6 +80,7 @@ inline int64_t prepared_bytes(const Matrix& m, long rows) {
     case PAIRS: return rows * m.in * 2;
     case TILES: return (rows + 15) / 16 * 16 * m.in * 2;
     case GROUPS: return rows * ((m.in + GROUP - 1) / GROUP) * (long)sizeof(GroupInputs);
+    case SPANS: return rows * SpanInputs::bytes(m.in);
     default: return 0;
   }
 }
@@ -77,6 +96,7 @@ inline void prepare(const Matrix& m, const float* x, long b, long rows, void* pr
     case GROUPS:
       quantise_inputs(x, m.in, (GroupInputs*)prepared + b * ((m.in + GROUP - 1) / GROUP));
       break;
+    case SPANS: quantise_spans(x, m.in, b, prepared); break;
 #ifdef __AMX_BF16__
     case TILES: put_into_tiles(x, b, rows, m.in, (uint32_t*)prepared); break;
 #endif
@@ -88,7 +108,7 @@ inline void prepare(const Matrix& m, const float* x, long b, long rows, void* pr
 // threads are done at the same time.
 inline long rows_of_unit(const Matrix& m, long threads) {
   constexpr long BYTES = 1 << 16, STEP = 32;
-  const long bits = m.type == FLOAT32 ? 32 : m.type == INT8 ? 8 : m.type == INT4 ? 5 : 16;
+  const long bits = m.type == FLOAT32 ? 32 : m.type == INT8 ? 8 : m.type == INT4 ? 5 : m.type >= BLOCKS ? 6 : 16;
   const long by_size = BYTES * 8 / (bits * (m.in ? m.in : 1)), by_threads = m.out / (4 * threads);
   long rows = by_size < by_threads ? by_size : by_threads;
   rows = (rows + STEP - 1) / STEP * STEP;
@@ -104,6 +124,10 @@ inline long units_of(const Matrix& m, long threads) {
 // Columns `first` to `end` of the products: y[row * y_stride + column]. `first` is a multiple of 32.
 inline void multiply(const Matrix& m, const float* x, long x_stride, const void* prepared, long rows, float* y, long y_stride,
                      long first, long end) {
+  if (m.type >= BLOCKS)
+    return with_format(m.type, [&](auto format) {
+      blocks_all<decltype(format)>(prepared, rows, (const uint8_t*)m.values, m.in, y, y_stride, first, end);
+    });
   switch (m.type) {
     case FLOAT32: return dot_all(x, rows, x_stride, (const float*)m.values, m.in, y, y_stride, first, end);
     case FLOAT16: return dot_all(x, rows, x_stride, (const half*)m.values, m.in, y, y_stride, first, end);
@@ -134,6 +158,10 @@ inline void multiply(const Matrix& m, const float* x, long x_stride, const void*
 
 // Rows of the weight as numbers, (end - first, in).
 template <class Y> void widen_rows(const Matrix& m, Y* y, long first, long end) {
+  if (m.type >= BLOCKS)
+    return with_format(m.type, [&](auto format) {
+      widen_blocks<decltype(format)>((const uint8_t*)m.values, m.in, y, first, end);
+    });
   if (m.type == INT4) {
     with_type(m.scale_type, m.scales, [&](auto* scales) {
       widen_int4((const uint8_t*)m.values, scales, m.in, y, first, end);

@@ -14,6 +14,11 @@ from litgpt.kernels.levels import Level, chosen
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT8, INT4 = 3, 4
+# The formats of `litgpt.quantization.blocks`.
+BLOCKS = {
+    name: 5 + place
+    for place, name in enumerate(("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"))
+}
 PIECE = 2**22  # values of a weight that are widened at a time
 
 

@@ -18,6 +18,7 @@ from litgpt.export.gguf_kinds import KINDS
 from litgpt.export.gguf_writer import describe_in_gguf, export_gguf
 from litgpt.formats.gguf.file import GGUFFile
 from litgpt.formats.hf_config import differences
+from litgpt.quantization import block_weight
 from litgpt.quantization.layers import quantized_layers
 from litgpt.sources.checkpoint import open_checkpoint
 from litgpt.sources.load import load_model
@@ -132,8 +133,9 @@ def test_the_model_from_the_file_computes_the_same(made, name):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_the_model_runs_from_the_blocks_of_the_file(made, name, tmp_path):
+def test_the_model_runs_from_the_blocks_of_the_file(made, name, tmp_path, monkeypatch):
     """What every architecture does to rows on their way to ours is done to blocks, too."""
+    monkeypatch.setattr(block_weight, "FEW", 0)  # for fewer rows inputs are rounded
     _, file = made(name)
     export_gguf(open_checkpoint(file.parent / "hf"), tmp_path / "m.gguf", "q5_1")
     expected = load_model(tmp_path / "m.gguf")(torch.tensor(IDS))

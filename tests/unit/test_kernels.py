@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from litgpt.kernels import build, levels, native
-from litgpt.kernels.native import INT4, INT8, TYPES, Matrix
+from litgpt.kernels.native import BLOCKS, INT4, INT8, TYPES, Matrix
+from litgpt.quantization.blocks import FORMATS
+from tests.unit.test_blocks import random_blocks
 
 needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="there is no C++ compiler")
 needs_levels = pytest.mark.skipif(not levels.supported(), reason="there are no kernels for this CPU")
@@ -79,6 +81,40 @@ def test_linear_layers_of_every_kind(level, use):
                         assert (y.dtype, y.shape) == (dtype, expected.shape)
                         assert error(y, expected) < bound, (kind, shape, rows, dtype, exact)
                 assert error(native.widened_product(matrix, x), expected) < max(tolerance, 4e-6)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_blocks_of_gguf_files(level, use):
+    """Widened they are exactly what they stand for; in products, inputs are rounded to 8 bits, in spans of 32."""
+    use(level)
+    torch.manual_seed(0)
+    for form, number in BLOCKS.items():
+        for rows_of_weight in (1, 37, 200):
+            raw = random_blocks(form, rows_of_weight, 768 // FORMATS[form].values)
+            values = FORMATS[form].dequantised(raw)
+            matrix = Matrix(number, 0, rows_of_weight, 768, raw.data_ptr())
+            assert torch.equal(native.widen(matrix, 0, rows_of_weight, torch.empty(values.shape)), values), form
+            part = native.widen(matrix, rows_of_weight // 2, rows_of_weight, torch.empty(values.shape).bfloat16())
+            assert torch.equal(part, values[rows_of_weight // 2 :].bfloat16()), form
+            for dtype in TYPES:
+                for rows in (0, 1, 2, 4, 7):
+                    x = torch.randn(rows, 768).to(dtype)
+                    spans = x.double().unflatten(1, (-1, 32))
+                    step = spans.abs().amax(dim=2, keepdim=True) / 127
+                    rounded = ((spans / step).round() * step).flatten(1)
+                    sizes = rounded.abs() @ values.double().T.abs()
+                    y = native.linear(matrix, x)
+                    assert (y.dtype, y.shape) == (dtype, sizes.shape)
+                    bound = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
+                    if dtype != torch.float16:  # in which some are infinite
+                        assert not rows or ((y - rounded @ values.double().T).abs() / sizes).max() < bound, (form, rows)
+    x = torch.randn(3, 768)
+    x[1, 5] = torch.nan
+    y = native.linear(matrix, x)
+    assert y[[0, 2]].isfinite().all()
+    assert not y[1].isfinite().any()
+    x[1] = 0
+    assert (native.linear(matrix, x)[1] == 0).all()
 
 
 @pytest.mark.parametrize("level", LEVELS)
