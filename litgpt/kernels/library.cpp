@@ -1,7 +1,6 @@
 // What the library offers to Python, as C functions (see native.py).
 #include <cstdlib>
-#include "matrix.h"
-#include "threads.h"
+#include "step.h"
 #if defined(__AMX_TILE__)
 #include <sys/syscall.h>
 #endif
@@ -102,6 +101,17 @@ __attribute__((visibility("default"))) void litgpt_widen(
   if (end <= first || m->in == 0) return;
   Widening job{m, y, y_type, first, end, (1 << 14) / m->in / 16 * 16 + 16};
   run(job, 1, threads);
+}
+
+// Takes the tokens of a call through a model. 1 where memory is short.
+__attribute__((visibility("default"))) int litgpt_step(const Operation* operations, int64_t count, const Call* call) {
+  return Step(operations, count, *call).run();
+}
+
+__attribute__((visibility("default"))) int64_t litgpt_prepared_bytes(const Matrix* m, int64_t rows) {
+  int64_t most = 0;
+  for (int64_t some = 1; some <= rows; ++some) most = most < prepared_bytes(*m, some) ? prepared_bytes(*m, some) : most;
+  return most;
 }
 
 }  // extern "C"

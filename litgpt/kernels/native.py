@@ -36,6 +36,50 @@ class Matrix(ctypes.Structure):
     ]
 
 
+def _fields(kind: type, names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
+
+
+class Operation(ctypes.Structure):
+    """A part of a step, as step.h has it."""
+
+    _fields_ = [
+        *_fields(ctypes.c_int64, "kind"),
+        *_fields(ctypes.c_void_p, "x y other"),
+        *_fields(ctypes.c_int64, "x_stride y_stride other_stride"),
+        *_fields(ctypes.c_void_p, "m gated prepared weight bias gated_bias"),
+        *_fields(ctypes.c_int64, "weight_type"),
+        *_fields(ctypes.c_void_p, "residual"),
+        *_fields(ctypes.c_int64, "residual_stride count width layer groups rotation rotated activation flag"),
+        *_fields(ctypes.c_double, "factor epsilon offset scale cap clip"),
+    ]
+
+
+class RingState(ctypes.Structure):
+    """Where each slot of the layers of a kind says which position it holds."""
+
+    _fields_ = [*_fields(ctypes.c_void_p, "table"), *_fields(ctypes.c_int64, "slots length window read_length")]
+
+
+class LayerState(ctypes.Structure):
+    """Where a layer's keys and values are."""
+
+    _fields_ = [*_fields(ctypes.c_void_p, "keys values"), *_fields(ctypes.c_int64, "type ring")]
+
+
+class Call(ctypes.Structure):
+    """What differs from step to step."""
+
+    _fields_ = [
+        *_fields(ctypes.c_int64, "tokens rings layers threads"),
+        *_fields(ctypes.c_void_p, "ids positions rows lengths logits"),
+        *_fields(ctypes.c_int64, "logits_stride"),
+        *_fields(ctypes.c_void_p, "ring layer frequencies magnitudes"),
+        *_fields(ctypes.c_int64, "tables pairs long_from"),
+        *_fields(ctypes.c_double, "query_beta query_period"),
+    ]
+
+
 _library: ctypes.CDLL | None = None
 _failure: str | None = None
 _lock = threading.Lock()
@@ -110,6 +154,8 @@ def load(level: Level | None) -> ctypes.CDLL:
     loaded.litgpt_linear.argtypes = [matrix, pointer, number, pointer, number, size, size]
     loaded.litgpt_widen.argtypes = [matrix, pointer, number, size, size, size]
     loaded.litgpt_widen.restype = None
+    loaded.litgpt_step.argtypes = [pointer, size, pointer]
+    loaded.litgpt_prepared_bytes.argtypes, loaded.litgpt_prepared_bytes.restype = [matrix, size], size
     if loaded.litgpt_start():
         raise NoLibraryError("the system lets no process use the CPU's tiles. Set LITGPT_CPU_LEVEL=avx512bf16")
     return loaded

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -106,7 +107,7 @@ INLINE Floats max(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, 
 INLINE Floats load(const bf16* p) { return (Floats)vshll_n_u16(vld1_u16(&p->bits), 16); }
 INLINE Floats load(const half* p) { return (Floats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))); }
 INLINE Floats load(const int8_t* p) {
-  return (Floats)vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(load_as<int8x8_t>((int64_t[]){load_as<int32_t>(p)})))));
+  return (Floats)vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(load_as<int32_t>(p)))))));
 }
 INLINE Floats fma(Floats a, Floats b, Floats c) { return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
 INLINE Floats max(Floats a, Floats b) { return (Floats)vmaxq_f32((float32x4_t)a, (float32x4_t)b); }
@@ -163,6 +164,20 @@ INLINE Floats exp(Floats x) {
   UNROLLED for (int i = 0; i < 6; ++i) y = fma(y, rest, all(FACTORS[i]));
   const Ints power = (bit_cast<Ints>(shifted) - 0x4b400000 + 127) << 23;
   return y * bit_cast<Floats>(power);
+}
+
+INLINE Floats tanh(Floats x) {
+  // Near zero the quotient would lose digits.
+  const Floats square = x * x, near = x * (1 - square * (0.333333333f - square * (0.133333333f - square * 0.0539682540f)));
+  const Floats far = 1 - 2 / (exp(x + x) + 1);
+  return bit_cast<Floats>(square < 0.01f ? bit_cast<Ints>(near) : bit_cast<Ints>(far));
+}
+// By formula 7.1.26 of Abramowitz and Stegun: the error is below 2e-7.
+INLINE Floats erf(Floats x) {
+  const Floats size = max(x, -x), t = 1 / (1 + 0.3275911f * size);
+  const Floats y = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+  const Floats found = 1 - y * exp(-size * size);
+  return bit_cast<Floats>(x < 0 ? bit_cast<Ints>(-found) : bit_cast<Ints>(found));
 }
 
 constexpr long AHEAD = 8192;  // bytes: how early memory is fetched (measured)

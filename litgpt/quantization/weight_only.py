@@ -7,26 +7,28 @@ Perplexity of SmolLM2-135M-Instruct on 2,048 tokens of Shakespeare: bfloat16 39.
 in 4 bits 41.3. The checkpoint had been in 4 bits in groups of 32 before, which flatters int4: in groups of 64 it is
 51.8, with bnb.nf4 52.2.
 
-Decoding reads every weight once for each token, so fewer bytes are more tokens. torch's own kernels multiply a few rows
-by the packed weight; for many rows (prompts, large batches) the arithmetic counts, and the weight is de-quantised for a
-plain product. The layers that hold these weights are `litgpt.quantization.layers`'s.
+Decoding reads every weight once for each token, so fewer bytes are more tokens. The kernels of `litgpt.kernels` multiply a
+few rows by the packed weight; for many rows (prompts, large batches) the arithmetic counts, and the weight is
+de-quantised a part at a time for torch's product. The layers that hold these weights are `litgpt.quantization.layers`'s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from litgpt.kernels import native
+from litgpt.kernels.native import INT4, INT8, TYPES, Matrix
+
 KINDS = ("int4", "int8")
 GROUP = 32  # values that share a scale in 4 bits
-ROWS = 64  # rows of a weight that are packed together; the kernel's blocks are parts of it
+BLOCK = 16  # rows of a weight whose codes lie together
+ROWS = 64  # rows that are packed at a time
 # Up to this many rows of inputs the product with the packed weight is the quicker one (measured, see the benchmarks).
-FEW = {"int4": 96, "int8": 16}
+FEW = {"int4": 32, "int8": 16}
 
 
 class WeightOnly(nn.Module):
@@ -37,37 +39,67 @@ class WeightOnly(nn.Module):
     """
 
     rows_together = ROWS
+    kind: str
+    codes: nn.Parameter
+    scales: nn.Parameter
 
     def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__()
         self.shape = torch.Size(shape)
+        self._plain: Tensor | None = None  # where there are no kernels: the matrix as numbers
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """(out, in) the values that the codes stand for."""
+        raise NotImplementedError
+
+    def matrix(self) -> Matrix:
+        """It, for the kernels. They read its memory."""
+        kinds = {"int8": INT8, "int4": INT4}
+        scales = self.scales
+        return Matrix(kinds[self.kind], TYPES[scales.dtype], *self.shape, self.codes.data_ptr(), scales.data_ptr())
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), in the type of x."""
+        has_kernels = x.device.type == "cpu" and x.dtype in TYPES and self.scales.dtype in TYPES
+        if not has_kernels or native.library() is None:
+            return F.linear(x, self._numbers(x.dtype))
+        if x.shape[:-1].numel() <= FEW[self.kind]:
+            return native.linear(self.matrix(), x)
+        return native.widened_product(self.matrix(), x)
+
+    def _numbers(self, dtype: torch.dtype) -> Tensor:
+        """(out, in), kept: without kernels, this is quicker than to de-quantise for every token."""
+        if self._plain is None or self._plain.dtype != dtype or self._plain.device != self.codes.device:
+            self._plain = self.dequantised(dtype)
+        return self._plain
 
     def _apply(self, fn: Callable, recurse: bool = True) -> WeightOnly:
+        self._plain = None
         return super()._apply(keeping_types(fn), recurse)
 
 
 class Int4Weight(WeightOnly):
     """4 bits: value = (code - 8) * scale + middle, the scale and the middle those of its group.
 
-    `codes` (blocks, in, half) hold what two rows of a block have in a column, in the lower and the upper half of a
-    byte, as torch's kernel for this CPU wants them (`block_layout`): rows i and i + half of 64 with AVX-512 and of 32
-    with AVX2, rows 2 i and 2 i + 1 elsewhere. `scales` (groups, out, 2) are scales and middles in `dtype`. Both are
-    padded to whole blocks and groups.
+    The order is that of the kernels (kernels/int4.h), for every CPU: `codes` (blocks, groups, 4, 64) hold two codes in a
+    byte, `scales` (blocks, groups, 2, 16) the scales and the middles of 16 rows, in `dtype`. Both are padded to whole
+    blocks and groups.
     """
+
+    kind = "int4"
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__(shape)
-        rows, columns = _padded(shape[0], ROWS), _padded(shape[1], GROUP)
-        block, self.neighbours = block_layout()
-        self.codes = frozen((rows // block, columns, block // 2), torch.uint8, device)
-        self.scales = frozen((columns // GROUP, rows, 2), dtype, device)
+        blocks, groups = -(-shape[0] // BLOCK), -(-shape[1] // GROUP)
+        self.codes = frozen((blocks, groups, 4, 4 * BLOCK), torch.uint8, device)
+        self.scales = frozen((blocks, groups, 2, BLOCK), dtype, device)
 
     @torch.no_grad()
     def fill(self, parts: Iterator[Tensor]) -> None:
-        """Takes the matrix, in parts of some rows each, of which all but the last are multiples of 64."""
+        """Takes the matrix, in parts of some rows each, of which all but the last are multiples of 16."""
         row = 0
         for part in parts:
-            values = F.pad(part.float(), (0, -part.size(1) % GROUP, 0, -len(part) % ROWS)).unflatten(1, (-1, GROUP))
+            values = F.pad(part.float(), (0, -part.size(1) % GROUP, 0, -len(part) % BLOCK)).unflatten(1, (-1, GROUP))
             smallest, largest = values.aminmax(dim=2)  # (rows, groups)
             scales = torch.stack(((largest - smallest) / 15, smallest + (largest - smallest) * (8 / 15)), dim=2)
             scales = scales.to(self.scales.dtype)
@@ -78,26 +110,25 @@ class Int4Weight(WeightOnly):
 
     def _put(self, row: int, codes: Tensor, scales: Tensor) -> None:
         """Takes codes (rows, in) and scales (rows, groups, 2) from one row on; whole blocks of rows."""
-        block = 2 * self.codes.size(2)
-        self.codes[row // block : (row + len(codes)) // block] = _in_pairs(codes, BlockLayout(block, self.neighbours))
-        self.scales[:, row : row + len(codes)] = scales.transpose(0, 1)
+        blocks = slice(row // BLOCK, (row + len(codes)) // BLOCK)
+        # (blocks, groups, 4, halves, 16 rows, 4 inputs)
+        lower, upper = codes.view(-1, BLOCK, codes.size(1) // GROUP, 4, 2, 4).permute(4, 0, 2, 3, 1, 5)
+        self.codes[blocks] = (lower | upper << 4).flatten(3)
+        self.scales[blocks] = scales.unflatten(0, (-1, BLOCK)).permute(0, 2, 3, 1)
 
     def plain(self) -> dict[str, Tensor]:
-        """The tensors in an order that no CPU decides, for a file.
+        """The tensors in the order of a file.
 
         `codes` (out, in / 2) hold two neighbours of a row in a byte, the first one in the lower half; `scales` are
         (out, groups, 2). `in` is padded to whole groups.
         """
-        codes = self._single_codes().transpose(1, 2)  # (blocks, block, in)
-        codes = codes.flatten(0, 1)[: self.shape[0]]
-        return {
-            "codes": codes[:, ::2] | codes[:, 1::2] << 4,
-            "scales": self.scales.transpose(0, 1)[: self.shape[0]].contiguous(),
-        }
+        codes = self._single_codes()[: self.shape[0]]
+        scales = self.scales.permute(0, 3, 1, 2).flatten(0, 1)[: self.shape[0]]
+        return {"codes": codes[:, ::2] | codes[:, 1::2] << 4, "scales": scales.contiguous()}
 
     def plain_shapes(self) -> dict[str, torch.Size]:
         """The shapes of what `plain` gives."""
-        groups, rows = self.scales.size(0), self.shape[0]
+        groups, rows = self.scales.size(1), self.shape[0]
         return {"codes": torch.Size((rows, groups * GROUP // 2)), "scales": torch.Size((rows, groups, 2))}
 
     @torch.no_grad()
@@ -106,41 +137,27 @@ class Int4Weight(WeightOnly):
         rows = max(1, 2**20 // codes.size(1) // ROWS) * ROWS
         for row, part, factors in zip(range(0, len(codes), rows), codes.split(rows), scales.split(rows), strict=True):
             values = torch.stack((part & 15, part >> 4), dim=2).flatten(1)  # (rows, in)
-            missing = -len(part) % ROWS
+            missing = -len(part) % BLOCK
             factors = F.pad(factors, (0, 0, 0, 0, 0, missing)).to(self.scales)
             self._put(row, F.pad(values, (0, 0, 0, missing), value=8), factors)  # 8 is zero, as `fill` pads
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """(out, in) the values that the codes stand for."""
-        return self._blocks(dtype).transpose(1, 2).flatten(0, 1)[: self.shape[0], : self.shape[1]]
-
-    def multiply(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), in the type of x."""
-        rows = x.shape[:-1].numel()
-        flat = F.pad(x.reshape(rows, self.shape[1]), (0, -self.shape[1] % GROUP))
-        if rows > FEW["int4"]:
-            y = flat @ self._blocks(x.dtype).transpose(0, 1).flatten(1)
-        else:
-            packed = self.codes.view(self.scales.size(1), -1)
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, packed, GROUP, self.scales.to(x.dtype))
-        return y[:, : self.shape[0]].view(*x.shape[:-1], self.shape[0])
-
-    def _blocks(self, dtype: torch.dtype) -> Tensor:
-        """(blocks, in, block) the values in the order of the codes."""
-        codes = self._single_codes().view(torch.int8).sub_(8)
-        blocks, _, block = codes.shape
-        # (blocks, groups, 1, block)
-        scale, middle = self.scales.to(dtype).view(-1, blocks, 1, block, 2).permute(4, 1, 0, 2, 3).contiguous()
-        return torch.addcmul(middle, codes.view(blocks, -1, GROUP, block).to(dtype), scale).view(codes.shape)
+        codes = self._single_codes().view(torch.int8).sub_(8).unflatten(1, (-1, GROUP))
+        scale, middle = self.scales.to(dtype).permute(2, 0, 3, 1).flatten(1, 2)[..., None]  # (rows, groups, 1)
+        return torch.addcmul(middle, codes.to(dtype), scale).flatten(1)[: self.shape[0], : self.shape[1]]
 
     def _single_codes(self) -> Tensor:
-        """(blocks, in, block) the codes, one to a byte."""
-        halves = (self.codes & 15, self.codes >> 4)
-        return torch.stack(halves, dim=3).flatten(2) if self.neighbours else torch.cat(halves, dim=2)
+        """(rows, in) the codes, one to a byte, padded to whole blocks and groups."""
+        codes = self.codes.unflatten(3, (BLOCK, 4))
+        codes = torch.stack((codes & 15, codes >> 4), dim=3)  # (blocks, groups, 4, halves, 16, 4)
+        return codes.permute(0, 4, 1, 2, 3, 5).reshape(codes.size(0) * BLOCK, -1)
 
 
 class Int8Weight(WeightOnly):
     """8 bits: value = code * scale of its row. `codes` are (out, in), `scales` (out,) in `dtype`."""
+
+    kind = "int8"
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__(shape)
@@ -163,53 +180,6 @@ class Int8Weight(WeightOnly):
         """(out, in) the values that the codes stand for."""
         return self.codes.to(dtype) * self.scales.to(dtype)[:, None]
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), in the type of x."""
-        rows = x.shape[:-1].numel()
-        if rows > FEW["int8"] or self.shape[1] % 16:  # the kernel reads 16 values at a time, over the end if need be
-            return F.linear(x, self.codes.to(x.dtype)) * self.scales.to(x.dtype)  # the codes are exact in 16 bits
-        flat = x.reshape(rows, self.shape[1])
-        y = torch.ops.aten._weight_int8pack_mm(flat, self.codes, self.scales.to(x.dtype))
-        return y.view(*x.shape[:-1], self.shape[0])
-
-
-class BlockLayout(NamedTuple):
-    """How torch's 4-bit kernel packs the rows of a weight."""
-
-    rows: int
-    """How many it packs together"""
-    neighbours: bool
-    """Whether neighbours share a byte, not rows that are half a block apart"""
-
-
-LAYOUTS = [BlockLayout(rows, neighbours) for rows in (64, 32, 16) for neighbours in (False, True)]
-
-
-@cache
-def block_layout() -> BlockLayout:
-    """How it does so on this CPU: one of LAYOUTS.
-
-    Raises:
-        ValueError: None of these; the kernel is another one than we know.
-    """
-    row, column = torch.arange(ROWS, device="cpu")[:, None], torch.arange(GROUP, device="cpu")
-    codes = ((row // 16 + 5 * row + 3 * column) % 16).int()  # no two rows within 16 are alike, nor a block and the next
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    for layout in LAYOUTS:
-        if torch.equal(_in_pairs(codes.to(torch.uint8), layout).reshape(packed.shape), packed):
-            return layout
-    raise ValueError("quantize=int4 does not know the kernel of this version of torch for this CPU. Use int8.")
-
-
-def _in_pairs(codes: Tensor, layout: BlockLayout) -> Tensor:
-    """(blocks, in, block / 2) bytes of codes (rows, in), two to a byte."""
-    half = layout.rows // 2
-    if layout.neighbours:
-        lower, upper = codes.unflatten(0, (-1, half, 2)).unbind(2)  # (blocks, half, in) each
-    else:
-        lower, upper = codes.unflatten(0, (-1, 2, half)).unbind(1)
-    return (lower | upper << 4).transpose(1, 2)
-
 
 def keeping_types(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """What moves and converts a module's tensors, without the converting."""
@@ -224,7 +194,3 @@ def keeping_types(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 def frozen(shape: int | tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
     """Memory for a part of a weight that is not trained."""
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
-
-
-def _padded(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
