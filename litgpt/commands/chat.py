@@ -13,9 +13,9 @@ try:
 except ImportError:  # Windows
     termios = None
 
+from litgpt.cli.notes import notes_wait
 from litgpt.cli.secret import Secret
 from litgpt.cli.suggest import did_you_mean
-from litgpt.generation.compile_notes import notes_wait
 from litgpt.generation.sampling import Sampling
 from litgpt.llm.llm import LLM
 from litgpt.llm.loading import LoadOptions, load_parts

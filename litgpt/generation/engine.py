@@ -274,8 +274,8 @@ class Engine(GenerationEngine):
 
     # -- slots and memory
 
-    def prepare(self, numbers: abc.Iterable[int]) -> None:
-        self.runner.prepare(numbers)
+    def prepare(self) -> None:
+        self.runner.prepare()
 
     def clear_prefix_cache(self) -> None:
         self.cache_manager.clear_prefix_cache()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -98,8 +98,8 @@ class GenerationEngine(ABC):
     def clear_prefix_cache(self) -> None:
         """Have new requests prefill all of their prompts, whatever is known of earlier ones."""
 
-    def prepare(self, numbers: Iterable[int]) -> None:
-        """Wait for what is compiled in the background for this many requests at a time, as a benchmark does."""
+    def prepare(self) -> None:
+        """Wait for what is built in the background, as a benchmark does."""
         return
 
     @property

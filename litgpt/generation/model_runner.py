@@ -7,16 +7,19 @@ Shapes: S sequences, B rows of the KV cache, T tokens of a chunk, C the width of
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from litgpt.cli.notes import say_note
 from litgpt.generation.kv_cache_manager import limit_attention, power_of_two
 from litgpt.generation.request import TokenLogprob
 from litgpt.generation.sampling import Sampler
 from litgpt.generation.sequence import Sequence
+from litgpt.generation.step_program import StepProgram, why_not
+from litgpt.kernels import native
 from litgpt.kv_cache import KVCache
 from litgpt.model import GPT
 
@@ -47,7 +50,8 @@ class ModelRunner:
 
     Args:
         model: In eval mode, on its device, with its weights.
-        compile: Compile the decode step: on a CPU in the background, on a GPU the first tokens wait for it.
+        compile: Compile the decode step on an accelerator: the first tokens wait for it. On a CPU the kernels that
+            come with litgpt do the step, whatever this says.
         autocast: A dtype to compute in where the weights are kept in another.
         max_slots: How many sequences decode at a time, at most.
 
@@ -63,24 +67,24 @@ class ModelRunner:
         self.decode_step: Callable[..., Tensor] = model
         self.hidden_states: Callable[..., Tensor] = model.hidden_states
         self.has_one_shape = False
-        if compile:
-            self._compile(max_slots)
+        self._program: StepProgram | None = None
+        if self.device.type == "cpu":
+            if (reason := why_not(model)) is None:
+                self._program = self.decode_step = StepProgram(model)
+                self.hidden_states = self._program.hidden_states
+            elif compile:
+                say_note(f"Decoding runs layer by layer: {reason}.")
+        elif compile:
+            from litgpt.generation.compiled import decoder
+
+            self.decode_step = decoder(self.model)
+            self.has_one_shape = True  # what torch.compile makes is for the shapes that it has seen
         self._batch: DecodeBatch | None = None  # that of the last step
 
-    def _compile(self, max_slots: int) -> None:
-        from litgpt.generation.compiled import CompiledDecoder, decoder  # registers operators with torch
-
-        self.decode_step = decoder(self.model)
-        if isinstance(self.decode_step, CompiledDecoder):
-            self.hidden_states = self.decode_step.hidden_states
-            self.decode_step.load(sorted({min(1 << power, max_slots) for power in range(max_slots.bit_length() + 1)}))
-        else:
-            self.has_one_shape = True  # what torch.compile makes is for the shapes that it has seen
-
-    def prepare(self, numbers: Iterable[int]) -> None:
-        """Wait for the code that is compiled for this many rows, where it can be made before a step asks for it."""
-        if hasattr(self.decode_step, "prepare"):
-            self.decode_step.prepare(sorted(map(power_of_two, numbers)))
+    def prepare(self) -> None:
+        """Wait for the kernels, where they have to be built first."""
+        if self._program is not None:
+            native.library()
 
     # -- prefill
 

@@ -1,7 +1,7 @@
 """A model's step as a list of operations, which the kernels for CPUs do in one call, with any number of rows.
 
-The list is made once per model, by walking through it; it holds the addresses of the weights, which may change in place.
-What a model is made of decides whether there is one (`why_not`): other models run layer by layer.
+The list is made once per model, by walking through it. It holds the addresses of the weights, which may change in
+place. What a model is made of decides whether there is one (`why_not`): other models run layer by layer.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,27 +27,28 @@ from litgpt.model import (
     GptNeoxMLP,
     LLaMAMLP,
     RMSNorm,
+    positions_or_default,
     rotation_of,
     window_of,
 )
 from litgpt.quantization.layers import QuantizedLinear
 from litgpt.quantization.weight_only import WeightOnly
 
+T = TypeVar("T")
 START, EMBED, NORM, PREPARE, LINEAR, ROTATE, ATTEND, MERGE = range(8)
 NONE, SILU, GELU, GELU_TANH, CLAMPED = range(5)
-MAX_TOKENS = 64  # of a call; for more, torch's products layer by layer are the quicker ones
+# Tokens of a call: for more, torch's products layer by layer are the quicker ones.
+MAX_TOKENS, MAX_PROMPT_TOKENS = 64, 32
 
 
 def why_not(model: GPT) -> str | None:
     """Why the step of a model is not done by the kernels; None if it is."""
-    if native.library() is None:
-        return "there are no kernels"
     if model.layer_cache is not LayerCache:
         return f"keys and values are kept in a {model.layer_cache.__name__}"
     if model.config.latent_attention is not None or model.config.mlp_class_name == "LLaMAMoE":
         return "multi-head latent attention and mixtures of experts run layer by layer"
     for module in model.modules():
-        if module._forward_hooks or module._forward_pre_hooks:  # the kernels would do without what they do
+        if _has_hooks(module):
             return "the model is spread over several devices"
         if isinstance(module, QuantizedLinear):
             if not isinstance(module.quantized, WeightOnly):
@@ -63,6 +65,11 @@ def why_not(model: GPT) -> str | None:
     return None
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether something is to be done when a module is called, which the kernels would not do."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 class StepProgram:
     """Decodes with a model, of which `why_not` says nothing.
 
@@ -74,41 +81,67 @@ class StepProgram:
         self.model = model
         self._operations: Operations | None = None
         self._states: WeakKeyDictionary[KVCache, _State] = WeakKeyDictionary()
+        self._modules = list(model.modules())
         rope = model.rope
         self._frequencies, self._magnitudes = rope.frequencies, torch.tensor(rope.magnitudes)
 
     def __call__(self, tokens: Tensor, positions: Tensor, *, cache: KVCache) -> Tensor:
         """(B, T) tokens at (B, T) positions, -1 for none -> (B, T, V) logits in float32, zeros where there is none."""
-        if not self.suits(tokens, cache):
+        library = native.library(wait=False)
+        if library is None or not self.suits(tokens, cache):
             return self.model(tokens, positions, cache=cache)
-        batch, count = tokens.shape
-        if self._operations is None or self._operations.rows < batch * count:
-            self._operations = Operations(self.model, 1 << (batch * count - 1).bit_length())
-        state = self._state(cache, count)
+        logits = torch.empty(*tokens.shape, self.model.config.padded_vocab_size)
+        self._run(library, tokens, positions, cache, logits)
+        return logits
+
+    def hidden_states(self, tokens: Tensor, positions: Tensor | None, *, cache: KVCache) -> Tensor:
+        """As `GPT.hidden_states`: (B, T) tokens -> (B, T, C); zeros where there is none."""
+        library = native.library(wait=False)
+        if library is None or tokens.numel() > MAX_PROMPT_TOKENS or not self.suits(tokens, cache):
+            return self.model.hidden_states(tokens, positions, cache=cache)
+        positions = positions_or_default(tokens, positions)
+        operations = self._run(library, tokens, positions, cache, None)
+        weight, present = self.model.transformer.wte.weight, positions.flatten() >= 0
+        found = operations.hidden.values[: int(present.sum())]
+        states = torch.zeros(tokens.numel(), found.size(1), dtype=weight.dtype)
+        states[present] = found.to(weight.dtype)
+        return states.view(*tokens.shape, -1)
+
+    def _run(
+        self, library: ctypes.CDLL, tokens: Tensor, positions: Tensor, cache: KVCache, logits: Tensor | None
+    ) -> Operations:
+        """Take tokens through the model: all of it, or without the head."""
+        total = tokens.numel()
+        operations = self._operations
+        if operations is None or operations.rows < total:
+            operations = self._operations = Operations(self.model, 1 << (total - 1).bit_length())
+        state = self._state(cache, tokens.size(1))
         if cache.is_empty:
             for ring in cache.rings.values():
                 ring.table[ring.rows[:, 0]] = -1
             cache.is_empty = False
         tokens, positions = tokens.contiguous(), positions.contiguous()
-        logits = torch.empty(batch, count, self.model.config.padded_vocab_size)
         call = state.call
-        call.tokens, call.threads = batch * count, torch.get_num_threads()
-        call.ids, call.positions, call.logits = tokens.data_ptr(), positions.data_ptr(), logits.data_ptr()
+        call.tokens, call.threads = total, torch.get_num_threads()
+        call.ids, call.positions = tokens.data_ptr(), positions.data_ptr()
+        call.logits = None if logits is None else logits.data_ptr()
         state.read_lengths(cache)
-        library = native.library()
-        assert library is not None
-        operations = self._operations.array
-        if library.litgpt_step(operations, len(operations), ctypes.byref(call)):
-            raise MemoryError(f"There is no memory for a step of {batch * count} tokens.")
-        return logits
+        count = len(operations.array) - (logits is None)  # the head comes last
+        if library.litgpt_step(operations.array, count, ctypes.byref(call)):
+            raise MemoryError(f"There is no memory for a step of {total} tokens.")
+        return operations
 
     def suits(self, tokens: Tensor, cache: KVCache) -> bool:
         """Whether a call is one for the kernels."""
         batch, count = tokens.shape
         if not 0 < batch * count <= MAX_TOKENS or torch.is_autocast_enabled("cpu"):
             return False
-        if any(window is not None and window + count - 1 > ring.length for window, ring in cache.rings.items()):
-            return False  # the last tokens would push out what the first ones see
+        if any(map(_has_hooks, self._modules)):  # since then
+            return False
+        for window, ring in cache.rings.items():
+            needed = 0 if window is None else count if cache.is_empty else window + count - 1
+            if needed > ring.length:
+                return False  # the last tokens would push out what the first ones see
         return cache.layers[0].tensors[0].dtype in TYPES
 
     def _state(self, cache: KVCache, count: int) -> _State:
@@ -191,10 +224,12 @@ class Operations:
         self._embed()
         for layer, block in enumerate(model.transformer.h):
             self._block(layer, block)
-        final = self._norm(model.transformer.ln_f, self._residual, self._normed[0])
+        self.hidden = self._norm(model.transformer.ln_f, self._residual, self._normed[0])
         cap = self._config.final_logit_softcapping or 0
         scale = 1 / self._config.logits_scaling
-        self._linear(model.lm_head, final, self._buffer(self._config.padded_vocab_size), flag=1, scale=scale, cap=cap)
+        self._linear(
+            model.lm_head, self.hidden, self._buffer(self._config.padded_vocab_size), flag=1, scale=scale, cap=cap
+        )
         self.array = (Operation * len(self._list))(*self._list)
 
     # -- the parts of a model
@@ -275,7 +310,7 @@ class Operations:
 
     # -- operations
 
-    def _norm(self, norm: nn.Module, x: _Buffer, y: _Buffer, count: int = 1, **settings: object) -> _Buffer:
+    def _norm(self, norm: nn.Module, x: _Buffer, y: _Buffer, count: int = 1, **settings: Any) -> _Buffer:
         if isinstance(norm, nn.Identity):
             return x
         assert isinstance(norm, (RMSNorm, nn.LayerNorm))
@@ -297,7 +332,7 @@ class Operations:
             operation.bias = norm.bias.data_ptr()
         return y
 
-    def _linear(self, linear: nn.Module, x: _Buffer, y: _Buffer, **settings: object) -> None:
+    def _linear(self, linear: nn.Module, x: _Buffer, y: _Buffer, **settings: Any) -> None:
         matrix = self._matrix(linear)
         # The form in which inputs are prepared depends on these (matrix.h).
         form = matrix.type, matrix.in_, matrix.out % 32 == 0
@@ -349,7 +384,7 @@ class Operations:
         stride = -(-width // 16) * 16
         return _Buffer(self._keep(torch.zeros(self.rows, stride))[:, :width])
 
-    def _keep(self, thing):
+    def _keep(self, thing: T) -> T:
         self._kept.append(thing)
         return thing
 

@@ -22,6 +22,7 @@ FLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-w"),
 ]
+FOLDER_VARIABLE = "LITGPT_KERNELS_DIR"
 PRIORITY = 10  # niceness of the compiler
 
 
@@ -39,13 +40,13 @@ def library_path(level: Level, say: Callable[[str], None]) -> Path:
     Raises:
         NoLibraryError: There is none, and it cannot be built.
     """
-    prebuilt = PREBUILT / f"{machine()}-{level.name}.so"
+    prebuilt = _prebuilt(level)
     if prebuilt.is_file():
         return prebuilt
     compiler = find_compiler()
     if compiler is None:
         raise NoLibraryError("there is no C++ compiler. Install g++ or clang++, or set CXX")
-    path = cache_directory() / "kernels" / f"{level.name}-{_digest(level, compiler)}.so"
+    path = _built(level, compiler)
     try:
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,6 +56,21 @@ def library_path(level: Level, say: Callable[[str], None]) -> Path:
     except OSError as error:
         raise NoLibraryError(f"it cannot be built: {error}") from error
     return path
+
+
+def is_built(level: Level) -> bool:
+    """Whether the library for a level is there, or cannot be."""
+    compiler = find_compiler()
+    return _prebuilt(level).is_file() or compiler is None or _built(level, compiler).is_file()
+
+
+def _prebuilt(level: Level) -> Path:
+    return PREBUILT / f"{machine()}-{level.name}.so"
+
+
+def _built(level: Level, compiler: str) -> Path:
+    folder = os.environ.get(FOLDER_VARIABLE) or cache_directory() / "kernels"
+    return Path(folder).expanduser() / f"{level.name}-{_digest(level, compiler)}.so"
 
 
 def find_compiler() -> str | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 import threading
 
 import torch
 from torch import Tensor
 
-from litgpt.kernels.build import NoLibraryError, library_path
+from litgpt.cli.notes import say_note
+from litgpt.kernels.build import NoLibraryError, is_built, library_path
 from litgpt.kernels.levels import Level, chosen
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -82,21 +82,43 @@ class Call(ctypes.Structure):
 
 _library: ctypes.CDLL | None = None
 _failure: str | None = None
+_building: threading.Thread | None = None
 _lock = threading.Lock()
 
 
-def library() -> ctypes.CDLL | None:
-    """The library for this CPU, loaded, and built before if need be; None where there is none, which is said once."""
-    global _library, _failure
-    if _library is None and _failure is None:
-        with _lock:
-            if _library is None and _failure is None:
-                try:
-                    _library = load(chosen())
-                except NoLibraryError as error:
-                    _failure = str(error)
-                    _say(f"litgpt's kernels for CPUs are not used: {_failure}. What they would do is slower.")
+def library(wait: bool = True) -> ctypes.CDLL | None:
+    """The library for this CPU, loaded; None where there is none, which is said once.
+
+    Args:
+        wait: Wait while it is being built; None then means that there is none. Otherwise None may also mean that a
+            thread is building it.
+    """
+    global _building
+    if _library is not None or _failure is not None:
+        return _library
+    if wait or _is_at_hand():
+        _load_once()
+    elif _building is None:
+        _building = threading.Thread(target=_load_once, name="build kernels", daemon=True)
+        _building.start()
     return _library
+
+
+def _load_once() -> None:
+    global _library, _failure
+    with _lock:
+        if _library is None and _failure is None:
+            try:
+                _library = load(chosen())
+            except NoLibraryError as error:
+                _failure = str(error)
+                say_note(f"litgpt's kernels for CPUs are not used: {_failure}. What they would do is slower.")
+
+
+def _is_at_hand() -> bool:
+    """Whether the library can be loaded without being built, or not at all."""
+    level = chosen()
+    return _building is None and (level is None or is_built(level))
 
 
 def linear(matrix: Matrix, x: Tensor, exact: bool = False) -> Tensor:
@@ -144,7 +166,7 @@ def load(level: Level | None) -> ctypes.CDLL:
     """
     if level is None:
         raise NoLibraryError("there are none for this CPU, or LITGPT_CPU_LEVEL is none")
-    path = library_path(level, _say)
+    path = library_path(level, say_note)
     try:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
@@ -159,7 +181,3 @@ def load(level: Level | None) -> ctypes.CDLL:
     if loaded.litgpt_start():
         raise NoLibraryError("the system lets no process use the CPU's tiles. Set LITGPT_CPU_LEVEL=avx512bf16")
     return loaded
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -76,7 +76,7 @@ class Step {
     active_ = room<int32_t>(call_.tokens);
     for (long i = 0; i < call_.tokens; ++i)
       if (call_.positions[i] >= 0) active_[rows_++] = int32_t(i);
-      else std::memset(call_.logits + i * call_.logits_stride, 0, call_.logits_stride * sizeof(float));
+      else if (call_.logits) std::memset(call_.logits + i * call_.logits_stride, 0, call_.logits_stride * sizeof(float));
     long slots = 0, heads = 0, found = 0;
     for (long r = 0; r < call_.rings; ++r) slots = slots < read(r) ? read(r) : slots;
     for (long i = 0; i < count_; ++i)

@@ -7,8 +7,8 @@ import stat
 import sys
 from dataclasses import dataclass
 
+from litgpt.cli.notes import notes_wait
 from litgpt.cli.secret import Secret
-from litgpt.generation.compile_notes import notes_wait
 from litgpt.generation.sampling import Sampling
 from litgpt.llm.llm import LLM
 from litgpt.llm.loading import LoadOptions

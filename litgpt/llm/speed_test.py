@@ -101,7 +101,7 @@ def run_test(engine: LiveEngine, test: SpeedTest, repetitions: int, *, is_whole:
         requests = test.requests(vocab_size, seed=number)
         timing = timed(engine, requests, before=test.held(requests))
         if number == 0:  # to warm up
-            engine.engine.prepare([test.batch_size])
+            engine.engine.prepare()
             continue
         result.first_tokens += timing.first_tokens
         if test.prompt_tokens:

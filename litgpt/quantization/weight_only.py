@@ -7,9 +7,10 @@ Perplexity of SmolLM2-135M-Instruct on 2,048 tokens of Shakespeare: bfloat16 39.
 in 4 bits 41.3. The checkpoint had been in 4 bits in groups of 32 before, which flatters int4: in groups of 64 it is
 51.8, with bnb.nf4 52.2.
 
-Decoding reads every weight once for each token, so fewer bytes are more tokens. The kernels of `litgpt.kernels` multiply a
-few rows by the packed weight; for many rows (prompts, large batches) the arithmetic counts, and the weight is
-de-quantised a part at a time for torch's product. The layers that hold these weights are `litgpt.quantization.layers`'s.
+Decoding reads every weight once for each token, so fewer bytes are more tokens. The kernels (`litgpt.kernels`) multiply
+a few rows by the packed weight; for many rows (prompts, large batches) the arithmetic counts, and the weight is
+de-quantised a part at a time for torch's product. The layers that hold these weights are in
+`litgpt.quantization.layers`.
 """
 
 from __future__ import annotations
@@ -81,8 +82,8 @@ class WeightOnly(nn.Module):
 class Int4Weight(WeightOnly):
     """4 bits: value = (code - 8) * scale + middle, the scale and the middle those of its group.
 
-    The order is that of the kernels (kernels/int4.h), for every CPU: `codes` (blocks, groups, 4, 64) hold two codes in a
-    byte, `scales` (blocks, groups, 2, 16) the scales and the middles of 16 rows, in `dtype`. Both are padded to whole
+    The order is that of the kernels (kernels/int4.h), for every CPU: `codes` (blocks, groups, 4, 64) hold two codes in
+    a byte, `scales` (blocks, groups, 2, 16) the scales and the middles of 16 rows, in `dtype`. Both are padded to whole
     blocks and groups.
     """
 

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 
-from litgpt.generation import compile_notes
+from litgpt.cli import notes
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
 from litgpt.llm.codec import Codec
@@ -130,7 +130,7 @@ def test_notes_on_compiling_do_not_break_a_reply(litgpt, chat, chat_model, monke
     def watched(*args, **how):
         for piece in pieces(*args, **how):
             yield piece
-            waits.append(compile_notes._waiting is not None)  # the piece is printed
+            waits.append(notes._waiting is not None)  # the piece is printed
 
     monkeypatch.setattr(Codec, "text", watched)
     if command == "chat":
@@ -139,7 +139,7 @@ def test_notes_on_compiling_do_not_break_a_reply(litgpt, chat, chat_model, monke
         assert litgpt("generate", chat_model, *GREEDY, "--max_new_tokens", 8).code == 0
     assert len(waits) >= 2
     assert all(waits[command == "generate" :])  # of which the first piece comes before anything is printed
-    assert compile_notes._waiting is None
+    assert notes._waiting is None
 
 
 def test_commands_and_their_hints(chat, chat_model):

@@ -49,7 +49,7 @@ def test_the_answer_alone_is_on_stdout_and_the_timing_on_stderr(litgpt, chat_mod
 
 def test_what_one_answer_on_one_device_does_not_need_is_not_imported(chat_model):
     words = ["generate", str(chat_model), "--prompt", "Hello", "--max_new_tokens", "3"]
-    unused = ["litgpt.generation.skinny_gemm", "litgpt.parallel.tensor_parallel", "litgpt.llm.leader", "sympy"]
+    unused = ["litgpt.generation.compiled", "litgpt.parallel.tensor_parallel", "litgpt.llm.leader", "sympy"]
     code = (
         f"import sys; from litgpt.__main__ import main; assert main({words}) == 0;"
         f"sys.exit(f'imported {{found}}' if (found := {set(unused)} & set(sys.modules)) else 0)"

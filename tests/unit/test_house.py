@@ -31,13 +31,10 @@ WORDS = {
     "of_q": "grad_q",
     "HIDDEN": "MASKED",
     "hidden_where": "additive_mask",
-    "few_rows": "skinny_gemm",
-    "FewRowsLinear": "SkinnyLinear",
     "range_of_rows": "OneSamplePerRow",
     "likeliest": "top_logprobs",
     "most_slots": "max_slots",
     "SLOTS": "MAX_SLOTS",
-    "use_to_read": "use_for_prefill",
 }
 
 

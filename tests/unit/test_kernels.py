@@ -31,7 +31,7 @@ def use(folder, monkeypatch):
     """Has the kernels of a level used."""
 
     def use_level(level: levels.Level) -> None:
-        monkeypatch.setenv("LITGPT_CACHE_DIR", str(folder))
+        monkeypatch.setenv("LITGPT_KERNELS_DIR", str(folder))
         monkeypatch.setattr(native, "_library", native.load(level))
 
     return use_level
@@ -158,7 +158,7 @@ def test_the_level_is_capped_by_a_variable(monkeypatch):
 @needs_compiler
 @needs_levels
 def test_the_library_is_built_once_and_said_so(tmp_path, monkeypatch):
-    monkeypatch.setenv("LITGPT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("LITGPT_KERNELS_DIR", str(tmp_path))
     said: list[str] = []
     level = levels.supported()[0]
     path = build.library_path(level, said.append)
@@ -170,7 +170,7 @@ def test_the_library_is_built_once_and_said_so(tmp_path, monkeypatch):
 
 
 def test_without_a_compiler_it_is_said_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setenv("LITGPT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("LITGPT_KERNELS_DIR", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     level = levels.LEVELS["x86_64"][0]
@@ -208,6 +208,6 @@ print(os.waitpid(child, 0)[1])
 @needs_compiler
 @needs_levels
 def test_a_forked_process_has_threads_of_its_own(folder):
-    environment = {**os.environ, "LITGPT_CACHE_DIR": str(folder), "PYTHONPATH": str(build.FOLDER.parents[1])}
+    environment = {**os.environ, "LITGPT_KERNELS_DIR": str(folder), "PYTHONPATH": str(build.FOLDER.parents[1])}
     done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, env=environment, timeout=100)
     assert done.stdout.strip() == "0", done.stderr

@@ -5,9 +5,9 @@ from collections import Counter
 import pytest
 import torch
 
-from litgpt.generation.compiled_program import why_not
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
+from litgpt.generation.step_program import why_not
 from litgpt.kv_cache import AttentionPlan
 from litgpt.model import GPT
 from litgpt.parallel.sequential import Mover, connect_blocks, place_blocks, placed_weights

@@ -1,4 +1,4 @@
-"""What is said about compiling, on stderr and never within an answer."""
+"""What is said about building and compiling, on stderr and never within an answer."""
 
 from __future__ import annotations
 
