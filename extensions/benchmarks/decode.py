@@ -5,7 +5,7 @@
 FOLDER is what `make_peers.sh` made. Every contender is a process of its own that loads its model once, reads a prompt
 and writes `--tokens` tokens greedily whenever it is its turn: A B C A B C. Counted is the time from the first new token
 to the last, so neither loading nor the prompt. Ours run the engine's decode step, once as the model itself (eager) and
-once compiled; the compiling is waited for, and not counted. Prints medians as a Markdown table.
+once in the kernels; building them is waited for, and not counted. Prints medians as a Markdown table.
 """
 
 import argparse
@@ -27,7 +27,8 @@ OURS = ("bf16 eager", "bf16", "int8", "int4")
 def ours(kind: str, directory: str) -> Callable[[int], Iterator[int]]:
     import torch
 
-    from litgpt.generation.compiled import CompiledDecoder
+    from litgpt.generation.step_program import StepProgram
+    from litgpt.kernels import native
     from litgpt.sources.checkpoint import open_checkpoint
     from litgpt.sources.load import load_model
     from litgpt.tokenizer.tokenizer import Tokenizer
@@ -36,7 +37,7 @@ def ours(kind: str, directory: str) -> Callable[[int], Iterator[int]]:
     source = open_checkpoint(directory)
     model = load_model(source, dtype=torch.bfloat16, quantize=None if precision == "bf16" else precision)
     prompt = torch.as_tensor(Tokenizer(source.files).encode(PROMPT))[None]
-    decoder = model if eager else CompiledDecoder(model, after=1)
+    decoder = model if eager else StepProgram(model)
 
     @torch.inference_mode()
     def write(count: int) -> Iterator[int]:
@@ -49,8 +50,8 @@ def ours(kind: str, directory: str) -> Callable[[int], Iterator[int]]:
             token = decoder(token, torch.tensor([[position]]), cache=cache).argmax(-1)
 
     list(write(2))
-    if not eager and not decoder.wait():
-        sys.exit("the step was not compiled")
+    if not eager and native.library() is None:
+        sys.exit("there are no kernels")
     return write
 
 

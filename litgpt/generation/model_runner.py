@@ -68,7 +68,7 @@ class ModelRunner:
         self.hidden_states: Callable[..., Tensor] = model.hidden_states
         self.has_one_shape = False
         self._program: StepProgram | None = None
-        if self.device.type == "cpu":
+        if has_kernels(self.device):
             if (reason := why_not(model)) is None:
                 self._program = self.decode_step = StepProgram(model)
                 self.hidden_states = self._program.hidden_states
@@ -238,6 +238,11 @@ class ModelRunner:
 
     def _precision(self) -> contextlib.AbstractContextManager[object]:
         return precision(self.device, self.autocast)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether litgpt brings kernels for the decode step on a device of that type."""
+    return device.type == "cpu"
 
 
 def precision(device: torch.device, autocast: torch.dtype | None) -> contextlib.AbstractContextManager[object]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from litgpt.kernels import native
-from litgpt.kernels.native import TYPES, Call, LayerState, Matrix, Operation, RingState
+from litgpt.kernels.native import TYPES, LayerState, Matrix, Operation, RingState, StepCall
 from litgpt.kv_cache import KVCache, LayerCache
 from litgpt.model import (
     CLAMPED_SWIGLU_ALPHA,
@@ -170,7 +170,7 @@ class _State:
         rows = next(iter(cache.rings.values())).rows[:, 0]
         self.rows = rows.repeat_interleave(count)
         self.lengths = cache.lengths[:, 0].repeat_interleave(count)
-        self.call = Call(rings=len(order), layers=len(cache.layers), rows=self.rows.data_ptr())
+        self.call = StepCall(rings=len(order), layers=len(cache.layers), rows=self.rows.data_ptr())
         self.call.lengths = self.lengths.data_ptr()
         self.call.ring, self.call.layer = ctypes.addressof(self.rings), ctypes.addressof(self.layers)
         self.call.logits_stride = config.padded_vocab_size

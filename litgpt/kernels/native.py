@@ -67,7 +67,7 @@ class LayerState(ctypes.Structure):
     _fields_ = [*_fields(ctypes.c_void_p, "keys values"), *_fields(ctypes.c_int64, "type ring")]
 
 
-class Call(ctypes.Structure):
+class StepCall(ctypes.Structure):
     """What differs from step to step."""
 
     _fields_ = [

@@ -129,7 +129,7 @@ def test_the_kernels_are_waited_for_before_the_clock_starts(litgpt, directory, m
     monkeypatch.setattr(native, "library", lambda wait=True: waits.append(wait) or real(wait))
     options = ("--prompt_tokens", 0, "--new_tokens", 2, "--batch_sizes", "1,3", "--repetitions", 1)
     assert litgpt("bench", directory, *options).code == 0
-    assert waits.count(True) == 2
+    assert waits.count(True) >= 2
 
 
 @pytest.mark.parametrize(

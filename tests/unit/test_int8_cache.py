@@ -10,9 +10,6 @@ import torch
 from litgpt import LLM
 from litgpt.__main__ import main
 from litgpt.config import Config
-from litgpt.generation.compile_step import compile_step
-from litgpt.generation.compiled import CompiledDecoder
-from litgpt.generation.compiled_program import path_of, specification, why_not
 from litgpt.generation.engine import Engine, Request
 from litgpt.generation.sampling import Sampling
 from litgpt.generation.speculative import SpeculativeEngine
@@ -217,38 +214,6 @@ def test_drafts_are_taken_back():
     assert SpeculativeEngine(model, count=3).complete([Request(ids, 20, Sampling(0))]) == Engine(
         model, prefill_chunk=1
     ).complete([Request(ids, 20, Sampling(0))])
-
-
-# --- compiled
-
-
-def test_compiled_code_of_a_plain_cache_is_another():
-    plain, eight = make(kind=None), make()
-    assert why_not(eight) is None
-    assert path_of(specification(plain, 1, torch.float32)) != path_of(specification(eight, 1, torch.float32))
-    eight.layer_cache = type("Mine", (Int8LayerCache,), {})
-    assert why_not(eight) == "keys and values are kept in a Mine"
-
-
-def test_the_compiled_step_keeps_8_bits_too(tmp_path, monkeypatch):
-    monkeypatch.setenv("LITGPT_CACHE_DIR", str(tmp_path))
-    model = make(CONFIGS["windows"])
-    wanted = specification(model, 2, torch.float32)
-    compile_step(wanted, path_of(wanted))
-    decoder = CompiledDecoder(model, after=1, say=print)
-    caches = [model.new_cache(2, 64) for _ in range(2)]
-    with torch.inference_mode():
-        for cache in caches:
-            model(torch.tensor([prompt(20), prompt(20, 2)]), cache=cache)
-        for position in range(20, 40):
-            tokens, positions = torch.tensor([[position], [7]]), torch.full((2, 1), position)
-            expected = model(tokens, positions, cache=caches[0])
-            found = decoder(tokens, positions, cache=caches[1])
-            assert decoder.wait()
-            # A value between two codes may get either.
-            torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
-    same = [a == b for a, b in zip(*(cache.tensors() for cache in caches), strict=True) if a.dtype == torch.int8]
-    assert sum(int(equal.sum()) for equal in same) > 0.99 * sum(equal.numel() for equal in same)
 
 
 # --- as users ask for it

@@ -278,7 +278,7 @@ def test_what_the_kernels_do_not_know_runs_layer_by_layer():
     with torch.inference_mode():
         cache = model.new_cache(1, 100)
         cache.is_empty = False
-        assert not program.suits(torch.zeros(1, 2, dtype=torch.int64), cache)  # the window has no room for two
+        assert not program.suits(torch.zeros(1, 10, dtype=torch.int64), cache)  # the window has no room for ten
         assert program.suits(torch.zeros(1, 1, dtype=torch.int64), cache)
         assert not program.suits(torch.zeros(1, MAX_TOKENS + 1, dtype=torch.int64), cache)
         with torch.autocast("cpu", torch.bfloat16):
