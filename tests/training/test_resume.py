@@ -249,9 +249,9 @@ def inputs_of(settings=None, data=None, config=None, init_args=None, devices=1, 
 @pytest.mark.parametrize(
     ("changed", "name"),
     [
-        *[({"settings": {name: "other"}}, f"--{name}") for name in FIXED],
+        *[({"settings": {name: "other"}}, f"`{name}`") for name in FIXED],
         ({"data": {"train": "10 tokens (c)"}}, "the training data"),
-        ({"data": {"seed": 4}}, "--data.seed"),
+        ({"data": {"seed": 4}}, "`data.seed`"),
         ({"config": {"norm_eps": 1e-4}}, "model_config.norm_eps"),
         ({"parts": {"the frozen weights": "abd"}}, "the frozen weights"),
         ({"parts": {"the length of a sequence": 16}}, "the length of a sequence"),
