@@ -567,7 +567,7 @@ def only_best_groups(preference: Tensor, config: Config) -> Tensor:
     return preference.masked_fill(~allowed[..., None], -math.inf).flatten(1)
 
 
-def build_mlp(config: Config, layer: int) -> nn.Module:
+def build_mlp(config: Config, layer: int) -> "GptNeoxMLP | LLaMAMLP | LLaMAMoE":
     """The MLP of a layer, by its class name; the first layers of a mixture may be dense."""
     if config.mlp_class_name == "LLaMAMoE":
         return LLaMAMLP(config) if layer < (config.first_k_dense_replace or 0) else LLaMAMoE(config)

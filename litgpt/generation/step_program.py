@@ -26,6 +26,7 @@ from litgpt.model import (
     GemmaMLP,
     GptNeoxMLP,
     LLaMAMLP,
+    LLaMAMoE,
     RMSNorm,
     positions_or_default,
     rotation_of,
@@ -253,9 +254,10 @@ class Operations:
         self._write(attention.proj, block.post_attention_norm, attended, multiplier)
         if not block.parallel:
             mlp_input = self._norm(block.norm_2, self._residual, self._normed[1])
+        assert not isinstance(block.mlp, LLaMAMoE)  # `why_not` says so
         self._write(block.mlp.proj, block.post_mlp_norm, self._mlp(block.mlp, mlp_input), multiplier)
 
-    def _write(self, linear: nn.Module, norm: nn.Module, x: _Buffer, factor: float) -> None:
+    def _write(self, linear: nn.Linear | QuantizedLinear, norm: nn.Module, x: _Buffer, factor: float) -> None:
         """Add what comes out of a linear layer, and of the norm after it, to the residual stream."""
         if isinstance(norm, nn.Identity):
             self._linear(linear, x, self._next, residual=self._residual, factor=factor)
@@ -282,12 +284,11 @@ class Operations:
             merge.weight, merge.weight_type = attention.sinks.data_ptr(), TYPES[attention.sinks.dtype]
         return self._attended
 
-    def _mlp(self, mlp: nn.Module, x: _Buffer) -> _Buffer:
+    def _mlp(self, mlp: GptNeoxMLP | LLaMAMLP, x: _Buffer) -> _Buffer:
         if isinstance(mlp, GptNeoxMLP):
             hidden = self._buffer(_shape(mlp.fc)[0])
             self._linear(mlp.fc, x, hidden, activation=_gelu(mlp))
             return hidden
-        assert isinstance(mlp, LLaMAMLP)
         hidden, other = self._buffer(_shape(mlp.fc_1)[0]), self._buffer(_shape(mlp.fc_1)[0])
         settings = {"activation": SILU}
         if isinstance(mlp, GemmaMLP):
@@ -332,7 +333,7 @@ class Operations:
             operation.bias = norm.bias.data_ptr()
         return y
 
-    def _linear(self, linear: nn.Module, x: _Buffer, y: _Buffer, **settings: Any) -> None:
+    def _linear(self, linear: nn.Linear | QuantizedLinear, x: _Buffer, y: _Buffer, **settings: Any) -> None:
         matrix = self._matrix(linear)
         # The form in which inputs are prepared depends on these (matrix.h).
         form = matrix.type, matrix.in_, matrix.out % 32 == 0
@@ -353,10 +354,10 @@ class Operations:
         if linear.bias is not None:
             operation.bias, operation.weight_type = linear.bias.data_ptr(), TYPES[linear.bias.dtype]
 
-    def _matrix(self, linear: nn.Module) -> Matrix:
+    def _matrix(self, linear: nn.Linear | QuantizedLinear) -> Matrix:
         if isinstance(linear, QuantizedLinear):
+            assert isinstance(linear.quantized, WeightOnly)
             return self._keep(linear.quantized.matrix())
-        assert isinstance(linear, nn.Linear)
         weight = linear.weight
         return self._keep(Matrix(TYPES[weight.dtype], 0, *weight.shape, weight.data_ptr(), exact=int(self._exact)))
 
@@ -393,5 +394,5 @@ def _gelu(mlp: GptNeoxMLP | LLaMAMLP) -> int:
     return GELU_TANH if mlp.approximate == "tanh" else GELU
 
 
-def _shape(linear: nn.Module) -> tuple[int, int]:
+def _shape(linear: nn.Linear | QuantizedLinear) -> tuple[int, int]:
     return linear.out_features, linear.in_features
