@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,7 +53,7 @@ class LiveMemory(TorchDispatchMode):
         self._add(tensor.untyped_storage(), 0)
 
     @contextmanager
-    def measured(self) -> Iterator[Measured]:
+    def measured(self) -> Generator[Measured]:
         """Measure what is done within it."""
         before, peak_before = self._now, self._peak
         self._peak, measured = before, Measured()
@@ -104,7 +104,7 @@ class PretendedDevice(TorchFunctionMode):
         self._casts: dict[nn.Parameter, Tensor] = {}
 
     @contextmanager
-    def autocast(self) -> Iterator[None]:
+    def autocast(self) -> Generator[None]:
         """Products are computed in `compute`, and who asks is told so."""
         kind = self.device.type
         before = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
