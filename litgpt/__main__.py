@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import litgpt
 from litgpt.cli.secret import command_line, hide
 from litgpt.cli.slow_imports import announce
-from litgpt.devices.threads import settle_threads
 
 
 class Command(NamedTuple):
@@ -188,7 +187,6 @@ def call(command: Command, name: str, arguments: list[str]) -> None:
     """Import a command and run it."""
     silence_third_parties()
     announce()
-    settle_threads()
     from litgpt import cli
 
     cli.run(load(command.target), arguments, prog=f"litgpt {name}")

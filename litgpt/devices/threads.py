@@ -1,4 +1,4 @@
-"""How PyTorch's threads on a CPU share the machine. Nothing here imports torch: it has to be settled before."""
+"""How PyTorch's threads on a CPU share the machine. Importing `litgpt` settles it: it has to be before torch is there."""
 
 import math
 import os

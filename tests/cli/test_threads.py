@@ -9,9 +9,14 @@ import pytest
 from litgpt.devices import threads
 from litgpt.devices.threads import SPINS, allowed_cores, settle_threads
 
-SHOW = (
-    "from litgpt.devices.threads import settle_threads; settle_threads(); import torch; print(torch.get_num_threads())"
-)
+# What imports torch, and with it OpenMP: the Python API, and the command line, whatever the command.
+WAYS = {
+    "import": "import litgpt, torch",
+    "LLM": "from litgpt import LLM",
+    "command": "from litgpt.__main__ import main; main(['generate', 'no/such/model'])",
+    "training": "from litgpt.__main__ import main; main(['pretrain', 'no_such_model', '--data', 'TextFiles'])",
+    "another process": "import litgpt.llm.replica",
+}
 
 
 @pytest.fixture
@@ -51,10 +56,11 @@ def test_what_the_user_has_set_stays(given, tmp_path, clean):
     assert "OMP_WAIT_POLICY" not in given or "GOMP_SPINCOUNT" not in clean
 
 
-def test_openmp_hears_of_it():
+@pytest.mark.parametrize("way", WAYS)
+def test_openmp_hears_of_it(way):
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     done = subprocess.run(
-        [sys.executable, "-c", SHOW],
+        [sys.executable, "-c", WAYS[way]],
         env={**environment, "OMP_DISPLAY_ENV": "VERBOSE"},
         capture_output=True,
         text=True,
@@ -63,3 +69,8 @@ def test_openmp_hears_of_it():
     if "GOMP_" not in done.stderr:
         pytest.skip("this torch's OpenMP is not GNU's")
     assert f"GOMP_SPINCOUNT = '{SPINS}'" in done.stderr
+
+
+def test_a_torch_that_is_there_already_is_left_alone():
+    script = "import os, torch; before = dict(os.environ); import litgpt; assert dict(os.environ) == before"
+    subprocess.run([sys.executable, "-c", script], check=True)
