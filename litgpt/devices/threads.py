@@ -1,4 +1,4 @@
-"""How PyTorch's threads on a CPU share the machine. Importing `litgpt` settles it: it has to be before torch is there."""
+"""How PyTorch's threads on a CPU share the machine. Importing `litgpt` settles it, before torch does."""
 
 import math
 import os

@@ -15,8 +15,10 @@ import torch
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+from litgpt.cli.option_names import on_command_line
 from litgpt.devices.accelerator import accelerator, count_devices, usable_cores
-from litgpt.devices.precision import check_precision, default_precision
+from litgpt.devices.precision import Precision, check_precision, default_precision, settle_bf16
+from litgpt.parallel.ranks import rank_from_environment
 from litgpt.parallel.sharding import shard_module
 
 Strategy = Literal["auto", "ddp", "fsdp"]
@@ -74,9 +76,22 @@ def make_fabric(
         accelerator=accelerator(),
         devices=devices if "," in str(devices) or str(devices) in ("auto", "-1") else int(devices),
         num_nodes=num_nodes,
-        precision=check_precision(precision or default_precision()),
+        precision=settled_precision(precision),
         strategy=_strategy(strategy, count),
     )
+
+
+def settled_precision(asked: str | None) -> Precision:
+    """The precision to train in: what is asked for, or else what the device is made for. Where that would be many times
+    slower than another it is the other, and rank 0 says so.
+
+    Raises:
+        ValueError: It is unknown, or the device cannot do it at all.
+    """
+    precision, note = settle_bf16(check_precision(asked or default_precision()), accelerator())
+    if note is not None and rank_from_environment() == 0:
+        print(on_command_line(note), file=sys.stderr, flush=True)
+    return precision
 
 
 def _strategy(name: Strategy, devices: int) -> Any:

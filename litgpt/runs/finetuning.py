@@ -19,9 +19,9 @@ from litgpt.data.base import DataModule
 from litgpt.data.preferences import PreferenceData
 from litgpt.data.sample_file import Sample
 from litgpt.data.sft import SFTData
-from litgpt.devices.precision import PRECISIONS, default_precision
+from litgpt.devices.precision import PRECISIONS
 from litgpt.model import GPT, IGNORE_INDEX
-from litgpt.parallel.fabric import precision_of
+from litgpt.parallel.fabric import precision_of, settled_precision
 from litgpt.parallel.ranks import rank_from_environment
 from litgpt.prompts import choose_prompt_style, format_of_options, save_prompt_style
 from litgpt.quantization.layers import TRAINING_KINDS, check_quantize, same_form, without_mixing
@@ -95,6 +95,7 @@ class Finetuning(Job):
         if self.chat_template is not None:
             self.data.take_checkpoints_style(f"chat_template={self.chat_template}")
         super().check()
+        self._settled_precision = settled_precision(self.options.precision)
         self.precision = self._precision(self.quantize)
         evaluation = self.options.eval
         if evaluation.metrics and rank_from_environment() == 0:
@@ -107,7 +108,7 @@ class Finetuning(Job):
 
     def _precision(self, quantize: str | None) -> str:
         """What was asked for, or else what the device and the form of the frozen weights are made for."""
-        precision = self.options.precision or default_precision()
+        precision = self._settled_precision
         if quantize is not None and self.options.precision is None:
             precision = without_mixing(precision)
         check_quantize(quantize, precision, training=True)
