@@ -196,3 +196,9 @@ def on_two_ranks(script: str, directory: Path, *arguments: object, fresh: bool =
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+@pytest.fixture(autouse=True)
+def bfloat16_on_every_cpu(monkeypatch):
+    """Runs are in the precision that they ask for on a CPU without products in bfloat16, too: they are small."""
+    monkeypatch.setattr("litgpt.devices.precision.multiplies_bf16", lambda: True)
