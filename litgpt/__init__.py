@@ -26,10 +26,8 @@ from importlib.machinery import ModuleSpec  # noqa: E402
 from types import ModuleType  # noqa: E402
 from typing import Any  # noqa: E402
 
-from litgpt.devices.threads import settle_threads  # noqa: E402
-
 if "torch" not in sys.modules:  # its threads are as they are from when it is imported
-    settle_threads()
+    importlib.import_module("litgpt.devices.threads").settle_threads()
 
 __version__ = "0.1.0"
 
