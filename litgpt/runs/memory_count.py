@@ -25,7 +25,6 @@ from litgpt.generation.kv_cache_manager import limit_attention
 from litgpt.kv_cache import AttentionPlan, LayerCache
 from litgpt.model import GPT, Block, Rotation
 from litgpt.quantization.layers import QuantizedLinear
-from litgpt.quantization.weight_only import WeightOnly
 from litgpt.runs.live_memory import LiveMemory, PretendedDevice
 from litgpt.training.activation_checkpointing import checkpointed_blocks
 from litgpt.training.loss import even_rows, rows_per_chunk, summed_cross_entropy
@@ -253,7 +252,7 @@ def _without_values(module: M, memory: LiveMemory, memo: dict[int, Any], tensors
     """A copy whose `tensors` have no values, with gradients where they are trained; they are not counted."""
     memo = memo | {id(tensor): _valueless(tensor, memory) for tensor in tensors}
     for part in module.modules():
-        if isinstance(part, QuantizedLinear) and not isinstance(part.quantized, WeightOnly):
+        if isinstance(part, QuantizedLinear):  # whose kernels would read memory that is not there
             memo[id(part.quantized)] = _Dequantized(part)
     copied = copy.deepcopy(module, memo)
     vars(copied).pop("forward", None)  # which activation checkpointing put there
@@ -272,7 +271,7 @@ def _valueless(tensor: Tensor, memory: LiveMemory) -> Tensor:
 
 
 class _Dequantized(nn.Module):
-    """A quantised weight as bitsandbytes treats it: the whole matrix is there for each product."""
+    """A quantised weight, taken to be there as a whole matrix for each product, as it is with bitsandbytes."""
 
     def __init__(self, layer: QuantizedLinear) -> None:
         super().__init__()

@@ -375,3 +375,9 @@ def test_a_run_of_a_real_shape_uses_what_is_estimated(run):
     estimate = sum(parts.values()) - parts["program"]
     print(f"{' '.join(map(str, run))}: measured {grown / 1e9:.2f} GB, estimated {estimate / 1e9:.2f} GB")
     assert estimate == pytest.approx(grown, rel=0.25)
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8", "bnb.nf4", "bnb.int8", "gguf"])
+def test_a_quantised_model_is_counted_without_its_kernels(kind):
+    model = meta_model(Config(**BASE), kind, torch.bfloat16).to(torch.bfloat16)
+    assert estimate_memory(model, Usage(False, context=512))["working"] > 512 * 256 * 2
