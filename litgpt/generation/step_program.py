@@ -32,6 +32,7 @@ from litgpt.model import (
     rotation_of,
     window_of,
 )
+from litgpt.quantization.block_weight import BlockWeight
 from litgpt.quantization.layers import QuantizedLinear
 from litgpt.quantization.weight_only import WeightOnly
 
@@ -52,6 +53,8 @@ def why_not(model: GPT) -> str | None:
         if _has_hooks(module):
             return "the model is spread over several devices"
         if isinstance(module, QuantizedLinear):
+            if isinstance(module.quantized, BlockWeight):
+                return "the blocks of a GGUF file run layer by layer"
             if not isinstance(module.quantized, WeightOnly):
                 return "the weights are quantised by bitsandbytes"
             continue

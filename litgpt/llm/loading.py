@@ -20,12 +20,10 @@ from litgpt.devices.precision import inference_dtypes, inference_precision
 from litgpt.formats.config_json import read_config_json
 from litgpt.formats.hf_config import config_from_hf
 from litgpt.generation.interface import MAX_SLOTS, EngineMaker, EngineOptions
-from litgpt.kernels import native
 from litgpt.kv_cache import layer_cache_of
 from litgpt.llm.placement import Placement
 from litgpt.model import GPT
 from litgpt.prompts import NamedTemplate, PromptStyle, choose_prompt_style
-from litgpt.quantization.block_weight import KIND as BLOCKS
 from litgpt.quantization.layers import check_quantize, replace_linears
 from litgpt.quantization.weight_only import KINDS as WEIGHT_ONLY
 from litgpt.sources.door import open_model
@@ -103,7 +101,6 @@ def load_parts(
     """
     placement = placement or Placement([torch.device(best_accelerator())])
     device, precision, autocast = placement.device, options.precision, None
-    unasked = dtype is None and precision is None and options.quantize is None and not options.compile
     if dtype is None:
         precision = precision or inference_precision(device)
         dtype, autocast = inference_dtypes(precision, device)
@@ -111,8 +108,6 @@ def load_parts(
     layer_cache_of(options.kv_cache)
     opened = source or open_model(checkpoint, options.access_token)
     kind = settled_kind(opened, options.quantize, precision, device)
-    if unasked and kind is None:
-        kind = kind_as_it_lies(opened, placement)
     placement.check(opened, kind, options.compile)
     # The small files first: what is wrong with them is said before the weights are read.
     files = find_tokenizer(tokenizer_dir, options.access_token) if tokenizer_dir else opened.files
@@ -129,7 +124,7 @@ def load_parts(
         checkpoint,
         opened,
         dtype=dtype,
-        quantize=kind,
+        quantize=options.quantize,
         kv_cache=options.kv_cache,
         watch=with_progress(opened, tell),
     )
@@ -174,13 +169,6 @@ def settled_kind(source: Source, quantize: str | None, precision: str | None, de
         )
     check_quantize(kind, precision or "32-true", training=False, device=device)
     return kind
-
-
-def kind_as_it_lies(source: Source, placement: Placement) -> str | None:
-    """How to have weights that nobody has asked for in another form: a GGUF file's blocks as they lie, where there are
-    kernels for them. Without kernels it is quicker to de-quantise once."""
-    suits = source.has_blocks and placement.strategy is None and placement.device.type == "cpu"
-    return BLOCKS if suits and native.library() is not None else None
 
 
 def check_load(init: str, distribute: str | None, precision: str | None, quantize: str | None) -> None:

@@ -9,8 +9,6 @@ from litgpt.formats.gguf.file import GGUFFile
 from litgpt.formats.gguf.row_places import RowNumbers, composed
 from litgpt.kernels import native
 from litgpt.llm.llm import LLM
-from litgpt.llm.loading import LoadOptions, load_parts
-from litgpt.llm.placement import Placement
 from litgpt.quantization import block_weight
 from litgpt.quantization.block_weight import BlockEmbedding, BlockMatrix, BlockRows
 from litgpt.quantization.blocks import FORMATS
@@ -123,23 +121,6 @@ def test_a_real_model_runs_from_its_file(smollm2_gguf):
     assert sum(p.nbytes for p in held) == sum(tensor.size for tensor in tensors if len(tensor.shape) == 2)
     assert {p.untyped_storage().nbytes() for p in held} == {smollm2_gguf.stat().st_size}
     assert len({p.untyped_storage().data_ptr() for p in held}) == 1
-
-
-def test_a_file_runs_as_it_lies_unless_something_else_is_asked_for(smollm2_gguf, capsys, monkeypatch):
-    source, found = open_checkpoint(smollm2_gguf), []
-    monkeypatch.setattr(native, "library", lambda: "a library")
-    monkeypatch.setattr(Placement, "load", lambda self, *args, quantize, **rest: found.append(quantize))
-    for options in (
-        LoadOptions(),
-        LoadOptions(precision="32-true"),
-        LoadOptions(quantize="int8"),
-        LoadOptions(compile=True),
-    ):
-        load_parts(smollm2_gguf, options, source=source)
-    assert ", gguf, cpu)" in capsys.readouterr().err.splitlines()[0]
-    monkeypatch.setattr(native, "library", lambda: None)
-    load_parts(smollm2_gguf, LoadOptions(), source=source)
-    assert found == ["gguf", None, "int8", None, None]
 
 
 def test_what_is_saved_of_it_is_plain(smollm2_gguf, tmp_path):
