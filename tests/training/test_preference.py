@@ -243,9 +243,9 @@ def test_reference_log_probs_of_all_rows(llama):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"beta": 0.0}, "--dpo_beta 0.0: must be positive"),
-        ({"loss": "hinge"}, "--dpo_loss hinge: choose sigmoid or ipo"),
-        ({"label_smoothing": 0.5}, "--dpo_label_smoothing 0.5: must be at least 0 and below 0.5"),
+        ({"beta": 0.0}, "beta=0.0: must be positive"),
+        ({"loss": "hinge"}, "loss=hinge: choose sigmoid or ipo"),
+        ({"label_smoothing": 0.5}, "label_smoothing=0.5: must be at least 0 and below 0.5"),
         ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing=0.1 is for loss=sigmoid"),
     ],
 )
