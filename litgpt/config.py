@@ -14,7 +14,7 @@ import yaml
 
 from litgpt.catalog import find_known, unknown_name_message
 from litgpt.cli.suggest import did_you_mean
-from litgpt.untrusted import is_finite, number_of, read_yaml_mapping, shown
+from litgpt.cli.untrusted import is_finite, number_of, read_yaml_mapping, shown
 
 MODEL_CONFIG_FILE = "model_config.yaml"
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from litgpt.adaptation.modules import KeepsFloat32, LinearLayer, is_linear, replace_module
 from litgpt.checkpoint import HYPERPARAMETERS, plain_names, read_state_dict
 from litgpt.checkpoint.names import ADAPTER_FILES, ADAPTER_V2_WEIGHTS, ADAPTER_WEIGHTS
+from litgpt.cli.untrusted import read_yaml_mapping, shown
 from litgpt.config import Config
 from litgpt.kv_cache import AttentionPlan
 from litgpt.model import GPT, CausalSelfAttention, RMSNorm, Router, attend
-from litgpt.untrusted import read_yaml_mapping, shown
 
 GATE = "gating_factor"
 PROMPT = re.compile(rf"transformer\.h\.(\d+)\.attn\.({GATE}|adapter_wte\.weight)")

@@ -22,9 +22,9 @@ from torch import Tensor
 from litgpt.adaptation.modules import KeepsFloat32, LinearLayer, is_linear, replace_module
 from litgpt.checkpoint import HYPERPARAMETERS, plain_names, read_state_dict
 from litgpt.checkpoint.names import LORA_WEIGHTS
+from litgpt.cli.untrusted import read_yaml_mapping, shown
 from litgpt.config import Config
 from litgpt.model import GPT, Router
-from litgpt.untrusted import read_yaml_mapping, shown
 
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
 MAX_RANK = 2**20

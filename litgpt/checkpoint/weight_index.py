@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from litgpt.untrusted import FETCH_AGAIN, LARGE_BYTES, parse_json_object, read_bounded, shown
+from litgpt.cli.untrusted import FETCH_AGAIN, LARGE_BYTES, parse_json_object, read_bounded, shown
 
 
 def read_weight_index(path: Path) -> dict[str, str]:

@@ -16,7 +16,7 @@ from torch import _weights_only_unpickler
 
 from litgpt.checkpoint.names import LORA_WEIGHTS, TRAINING_STATE, WEIGHTS
 from litgpt.checkpoint.sums import DamagedFile, check_archive
-from litgpt.untrusted import shown
+from litgpt.cli.untrusted import shown
 
 Release = Callable[[torch.Tensor], None]
 _MAX_PICKLE = 1 << 26  # torch reads a few megabytes of it a second; 100,000 tensors have ten

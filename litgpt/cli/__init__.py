@@ -4,8 +4,8 @@
 and `config_files.py` read what the user gave; `settings.py` puts both on one footing (full names, later layers over
 earlier ones); `resolve.py` has jsonargparse check types and fill in defaults; `run_command.py` ties it together and
 calls the function. `classes.py` finds classes by name, `help.py` writes the help, `record.py` keeps the settings for
-`hyperparameters.yaml`. What the whole
-package uses lies here, too: `resources.py`, `secret.py`, `suggest.py`, `own_code.py`, `plural.py`.
+`hyperparameters.yaml`. What the whole package uses lies here, too: `untrusted.py`, `resources.py`, `secret.py`,
+`suggest.py`, `own_code.py`, `plural.py`.
 """
 
 import importlib

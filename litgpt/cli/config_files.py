@@ -12,7 +12,7 @@ import yaml
 
 from litgpt import __version__
 from litgpt.cli import resources
-from litgpt.untrusted import ExcessError, load_yaml
+from litgpt.cli.untrusted import ExcessError, load_yaml
 
 TIMEOUT = 20  # seconds that a server may be silent
 TOTAL_TIMEOUT = 30  # seconds in all, however busy it seems

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
+from litgpt.cli.untrusted import ExcessError, load_yaml
 from litgpt.cli.usage_error import UsageError
-from litgpt.untrusted import ExcessError, load_yaml
 
 OWN = ("litgpt", "torch", "torchmetrics")  # packages whose classes the options choose from
 DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from litgpt.checkpoint.atomic import atomic_file
-from litgpt.untrusted import is_count, read_yaml_mapping, shown
+from litgpt.cli.untrusted import is_count, read_yaml_mapping, shown
 
 RECORD_FILE = "dataset.yaml"
 TOKENIZER_DIR = "tokenizer"

@@ -17,11 +17,11 @@ from tqdm import tqdm
 from litgpt.checkpoint import atomic_file
 from litgpt.cli.secret import Secret, reveal
 from litgpt.cli.suggest import did_you_mean
+from litgpt.cli.untrusted import parse_yaml
 from litgpt.data.record_files import SUFFIXES, is_record_file
 from litgpt.hub import HubError
 from litgpt.hub.hub_error import clear_errors
 from litgpt.hub.transfer import RemoteFile, Transfer
-from litgpt.untrusted import parse_yaml
 
 # The branch where the Hub keeps every data set as parquet: CONFIG/SPLIT/0000.parquet
 CONVERTED = "refs/convert/parquet"

@@ -10,11 +10,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from litgpt.cli.untrusted import parse_json
 from litgpt.data.bounded_text import BYTES_PER_VALUE, MAX_RECORD_VALUES, lines, max_whole_bytes, whole_text
 from litgpt.data.compressed_files import COMPRESSIONS
 from litgpt.data.records import Record
 from litgpt.data.table_files import arrow_records, csv_records, parquet_records
-from litgpt.untrusted import parse_json
 
 LINES = (".jsonl", ".ndjson")
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet", ".ndjson")

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 from litgpt.cli.plural import counted
+from litgpt.cli.untrusted import parse_json
 from litgpt.data.tool_calls import present, read_calls, read_tools
 from litgpt.data.wording import listed, value_kind
-from litgpt.untrusted import parse_json
 
 INSTRUCTION, COMPLETION = "instruction/input/output", "prompt/completion"
 MESSAGES, CONVERSATIONS = "messages", "conversations (ShareGPT)"

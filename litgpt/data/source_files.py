@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from litgpt.cli.untrusted import ExcessError, check_count, parse_json
 from litgpt.data.bounded_text import MAX_RECORD, MAX_RECORD_VALUES, too_long
 from litgpt.data.compressed_files import BLOCK_BYTES, COMPRESSIONS, compressed_position, open_bytes, reading
 from litgpt.data.record_files import read_records
 from litgpt.data.text_encoding import encoding_of, not_text
 from litgpt.data.text_reading import decode_chunks
-from litgpt.untrusted import ExcessError, check_count, parse_json
 
 FORMS = {".txt": "text", ".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".parquet": "parquet"}
 SUFFIXES = (*FORMS, *(form + ending for form in FORMS if form != ".parquet" for ending in COMPRESSIONS))

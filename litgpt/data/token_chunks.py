@@ -18,7 +18,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from litgpt.checkpoint.atomic import atomic_file
-from litgpt.untrusted import LARGE_BYTES, parse_json, read_text
+from litgpt.cli.untrusted import LARGE_BYTES, parse_json, read_text
 
 INDEX_FILE = "index.json"
 MAX_CHUNK_BYTES = (1 << 32) - 1  # the offsets are uint32

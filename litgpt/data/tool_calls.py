@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from litgpt.cli.untrusted import ExcessError, parse_json
 from litgpt.data.wording import value_kind
-from litgpt.untrusted import ExcessError, parse_json
 
 CALL_KEYS = ("arguments", "parameters")  # Llama 3 says parameters
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from litgpt.checkpoint.atomic import atomic_file
+from litgpt.cli.untrusted import LARGE_BYTES, read_json_object
 from litgpt.data.corpus import Corpus, Unit
 from litgpt.data.documents import Fragment, read_documents
 from litgpt.data.source_files import Report
 from litgpt.data.text_reading import encode_texts
 from litgpt.data.token_chunks import ChunkInfo, write_chunk_bytes
 from litgpt.data.word_cache import WordCache
-from litgpt.untrusted import LARGE_BYTES, read_json_object
 
 WORK_DIR = ".preparing"  # in the destination, until all is there
 PART_BYTES = 64 << 20  # ids that are kept in memory, and the most of one file

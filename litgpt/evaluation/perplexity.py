@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from litgpt.cli.untrusted import parse_json
 from litgpt.evaluation.bos import prefix_token
 from litgpt.evaluation.engines import RequestRunner
 from litgpt.evaluation.progress import bar
 from litgpt.evaluation.scoring import Scored, score
 from litgpt.evaluation.work import Evaluated
 from litgpt.tokenizer.tokenizer import Tokenizer
-from litgpt.untrusted import parse_json
 
 TASK = "perplexity"
 ROWS = 30  # of the table of documents

@@ -17,6 +17,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from litgpt.cli.untrusted import read_json_object
 from litgpt.evaluation.bos import prefix_token
 from litgpt.evaluation.progress import bar
 from litgpt.evaluation.scoring import Scored, score
@@ -27,7 +28,6 @@ from litgpt.generation.text import TextStream
 from litgpt.prompts import ChatTemplate
 from litgpt.prompts.styles import Message
 from litgpt.tokenizer.tokenizer import Tokenizer
-from litgpt.untrusted import read_json_object
 
 MAX_NEW_TOKENS = 256  # where a task says nothing
 DEFAULT_TOP_K = 50  # transformers' own, where an answer is drawn

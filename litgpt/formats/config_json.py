@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from litgpt.cli.untrusted import FETCH_AGAIN, is_count, json_kind, parse_json_object, read_bounded, shown
 from litgpt.config import MAX_LAYERS
-from litgpt.untrusted import FETCH_AGAIN, is_count, json_kind, parse_json_object, read_bounded, shown
 
 # Entries that are read in more places than one, where each relies on what they are.
 _OBJECTS = ("text_config", "llm_config", "rope_scaling", "rope_parameters", "quantization_config")

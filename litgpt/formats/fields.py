@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from litgpt.cli.untrusted import shown
 from litgpt.config import Config
-from litgpt.untrusted import shown
 
 REQUIRED = object()
 HFConfig = dict[str, Any]

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from litgpt.catalog import find_known
+from litgpt.cli.untrusted import shown
 from litgpt.config import Config
 from litgpt.formats.architecture import Architecture
 from litgpt.formats.architectures import ARCHITECTURES
 from litgpt.formats.fields import Choice, Field, Rope, RopeByLayer
 from litgpt.formats.quantised_weights import check_method
 from litgpt.formats.recognition import architecture_of, text_model
-from litgpt.untrusted import shown
 
 # Fields of Config that say nothing about what the model computes, or (vocab_size) nothing that config.json knows.
 _LABELS = ("name", "hf_config", "padding_multiple", "vocab_size")

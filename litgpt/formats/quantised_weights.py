@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from litgpt.checkpoint import Release
-from litgpt.untrusted import is_count, shown
+from litgpt.cli.untrusted import is_count, shown
 
 _AT_ONCE = 2**20  # values computed at a time
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)

@@ -26,7 +26,7 @@ import torch
 
 from litgpt.checkpoint import MappedTensors, Release, raw_parts, unreadable
 from litgpt.checkpoint.sums import CheckedPart, DamagedFile, check_parts
-from litgpt.untrusted import MAX_INTEGER, is_count, parse_json_object, shown
+from litgpt.cli.untrusted import MAX_INTEGER, is_count, parse_json_object, shown
 
 _MAX_HEADER = 100_000_000  # the format's own limit
 _MAX_DIMENSIONS = 16

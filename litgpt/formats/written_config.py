@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
+from litgpt.cli.untrusted import read_json_object
 from litgpt.config import Config
 from litgpt.formats.config_json import read_config_json
 from litgpt.formats.hf_config import config_from_hf, config_to_hf, differences
 from litgpt.formats.recognition import architecture_of, text_model
 from litgpt.tokenizer.tokenizer import MODEL_FILES, Tokenizer
-from litgpt.untrusted import read_json_object
 
 
 def export_config(config: Config, files: Path, dtype: torch.dtype) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from litgpt.cli.secret import Secret
+from litgpt.cli.untrusted import shown
 from litgpt.config import Config
 from litgpt.devices.precision import inference_dtypes, inference_precision
 from litgpt.generation.interface import GenerationEngine
@@ -32,7 +33,6 @@ from litgpt.prompts import NamedTemplate, PromptStyle
 from litgpt.quantization.layers import check_quantize, quantized_layers, replace_linears
 from litgpt.sources.door import open_model
 from litgpt.tokenizer.tokenizer import Tokenizer
-from litgpt.untrusted import shown
 
 
 class LLM(nn.Module):

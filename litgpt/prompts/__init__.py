@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from litgpt.cli.untrusted import read_yaml_mapping, shown
 from litgpt.prompts.chat_template import DEFAULT, ChatTemplate, find_chat_templates, write_chat_templates
 from litgpt.prompts.styles import (
     Format,
@@ -23,7 +24,6 @@ from litgpt.prompts.styles import (
     written_styles,
 )
 from litgpt.prompts.written_template import as_chat_template
-from litgpt.untrusted import read_yaml_mapping, shown
 
 if TYPE_CHECKING:
     from litgpt.config import Config

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from litgpt.cli.suggest import did_you_mean
+from litgpt.cli.untrusted import FETCH_AGAIN, read_json_object, read_text
 from litgpt.prompts.call_form import CallForm, find_call_form
 from litgpt.prompts.rendering import check_template, render_template, rendered_ahead
 from litgpt.prompts.styles import Message, PromptStyle, Tokenizer
-from litgpt.untrusted import FETCH_AGAIN, read_json_object, read_text
 
 DEFAULT = "default"
 END_MARK = "\ufdd2 "  # a Unicode noncharacter and a space: tells where a message ends in the text of a conversation

@@ -15,10 +15,10 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
+from litgpt.cli.untrusted import ExcessError, parse_json
 from litgpt.serving.errors import ApiError, validation_error
 from litgpt.serving.event_stream import ClientGone
 from litgpt.serving.service import Service
-from litgpt.untrusted import ExcessError, parse_json
 
 MOST_VALUES = 2**19
 """Numbers, texts, lists and objects in a body. Python's JSON takes 100 bytes for each, and holds everything up."""

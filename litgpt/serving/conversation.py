@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from litgpt.cli.untrusted import ExcessError, parse_json
 from litgpt.prompts import ChatTemplate
 from litgpt.serving.errors import ApiError, prompt_error
 from litgpt.serving.schemas import ChatMessage, ChatRequest, TextPart, ToolCall
 from litgpt.serving.served import ServedModel
-from litgpt.untrusted import ExcessError, parse_json
 
 TAKEN = ("self", "tokenizer", "messages", "tools", "room", "add_generation_prompt")  # not for chat_template_kwargs
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from litgpt.catalog import KnownCheckpoint, find_known
 from litgpt.cli.secret import Secret
+from litgpt.cli.untrusted import parse_json_object
 from litgpt.hub import (
     ADAPTER_CONFIG,
     HubError,
@@ -19,7 +20,6 @@ from litgpt.hub import (
     tokenizer_files,
     weight_files,
 )
-from litgpt.untrusted import parse_json_object
 
 if TYPE_CHECKING:
     from litgpt.config import Config

@@ -18,9 +18,9 @@ from litgpt.checkpoint import (
 )
 from litgpt.checkpoint.names import LORA_WEIGHTS
 from litgpt.checkpoint.weight_index import read_weight_index
+from litgpt.cli.untrusted import LARGE_BYTES, SETTINGS_BYTES, read_json_object, read_yaml_mapping
 from litgpt.formats.safetensors_file import read_safetensors
 from litgpt.sources.findings import Findings
-from litgpt.untrusted import LARGE_BYTES, SETTINGS_BYTES, read_json_object, read_yaml_mapping
 
 LARGE_FILES = ("tokenizer.json", "tekken.json", "vocab.json")
 JSON_FILES = tuple(name for name in COMPANION_FILES if name.endswith(".json"))

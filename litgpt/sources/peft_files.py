@@ -10,11 +10,11 @@ from torch import Tensor
 
 from litgpt.checkpoint import read_state_dict
 from litgpt.checkpoint.names import PEFT_CONFIG
+from litgpt.cli.untrusted import is_slow, read_json_object, shown
 from litgpt.config import Config
 from litgpt.formats.peft import ADAPTER_BIN, ADAPTER_MODEL, MAGNITUDE, PREFIX, RowUpdate, Update
 from litgpt.formats.recognition import text_name
 from litgpt.formats.safetensors_file import read_safetensors
-from litgpt.untrusted import is_slow, read_json_object, shown
 
 # What holds all experts of a layer; around it the wrapper of another such tensor.
 EXPERTS = re.compile(r"\.experts(\.base_layer)*$")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from litgpt.untrusted import parse_json
+from litgpt.cli.untrusted import parse_json
 
 _Step = Callable[[str], "str | bytes"]
 

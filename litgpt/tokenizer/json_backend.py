@@ -17,7 +17,7 @@ from litgpt.tokenizer.token_settings import TOKEN_FLAGS, named_tokens
 
 if TYPE_CHECKING:
     import tokenizers
-from litgpt.untrusted import is_slow, parse_json, shown
+from litgpt.cli.untrusted import is_slow, parse_json, shown
 
 MAX_GROWTH = 64  # by how much replacements may lengthen a text
 CUTTERS = ("Split", "ByteLevel", "Digits", "Metaspace")  # pre-tokenizers that need not drop anything

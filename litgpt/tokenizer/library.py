@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from litgpt.untrusted import read_json_object
+from litgpt.cli.untrusted import read_json_object
 
 if TYPE_CHECKING:
     import tokenizers

@@ -12,7 +12,7 @@ from litgpt.tokenizer.token_settings import read_side_file
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
-from litgpt.untrusted import is_count
+from litgpt.cli.untrusted import is_count
 
 # sentencepiece's ModelProto { normalizer_spec { add_dummy_prefix: false } }, serialised. A protobuf message takes what
 # is appended to it as an amendment.

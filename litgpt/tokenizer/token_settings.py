@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from litgpt.cli.untrusted import is_count, read_json_object, shown
 from litgpt.tokenizer.backend import MAX_ID, damaged
-from litgpt.untrusted import is_count, read_json_object, shown
 
 TOKEN_FLAGS = ("lstrip", "rstrip", "single_word")  # of an added token: the white space that it swallows
 

@@ -49,7 +49,7 @@ def test_the_run_stops_before_the_optimizer(train, tmp_path, monkeypatch, max_no
         TrainingDiverged,
         match=r"The gradient of step 3 is not finite \(NaN or infinite\): in 1 of \d+ parameters, nearest to the loss in "
         rf"{BAD}\. The weights are as they were before it\. The last good checkpoint is .*step-00000002; resume .*"
-        r"--train\.skip_nonfinite 5",
+        r"train\.skip_nonfinite=5",
     ):
         train(tmp_path, max_steps=6, max_norm=max_norm, save_interval=2, log_interval=5)
     assert len(updates) == 2

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from litgpt.checkpoint.weight_index import parse_weight_index
-from litgpt.untrusted import (
+from litgpt.cli.untrusted import (
     MAX_DEPTH,
     is_count,
     is_slow,

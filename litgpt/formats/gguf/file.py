@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from litgpt.cli.untrusted import MAX_INTEGER, is_count, shown
 from litgpt.quantization.block_weight import BlockRows
 from litgpt.quantization.blocks import FORMATS
-from litgpt.untrusted import MAX_INTEGER, is_count, shown
 
 # GGUF's type numbers of fixed size -> struct format and numpy type.
 _NUMBERS = {

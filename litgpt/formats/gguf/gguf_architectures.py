@@ -13,8 +13,8 @@ import gguf
 import numpy as np
 from torch import Tensor
 
+from litgpt.cli.untrusted import shown
 from litgpt.formats.fields import HFConfig
-from litgpt.untrusted import shown
 
 ABSENT = object()
 

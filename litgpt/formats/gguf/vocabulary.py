@@ -8,6 +8,7 @@ from typing import Any
 from gguf import TokenType
 from tokenizers import Tokenizer as JsonTokenizer
 
+from litgpt.cli.untrusted import LARGE_BYTES, read_json_object
 from litgpt.formats.gguf.splitting import SPLITTINGS
 from litgpt.formats.gguf.tokenizer_files import build_tokenizer
 from litgpt.prompts import ChatTemplate, carried_templates
@@ -15,7 +16,6 @@ from litgpt.prompts.chat_template import DEFAULT
 from litgpt.tokenizer.backend import MAX_ID
 from litgpt.tokenizer.library import LIBRARY, VOCABULARY, load_library_tokenizer
 from litgpt.tokenizer.tokenizer import Tokenizer
-from litgpt.untrusted import LARGE_BYTES, read_json_object
 
 PREFIX = "tokenizer.ggml."
 # Texts on which the known ways of splitting differ: words, numbers, contractions, spaces, lines, marks and scripts.
