@@ -111,7 +111,7 @@ def test_llama_cpp_computes_the_same(wide, kind, tmp_path):
     assert answer.returncode == 0, answer.stderr[-3000:]
     found, expected = torch.tensor(json.loads(answer.stdout.splitlines()[-1])["logits"]), logits(file)[0]
     # It rounds the inputs of every layer to 8 bits.
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.1 * float(expected.std()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.15 * float(expected.std()))
 
 
 @pytest.fixture(scope="module")
