@@ -9,6 +9,6 @@ python3 -m venv "$folder/litgpt-0.5.13"
 python3 -m venv "$folder/llama-cpp"
 CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON -DGGML_AVX2=ON -DGGML_FMA=ON \
   -DGGML_F16C=ON -DGGML_AMX_INT8=OFF -DGGML_AMX_TILE=OFF" \
-  "$folder/llama-cpp/bin/pip" install --no-binary llama-cpp-python llama-cpp-python
+  "$folder/llama-cpp/bin/pip" install --no-binary llama-cpp-python 'llama-cpp-python[server]'
 echo "For --peer: $folder/litgpt-0.5.13/bin/litgpt"
 echo "For --peers: $folder"

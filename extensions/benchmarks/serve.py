@@ -1,8 +1,12 @@
 """Many clients at once on `litgpt serve`, ours and a peer's in turn, through HTTP and the `openai` client.
 
     python extensions/benchmarks/serve.py --checkpoint DIR --peer /path/to/other/bin/litgpt
+    python extensions/benchmarks/serve.py --checkpoint DIR --peer FOLDER/llama-cpp/bin/python --gguf FILE.gguf
 
-starts each program's server A B A B, has it answer the same requests by 32 clients (prompts and answers of mixed
+The second is against llama.cpp's server (`make_peers.sh` builds both) with the same file: DIR may be FILE.gguf, too, of
+which `--ours --quantize gguf` takes the weights as they lie. All have as many threads (--threads).
+
+It starts each program's server A B A B, has it answer the same requests by 32 clients (prompts and answers of mixed
 lengths, drawn by the request's number, streamed), and prints, as a Markdown table, the medians over the runs of: tokens
 per second over all, seconds to the first piece of text (median and 95th percentile over the requests), and how many
 requests failed. Loading and one request to warm up come before the clock starts. Tokens are counted by encoding the
@@ -28,6 +32,7 @@ import openai
 from side_by_side import ROOT, Program, ours_and
 
 sys.path.insert(0, str(ROOT))
+from litgpt.sources.door import open_model
 from litgpt.tokenizer.tokenizer import Tokenizer
 
 TEXT = ROOT / "config_hub/pretrain/data/shakespeare.txt"
@@ -75,19 +80,29 @@ def jobs(count: int, longest: int) -> list[Job]:
     return made
 
 
+def command_of(program: Program, arguments: argparse.Namespace, port: int) -> list[str]:
+    """What starts a program's server."""
+    if program.name == "peer" and arguments.gguf:
+        threads = ["--n_threads", str(arguments.threads), "--n_threads_batch", str(arguments.threads)]
+        model = ["--model", arguments.gguf, "--n_ctx", "2048", *threads]
+        return [str(program.python), "-m", "llama_cpp.server", *model, "--host", "127.0.0.1", "--port", str(port)]
+    options = ["--port", str(port), "--openai_spec", "true", "--timeout", str(PATIENCE)]
+    options += ["--max_new_tokens", str(arguments.max_tokens)]  # the peer does not mind the request's max_tokens
+    options += ["--precision", arguments.precision, *(arguments.ours if program.name == "ours" else [])]
+    return [*program.command, "serve", arguments.checkpoint, *options]
+
+
 def run(program: Program, arguments: argparse.Namespace, work: list[Job], tokenizer: Tokenizer) -> Result:
     """One server from start to end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = ["--port", str(port), "--openai_spec", "true", "--timeout", str(PATIENCE)]
-    options += ["--max_new_tokens", str(arguments.max_tokens)]  # the peer does not mind the request's max_tokens
-    options += ["--precision", arguments.precision, *(arguments.ours if program.name == "ours" else [])]
-    command = [*program.command, "serve", arguments.checkpoint, *options]
+    command = command_of(program, arguments, port)
+    environment = program.environment | {"OMP_NUM_THREADS": str(arguments.threads)}
     with tempfile.TemporaryFile() as log:
         # A group of its own: the peer's server is several processes.
         process = subprocess.Popen(
-            command, env=program.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
         try:
             asyncio.run(answer(port, [Job("Hello", 8)], 1, ready=lambda: process.poll() is None))
@@ -119,7 +134,9 @@ async def answer(port: int, work: list[Job], clients: int, ready=None) -> list[A
                 if not ready() or time.monotonic() > deadline:
                     sys.exit("The server has ended before it was ready. --verbose shows what it said.")
                 try:
-                    if (await client.get(f"{base}/health")).status_code == 200:
+                    # llama.cpp's server has no /health, and lists its models once they are there.
+                    codes = [(await client.get(f"{base}/{page}")).status_code for page in ("health", "v1/models")]
+                    if codes[0] == 200 or codes == [404, 200]:
                         break
                 except httpx.TransportError:
                     pass
@@ -170,7 +187,9 @@ async def ask(client: openai.AsyncOpenAI, model: str, job: Job) -> Answer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", required=True, help="a litgpt checkpoint that both programs can read")
-    parser.add_argument("--peer", required=True, help="the other program's `litgpt` command")
+    parser.add_argument("--peer", required=True, help="the other program's `litgpt` command, or llama.cpp's python")
+    parser.add_argument("--gguf", help="the same weights for llama.cpp's server")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--runs", type=int, default=3, help="runs of each program")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--requests", type=int, default=64)
@@ -180,9 +199,9 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="show what the servers print")
     arguments = parser.parse_args()
     programs = ours_and(arguments.peer)
-    work, tokenizer = jobs(arguments.requests, arguments.max_tokens), Tokenizer(arguments.checkpoint)
+    work, tokenizer = jobs(arguments.requests, arguments.max_tokens), Tokenizer(open_model(arguments.checkpoint).files)
     with tempfile.TemporaryDirectory() as scratch:
-        about = [f"- {program.name}: {program.about(Path(scratch))}" for program in programs]
+        about = [f"- {name_of(program, arguments)}: {versions(program, arguments, scratch)}" for program in programs]
     results: dict[str, list[Result]] = {program.name: [] for program in programs}
     for _ in range(arguments.runs):
         for program in programs:
@@ -201,6 +220,18 @@ def main() -> None:
         print(f"| {name} | {row[0]:.1f} | {row[1]:.2f} | {row[2]:.2f} | {row[3]:.0f} |")
     ours, peer = rows["ours"], rows["peer"]
     print(f"| ours / peer | {ours[0] / peer[0]:.1f} | {ours[1] / peer[1]:.3f} | {ours[2] / peer[2]:.3f} | |")
+
+
+def name_of(program: Program, arguments: argparse.Namespace) -> str:
+    return "llama.cpp" if program.name == "peer" and arguments.gguf else program.name
+
+
+def versions(program: Program, arguments: argparse.Namespace, scratch: str) -> str:
+    if name_of(program, arguments) != "llama.cpp":
+        return program.about(Path(scratch))
+    script = "import llama_cpp; print('llama-cpp-python', llama_cpp.__version__)"
+    done = subprocess.run([str(program.python), "-c", script], capture_output=True, text=True, check=True)
+    return f"{done.stdout.strip()}, {Path(arguments.gguf).name}"
 
 
 def columns(runs: list[Result]) -> list[list[float]]:
