@@ -97,6 +97,7 @@ def explain(error: ArgumentError, option: str, hint_of: Callable[[str], Any]) ->
     hint = hint_of(key[1])
     if admits(hint, Secret):
         values = [REDACTED]
+    values = ["null" if value == "None" else value for value in values]  # as it is typed
     if hint is Any:
         return f"{prefix}{key[1]}: {values[-1]!r} is not of the right type."
     return f"{prefix}{key[1]}: expected {readable(hint)}, got {values[-1]!r}."

@@ -184,6 +184,7 @@ def test_dashes_are_underscores():
 def test_wrong_types_name_option_value_and_type():
     assert refused("dir", "--train.max_steps", "1.5") == "--train.max_steps: expected an integer (or null), got '1.5'."
     assert refused("dir", "--precision", "64") == "--precision: expected '32-true' or 'bf16-true' (or null), got '64'."
+    assert refused("dir", "--train.micro_batch_size", "null").endswith("expected an integer, got 'null'.")
     data = ("--data", "Text", "--data.path", "x")
     assert refused("dir", *data, "--data.seed", "y") == "--data.seed: expected an integer, got 'y'."
     assert refused("dir", "--model_config.n_layer", "2.5") == "--model_config.n_layer: expected an integer, got '2.5'."
