@@ -131,7 +131,8 @@ class RunDirectory:
 
         Raises:
             FileNotFoundError: There is nothing to resume from.
-            ValueError: A run is here and may not be overwritten, or holds what is needed; or the checkpoint is damaged.
+            ValueError: A run is here and may not be overwritten, or holds what is needed; this directory is itself
+                needed; or the checkpoint is damaged.
         """
         checkpoint = self.start(resume, check=is_main)
         if checkpoint is not None:
@@ -147,6 +148,11 @@ class RunDirectory:
             artifacts = self.artifacts()
             for path in needed:
                 place = path.expanduser().resolve()
+                if place == self.path.resolve():  # of LoRA's weights, hyperparameters.yaml says what they belong to
+                    raise ValueError(
+                        f"out_dir={self.path} is what the run starts from: it would write its own settings over those "
+                        "there. Choose another `out_dir`."
+                    )
                 if any(place.is_relative_to(artifact.resolve()) for artifact in artifacts):
                     raise ValueError(
                         f"A new run in '{self.path}' would delete '{path}', which it starts from. "

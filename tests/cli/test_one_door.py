@@ -297,6 +297,11 @@ def test_a_new_run_never_deletes_what_it_starts_from(run, tmp_path, words):
     assert result.code == 1
     assert f"would delete '{first}', which it starts from. Choose another --out_dir." in result.err
     assert (first / "lit_model.pth.lora").is_file()
+    before = {path: path.read_bytes() for path in first.iterdir() if path.is_file()}
+    result = run([*words, "--out_dir", str(first), *STILL], str(first))  # whose settings say what the weights belong to
+    assert result.code == 1
+    assert f"error: --out_dir {first} is what the run starts from" in result.err
+    assert {path: path.read_bytes() for path in first.iterdir() if path.is_file()} == before
 
 
 @pytest.mark.parametrize("kind", ["a GGUF file", "PEFT", "PEFT on the Hub"])
