@@ -107,10 +107,10 @@ def test_a_resume_on_something_else_is_refused(base, records, tmp_path):
         (r"the training data: (?P<as_many>32 samples, .+) \(\w+\) then, (?P=as_many) \(\w+\) now", (base, others), {}),
         ("the training data: ", (base, records), {"data": {"prompt_style": "default"}}),
         ("the frozen weights: another", (other_base, records), {}),
-        ("--lora_alpha: 16 then, 32 now", (base, records), {"lora_alpha": 32}),
-        ("--quantize: none then, bnb.nf4 now", (base, records), {"quantize": "bnb.nf4"}),
-        ("--seed: 1337 then, 1 now", (base, records), {"seed": 1}),
-        ("--data.seed: 42 then, 7 now", (base, records), {"data": {"seed": 7}}),
+        ("`lora_alpha`: 16 then, 32 now", (base, records), {"lora_alpha": 32}),
+        ("`quantize`: none then, bnb.nf4 now", (base, records), {"quantize": "bnb.nf4"}),
+        ("`seed`: 1337 then, 1 now", (base, records), {"seed": 1}),
+        ("`data.seed`: 42 then, 7 now", (base, records), {"data": {"seed": 7}}),
         ("the length of a packed row: none then, ", (base, records), {"data": {"pack": True}}),
     ):
         with pytest.raises(ValueError, match=rf"was started with something else:\n(.*\n)*  {line}"):
