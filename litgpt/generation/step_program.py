@@ -114,8 +114,15 @@ class StepProgram:
     def _run(
         self, library: ctypes.CDLL, tokens: Tensor, positions: Tensor, cache: KVCache, logits: Tensor | None
     ) -> Operations:
-        """Take tokens through the model: all of it, or without the head."""
+        """Take tokens through the model: all of it, or without the head.
+
+        Raises:
+            IndexError: A token is not in the vocabulary; the kernels would read beside the embedding.
+        """
         total = tokens.numel()
+        smallest, largest = torch.aminmax(tokens.masked_fill(positions < 0, 0))
+        if smallest < 0 or largest >= self.model.transformer.wte.weight.size(0):
+            raise IndexError(f"A token of {smallest} to {largest} is not in the vocabulary.")
         operations = self._operations
         if operations is None or operations.rows < total:
             operations = self._operations = Operations(self.model, 1 << (total - 1).bit_length())

@@ -210,6 +210,18 @@ def test_a_short_prompt_is_prefilled_in_an_empty_row():
     assert program._operations is not None  # it was not the model's own
 
 
+@pytest.mark.parametrize("token", [-1, 2**40])
+def test_a_token_that_there_is_not_is_refused(token):
+    """As torch's embedding does: the kernels would read what lies beside it."""
+    model = make()
+    program, cache = program_of(model), model.new_cache(2, 20)
+    with pytest.raises(IndexError, match="is not in the vocabulary"):
+        program.hidden_states(torch.tensor([[3, 4, token]]), None, cache=cache.select(slice(0, 1), True))
+    ids, places = torch.tensor([[3, token]]), torch.tensor([[0, -1]])  # where there is no token, anything may stand
+    found = program.hidden_states(ids, places, cache=cache.select(slice(1, 2), True))
+    assert found[0, 0].isfinite().all()
+
+
 def test_weights_may_change_in_place():
     model = make()
     program = program_of(model)
