@@ -1,7 +1,7 @@
 """The checkpoint directory: telling what it holds and lacks, filling one."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,7 +116,7 @@ def fill_companion_files(source: str | Path, destination: str | Path) -> None:
 
 def save_model(
     directory: str | Path,
-    model: "GPT | dict[str, torch.Tensor] | Iterator[tuple[str, torch.Tensor]]",
+    model: "GPT | dict[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]",
     config: Config,
     release: "Release | None" = None,
 ) -> None:
@@ -134,4 +134,4 @@ def save_model(
 
     tensors = model.state_dict() if isinstance(model, torch.nn.Module) else model
     config.save(directory)
-    write_state_dict(Path(directory) / WEIGHTS, tensors if isinstance(tensors, Iterator) else tensors.items(), release)
+    write_state_dict(Path(directory) / WEIGHTS, tensors.items() if isinstance(tensors, dict) else tensors, release)

@@ -29,7 +29,7 @@ SOON, LONGEST_MEETING = 5.0, 600.0  # seconds: until it is said who is waited fo
 GRACE = 10.0  # seconds that a rank has to end by itself once another one has failed
 LOST = ("connection closed", "connection reset", "connection refused", "broken pipe", "socket", "gloo", "nccl", "store")
 
-GO_ON = "The run ends here; the same command with resume=auto goes on from its newest checkpoint."
+GO_ON = "The run ends here; the same command with --resume auto goes on from its newest checkpoint."
 INTERRUPTED = 130  # exit code of a rank that a second Ctrl-C ended
 
 _here: RankTopology | None = None
@@ -245,7 +245,7 @@ def _start_the_others(ranks: RankTopology) -> str:
         return "Ctrl-C ends it."
     nodes = ranks.world_size // ranks.local
     return (
-        f"num_nodes={nodes} needs the same command on each of {nodes} machines, started there by srun or torchrun, "
+        f"--num_nodes {nodes} needs the same command on each of {nodes} machines, started there by srun or torchrun, "
         "or by hand, with MASTER_ADDR (the address of the first), MASTER_PORT (a free port of it) and NODE_RANK (0, "
         "1, ...) set. Ctrl-C ends it."
     )

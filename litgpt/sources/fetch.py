@@ -93,9 +93,9 @@ def supported_config(repository: Repository, model_name: str | None) -> tuple[Co
         known = known_instead(repository, model_name)
         if known is None:
             raise HubError(
-                f"{repository.repo_id} is not downloaded: {error} To have its tokenizer alone, add "
-                "tokenizer_only=true; if it is the same model as a known one (`litgpt download list`), name that "
-                "as `model_name`."
+                f"{repository.repo_id} is not downloaded: {error} `litgpt download {repository.repo_id} "
+                "--tokenizer_only true` fetches its tokenizer alone; if it is the same model as a known one (`litgpt "
+                "download list`), name that there as `--model_name NAME`."
             ) from None
         print(f"The figures of {known.name} are used in place of config.json.", file=sys.stderr)
         return Config.from_name(known.name), known

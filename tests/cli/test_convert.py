@@ -124,7 +124,7 @@ def test_weights_without_a_config_are_those_of_the_named_model(litgpt, ours):
             ("--to", "gguf", "--dtype", "bf16", "--quantize", "q8_0"),
             "--dtype bf16 cannot be combined with --quantize q8_0",
         ),
-        (("--to", "litgpt", "out", "--quantize", "q8_0"), "--quantize q8_0 is not for inference"),
+        (("--to", "litgpt", "out", "--quantize", "q8_0"), "--quantize q8_0 is not for checkpoints in litgpt's format"),
         (("--to", "gguf", "out"), "'out' is not a name of a GGUF file"),
         (("--to", "onnx"), "onnx"),
         ((), "missing: --to. Usage: litgpt convert CHECKPOINT_DIR OUT"),

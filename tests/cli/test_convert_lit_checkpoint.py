@@ -224,8 +224,11 @@ def test_gguf_files_that_cannot_be_are_refused(litgpt, base, command, arguments,
     ("arguments", "message"),
     [
         ((), "--quantize and --dtype are missing: there is nothing to change"),
-        (("--quantize", "bnb.nf5"), "--quantize bnb.nf5 is not for inference. Choose one of: bnb.nf4, "),
-        (("--quantize", "bnb.int8-training"), "--quantize bnb.int8-training is not for inference"),
+        (
+            ("--quantize", "bnb.nf5"),
+            "--quantize bnb.nf5 is not for checkpoints in litgpt's format. Choose one of: bnb.nf4, ",
+        ),
+        (("--quantize", "bnb.int8-training"), "--quantize bnb.int8-training is not for checkpoints in litgpt's format"),
         (
             ("--quantize", "int8", "--dtype", "float64"),
             "--dtype float64 cannot be combined with --quantize int8. Use --dtype float32",

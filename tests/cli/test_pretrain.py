@@ -274,7 +274,7 @@ def test_precisions(place, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--global_batch_size", "5"], "train.global_batch_size 5 is not divisible by train.micro_batch_size 2"),
+        (["--global_batch_size", "5"], "--train.global_batch_size 5 is not divisible by --train.micro_batch_size 2"),
         (["--train.micro_batch_size", "0"], "train.micro_batch_size 0 is too small"),
         (["--data.train_data_path", "nowhere"], "--data.train_data_path nowhere: no such file or folder"),
         (["--data.train_data_path", "empty"], "holds no .txt file (it is empty)"),

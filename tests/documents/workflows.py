@@ -64,7 +64,7 @@ def described(place: Place, done: Done) -> None:
 
 def two_processes(place: Place, done: Done) -> None:
     """Both took part in one run: a step is made of the sequences of two devices."""
-    assert re.search(r"x 2 device\(s\)", done.out), done.out
+    assert re.search("x 2 devices", done.out), done.out
     assert done.out.count("Training time") == 1
     assert list(place.directory.glob("out/pretrain/final/lit_model.pth"))
 

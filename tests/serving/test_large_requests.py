@@ -100,7 +100,7 @@ def test_the_event_loop_runs_while_a_body_is_taken_apart_and_small_ones_pass_lar
 
     large = {"prompt": "x", "max_new_tokens": 1, "temperature": 0}
     with running(chat_directory) as served:
-        monkeypatch.setattr(bodies, "json", type("", (), {**vars(json), "loads": staticmethod(slow)}))
+        monkeypatch.setattr(bodies, "parse_json", slow)
         content = (json.dumps(large) + " " * LARGE).encode()
         responses = []
 

@@ -66,7 +66,7 @@ def test_names_and_inference_stay():
 def test_choices():
     assert TrainArgs(activation_checkpointing="3").activation_checkpointing == 3
     for wrong in ("some", 0, "-1"):
-        with pytest.raises(ValueError, match=rf"activation_checkpointing '?{wrong}'? is not none, full or a number"):
+        with pytest.raises(ValueError, match=rf"activation_checkpointing='?{wrong}'? is not none, full or a number"):
             TrainArgs(activation_checkpointing=wrong)
 
 

@@ -221,21 +221,21 @@ def test_answers_are_compared_with_whole_last_replies(base, tmp_path):
 @pytest.mark.parametrize(
     ("evaluation", "more", "message"),
     [
-        ({"metrics": ["exactmatch"]}, {}, r"--eval\.metrics exactmatch is unknown\. Did you mean 'exact_match'\?"),
+        ({"metrics": ["exactmatch"]}, {}, r"eval\.metrics=exactmatch is unknown\. Did you mean 'exact_match'\?"),
         (
             {"metrics": ["bleu"], "best_by": "rougeL"},
             {},
-            r"--eval\.best_by rougeL: this run has no such figure\..* loss, bleu",
+            r"eval\.best_by=rougeL: this run has no such figure\..* loss, bleu",
         ),
         (
             {"best_by": "exact_match"},
             {},
-            r"--eval\.best_by exact_match: this run has no such figure\. Choose from loss; ",
+            r"eval\.best_by=exact_match: this run has no such figure\. Choose from loss; ",
         ),
-        ({"metrics": ["bleu"], "max_new_tokens": None}, {}, r"--eval\.max_new_tokens null generates none"),
-        ({"metrics": ["bleu"]}, {"data": {"val_split_fraction": 0.0}}, "--eval.metrics: there is no validation data"),
+        ({"metrics": ["bleu"], "max_new_tokens": None}, {}, r"eval\.max_new_tokens=null generates none"),
+        ({"metrics": ["bleu"]}, {"data": {"val_split_fraction": 0.0}}, "`eval.metrics`: there is no validation data"),
         ({"metrics": ["bleu"]}, {"max_seq_length": 40}, "of all 5 validation samples the reply was cut off"),
-        ({"evaluate_example": 5}, {}, r"--eval\.evaluate_example 5: there are 5 validation samples, from 0 on"),
+        ({"evaluate_example": 5}, {}, r"eval\.evaluate_example=5: there are 5 validation samples, from 0 on"),
     ],
 )
 def test_what_cannot_be_is_said_before_training(evaluation, more, message, base, colours, tmp_path, monkeypatch):

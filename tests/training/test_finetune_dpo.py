@@ -218,7 +218,7 @@ def test_what_full_has_no_use_for_is_refused(options, message, base, records, tm
 
 
 def test_data_of_the_other_kind_is_refused_by_name(base, records, tmp_path):
-    with pytest.raises(ValueError, match=r"data is missing: a chosen and a rejected.*data=Preferences"):
+    with pytest.raises(ValueError, match=r"`data` is missing: a chosen and a rejected.*data=Preferences"):
         finetune_dpo.setup(base, tmp_path / "out")
     with pytest.raises(ValueError, match="data=JSON holds no pairs of replies"):
         finetune_dpo.setup(base, tmp_path / "out", options=FinetuneOptions(data=JSON(json_path=records)))

@@ -52,7 +52,7 @@ def test_none_without_training_and_none_without_the_option():
     model.eval()
     assert noise_on(model).count_nonzero() == 0
     assert noise_on(noisy(None)).count_nonzero() == 0
-    with pytest.raises(ValueError, match=r"train\.neftune_noise_alpha 0 must be positive"):
+    with pytest.raises(ValueError, match=r"train\.neftune_noise_alpha=0 must be positive"):
         TrainArgs(neftune_noise_alpha=0)
 
 
