@@ -1,7 +1,7 @@
 """The checkpoint directory: telling what it holds and lacks, filling one."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,7 +116,7 @@ def fill_companion_files(source: str | Path, destination: str | Path) -> None:
 
 def save_model(
     directory: str | Path,
-    model: "GPT | dict[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]",
+    model: "GPT | dict[str, torch.Tensor] | list[tuple[str, torch.Tensor]] | Iterator[tuple[str, torch.Tensor]]",
     config: Config,
     release: "Release | None" = None,
 ) -> None:
@@ -124,7 +124,7 @@ def save_model(
 
     Args:
         directory: An existing directory.
-        model: A model, its state dict, or a stream of names and tensors.
+        model: A model, its state dict, or a list or a stream of names and tensors.
         config: Its shape.
         release: As for `write_state_dict`.
     """
@@ -132,6 +132,8 @@ def save_model(
 
     from litgpt.checkpoint.writer import write_state_dict
 
-    tensors = model.state_dict() if isinstance(model, torch.nn.Module) else model
+    if isinstance(model, torch.nn.Module):
+        model = model.state_dict()
+    named: Iterable[tuple[str, torch.Tensor]] = model.items() if isinstance(model, dict) else model
     config.save(directory)
-    write_state_dict(Path(directory) / WEIGHTS, tensors.items() if isinstance(tensors, dict) else tensors, release)
+    write_state_dict(Path(directory) / WEIGHTS, named, release)
