@@ -6,6 +6,7 @@ metric is asked for.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -107,7 +108,7 @@ class AnswerMetric:
             init_args = values if isinstance(values, dict) else vars(instantiate(parser, values))
             return found(**{**({} if named is None else named.init_args), **init_args})
         except Exception as error:  # of any kind: the class may be anybody's, and may download something
-            if isinstance(error, ValueError) and str(error).startswith(f"`{OPTION}"):
+            if isinstance(error, ValueError) and re.match(rf"(--|`)?{OPTION}", str(error)):
                 raise
             raise ValueError(f"{OPTION}={self.label}: {one_line(error)}") from error
 

@@ -133,12 +133,16 @@ def test_what_is_not_finite_stays_so_in_its_row(level, use):
 
 @needs_compiler
 def test_a_long_row_is_added_up_in_float32(folder, use):
-    """One large number among many small ones: a group has a scale of its own."""
+    """One large number among many small ones: to int4 those of its group are nothing, the other groups have scales of
+    their own."""
+    torch.manual_seed(0)
     use(levels.supported()[-1])
     x = torch.full((1, 4096), 1e-3)
     x[0, 7] = 1000.0
-    for matrix, values, _kept in weights((32, 4096)).values():
-        torch.testing.assert_close(native.linear(matrix, x, True).double(), x.double() @ values.T, rtol=1e-4, atol=0.05)
+    for name, (matrix, values, _kept) in weights((32, 4096)).items():
+        lost = float(1e-3 * values[:, :32].abs().sum(1).max()) if "int4" in name else 0
+        found = native.linear(matrix, x, True).double()
+        torch.testing.assert_close(found, x.double() @ values.T, rtol=1e-4, atol=0.05 + lost)
 
 
 def test_the_level_is_capped_by_a_variable(monkeypatch):

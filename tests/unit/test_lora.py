@@ -405,10 +405,10 @@ def test_weights_of_another_model_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"r": 0}, "--lora_r 0"),
-        ({"alpha": 0}, "--lora_alpha 0"),
-        ({"dropout": 1.0}, r"--lora_dropout 1\.0"),
-        ({"query": False, "value": False}, "--lora_query, .*--lora_head"),
+        ({"r": 0}, "^r=0:"),
+        ({"alpha": 0}, "^alpha=0:"),
+        ({"dropout": 1.0}, r"^dropout=1\.0:"),
+        ({"query": False, "value": False}, "`query`, .*`head`"),
     ],
 )
 def test_settings_that_cannot_act_are_refused(changed, message):
